@@ -1,0 +1,124 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Band names, and what is known of the values of the bands behind them."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+#: Bands of a Sentinel-2 Level-1C product, in the order of SSL4EO-S12 and of SoftCon.
+#: https://github.com/zhu-xlab/SSL4EO-S12/blob/main/src/download_data/convert_rgb.py
+SENTINEL2_BANDS = (
+    'B1',
+    'B2',
+    'B3',
+    'B4',
+    'B5',
+    'B6',
+    'B7',
+    'B8',
+    'B8A',
+    'B9',
+    'B10',
+    'B11',
+    'B12',
+)
+
+#: Bands of a Sentinel-1 GRD product, in the order of SSL4EO-S12 and of SoftCon.
+SENTINEL1_BANDS = ('VV', 'VH')
+
+#: Names for the colours of a photograph, in the order of an image file.
+RGB_BANDS = ('R', 'G', 'B')
+
+#: Other spellings, after upper case and the removal of leading zeros.
+_ALIASES = {
+    'RED': 'R',
+    'GREEN': 'G',
+    'BLUE': 'B',
+    'B08A': 'B8A',
+}
+
+#: Further names that sensors use, without statistics.
+_OTHER = ('HH', 'HV', 'NIR', 'SWIR1', 'SWIR2', 'COASTAL')
+
+#: Which band is red, green and blue, for each family of names.
+_RGB = (('B4', 'B3', 'B2'), RGB_BANDS)
+
+#: Mean and standard deviation of SSL4EO-S12: digital numbers (reflectance times 10,000)
+#: for Sentinel-2, dB for Sentinel-1.
+#: https://github.com/zhu-xlab/DeCUR/blob/f190e9a/src/transfer_classification_BE/linear_BE_resnet.py#L286
+#: and, for Sentinel-2, the table of TorchGeo's SSL4EO-S12 weights.
+BAND_STATISTICS = {
+    'B1': (1612.9, 791.0),
+    'B2': (1397.6, 854.3),
+    'B3': (1322.3, 878.7),
+    'B4': (1373.1, 1144.9),
+    'B5': (1561.0, 1127.5),
+    'B6': (2108.4, 1164.2),
+    'B7': (2390.7, 1276.0),
+    'B8': (2318.7, 1249.5),
+    'B8A': (2581.0, 1345.9),
+    'B9': (837.7, 577.5),
+    'B10': (22.0, 47.5),
+    'B11': (2195.2, 1340.0),
+    'B12': (1537.4, 1142.9),
+    'VV': (-12.59, 5.26),
+    'VH': (-20.26, 5.91),
+}
+
+
+def normalize_band_names(bands: Sequence[str]) -> tuple[str, ...]:
+    """Bring band names to one spelling.
+
+    ``B02``, ``b2`` and ``B2`` are one band, ``B8a`` and ``B08A`` are one band, ``red``
+    and ``R`` are one band.
+
+    Args:
+        bands: Names of Sentinel-2, Sentinel-1 or colour bands.
+
+    Returns:
+        The same bands as this package spells them.
+
+    Raises:
+        ValueError: If a name is unknown or occurs twice.
+    """
+    known = (*SENTINEL2_BANDS, *SENTINEL1_BANDS, *RGB_BANDS, *_OTHER)
+    names = []
+    for band in bands:
+        name = re.sub(r'^B0+(?=\d)', 'B', str(band).upper())
+        name = _ALIASES.get(name, name)
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            hint = f', did you mean {" or ".join(close)}?' if close else ''
+            raise ValueError(
+                f'bands has the unknown name {band!r}{hint} Known are '
+                f'{", ".join(known)}. Leave bands out for any other sensor'
+            )
+        names.append(name)
+
+    if len(set(names)) != len(names):
+        raise ValueError(f'bands must be unique, got {tuple(bands)}')
+    return tuple(names)
+
+
+def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
+    """Positions of red, green and blue among some bands.
+
+    Args:
+        bands: Band names, in any spelling of :func:`normalize_band_names`.
+
+    Returns:
+        The index of red, of green and of blue.
+
+    Raises:
+        ValueError: If one of the three is not among *bands*.
+    """
+    names = normalize_band_names(bands)
+    for red, green, blue in _RGB:
+        if {red, green, blue} <= set(names):
+            return names.index(red), names.index(green), names.index(blue)
+    raise ValueError(
+        'bands must have red, green and blue (B4, B3, B2 or R, G, B), got '
+        f'{tuple(bands)}'
+    )
