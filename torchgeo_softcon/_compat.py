@@ -44,6 +44,7 @@ __all__ = (
     'Sample',
     'WeightsEnum',
     'extract_backbone',
+    'finetune_command',
     'get_weight',
 )
 
@@ -59,3 +60,23 @@ def extract_backbone(path: str) -> tuple[str, dict[str, Tensor]]:
     """
     name, state_dict = _extract_backbone(path)
     return str(name), state_dict
+
+
+def finetune_command(model: str, checkpoint: str, in_channels: int) -> str:
+    """Command that fine-tunes an encoder with the installed host.
+
+    Args:
+        model: timm name of the encoder.
+        checkpoint: Path of the checkpoint.
+        in_channels: Number of bands.
+
+    Returns:
+        A shell command.
+    """
+    task = 'Classification' if HAS_TASKS else 'ClassificationTask'
+    return (
+        f'torchgeo fit --model {task} --model.model {model} '
+        f"--model.weights '{checkpoint}' --model.in_channels {in_channels} "
+        '--model.task multilabel --model.num_labels 11 --model.loss bce '
+        '--data SyntheticScenesDataModule --trainer.max_epochs 3'
+    )

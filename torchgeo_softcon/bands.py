@@ -32,12 +32,7 @@ SENTINEL1_BANDS = ('VV', 'VH')
 RGB_BANDS = ('R', 'G', 'B')
 
 #: Other spellings, after upper case and the removal of leading zeros.
-_ALIASES = {
-    'RED': 'R',
-    'GREEN': 'G',
-    'BLUE': 'B',
-    'B08A': 'B8A',
-}
+_ALIASES = {'RED': 'R', 'GREEN': 'G', 'BLUE': 'B', 'B08A': 'B8A'}
 
 #: Further names that sensors use, without statistics.
 _OTHER = ('HH', 'HV', 'NIR', 'SWIR1', 'SWIR2', 'COASTAL')

@@ -1,4 +1,22 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""losses."""
+"""Losses: a pure function and a thin module each."""
+
+from .soft_contrastive import (
+    SoftContrastiveLoss,
+    SoftContrastiveTerms,
+    cosine_similarity,
+    jaccard_similarity,
+    soft_contrastive_loss,
+    soft_contrastive_terms,
+)
+
+__all__ = (
+    'SoftContrastiveLoss',
+    'SoftContrastiveTerms',
+    'cosine_similarity',
+    'jaccard_similarity',
+    'soft_contrastive_loss',
+    'soft_contrastive_terms',
+)

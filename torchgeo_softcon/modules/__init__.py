@@ -1,4 +1,21 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""modules."""
+"""Building blocks of the tasks."""
+
+from .ema import make_teacher, update_ema
+from .heads import mlp_head
+from .masking import SiameseMasking, encode_visible, mask_pixels, random_visible
+from .patch_embed import adapt_input_weight, input_layer
+
+__all__ = (
+    'SiameseMasking',
+    'adapt_input_weight',
+    'encode_visible',
+    'input_layer',
+    'make_teacher',
+    'mask_pixels',
+    'mlp_head',
+    'random_visible',
+    'update_ema',
+)

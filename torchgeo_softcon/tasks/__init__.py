@@ -1,4 +1,8 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""tasks."""
+"""Pretraining tasks."""
+
+from .softcon import SoftConTask
+
+__all__ = ('SoftConTask',)

@@ -1,4 +1,16 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""transforms."""
+"""Transforms for batches on their device."""
+
+from .views import RandomView, jitter, random_crop_grid
+from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
+
+__all__ = (
+    'WORLDCOVER_CODES',
+    'RandomView',
+    'WorldCoverMultiLabel',
+    'class_fractions',
+    'jitter',
+    'random_crop_grid',
+)

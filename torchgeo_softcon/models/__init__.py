@@ -1,0 +1,8 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Encoders."""
+
+from .encoders import create_encoder, is_vit, load_encoder, read_weights
+
+__all__ = ('create_encoder', 'is_vit', 'load_encoder', 'read_weights')

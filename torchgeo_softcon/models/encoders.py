@@ -1,0 +1,173 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Encoders from timm, for any number of bands and any image size."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import is_model_in_modules
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .._compat import WeightsEnum, extract_backbone, get_weight
+from ..modules.patch_embed import InputLayerInit, adapt_input_weight, input_layer
+
+#: Keys that checkpoints of encoders may have beyond the encoder: classifiers, and the
+#: mask token of DINOv2.
+_NOT_ENCODER = re.compile(r'(head|fc|head_dist|fc_norm)\.|mask_token$')
+
+
+def create_encoder(
+    model: str,
+    in_channels: int = 3,
+    pretrained: bool = False,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """Create a timm model that pools its features and takes images of any size.
+
+    Vision Transformers resample their position embedding in every forward pass, so that
+    the parameters are those of timm's own model of that name and size, and other tools
+    can load them.
+
+    Args:
+        model: Name of a timm model.
+        in_channels: Number of bands.
+        pretrained: Whether to load timm's weights.
+        drop_path_rate: Stochastic depth rate of the last block.
+
+    Returns:
+        A model from (B, C, H, W) to (B, F).
+
+    Raises:
+        ValueError: If timm has no model of that name.
+    """
+    name = model.split('/')[-1].split('.')[0]
+    if ':' not in model and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f', did you mean {", ".join(close)}?' if close else '.'
+        raise ValueError(f'model must be the name of a timm model, got {model!r}{hint}')
+
+    kwargs: dict[str, Any] = {}
+    if drop_path_rate:
+        kwargs['drop_path_rate'] = drop_path_rate
+    if is_model_in_modules(name, ('vision_transformer', 'deit')):
+        kwargs['dynamic_img_size'] = True
+    elif is_model_in_modules(name, 'swin_transformer'):
+        kwargs['strict_img_size'] = False
+    return timm.create_model(
+        model, pretrained=pretrained, in_chans=in_channels, num_classes=0, **kwargs
+    )
+
+
+def is_vit(model: nn.Module) -> bool:
+    """Whether a model has tokens that can be dropped and replaced."""
+    return isinstance(model, VisionTransformer)
+
+
+def _read_checkpoint(path: str) -> dict[str, Tensor]:
+    """Read a Lightning checkpoint or a plain state dict."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f'weights: {path} is not a checkpoint that PyTorch can load safely ({error})'
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(  # noqa: TRY004
+            f'weights: {path} must hold a state dict, got a {type(checkpoint).__name__}'
+        )
+    if 'hyper_parameters' in checkpoint:
+        return extract_backbone(path)[1]
+    return dict(checkpoint.get('state_dict', checkpoint))
+
+
+def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
+    """Read the parameters of an encoder.
+
+    Args:
+        weights: A weight enum, the name of one, or the path of a checkpoint: of a
+            TorchGeo task, or a plain state dict.
+
+    Returns:
+        A state dict in timm's layout.
+
+    Raises:
+        ValueError: If *weights* is neither a file nor a known name, or is unreadable.
+    """
+    if isinstance(weights, WeightsEnum):
+        return dict(weights.get_state_dict(progress=True))
+    if os.path.exists(weights):
+        return _read_checkpoint(weights)
+    try:
+        return dict(get_weight(weights).get_state_dict(progress=True))
+    except ValueError as error:
+        raise ValueError(
+            f'weights must be an existing file or the name of a weight enum member such '
+            f'as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
+        ) from error
+
+
+def load_encoder(
+    encoder: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    in_layer_init: InputLayerInit = 'random',
+    bands: Sequence[str] | None = None,
+) -> None:
+    """Load pretrained parameters into an encoder, strictly.
+
+    Classifiers are left out. The position embedding of a Vision Transformer is
+    resampled to the encoder's grid. If the number of bands differs, the input layer is
+    adapted by :func:`~torchgeo_softcon.modules.patch_embed.adapt_input_weight`.
+
+    Args:
+        encoder: A model made by :func:`create_encoder`.
+        state_dict: Parameters in timm's layout.
+        in_layer_init: Rule for an input layer with another number of bands.
+        bands: Names of the encoder's bands.
+
+    Raises:
+        ValueError: If the parameters belong to another architecture, or the input layer
+            cannot be adapted.
+    """
+    own = encoder.state_dict()
+    loaded = {
+        k: v for k, v in state_dict.items() if k in own or not _NOT_ENCODER.match(k)
+    }
+    name, layer = input_layer(encoder)
+    key = f'{name}.weight'
+    if key in loaded and loaded[key].shape[1] != layer.in_channels:
+        loaded[key] = adapt_input_weight(
+            loaded[key], layer.in_channels, in_layer_init, bands
+        )
+    positions = own.get('pos_embed')
+    if positions is not None and 'pos_embed' in loaded:
+        vit = cast(VisionTransformer, encoder)
+        if loaded['pos_embed'].shape != positions.shape:
+            loaded['pos_embed'] = resample_abs_pos_embed(
+                loaded['pos_embed'],
+                new_size=list(vit.patch_embed.grid_size),
+                num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+            )
+
+    missing = sorted(own.keys() - loaded.keys())
+    unexpected = sorted(loaded.keys() - own.keys())
+    shapes = [
+        f'{k} {tuple(loaded[k].shape)} instead of {tuple(v.shape)}'
+        for k, v in own.items()
+        if k in loaded and loaded[k].shape != v.shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f'weights are of another architecture than {type(encoder).__name__}: '
+            f'{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected '
+            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. Choose the '
+            'model that the weights were made for'
+        )
+    encoder.load_state_dict(loaded)

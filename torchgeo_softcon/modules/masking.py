@@ -1,0 +1,190 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Siamese masking: the trainable branch sees only a part of its view."""
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+MaskMode = Literal['drop', 'token', 'pixel']
+
+
+def random_visible(
+    batch_size: int, num_patches: int, ratio: float, device: torch.device | str
+) -> Tensor:
+    """Draw the patches that stay visible, uniformly and per sample.
+
+    Args:
+        batch_size: Number of samples B.
+        num_patches: Number of patches L per sample.
+        ratio: Share of patches to mask, in [0, 1).
+        device: Device to draw on.
+
+    Returns:
+        Indices of max(1, int(L * (1 - ratio))) patches in ascending order, shape (B, N).
+        The count is the same for all samples, so that shapes stay static.
+    """
+    keep = max(1, int(num_patches * (1 - ratio)))
+    order = torch.rand(batch_size, num_patches, device=device).argsort(dim=1)
+    return order[:, :keep].sort(dim=1).values
+
+
+def masked_patches(visible: Tensor, num_patches: int) -> Tensor:
+    """Turn indices of visible patches into a mask.
+
+    Args:
+        visible: Indices of shape (B, N).
+        num_patches: Number of patches L per sample.
+
+    Returns:
+        A mask of shape (B, L), True where a patch is masked.
+    """
+    mask = torch.ones(
+        len(visible), num_patches, dtype=torch.bool, device=visible.device
+    )
+    return mask.scatter_(1, visible, False)
+
+
+def mask_pixels(image: Tensor, masked: Tensor, patch_size: int) -> Tensor:
+    """Set whole patches of an image to zero.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        masked: True for patches to zero, row by row, shape (B, L) with
+            L = ceil(H / patch_size) * ceil(W / patch_size).
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        The masked images, shape (B, C, H, W).
+    """
+    height, width = image.shape[-2:]
+    rows, columns = -(-height // patch_size), -(-width // patch_size)
+    grid = masked.view(-1, 1, rows, columns)
+    grid = grid.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return image.masked_fill(grid[..., :height, :width], 0)
+
+
+def _encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Run a Vision Transformer on tokens that have their positions already."""
+    tokens = vit.norm_pre(tokens)
+    for block in vit.blocks:
+        tokens = block(tokens)
+    return cast(Tensor, vit.forward_head(vit.norm(tokens), pre_logits=True))
+
+
+def _embed_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:
+    """Embed the visible patches alone, as a linear layer: equal to the convolution."""
+    patch_embed = vit.patch_embed
+    weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
+    channels, (height, width) = image.shape[1], weight.shape[-2:]
+    patches = image.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, L, C, h, w)
+    index = visible[..., None, None, None].expand(-1, -1, channels, height, width)
+    patches = patches.gather(1, index).flatten(2)  # (B, N, C * h * w)
+    return cast(Tensor, patch_embed.norm(F.linear(patches, weight.flatten(1), bias)))
+
+
+def encode_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:
+    """Encode the visible patches of images; the others are never computed.
+
+    Args:
+        vit: A timm Vision Transformer built with ``dynamic_img_size=True``.
+        image: Images of shape (B, C, H, W), H and W multiples of the patch size.
+        visible: Indices of the visible patches, shape (B, N).
+
+    Returns:
+        Pooled features of shape (B, F), equal to those of the whole image if all
+        patches are visible.
+    """
+    patches = _embed_visible(vit, image, visible)  # (B, N, F)
+
+    # The positions (and the class token with its own) are what an image of zeros gets
+    grid = [
+        s // p
+        for s, p in zip(image.shape[-2:], vit.patch_embed.patch_size, strict=True)
+    ]
+    positions = vit._pos_embed(patches.new_zeros(1, *grid, vit.embed_dim))
+    prefix, positions = positions.tensor_split([vit.num_prefix_tokens], dim=1)
+    patches = patches + positions[0, visible]
+    tokens = torch.cat([prefix.expand(len(patches), -1, -1), patches], dim=1)
+    return _encode_tokens(vit, tokens)
+
+
+class SiameseMasking(nn.Module):
+    """Encodes images of which a random part is masked.
+
+    The figure in the authors' repository shows black patches on the trainable branch
+    only. That tokens are dropped, which saves memory, is inferred by others who describe
+    the paper; the mask ratio is not known.
+    """
+
+    def __init__(
+        self,
+        mode: MaskMode = 'drop',
+        ratio: float = 0.5,
+        patch_size: int = 16,
+        embed_dim: int | None = None,
+    ) -> None:
+        """Initialize a new SiameseMasking instance.
+
+        Args:
+            mode: ``'drop'`` never computes the masked tokens and ``'token'`` replaces
+                them by a learned token before the positions are added (as DINOv2 does),
+                both for Vision Transformers. ``'pixel'`` sets patches of the image to
+                zero, for any encoder.
+            ratio: Share of patches to mask. With 0, images are encoded as they are.
+            patch_size: Side of a masked patch in pixels. Only used by ``'pixel'``.
+            embed_dim: Width of the tokens. Only used, and needed, by ``'token'``.
+
+        Raises:
+            ValueError: If an option is out of range or missing.
+        """
+        if mode not in ('drop', 'token', 'pixel'):
+            raise ValueError(f"mode must be 'drop', 'token' or 'pixel', got {mode!r}")
+        if not 0 <= ratio < 1:
+            raise ValueError(f'ratio must be in [0, 1), got {ratio}')
+        if mode == 'token' and embed_dim is None:
+            raise ValueError("embed_dim must be given for mode='token'")
+
+        super().__init__()
+        self.mode = mode
+        self.ratio = ratio
+        self.patch_size = patch_size
+        if mode == 'token' and ratio > 0:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, cast(int, embed_dim)))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, encoder: nn.Module, image: Tensor) -> Tensor:
+        """Encode randomly masked images.
+
+        Args:
+            encoder: A timm model that pools its features, see ``mode``.
+            image: Images of shape (B, C, H, W).
+
+        Returns:
+            Features of shape (B, F).
+        """
+        if self.ratio == 0:
+            return cast(Tensor, encoder(image))
+
+        patch_size = self.patch_size
+        if self.mode != 'pixel':
+            patch_size = cast(VisionTransformer, encoder).patch_embed.patch_size[0]
+        rows, columns = (-(-size // patch_size) for size in image.shape[-2:])
+        visible = random_visible(len(image), rows * columns, self.ratio, image.device)
+        if self.mode == 'drop':
+            return encode_visible(cast(VisionTransformer, encoder), image, visible)
+
+        masked = masked_patches(visible, rows * columns)
+        if self.mode == 'pixel':
+            return cast(Tensor, encoder(mask_pixels(image, masked, patch_size)))
+
+        vit = cast(VisionTransformer, encoder)
+        tokens = vit.patch_embed(image)  # (B, H, W, F)
+        masked = masked.view(*tokens.shape[:-1], 1)
+        tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
+        return _encode_tokens(vit, vit._pos_embed(tokens))

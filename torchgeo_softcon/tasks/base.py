@@ -1,0 +1,319 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from .._compat import BaseTask, Sample, finetune_command
+from ..bands import normalize_band_names
+from ..models import create_encoder, is_vit, load_encoder, read_weights
+from ..modules import input_layer, update_ema
+from ..schedules import cosine_warmup
+from .guard import NonFiniteGuard
+from .optimizers import create_optimizer, parameter_groups
+
+
+def split_seasons(image: Tensor, in_channels: int) -> Tensor:
+    """Bring a batch of images to one layout.
+
+    Args:
+        image: Images of shape (B, C, H, W), seasons stacked in channels of shape
+            (B, T * C, H, W), or (B, T, C, H, W).
+        in_channels: Number of bands C of one image.
+
+    Returns:
+        The images, shape (B, T, C, H, W), T = 1 for single images.
+
+    Raises:
+        ValueError: If the number of bands does not fit.
+    """
+    if image.ndim == 4 and image.shape[1] and image.shape[1] % in_channels == 0:
+        return image.unflatten(1, (-1, in_channels))
+    if image.ndim == 5 and image.shape[2] == in_channels:
+        return image
+    raise ValueError(
+        f"batch['image'] must have the shape (B, C, H, W), (B, T * C, H, W) or "
+        f'(B, T, C, H, W) with C = in_channels = {in_channels}, got '
+        f'{tuple(image.shape)}. Set in_channels to the number of bands of the dataset, '
+        'or choose its bands'
+    )
+
+
+class EMATask(BaseTask):
+    """A task with an encoder, a teacher that follows it, and per-step schedules."""
+
+    #: Not saved as hyperparameters: a checkpoint holds plain values only, so that it
+    #: opens safely and without this package.
+    ignore = ('weights', 'augmentations')
+
+    def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """Pairs of a trained module and the teacher that follows it."""
+        return ()
+
+    @abstractmethod
+    def momentum_at(self, step: int) -> float:
+        """EMA momentum of an optimizer step."""
+
+    def create_encoder(self) -> nn.Module:
+        """Create the encoder that the hyperparameters ask for and load its weights.
+
+        Raises:
+            ValueError: If *model*, *weights*, *bands* or *size* do not fit each other.
+        """
+        name, channels = self.hparams['model'], self.hparams['in_channels']
+        bands = self.hparams['bands']
+        if bands is not None and len(normalize_band_names(bands)) != channels:
+            raise ValueError(
+                f'bands must name all in_channels = {channels} bands, got {len(bands)}: '
+                f'{tuple(bands)}'
+            )
+
+        encoder = create_encoder(name, channels, False, self.hparams['drop_path_rate'])
+        self._check_divisible(encoder, (self.hparams['size'],) * 2, 'size')
+        if self.weights:
+            if self.weights is True:
+                state_dict = create_encoder(name, pretrained=True).state_dict()
+            else:
+                state_dict = read_weights(self.weights)
+            load_encoder(encoder, state_dict, self.hparams['in_layer_init'], bands)
+        if self.hparams['freeze_patch_embed']:
+            input_layer(encoder)[1].requires_grad_(False)
+        # As a buffer: a run that goes on draws what it would have drawn
+        self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
+        self.guard = NonFiniteGuard()
+        return encoder
+
+    @staticmethod
+    def _check_divisible(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
+        """Check that patches cover an image."""
+        if is_vit(encoder):
+            patch = cast(Any, encoder).patch_embed.patch_size
+            if size[0] % patch[0] or size[1] % patch[1]:
+                raise ValueError(
+                    f'{name} must be a multiple of the patch size {patch[0]} of the '
+                    f'model, got {size[0]} x {size[1]}. The next smaller one is '
+                    f'{size[0] // patch[0] * patch[0]}'
+                )
+
+    @contextmanager
+    def step_rng(self, batch_idx: int) -> Iterator[None]:
+        """Draw the random numbers of a step from its own seed.
+
+        The seed depends on the run, the rank and the step alone. A resumed run therefore
+        draws what an uninterrupted run draws, and ranks draw differently. PyTorch's
+        global generators are as before afterwards.
+
+        Args:
+            batch_idx: Index of the batch, which tells the batches of one gradient
+                accumulation apart.
+        """
+        if not hasattr(self, '_seed'):
+            # Once per run, because it waits for the device
+            self._seed = int(self.rng_seed)
+        step = [self._seed, self.global_rank, self.global_step, batch_idx]
+        seed = int(np.random.SeedSequence(step).generate_state(1, np.uint64)[0])
+        devices = [self.device] if self.device.type == 'cuda' else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed % 2**63)
+            yield
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Forget the seed of another run.
+
+        Args:
+            checkpoint: The checkpoint.
+        """
+        self.__dict__.pop('_seed', None)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to overwrite a good checkpoint after a loss that was not finite.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            NonFiniteLossError: If a loss was not finite.
+        """
+        self.guard.check()
+
+    def on_train_epoch_end(self) -> None:
+        """Check all losses of the epoch.
+
+        Raises:
+            NonFiniteLossError: If a loss was not finite.
+        """
+        self.guard.check()
+
+    def _global_batch_size(self) -> int | None:
+        """Images per optimizer step over all ranks, if the loader tells."""
+        loader = self.trainer.train_dataloader
+        size = getattr(loader, 'batch_size', None)
+        if size is None or not isinstance(
+            getattr(loader, 'batch_sampler', None), torch.utils.data.BatchSampler
+        ):
+            size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', size)
+        if size is None:
+            return None
+        return int(
+            size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        )
+
+    def _steps(self) -> tuple[int, int]:
+        """Number of optimizer steps of the run, and of its warm-up.
+
+        Raises:
+            ValueError: If the run has no end.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:
+            raise ValueError(
+                'the schedules need the length of the run, but trainer.max_epochs = '
+                f'{self.trainer.max_epochs} and trainer.max_steps = '
+                f'{self.trainer.max_steps}. Set one of them'
+            )
+
+        total = int(total)
+        batches = self.trainer.num_training_batches
+        epoch = total
+        if batches < math.inf:
+            epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        warmup = round(self.hparams['warmup_epochs'] * epoch)
+        if warmup > total // 2:
+            rank_zero_warn(
+                f'warmup_epochs = {self.hparams["warmup_epochs"]} is {warmup} of the '
+                f'{total} optimizer steps of this run. It is cut to one half of the run.'
+            )
+            warmup = total // 2
+        return total, warmup
+
+    def configure_optimizers(self) -> Any:
+        """Initialize the optimizer and the learning rate schedule.
+
+        The peak learning rate is *lr* times the images per optimizer step over 256. It
+        rises linearly during the warm-up and falls as a cosine to zero, per step.
+
+        Returns:
+            Optimizer and learning rate scheduler.
+        """
+        self.total_steps, warmup = self._steps()
+        batch_size = self._global_batch_size()
+        if batch_size is None:
+            rank_zero_warn(
+                'The batch size cannot be read from the data loader, so lr is used as '
+                'it is, without scaling by the batch size.'
+            )
+            batch_size = 256
+        lr = self.hparams['lr'] * batch_size / 256
+
+        # Lightning refuses to clip gradients of a fused optimizer in mixed precision
+        fused = (
+            self.trainer.gradient_clip_val is None
+            and self.trainer.strategy.root_device.type in ('cpu', 'cuda')
+        )
+        groups = parameter_groups([self], self.hparams['weight_decay'])
+        optimizer = create_optimizer(self.hparams['optimizer'], groups, lr, fused)
+        total = self.total_steps
+        scheduler = LambdaLR(
+            optimizer, lambda step: cosine_warmup(step, total, 1, 0, warmup)
+        )
+        return {
+            'optimizer': optimizer,
+            'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
+        }
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer, then move the teacher towards the student.
+
+        Called once per optimizer step, so gradient accumulation does not change the
+        teacher.
+
+        Args:
+            *args: Arguments of Lightning's hook.
+            **kwargs: Keyword arguments of Lightning's hook.
+        """
+        super().optimizer_step(*args, **kwargs)
+        momentum = self.momentum_at(self.global_step)
+        for student, teacher in self.ema_pairs():
+            update_ema(student, teacher, momentum)
+
+    def log_step(self, values: dict[str, Tensor | float], batch_size: int) -> None:
+        """Log the losses and where the schedules are.
+
+        Args:
+            values: Scalars by name. Tensors are not read here, only when Lightning's
+                loggers need them.
+            batch_size: Number of images B.
+        """
+        if self._trainer is None:
+            return
+        # Shown in the progress bar where that does not make the host wait
+        self.log(
+            'train_loss',
+            values.pop('train_loss'),
+            batch_size=batch_size,
+            prog_bar=not self.on_gpu,
+        )
+        self.log_dict(
+            {
+                **values,
+                'schedule/lr': self.trainer.optimizers[0].param_groups[0]['lr'],
+                'schedule/momentum': self.momentum_at(self.global_step),
+            },
+            batch_size=batch_size,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute features with the encoder that is exported.
+
+        Args:
+            x: Images of shape (B, C, H, W).
+
+        Returns:
+            Features of shape (B, F).
+
+        Raises:
+            ValueError: If the image is not covered by whole patches.
+        """
+        self._check_divisible(self.model, tuple(x.shape[-2:]), 'image size')
+        return cast(Tensor, self.model(x))
+
+    def predict_step(
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        """Compute the features of a batch.
+
+        Args:
+            batch: Mini-batch with *image*, see :func:`split_seasons`.
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+
+        Returns:
+            Features of shape (B, F), of several seasons their mean.
+        """
+        image = split_seasons(batch['image'], self.hparams['in_channels'])
+        features = self(image.flatten(0, 1).to(self.dtype))
+        return features.unflatten(0, image.shape[:2]).mean(1)
+
+    def on_fit_end(self) -> None:
+        """Say where the pretrained encoder is and how to go on from it."""
+        callback = self.trainer.checkpoint_callback
+        path = getattr(callback, 'best_model_path', '')
+        path = path or getattr(callback, 'last_model_path', '')
+        if path:
+            model, channels = self.hparams['model'], self.hparams['in_channels']
+            command = finetune_command(model, path, channels)
+            rank_zero_info(
+                f'The pretrained encoder is in {path}\nFine-tune from it with:\n'
+                f'  {command}'
+            )

@@ -1,0 +1,93 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Stops a run whose loss is not finite, without making the host wait for the device."""
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLossError(RuntimeError):
+    """Raised if a loss is NaN or infinite."""
+
+
+def _describe(step: int, loss: float, low: float, high: float, bad: int | None) -> str:
+    """The message of the error."""
+    pixels = ''
+    if bad is None:
+        pixels = ' (NaN: the image has NaN pixels)' if math.isnan(low) else ''
+    elif bad:
+        pixels = f' in the finite pixels, {bad} pixels are NaN or infinite'
+    return (
+        f'train_loss is {loss} at optimizer step {step}. The image ranges from {low:g} '
+        f'to {high:g}{pixels}. Fill no-data pixels with finite values, scale the images '
+        'to about [0, 1], or lower lr. The last checkpoint on disk is not affected'
+    )
+
+
+class NonFiniteGuard:
+    """Watches the losses of a run.
+
+    On the CPU, a loss that is not finite raises at once, before it reaches the
+    parameters. On a GPU, reading it would make the host wait for the device, so the
+    values travel to the host asynchronously and are read when they have arrived, at the
+    latest by :meth:`check` before a checkpoint is written.
+    """
+
+    def __init__(self) -> None:
+        """Initialize a new NonFiniteGuard instance."""
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+
+    def watch(self, step: int, loss: Tensor, image: Tensor) -> None:
+        """Take note of the loss of a step.
+
+        Args:
+            step: Index of the optimizer step.
+            loss: The scalar loss.
+            image: The images it was computed from, any shape.
+
+        Raises:
+            NonFiniteLossError: If this (on the CPU) or an earlier loss is not finite.
+        """
+        loss = loss.detach()
+        if loss.device.type == 'cpu':
+            if not loss.isfinite():
+                finite = image[image.isfinite()]
+                low, high = (
+                    finite.aminmax() if len(finite) else (loss.new_zeros(()),) * 2
+                )
+                bad = image.numel() - finite.numel()
+                raise NonFiniteLossError(
+                    _describe(step, float(loss), float(low), float(high), bad)
+                )
+            return
+
+        low, high = image.aminmax()
+        values = torch.stack([loss.float(), low.float(), high.float()])
+        host = values.to('cpu', non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((step, host, event))
+        while self._pending and self._pending[0][2].query():
+            self._pop()
+
+    def check(self) -> None:
+        """Wait for all losses and check them.
+
+        Raises:
+            NonFiniteLossError: If one of them is not finite.
+        """
+        while self._pending:
+            self._pending[0][2].synchronize()
+            self._pop()
+
+    def _pop(self) -> None:
+        """Check the oldest loss."""
+        step, host, _ = self._pending.popleft()
+        loss, low, high = host.tolist()
+        if not torch.isfinite(host[0]):
+            self._pending.clear()
+            raise NonFiniteLossError(_describe(step, loss, low, high, None))

@@ -1,0 +1,385 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightly.utils.debug import std_of_l2_normalized
+from torch import Tensor, nn
+
+from .._compat import Sample, WeightsEnum
+from ..losses import SoftContrastiveLoss
+from ..models import is_vit
+from ..modules import SiameseMasking, make_teacher, mlp_head
+from ..modules.masking import MaskMode
+from ..modules.patch_embed import InputLayerInit
+from ..schedules import cosine_warmup
+from ..transforms import RandomView
+from .base import EMATask, split_seasons
+from .optimizers import OptimizerName
+
+
+class SoftConTask(EMATask):
+    """SoftCon: multi-label guided soft contrastive learning.
+
+    Two views of every image are encoded, one by the trainable encoder, which sees only
+    a part of its view (Siamese masking), one by an encoder whose parameters are a moving
+    average (EMA) of the trainable one. The loss asks every image to recognise its own
+    second view among those of the batch, and the similarities between all images to
+    agree with the similarities of their land-cover labels.
+
+    The pretraining code of the paper was never released, and the paper's public
+    descriptions do not tell all of it. Established are the two branches, the masking of
+    the trainable branch, the two terms of the loss, the cosine similarity of labels,
+    the random input layer in continual pretraining, inputs in [0, 1] and 100 epochs.
+    Chosen here, for reasons given with the arguments: the form and weight of the soft
+    term, temperatures, mask ratio, momentum, heads, optimizer, and augmentations.
+
+    If you use this task in your research, please cite the following paper:
+
+    * https://arxiv.org/abs/2405.20462
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        model: str = 'resnet50',
+        weights: WeightsEnum | bool | str | None = None,
+        in_channels: int = 13,
+        bands: Sequence[str] | None = None,
+        in_layer_init: InputLayerInit = 'random',
+        freeze_patch_embed: bool = False,
+        size: int = 224,
+        drop_path_rate: float = 0.0,
+        mask_mode: MaskMode | None = None,
+        mask_ratio: float = 0.5,
+        mask_patch_size: int = 16,
+        seasons: Literal['same', 'different'] = 'same',
+        soft_weight: float = 1.0,
+        soft_loss: Literal['bce', 'cross_entropy', 'mse'] = 'bce',
+        label_similarity: Literal['cosine', 'jaccard']
+        | Callable[[Tensor, Tensor], Tensor] = 'cosine',
+        temperature: float = 0.2,
+        soft_temperature: float | None = None,
+        symmetric: bool = False,
+        gather_distributed: bool = True,
+        momentum: float | None = None,
+        momentum_final: float | None = None,
+        hidden_dim: int = 4096,
+        output_dim: int = 256,
+        projector_layers: int = 3,
+        predictor_layers: int = 2,
+        optimizer: OptimizerName = 'adamw',
+        lr: float = 1.5e-4,
+        weight_decay: float = 0.1,
+        warmup_epochs: float = 10,
+        augmentations: nn.Module | None = None,
+    ) -> None:
+        """Initialize a new SoftConTask instance.
+
+        Args:
+            model: Name of the `timm
+                <https://huggingface.co/docs/timm/reference/models>`__ model to use. Any
+                Vision Transformer, DINOv2, ResNet, or other model that pools features.
+            weights: Initial model weights. Either a weight enum, the string
+                representation of a weight enum, True for timm's own weights (such as
+                those of DINOv2), False or None for random weights, or the path to a
+                checkpoint of a TorchGeo task or a state dict.
+            in_channels: Number of bands of one image.
+            bands: Names of the bands, in the order of the channels. Only needed by
+                ``in_layer_init='rgb'``.
+            in_layer_init: What to do if *weights* are for another number of bands, see
+                :func:`~torchgeo_softcon.modules.patch_embed.adapt_input_weight`.
+                ``'random'`` is the paper's choice.
+            freeze_patch_embed: Whether to keep the input layer as it is. Not after
+                ``in_layer_init='random'``.
+            size: Side of the views in pixels, 224 in the authors' models.
+            drop_path_rate: Stochastic depth of the trainable encoder.
+            mask_mode: How to mask the trainable branch, see
+                :class:`~torchgeo_softcon.modules.masking.SiameseMasking`. Defaults to
+                ``'drop'`` for Vision Transformers and ``'pixel'`` for others.
+            mask_ratio: Share of patches to mask. The paper's value is not known.
+            mask_patch_size: Side of the patches of ``mask_mode='pixel'`` in pixels.
+            seasons: If a sample has several seasons, whether both views show the
+                ``'same'`` one, as in the authors' figure, or two ``'different'`` ones, as
+                in their earlier MoCo runs.
+            soft_weight: Weight of the soft term. With 0, labels are not needed.
+            soft_loss: Form of the soft term, see
+                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`.
+            label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
+                ``'jaccard'``, or a function of labels (B, K) and (N, K) to (B, N).
+            temperature: Temperature of the contrastive term, 0.2 in the same authors'
+                MoCo runs.
+            soft_temperature: Temperature of the soft term. Defaults to *temperature*.
+            symmetric: Whether to also exchange the views and average. The authors'
+                figure shows one direction.
+            gather_distributed: Whether images are compared with those of all ranks.
+            momentum: EMA momentum at the start. Defaults to 0.99 for Vision
+                Transformers (MoCo v3) and 0.999 for others (MoCo v2).
+            momentum_final: EMA momentum at the end of a cosine. Defaults to 1 for
+                Vision Transformers and to *momentum*, a constant, for others.
+            hidden_dim: Width of the heads (4096 in MoCo v3).
+            output_dim: Size of the embeddings (256 in MoCo v3).
+            projector_layers: Number of layers of the projector (3 in MoCo v3).
+            predictor_layers: Number of layers of the predictor (2 in MoCo v3).
+            optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``. The same authors used AdamW
+                for Vision Transformers and SGD for ResNets.
+            lr: Peak learning rate per 256 images: it is multiplied by the number of
+                images per optimizer step (over all ranks and accumulated batches) / 256.
+                1.5e-4 for AdamW (MoCo v3), 0.03 for SGD (MoCo v2).
+            weight_decay: Weight decay, 0.1 for AdamW and 1e-4 for SGD. Not applied to
+                biases and one-dimensional parameters.
+            warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
+            augmentations: Module that draws a view of a batch (B, C, H, W). Defaults to
+                :class:`~torchgeo_softcon.transforms.RandomView` of *size*.
+
+        Raises:
+            ValueError: If an argument is out of range, or if *model*, *weights*,
+                *bands*, *size* and *mask_mode* do not fit each other.
+        """
+        for name, value in {'in_channels': in_channels, 'size': size}.items():
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+        for name, value in {
+            'momentum': momentum,
+            'momentum_final': momentum_final,
+        }.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f'{name} must be in [0, 1], got {value}')
+        if seasons not in ('same', 'different'):
+            raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
+        if lr <= 0 or weight_decay < 0 or warmup_epochs < 0:
+            raise ValueError(
+                'lr must be > 0, weight_decay and warmup_epochs >= 0, got '
+                f'{lr}, {weight_decay} and {warmup_epochs}'
+            )
+
+        self.weights = weights
+        self.label_similarity = label_similarity
+        if callable(label_similarity):
+            # A function in a checkpoint could not be loaded safely
+            self.ignore = (*self.ignore, 'label_similarity')
+        super().__init__()
+        self.augmentations = augmentations or RandomView(size)
+
+    def configure_losses(self) -> None:
+        """Initialize the loss criterion."""
+        self.criterion = SoftContrastiveLoss(
+            self.hparams['temperature'],
+            self.hparams['soft_temperature'],
+            self.hparams['soft_weight'],
+            self.hparams['soft_loss'],
+            self.label_similarity,
+            self.hparams['gather_distributed'],
+        )
+
+    def configure_models(self) -> None:
+        """Initialize the encoder, its teacher, the heads and the masking."""
+        self.model = self.create_encoder()
+        width: int = self.model.num_features
+        hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
+        self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
+        self.predictor = mlp_head(out, hidden, out, self.hparams['predictor_layers'])
+        self.teacher = make_teacher(self.model)
+        self.teacher_projector = make_teacher(self.projector)
+
+        mode = self.hparams['mask_mode']
+        if mode is None:
+            mode = 'drop' if is_vit(self.model) else 'pixel'
+        elif mode != 'pixel' and not is_vit(self.model):
+            raise ValueError(
+                f'mask_mode={mode!r} needs a Vision Transformer, got '
+                f"{self.hparams['model']!r}. Use mask_mode='pixel'"
+            )
+        self.masking = SiameseMasking(
+            mode, self.hparams['mask_ratio'], self.hparams['mask_patch_size'], width
+        )
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Encoder and projector, each with its teacher."""
+        return [(self.model, self.teacher), (self.projector, self.teacher_projector)]
+
+    def momentum_at(self, step: int) -> float:
+        """EMA momentum of an optimizer step.
+
+        Args:
+            step: Index of the optimizer step.
+
+        Returns:
+            A cosine from *momentum* to *momentum_final*.
+        """
+        vit = is_vit(self.model)
+        start, final = self.hparams['momentum'], self.hparams['momentum_final']
+        start = (0.99 if vit else 0.999) if start is None else start
+        final = (1.0 if vit else start) if final is None else final
+        return cosine_warmup(step, self.total_steps, start, final)
+
+    def views(
+        self, batch: Sample
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """Draw two views of every image of a batch, with their labels.
+
+        Args:
+            batch: Mini-batch, see :meth:`training_step`.
+
+        Returns:
+            Two views of shape (B, C, H, W), and two labels of shape (B, K) or None.
+
+        Raises:
+            ValueError: If the batch lacks something or has other shapes.
+        """
+        if 'image' not in batch:
+            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
+        image = split_seasons(batch['image'], self.hparams['in_channels'])
+        if len(image) < 2:
+            raise ValueError(
+                'SoftCon compares the images of a batch with each other and needs at '
+                'least 2, got a batch of 1. Raise batch_size, and drop the last batch'
+            )
+
+        label = self.label(batch, image)
+        rows, seasons = torch.arange(len(image), device=image.device), image.shape[1]
+        first = torch.randint(seasons, (len(image),), device=image.device)
+        second = first
+        if self.hparams['seasons'] == 'different' and seasons > 1:
+            second = first + torch.randint(
+                1, seasons, (len(image),), device=image.device
+            )
+            second = second % seasons
+        views = [self.augmentations(image[rows, i]) for i in (first, second)]
+        labels = [None if label is None else label[rows, i] for i in (first, second)]
+        return (views[0], views[1]), (labels[0], labels[1])
+
+    def label(self, batch: Sample, image: Tensor) -> Tensor | None:
+        """Labels of a batch, one per season.
+
+        Args:
+            batch: Mini-batch with *label* of shape (B, K) or (B, T, K).
+            image: Images of shape (B, T, C, H, W).
+
+        Returns:
+            Float labels of shape (B, T, K), or None if they are not needed.
+
+        Raises:
+            ValueError: If *label* is missing or has another shape.
+        """
+        if self.hparams['soft_weight'] == 0:
+            return None
+        label = batch.get('label')
+        if label is None:
+            raise ValueError(
+                "batch must have the key 'label' (multi-labels) because soft_weight = "
+                f'{self.hparams["soft_weight"]} > 0, got {sorted(batch)}. Land-cover '
+                'masks become labels by transforms=torchgeo_softcon.transforms.'
+                'WorldCoverMultiLabel() of the dataset; without labels, set '
+                'soft_weight to 0'
+            )
+
+        self.check_label(label)
+        size, seasons = image.shape[:2]
+        if label.ndim == 2 and len(label) == size:
+            label = label[:, None].expand(-1, seasons, -1)
+        if label.ndim != 3 or label.shape[:2] != (size, seasons):
+            raise ValueError(
+                f"batch['label'] must have the shape (B, K) or (B, T, K) with B = {size} "
+                f'and T = {seasons}, got {tuple(label.shape)}. Class indices are not '
+                'multi-labels: make them one-hot'
+            )
+        return label.float()
+
+    @staticmethod
+    def check_label(label: Tensor) -> None:
+        """Check the values of a label while it is on the host.
+
+        Args:
+            label: Labels of any shape. Those on a GPU are not read.
+
+        Raises:
+            ValueError: If a value is negative, NaN or infinite.
+        """
+        if label.device.type != 'cpu':
+            return
+        if not label.isfinite().all() or (label < 0).any():
+            raise ValueError(
+                "batch['label'] must be finite and >= 0, got values from "
+                f'{label.min()} to {label.max()}. An unknown label is all zeros'
+            )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check labels before they leave the host, where it costs nothing.
+
+        Args:
+            batch: Mini-batch.
+            dataloader_idx: Index of the current dataloader.
+
+        Returns:
+            The same mini-batch.
+        """
+        training = self.trainer.training and self.device.type != 'cpu'
+        if training and self.hparams['soft_weight'] > 0 and 'label' in batch:
+            self.check_label(batch['label'])
+        return batch
+
+    def training_step(
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        """Compute the training loss and additional metrics.
+
+        Args:
+            batch: Mini-batch with *image* of shape (B, C, H, W), (B, T * C, H, W) or
+                (B, T, C, H, W), and *label* of shape (B, K) or (B, T, K), multi-hot or
+                class fractions, all zeros where unknown.
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+
+        Returns:
+            The loss tensor.
+
+        Raises:
+            ValueError: If the batch lacks something or has other shapes.
+            NonFiniteLossError: If the loss is not finite.
+        """
+        with self.step_rng(batch_idx):
+            views, labels = self.views(batch)
+            terms, features = self.compare(views, labels)
+            if self.hparams['symmetric']:
+                reverse, _ = self.compare(views[::-1], labels[::-1])
+                terms = (terms + reverse) / 2
+        loss = terms[0] + self.hparams['soft_weight'] * terms[1]
+        self.guard.watch(self.global_step, loss, batch['image'])
+
+        values = {
+            'train_loss': loss,
+            'train_loss_contrast': terms[0],
+            'train_loss_soft': terms[1],
+            # Much smaller than 1 / sqrt(F): all images look alike to the encoder
+            'train_feature_std': std_of_l2_normalized(features.detach().float()),
+        }
+        if labels[0] is not None:
+            values['train_unknown_share'] = (~labels[0].any(1)).float().mean()
+        self.log_step(values, len(views[0]))
+        return loss
+
+    def compare(
+        self, views: tuple[Tensor, Tensor], labels: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Both terms of the loss of masked first views against second views.
+
+        Args:
+            views: Two views of shape (B, C, H, W).
+            labels: Their labels of shape (B, K), or None.
+
+        Returns:
+            The contrastive and the soft term, shape (2,), and the features of the first
+            views, shape (B, F).
+        """
+        features = self.masking(self.model, views[0])  # (B, F)
+        query = self.predictor(self.projector(features))  # (B, D)
+        with torch.no_grad():
+            key = self.teacher_projector(self.teacher(views[1]))  # (B, D)
+        terms = self.criterion.terms(query, key, *labels)
+        return torch.stack(terms), features
