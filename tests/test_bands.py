@@ -1,0 +1,56 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import pytest
+from torchgeo.models import ResNet50_Weights
+
+from torchgeo_softcon.bands import (
+    BAND_STATISTICS,
+    SENTINEL1_BANDS,
+    SENTINEL2_BANDS,
+    normalize_band_names,
+    rgb_indices,
+)
+
+
+def test_spellings() -> None:
+    assert normalize_band_names(['B02', 'b8a', 'B08A'[:3], 'B11', 'B10']) == (
+        'B2',
+        'B8A',
+        'B8',
+        'B11',
+        'B10',
+    )
+    assert normalize_band_names(['red', 'Green', 'B']) == ('R', 'G', 'B')
+    assert normalize_band_names(['B08A', 'vv']) == ('B8A', 'VV')
+
+
+def test_order_is_that_of_the_hosts_weights() -> None:
+    meta = ResNet50_Weights.SENTINEL2_ALL_SOFTCON.meta
+    assert normalize_band_names(meta['bands']) == SENTINEL2_BANDS
+    meta = ResNet50_Weights.SENTINEL1_GRD_SOFTCON.meta
+    assert normalize_band_names(meta['bands']) == SENTINEL1_BANDS
+
+
+def test_statistics_are_those_of_the_hosts_weights() -> None:
+    for weights, bands in (
+        (ResNet50_Weights.SENTINEL2_ALL_SOFTCON, SENTINEL2_BANDS),
+        (ResNet50_Weights.SENTINEL1_GRD_SOFTCON, SENTINEL1_BANDS),
+    ):
+        normalize = weights.transforms[-1]
+        assert [BAND_STATISTICS[b][0] for b in bands] == list(normalize.mean)
+        assert [BAND_STATISTICS[b][1] for b in bands] == list(normalize.std)
+
+
+def test_rgb() -> None:
+    assert rgb_indices(SENTINEL2_BANDS) == (3, 2, 1)
+    assert rgb_indices(['G', 'R', 'NIR', 'B']) == (1, 0, 3)
+    with pytest.raises(ValueError, match='must have red, green and blue'):
+        rgb_indices(['VV', 'VH'])
+
+
+def test_bad_names() -> None:
+    with pytest.raises(ValueError, match=r"unknown name 'B8B', did you mean B8"):
+        normalize_band_names(['B8B'])
+    with pytest.raises(ValueError, match='must be unique'):
+        normalize_band_names(['B2', 'B02'])
