@@ -1,0 +1,285 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightly.utils.lars import LARS
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from torchgeo_softcon.schedules import cosine_warmup
+from torchgeo_softcon.tasks import SoftConTask
+from torchgeo_softcon.tasks.base import split_seasons
+from torchgeo_softcon.tasks.guard import NonFiniteLossError
+from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
+
+from .helpers import Scenes, make_batch, make_loader, make_task, make_trainer
+
+
+def test_split_seasons() -> None:
+    image = torch.arange(2 * 6 * 4.0).view(2, 6, 2, 2)
+    assert torch.equal(split_seasons(image, 6), image[:, None])
+    assert torch.equal(split_seasons(image, 2)[:, 1], image[:, 2:4])
+    assert torch.equal(split_seasons(image.view(2, 3, 2, 2, 2), 2)[:, 2], image[:, 4:])
+
+
+class TestParameterGroups:
+    @pytest.mark.parametrize(
+        'model', ['vit_tiny_patch16_224', 'vit_small_patch14_dinov2', 'resnet18']
+    )
+    def test_who_is_decayed(self, model: str) -> None:
+        network = timm.create_model(model, num_classes=0)
+        decay, no_decay = parameter_groups([network], 0.1)
+        names = {id(p): n for n, p in network.named_parameters()}
+        decayed = {names[id(p)] for p in decay['params']}
+        plain = {names[id(p)] for p in no_decay['params']}
+        assert (decay['weight_decay'], no_decay['weight_decay']) == (0.1, 0)
+        assert decayed | plain == set(names.values())
+        for name in plain:
+            assert name.endswith('.bias') or any(
+                part in name for part in ('norm', 'gamma', 'bn', 'downsample.1')
+            )
+        for name in decayed:
+            assert not name.endswith('.bias')
+            assert 'gamma' not in name
+        if model.startswith('vit'):
+            assert {'pos_embed', 'cls_token'} <= decayed
+
+    def test_teacher_is_not_optimized(self, tmp_path: Path) -> None:
+        task = make_task()
+        trainer = make_trainer(tmp_path, fast_dev_run=True)
+        trainer.fit(task, make_loader())
+        optimized = {
+            id(p) for g in trainer.optimizers[0].param_groups for p in g['params']
+        }
+        expected = {
+            id(p)
+            for m in (task.model, task.projector, task.predictor)
+            for p in m.parameters()
+        }
+        assert optimized == expected
+
+    def test_optimizers(self) -> None:
+        groups = parameter_groups([torch.nn.Linear(2, 2)], 0.1)
+        assert isinstance(create_optimizer('lars', groups, 0.1, False), LARS)
+        sgd = create_optimizer('sgd', groups, 0.1, False)
+        assert sgd.defaults['momentum'] == 0.9
+        with pytest.raises(ValueError, match="optimizer must be .* got 'adam'"):
+            create_optimizer('adam', groups, 0.1, False)  # type: ignore[arg-type]
+
+
+class Watch(Callback):
+    """Records what a run does per batch."""
+
+    def __init__(self) -> None:
+        self.lr: list[float] = []
+        self.teacher: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.lr.append(trainer.optimizers[0].param_groups[0]['lr'])
+
+    def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
+        self.teacher.append(task.teacher.cls_token.detach().clone())
+
+
+class TestSchedules:
+    def test_learning_rate_per_step(self, tmp_path: Path) -> None:
+        watch = Watch()
+        trainer = make_trainer(tmp_path, callbacks=[watch])
+        trainer.fit(make_task(lr=0.64), make_loader())  # 4 steps of 4 images an epoch
+        expected = [0.01 * cosine_warmup(i, 12, 1, 0, 4) for i in range(12)]
+        assert watch.lr == pytest.approx(expected)
+        assert max(watch.lr) == pytest.approx(0.64 * 4 / 256)
+
+    def test_accumulation_counts_for_the_learning_rate(self, tmp_path: Path) -> None:
+        watch = Watch()
+        trainer = make_trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=2)
+        trainer.fit(make_task(lr=0.64, warmup_epochs=0), make_loader())
+        expected = [0.02 * cosine_warmup(i // 2, 6, 1, 0) for i in range(12)]
+        assert watch.lr == pytest.approx(expected)
+
+    def test_batch_size_of_a_batch_sampler(self, tmp_path: Path) -> None:
+        sampler = torch.utils.data.BatchSampler(range(16), 8, drop_last=True)
+        loader = DataLoader(Scenes(), batch_sampler=sampler)
+        watch = Watch()
+        trainer = make_trainer(tmp_path, callbacks=[watch], max_epochs=1)
+        trainer.fit(make_task(lr=0.64, warmup_epochs=0), loader)
+        assert watch.lr[0] == pytest.approx(0.64 * 8 / 256)
+
+    def test_long_warmup_is_cut(self, tmp_path: Path) -> None:
+        watch = Watch()
+        trainer = make_trainer(tmp_path, callbacks=[watch], max_epochs=2)
+        with pytest.warns(UserWarning, match='warmup_epochs = 10 is 40 of the 8'):
+            trainer.fit(make_task(lr=0.64, warmup_epochs=10), make_loader())
+        assert max(watch.lr) == pytest.approx(0.01)
+
+    def test_run_without_end(self, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, max_epochs=-1)
+        with pytest.raises(ValueError, match=r'trainer\.max_epochs = -1 .* Set one'):
+            trainer.fit(make_task(), make_loader())
+
+    def test_teacher_moves_once_per_optimizer_step(self, tmp_path: Path) -> None:
+        watch = Watch()
+        trainer = make_trainer(
+            tmp_path, callbacks=[watch], accumulate_grad_batches=4, max_epochs=4
+        )
+        task = make_task(warmup_epochs=0, lr=1, momentum=0.5, momentum_final=0.5)
+        start = task.teacher.cls_token.detach().clone()
+        trainer.fit(task, make_loader())
+        moved = [
+            not torch.equal(a, b)
+            for a, b in zip([start, *watch.teacher], watch.teacher, strict=False)
+        ]
+        assert trainer.global_step == 4
+        assert moved == [False, False, False, True] * 4
+
+    def test_teacher_is_the_average_of_the_students(self, tmp_path: Path) -> None:
+        students: list[Tensor] = []
+
+        class Students(Callback):
+            def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
+                students.append(task.model.cls_token.detach().double().clone())
+
+        task = make_task(lr=1, momentum=0.9, momentum_final=1)
+        expected = task.teacher.cls_token.detach().double().clone()
+        make_trainer(tmp_path, callbacks=[Students()]).fit(task, make_loader())
+        for step, student in enumerate(students):
+            momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / 12)) / 2
+            expected = momentum * expected + (1 - momentum) * student
+        torch.testing.assert_close(task.teacher.cls_token.double(), expected)
+
+
+class TestStepRng:
+    def test_depends_on_seed_and_batch_alone(self) -> None:
+        task, batch = make_task(), make_batch()
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = task.training_step(batch, 0)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        assert torch.equal(task.training_step(batch, 0), first)
+        assert not torch.equal(task.training_step(batch, 1), first)
+
+    def test_ranks_draw_differently(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        task = make_task()
+        numbers = []
+        for rank in range(2):
+            monkeypatch.setattr(
+                SoftConTask, 'global_rank', property(lambda self, rank=rank: rank)
+            )
+            with task.step_rng(0):
+                numbers.append(torch.rand(4))
+        assert not torch.equal(*numbers)
+
+    def test_seed_is_in_the_checkpoint(self) -> None:
+        task = make_task()
+        torch.manual_seed(5)
+        other = SoftConTask(
+            'test_vit', in_channels=4, size=32, hidden_dim=16, output_dim=8
+        )
+        assert other.rng_seed != task.rng_seed
+        other.load_state_dict(task.state_dict())
+        batch = make_batch()
+        assert torch.equal(other.training_step(batch, 0), task.training_step(batch, 0))
+
+
+class TestResume:
+    @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
+    @pytest.mark.parametrize('step', [4, 8])
+    def test_same_numbers_as_without_interruption(
+        self, tmp_path: Path, model: str, step: int
+    ) -> None:
+        def make() -> SoftConTask:
+            return make_task(model=model, mask_mode='pixel', drop_path_rate=0.1)
+
+        save = ModelCheckpoint(tmp_path, '{step}', every_n_train_steps=4, save_top_k=-1)
+        trainer = make_trainer(tmp_path, callbacks=[save], enable_checkpointing=True)
+        whole = make()
+        trainer.fit(whole, make_loader())
+
+        torch.manual_seed(123)  # a new process has other random numbers
+        resumed = make_task(model=model, mask_mode='pixel', drop_path_rate=0.1)
+        torch.manual_seed(321)
+        trainer = make_trainer(tmp_path)
+        trainer.fit(resumed, make_loader(), ckpt_path=tmp_path / f'step={step}.ckpt')
+        assert trainer.global_step == 12
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+class TestNonFinite:
+    def test_nan_pixels_stop_the_run_before_they_spoil_it(self, tmp_path: Path) -> None:
+        class Spoilt(Scenes):
+            def __getitem__(self, index: int) -> dict[str, Tensor]:
+                sample = super().__getitem__(index)
+                if index == 9:
+                    sample['image'][1, 2, 3:5] = math.nan
+                return sample
+
+        task = make_task()
+        trainer = make_trainer(tmp_path)
+        loader = DataLoader(Spoilt(), batch_size=4)
+        match = r'train_loss is nan at optimizer step 2\. .* 2 pixels are NaN'
+        with pytest.raises(NonFiniteLossError, match=match):
+            trainer.fit(task, loader)
+        assert all(p.isfinite().all() for p in task.parameters())
+
+    def test_ranges_are_told(self, tmp_path: Path) -> None:
+        task = make_task()
+        with torch.no_grad():
+            next(task.projector.parameters()).fill_(math.inf)
+        batch = make_batch()
+        batch['image'][0, 0, 0, 0] = -7
+        with pytest.raises(NonFiniteLossError, match=r'ranges from -7 to (1|0\.99)'):
+            task.training_step(batch, 0)
+
+
+class TestCheckpoint:
+    def test_load_from_checkpoint(self, tmp_path: Path) -> None:
+        task = make_task(bands=['B2', 'B3', 'B4', 'B8'])
+        trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+        trainer.fit(task, make_loader())
+        assert trainer.checkpoint_callback is not None
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[attr-defined]
+        torch.load(path, weights_only=True)
+        loaded = SoftConTask.load_from_checkpoint(path)
+        assert dict(loaded.hparams) == dict(task.hparams)
+        for key, value in task.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[key])
+
+    def test_continues_from_its_own_encoder(self, tmp_path: Path) -> None:
+        task = make_task()
+        trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+        trainer.fit(task, make_loader())
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        other = make_task(weights=path)
+        for key, value in task.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[key])
+        with pytest.raises(ValueError, match='weights are of another architecture'):
+            make_task(model='resnet18', weights=path)
+
+    def test_says_where_it_is(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+        with caplog.at_level('INFO', logger='lightning.pytorch'):
+            trainer.fit(make_task(), make_loader())
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        assert f'The pretrained encoder is in {path}' in caplog.text
+        assert f"--model.model test_vit --model.weights '{path}'" in caplog.text
+
+
+@pytest.mark.parametrize('precision', ['bf16-mixed', '32-true'])
+def test_precision_and_clipping(tmp_path: Path, precision: Any) -> None:
+    trainer = make_trainer(
+        tmp_path, max_epochs=1, precision=precision, gradient_clip_val=1.0
+    )
+    trainer.fit(make_task(), make_loader())
+    assert trainer.callback_metrics['train_loss'].isfinite()
+    assert trainer.optimizers[0].defaults['fused'] is False

@@ -1,0 +1,283 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchgeo_softcon.losses import jaccard_similarity
+from torchgeo_softcon.tasks import SoftConTask
+
+from .helpers import Scenes, make_batch, make_loader, make_task, make_trainer
+
+
+class TestConstructor:
+    @pytest.mark.parametrize(
+        ('kwargs', 'match'),
+        [
+            ({'in_channels': 0}, 'in_channels must be at least 1, got 0'),
+            ({'size': 40}, 'size must be a multiple of the patch size 16 .* 32'),
+            ({'model': 'vit_tinny_patch16_224'}, 'did you mean .*vit_tiny_patch16_224'),
+            (
+                {'bands': ['B2', 'B3']},
+                'bands must name all in_channels = 4 bands, got 2',
+            ),
+            ({'bands': ['B2', 'B3', 'B4', 'B88']}, "unknown name 'B88'"),
+            ({'momentum': 1.1}, r'momentum must be in \[0, 1\], got 1.1'),
+            ({'seasons': 'all'}, "seasons must be .* got 'all'"),
+            ({'lr': 0}, 'lr must be > 0'),
+            ({'mask_ratio': 1}, r'ratio must be in \[0, 1\), got 1'),
+            ({'mask_mode': 'drop', 'model': 'resnet18'}, 'needs a Vision Transformer'),
+            ({'soft_loss': 'kl'}, "got 'kl'"),
+            ({'soft_weight': -1}, 'soft_weight must be >= 0'),
+            ({'weights': 'nowhere.ckpt'}, "existing file or the name .*'nowhere.ckpt'"),
+            ({'projector_layers': 0}, 'num_layers must be at least 1'),
+        ],
+    )
+    def test_bad_argument(self, kwargs: dict[str, Any], match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            make_task(**kwargs)
+
+    @pytest.mark.parametrize(
+        ('model', 'mode', 'momentum'),
+        [('test_vit', 'drop', (0.99, 1)), ('resnet18', 'pixel', (0.999, 0.999))],
+    )
+    def test_defaults_follow_the_encoder(
+        self, model: str, mode: str, momentum: tuple[float, float]
+    ) -> None:
+        task = make_task(model=model)
+        task.total_steps = 10
+        assert task.masking.mode == mode
+        assert (task.momentum_at(0), task.momentum_at(10)) == momentum
+
+    def test_teacher_starts_as_the_pretrained_student(self, tmp_path: Path) -> None:
+        other = make_task(in_channels=3)
+        torch.save(other.model.state_dict(), tmp_path / 'rgb.pth')
+        task = make_task(weights=str(tmp_path / 'rgb.pth'))
+        for name, parameter in task.model.named_parameters():
+            assert torch.equal(parameter, task.teacher.get_parameter(name))
+            loaded = other.model.get_parameter(name)
+            # The paper: a random input layer, everything else pretrained
+            assert (parameter.shape == loaded.shape) == (
+                name != 'patch_embed.proj.weight'
+            )
+            if parameter.shape == loaded.shape:
+                assert torch.equal(parameter, loaded)
+
+    def test_frozen_patch_embedding(self) -> None:
+        task = make_task(freeze_patch_embed=True)
+        frozen = [n for n, p in task.model.named_parameters() if not p.requires_grad]
+        assert frozen == ['patch_embed.proj.weight', 'patch_embed.proj.bias']
+
+    def test_hyperparameters_are_plain(self) -> None:
+        task = make_task(
+            weights=None,
+            augmentations=nn.Identity(),
+            label_similarity=jaccard_similarity,
+        )
+        for name in ('weights', 'augmentations', 'label_similarity'):
+            assert name not in task.hparams
+        assert task.hparams['model'] == 'test_vit'
+        assert isinstance(task.augmentations, nn.Identity)
+        assert task.criterion.label_similarity is jaccard_similarity
+
+    def test_only_the_encoder_has_keys_of_a_model(self) -> None:
+        task = make_task(mask_mode='token')
+        keys = [k for k in task.state_dict() if 'model.' in k]
+        assert keys
+        assert all(k.startswith('model.') and k.count('model.') == 1 for k in keys)
+        assert {k[6:] for k in keys} == task.model.state_dict().keys()
+
+
+class Constant(nn.Module):
+    """A view that shows which image it was drawn from."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[..., :32, :32]
+
+
+class TestViews:
+    @pytest.mark.parametrize('layout', ['channels', 'time'])
+    @pytest.mark.parametrize('seasons', ['same', 'different'])
+    def test_labels_belong_to_their_season(self, layout: str, seasons: str) -> None:
+        task = make_task(seasons=seasons, augmentations=Constant())
+        times = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(64, 3, 4, 32, 32)
+        rows = torch.arange(64.0).view(-1, 1, 1, 1, 1)
+        image = times + 10 * rows
+        batch = {
+            'image': image.flatten(1, 2) if layout == 'channels' else image,
+            'label': F.one_hot(torch.arange(3)).expand(64, 3, 3),
+        }
+        torch.manual_seed(0)
+        (first, second), (label, key_label) = task.views(batch)
+        for view, chosen in ((first, label), (second, key_label)):
+            assert chosen is not None
+            assert torch.equal(view[:, 0, 0, 0] % 10, chosen.argmax(1).float())
+            assert torch.equal(view[:, 0, 0, 0] // 10, torch.arange(64.0))
+            assert set(chosen.argmax(1).tolist()) == {0, 1, 2}
+        same = first[:, 0, 0, 0] == second[:, 0, 0, 0]
+        assert same.all() if seasons == 'same' else not same.any()
+
+    def test_one_label_for_all_seasons(self) -> None:
+        task = make_task(augmentations=Constant())
+        batch = make_batch(seasons=2)
+        _, (label, key_label) = task.views(batch)
+        assert label is not None
+        assert torch.equal(label, batch['label'])
+        assert key_label is not None
+        assert torch.equal(key_label, batch['label'])
+
+    def test_no_label_needed_without_the_soft_term(self) -> None:
+        task = make_task(soft_weight=0)
+        batch = make_batch()
+        del batch['label']
+        _, labels = task.views(batch)
+        assert labels == (None, None)
+
+    @pytest.mark.parametrize(
+        ('change', 'match'),
+        [
+            (
+                {'image': torch.rand(4, 5, 32, 32)},
+                r'in_channels = 4, got \(4, 5, 32, 32\)',
+            ),
+            ({'image': torch.rand(4, 2, 3, 32, 32)}, r'got \(4, 2, 3, 32, 32\)'),
+            ({'image': torch.rand(1, 4, 32, 32)}, 'at least 2, got a batch of 1'),
+            (
+                {'label': None},
+                r"key 'label' .*\['image', 'label'\].*WorldCoverMultiLabel",
+            ),
+            ({'label': torch.ones(4)}, r'multi-labels: make them one-hot'),
+            ({'label': torch.ones(3, 5)}, r'B = 4 and T = 1, got \(3, 5\)'),
+            ({'label': torch.ones(4, 2, 5)}, r'T = 1, got \(4, 2, 5\)'),
+            ({'label': -torch.ones(4, 5)}, 'finite and >= 0, got values from -1'),
+            ({'label': torch.full((4, 5), math.nan)}, 'finite and >= 0, got .* nan'),
+        ],
+    )
+    def test_bad_batch(self, change: dict[str, Any], match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            make_task().training_step({**make_batch(), **change}, 0)
+
+    def test_missing_keys_are_named(self) -> None:
+        with pytest.raises(ValueError, match=r"key 'image', got \['label'\]"):
+            make_task().training_step({'label': torch.ones(4, 5)}, 0)
+        with pytest.raises(ValueError, match=r"key 'label' .* got \['image', 'mask'\]"):
+            make_task().training_step(
+                {'image': torch.rand(4, 4, 32, 32), 'mask': torch.zeros(4, 32, 32)}, 0
+            )
+
+
+class TestTrainingStep:
+    def test_is_moco_v3_in_one_direction_without_labels_and_mask(self) -> None:
+        task = make_task(soft_weight=0, mask_ratio=0, augmentations=Constant())
+        batch = make_batch(8)
+        loss = task.training_step(batch, 0)
+        query = task.predictor(task.projector(task.model(batch['image'])))
+        key = task.teacher_projector(task.teacher(batch['image']))
+        logits = F.normalize(query) @ F.normalize(key).T / 0.2
+        torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(8)))
+
+    def test_symmetric_averages_both_directions(self) -> None:
+        task = make_task(mask_ratio=0, symmetric=True)
+        batch = make_batch(8)
+        loss = task.training_step(batch, 0)
+        with task.step_rng(0):
+            views, labels = task.views(batch)
+        one, _ = task.compare(views, labels)
+        two, _ = task.compare(views[::-1], labels[::-1])
+        torch.testing.assert_close(loss, (one.sum() + two.sum()) / 2)
+
+    @pytest.mark.parametrize('mode', ['drop', 'token', 'pixel'])
+    @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
+    def test_gradients(self, model: str, mode: Any) -> None:
+        if model == 'resnet18' and mode != 'pixel':
+            pytest.skip('only Vision Transformers have tokens')
+        task = make_task(model=model, mask_mode=mode)
+        task.training_step(make_batch(), 0).backward()
+        for name, parameter in task.named_parameters():
+            if 'teacher' in name:
+                assert parameter.grad is None
+            else:
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all()
+
+    def test_all_labels_unknown(self, tmp_path: Path) -> None:
+        class Unknown(Scenes):
+            def __getitem__(self, index: int) -> dict[str, Tensor]:
+                sample = super().__getitem__(index)
+                return {**sample, 'label': sample['label'] * 0}
+
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        loader = torch.utils.data.DataLoader(Unknown(), batch_size=4)
+        trainer.fit(make_task(), loader)
+        metrics = trainer.callback_metrics
+        assert metrics['train_unknown_share'] == 1
+        assert metrics['train_loss_soft'] == 0
+        assert metrics['train_loss'].isfinite()
+
+    def test_what_is_logged(self, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(make_task(soft_weight=2), make_loader())
+        metrics = trainer.callback_metrics
+        assert metrics.keys() == {
+            'train_loss',
+            'train_loss_contrast',
+            'train_loss_soft',
+            'train_feature_std',
+            'train_unknown_share',
+            'schedule/lr',
+            'schedule/momentum',
+        }
+        total = metrics['train_loss_contrast'] + 2 * metrics['train_loss_soft']
+        torch.testing.assert_close(metrics['train_loss'], total)
+
+    def test_loss_falls(self, tmp_path: Path) -> None:
+        losses: list[float] = []
+
+        class Recorder(SoftConTask):
+            def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+                loss = super().training_step(*args, **kwargs)
+                losses.append(loss.item())
+                return loss
+
+        torch.manual_seed(0)
+        task = Recorder(
+            'test_vit',
+            in_channels=4,
+            size=32,
+            hidden_dim=32,
+            output_dim=16,
+            lr=0.2,
+            mask_ratio=0.25,
+            warmup_epochs=1,
+            augmentations=Constant(),
+        )
+        loader = torch.utils.data.DataLoader(Scenes(32), batch_size=8)
+        make_trainer(tmp_path, max_epochs=14).fit(task, loader)
+        assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+class TestPredict:
+    def test_features_of_the_exported_encoder(self) -> None:
+        task = make_task().eval()
+        batch = make_batch()
+        features = task.predict_step(batch, 0)
+        torch.testing.assert_close(features, task.model(batch['image']))
+        assert features.shape == (4, 64)
+
+    def test_seasons_are_averaged(self) -> None:
+        task = make_task().eval()
+        batch = make_batch(seasons=2)
+        expected = (task(batch['image'][:, :4]) + task(batch['image'][:, 4:])) / 2
+        torch.testing.assert_close(task.predict_step(batch, 0), expected)
+
+    def test_image_is_not_covered_by_patches(self) -> None:
+        with pytest.raises(
+            ValueError, match='image size must be a multiple .* 40 x 32'
+        ):
+            make_task()(torch.rand(2, 4, 40, 32))
