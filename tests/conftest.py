@@ -1,0 +1,24 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+from pathlib import Path
+
+import pytest
+
+from torchgeo_softcon.datasets import SyntheticScenes
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> SyntheticScenes:
+    """Small synthetic scenes, written once."""
+    root = tmp_path_factory.mktemp('scenes')
+    return SyntheticScenes(root, size=96, seasons=2)
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    """Folder of real samples, beside the repository where they are at hand."""
+    folder = Path(__file__).parents[1].parent / 'shared' / 'data'
+    if not folder.is_dir():
+        pytest.skip('the real samples are not at hand')
+    return folder

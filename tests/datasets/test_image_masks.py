@@ -1,0 +1,274 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import csv
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+from torch import nn
+
+from tests.datamodules.helpers import DATA, write_raster
+from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
+from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES, class_fractions
+
+
+def save(path: Path, values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+    return path
+
+
+def folder(root: Path, **kwargs: Any) -> ImageMaskFolder:
+    return ImageMaskFolder(root, **({'transforms': nn.Identity()} | kwargs))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three images whose first colour, and mask, tell them apart."""
+    for i, name in enumerate(('a', 'b', 'c.1')):
+        save(tmp_path / 'images' / f'{name}.png', np.full((8, 8, 3), 100 + i))
+        save(tmp_path / 'masks' / f'{name}.tif', np.full((8, 8), WORLDCOVER_CODES[i]))
+    return tmp_path
+
+
+@pytest.fixture
+def dated(tmp_path: Path) -> Path:
+    """Two places with three dates, the pixels count up from left to right."""
+    ramp = np.arange(8)[None, :, None] * np.ones((8, 1, 3))
+    for place in range(2):
+        for date in range(3):
+            name = f'p{place}/2020-0{date + 1}'
+            save(tmp_path / 'images' / f'{name}.png', 10 * date + 100 * place + ramp)
+    save(tmp_path / 'masks' / 'p0.png', np.arange(8) // 4 * 10 + 10 * np.ones((8, 1)))
+    for date in range(3):
+        save(tmp_path / 'masks' / f'p1/2020-0{date + 1}.png', np.full((8, 8), 30))
+    return tmp_path
+
+
+class TestImageMaskFolder:
+    def test_masks_have_the_names_of_images(self, root: Path) -> None:
+        dataset = folder(root)
+        assert len(dataset) == 3 == len(list(dataset))
+        assert dataset.bands == ('R', 'G', 'B')
+        for i, sample in enumerate(dataset):
+            torch.testing.assert_close(
+                sample['image'], torch.full((3, 8, 8), (100 + i) / 255)
+            )
+            assert sample['mask'].dtype == torch.long
+            assert (sample['mask'] == WORLDCOVER_CODES[i]).all()
+
+    def test_indices_start_again_after_the_length(self, root: Path) -> None:
+        dataset = folder(root)
+        assert torch.equal(dataset[4]['image'], dataset[1]['image'])
+        with pytest.raises(IndexError, match='at least 0, got -1'):
+            dataset[-1]
+
+    def test_label_is_the_default(self, root: Path) -> None:
+        sample = pickle.loads(pickle.dumps(ImageMaskFolder(root)))[1]
+        assert set(sample) == {'image', 'label'}
+        assert sample['label'].nonzero().tolist() == [[1]]
+
+    def test_seasons_of_a_folder(self, dated: Path) -> None:
+        dataset = folder(dated, seasons=2)
+        assert len(dataset) == 2
+        for index in range(0, 20, 2):
+            image = dataset[index]['image'] * 255
+            assert image.shape == (2, 3, 8, 8)
+            first, second = image[:, 0, 0, 0].round().tolist()
+            assert first != second
+            assert {first, second} <= {0, 10, 20}
+        assert set(dataset[0]['mask'].flatten().tolist()) == {10, 20}
+        assert set(dataset[1]['mask'].flatten().tolist()) == {30}
+
+    def test_one_season_makes_every_image_a_sample(self, dated: Path) -> None:
+        assert len(folder(dated)) == 6
+
+    def test_places_by_expression(self, dated: Path) -> None:
+        dataset = folder(dated, seasons=2, places=r'2020-(\d\d)')
+        assert len(dataset) == 3
+        assert dataset.places == ['01', '02', '03']
+        with pytest.raises(ValueError, match="'x' does not p0/2020-01"):
+            folder(dated, places='x')
+
+    def test_crops_of_image_and_mask_are_the_same(self, dated: Path) -> None:
+        dataset = folder(dated, seasons=3, size=4)
+        lefts = set()
+        for index in range(0, 40, 2):
+            sample = dataset[index]
+            assert torch.equal(sample['image'], dataset[index]['image'])
+            # The place has 0 to 7 at its first date, and classes 10 and 20
+            columns = (sample['image'][:, 0] * 255).round().min(0).values
+            assert torch.equal(sample['mask'], 10 + columns.long() // 4 * 10)
+            lefts.add(columns[0, 0].item())
+        assert len(lefts) > 2
+
+    def test_bands_and_mask_of_one_file(self, tmp_path: Path) -> None:
+        values = np.arange(4, dtype=np.int16)[:, None, None] * np.ones((1, 4, 4), 'i2')
+        values[3] = 40
+        values[0, 0] = -9999
+        write_raster(tmp_path / 'a.tif', values, crs=None, nodata=-9999)
+        dataset = ImageMaskFolder(
+            images=tmp_path,
+            mask_band=4,
+            image_bands=(3, 1),
+            bands=('VV', 'VH'),
+            value_range=[(0, 4), (-1, 1)],
+            transforms=nn.Identity(),
+        )
+        image = dataset[0]['image']
+        assert (image[0] == 0.5).all()
+        assert (image[1, 0] == 0).all()
+        assert (image[1, 1:] == 0.5).all()
+        assert (dataset[0]['mask'] == 40).all()
+        rest = ImageMaskFolder(images=tmp_path, mask_band=4, value_range=(0, 4))
+        assert rest.image_bands == (1, 2, 3)
+
+    def test_divide_by_place(self, dated: Path) -> None:
+        for i in range(4):
+            save(dated / 'images' / f'x{i}.png', np.zeros((8, 8, 3)))
+            save(dated / 'masks' / f'x{i}.png', np.zeros((8, 8)))
+        dataset = folder(dated, places=r'^p\d|^x\d')
+        parts = dataset.divide(0.2)
+        places = [set(part.places) for part in parts]
+        assert set.union(*places) == set(dataset.places)
+        assert sum(map(len, places)) == 6
+        assert sum(map(len, parts)) == len(dataset) == 10
+        with pytest.raises(ValueError, match=r'6 places can not .* parts of 0.01'):
+            dataset.divide(0.01)
+
+    def test_plot(self, root: Path) -> None:
+        figure = folder(root).plot(folder(root)[0])
+        assert len(figure.axes) == 2
+        plt.close(figure)
+
+
+class TestErrors:
+    def test_no_images(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match='images must be a folder with'):
+            folder(tmp_path)
+        with pytest.raises(ValueError, match='root must be given, or images together'):
+            ImageMaskFolder(images=tmp_path)
+
+    def test_image_without_mask(self, root: Path) -> None:
+        (root / 'masks' / 'b.tif').unlink()
+        with pytest.raises(FileNotFoundError, match=r'1 of 3 images .*masks: b$'):
+            folder(root)
+
+    def test_mask_of_another_size(self, root: Path) -> None:
+        path = save(root / 'masks' / 'b.tif', np.zeros((8, 7)))
+        with pytest.raises(ValueError, match=rf'b\.png has 8 x 8 and {path} 8 x 7'):
+            folder(root)
+
+    def test_mask_of_colours(self, root: Path) -> None:
+        path = save(root / 'masks' / 'b.tif', np.zeros((8, 8, 3)))
+        with pytest.raises(ValueError, match=f'one band of WorldCover .*{path} has 3'):
+            folder(root)
+
+    def test_sizes_that_make_no_batch(self, root: Path) -> None:
+        save(root / 'images' / 'd.png', np.zeros((9, 8, 3)))
+        save(root / 'masks' / 'd.png', np.zeros((9, 8)))
+        with pytest.raises(ValueError, match=r'or size must be given .*d\.png 9 x 8'):
+            folder(root)
+        assert folder(root, size=8)[3]['image'].shape == (3, 8, 8)
+        with pytest.raises(ValueError, match=r'size must fit .* got 9 and .*a\.png of'):
+            folder(root, size=9)
+
+    def test_other_number_of_bands(self, root: Path) -> None:
+        path = save(root / 'images' / 'b.png', np.zeros((8, 8)))
+        with pytest.raises(ValueError, match=rf'{path} must have 3 bands .* got 1'):
+            folder(root)
+
+    def test_damaged_file_is_named(self, root: Path) -> None:
+        path = root / 'images' / 'b.png'
+        noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3))
+        content = save(path, noise).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(OSError, match=f'cannot read {path}'):
+            folder(root)[1]
+        path.write_bytes(b'not an image')
+        with pytest.raises(OSError, match=f'cannot open {path}'):
+            folder(root)
+
+    def test_truncated_jpeg_is_not_filled_up(self, tmp_path: Path) -> None:
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3))
+        path = save(tmp_path / 'images' / 'a.jpg', noise)
+        save(tmp_path / 'masks' / 'a.png', np.zeros((64, 64)))
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(OSError, match=f'cannot read {path}'):
+            folder(tmp_path)[0]
+
+    def test_two_files_of_one_name(self, root: Path) -> None:
+        save(root / 'images' / 'b.tif', np.zeros((8, 8, 3)))
+        with pytest.raises(ValueError, match=r'one file per name: .*b\.png, .*b\.tif'):
+            folder(root)
+
+    def test_too_few_dates(self, dated: Path) -> None:
+        (dated / 'images' / 'p1' / '2020-02.png').unlink()
+        with pytest.raises(ValueError, match='1 of 2 places have fewer: p1'):
+            folder(dated, seasons=3)
+
+    @pytest.mark.parametrize(
+        ('argument', 'message'),
+        [
+            ({'seasons': 0}, 'seasons and size must be at least 1'),
+            ({'size': 0}, 'seasons and size must be at least 1'),
+            ({'mask_band': 4}, 'mask_band must be from 1 to 3'),
+            ({'image_bands': (0, 1)}, 'image_bands must be from 1 to 3'),
+            ({'bands': ('B4', 'B3')}, 'bands must name the 3 image_bands'),
+        ],
+    )
+    def test_bad_argument(
+        self, root: Path, argument: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            folder(root, **argument)
+
+
+class TestRealData:
+    def test_hls_worldcover(self, tmp_path: Path) -> None:
+        source = DATA / 'hls_worldcover'
+        if not source.is_dir():
+            pytest.skip('no real data')
+        with open(source / 'labels.csv') as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            link = tmp_path / row['location'] / row['file']
+            link.parent.mkdir(exist_ok=True)
+            os.symlink(source / 'images' / row['file'], link)
+        options: dict[str, Any] = {
+            'images': tmp_path,
+            'image_bands': range(1, 8),
+            'mask_band': 11,
+            'value_range': (0, 4000),
+            'transforms': nn.Identity(),
+        }
+        dataset = ImageMaskFolder(**options)
+        assert len(dataset) == len(rows) == 22
+        for place, patch in zip(dataset.places, dataset.samples, strict=True):
+            assert place.endswith(patch[0].image.stem)
+        shares = {
+            patch[0].image.name: class_fractions(sample['mask'])
+            for patch, sample in zip(dataset.samples, dataset, strict=True)
+        }
+        for row in rows:
+            expected = [float(row.get(f'wc_{code}', 0)) for code in WORLDCOVER_CODES]
+            torch.testing.assert_close(
+                shares[row['file']], torch.tensor(expected), atol=1e-3, rtol=0
+            )
+
+        for location in tmp_path.iterdir():
+            if len(list(location.iterdir())) == 1:
+                for link in location.iterdir():
+                    link.unlink()
+        pairs = ImageMaskFolder(**options, seasons=2)
+        image = pairs[0]['image']
+        assert image.shape == (2, 7, 128, 128)
+        assert not torch.equal(image[0], image[1])

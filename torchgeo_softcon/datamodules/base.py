@@ -1,0 +1,196 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""What the datamodules of this package share."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from torchgeo_softcon._compat import NonGeoDataModule, NonGeoDataset, Sample
+from torchgeo_softcon.datamodules.loading import DrawSampler, ResumableDataLoader
+from torchgeo_softcon.transforms.worldcover import (
+    WORLDCOVER_CODES,
+    WorldCoverMultiLabel,
+)
+
+#: What a datamodule can give next to the image.
+Target = Literal['label', 'mask']
+
+
+class _LongLabel(nn.Module):
+    """Make a multi-hot label whole numbers, as the metrics of the host want it."""
+
+    def forward(self, sample: Sample) -> Sample:
+        return {**sample, 'label': sample['label'].long()}
+
+
+class _OrdinalMask(nn.Module):
+    """Number the WorldCover codes of a mask from 1 on, 0 is no data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ordinals = torch.zeros(256, dtype=torch.long)
+        ordinals[list(WORLDCOVER_CODES)] = 1 + torch.arange(len(WORLDCOVER_CODES))
+        self.register_buffer('ordinals', ordinals, persistent=False)
+        self.ordinals: Tensor
+
+    def forward(self, sample: Sample) -> Sample:
+        return {**sample, 'mask': self.ordinals[sample['mask']]}
+
+
+def _target_transform(
+    target: Target, min_fraction: float, fractions: bool
+) -> nn.Module:
+    """Turn a mask of codes into what a task expects."""
+    if target not in ('label', 'mask'):
+        raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
+    if target == 'mask':
+        return _OrdinalMask()
+    label = WorldCoverMultiLabel(min_fraction=min_fraction, fractions=fractions)
+    return label if fractions else nn.Sequential(label, _LongLabel())
+
+
+class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
+    """Base of datamodules whose datasets take the number of a draw as index.
+
+    Training batches are always complete and differ from epoch to epoch, and a run that
+    goes on from a checkpoint gets the batches that it would have got. Several devices
+    share the draws without further settings.
+    """
+
+    # Images are in [0, 1] already. The host's tasks read these to plot images.
+    mean = torch.tensor(0)
+    std = torch.tensor(1)
+
+    #: Whether the draws of an epoch are permuted.
+    shuffle = False
+
+    def __init__(
+        self,
+        dataset_class: type[NonGeoDataset],
+        batch_size: int,
+        num_workers: int,
+        target: Target,
+        min_fraction: float,
+        fractions: bool,
+        val_fraction: float,
+        seed: int,
+        **kwargs: Any,
+    ) -> None:
+        """Initialize a new DrawDataModule instance.
+
+        Args:
+            dataset_class: Class used to instantiate a new dataset.
+            batch_size: Number of samples in a batch on one device.
+            num_workers: Number of processes that read, per device.
+            target: What a sample has next to the image.
+            min_fraction: Smallest share of a class in a label.
+            fractions: Whether labels are shares.
+            val_fraction: Part that is kept for validation, and again for testing.
+            seed: Seed of all random choices.
+            **kwargs: Additional keyword arguments passed to ``dataset_class``.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(
+                'batch_size must be at least 1 and num_workers at least 0, got '
+                f'{batch_size} and {num_workers}'
+            )
+        if not 0 <= val_fraction < 0.5:
+            raise ValueError(
+                f'val_fraction must be in [0, 0.5), got {val_fraction}: as much is kept '
+                'for testing'
+            )
+
+        kwargs['transforms'] = _target_transform(target, min_fraction, fractions)
+        super().__init__(dataset_class, batch_size, num_workers, seed=seed, **kwargs)
+        self.val_fraction = val_fraction
+        self.seed = seed
+        # The default of the host divides by 255 and refuses (B, T, C, H, W)
+        self.aug = nn.Identity()
+        self._train_loader: ResumableDataLoader | None = None
+        self._resume: dict[str, int] | None = None
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Data loader for training.
+
+        Returns:
+            A data loader that can go on in the middle of an epoch.
+
+        Raises:
+            ValueError: If there are fewer samples than one batch needs.
+        """
+        dataset = self._valid_attribute('train_dataset')
+        world_size = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        if len(dataset) < self.batch_size * world_size:
+            raise ValueError(
+                f'batch_size must be at most {len(dataset) // world_size}, the number of '
+                f'training samples per device, got {self.batch_size}'
+            )
+        loader = ResumableDataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=DrawSampler(dataset, self.shuffle, self.seed, world_size, rank),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
+            persistent_workers=self.num_workers > 0,
+        )
+        loader.pending = self._pending
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+        elif self._train_loader and self.trainer and self.trainer.global_step > 0:
+            # reload_dataloaders_every_n_epochs
+            loader.load_state_dict(self._train_loader.state_dict())
+        self._resume = None
+        self._train_loader = loader
+        return loader
+
+    def _dataloader_factory(self, split: str) -> DataLoader[Sample]:
+        """Data loader for validation, testing or prediction, in order."""
+        return DataLoader(
+            self._valid_attribute(f'{split}_dataset'),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _pending(self) -> int:
+        """Batches that the trainer has taken, but whose step is not done.
+
+        A checkpoint that is saved on an error or on a signal falls into a step.
+        """
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.ready - progress.processed)
+
+    # Not left to the loader: Lightning restores loaders only if they are made after
+    # the loops, and a task that asks for trainer.estimated_stepping_batches to set up
+    # its schedule makes them before.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is in the epoch, for the checkpoint.
+
+        Returns:
+            The state of the training data loader, if there is one.
+        """
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+        """
+        self._resume = dict(state_dict)
+        # Some strategies restore checkpoints after the setup of the task
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)

@@ -1,0 +1,143 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Datamodule for georeferenced images and WorldCover tiles."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torchgeo_softcon.datamodules.base import DrawDataModule, Target
+from torchgeo_softcon.datasets.scaling import ValueRange
+from torchgeo_softcon.datasets.scenes import SceneGrid, WorldCoverScenes
+
+#: Seeds of the fixed windows, far from those that a user may choose.
+_VAL_SEED, _TEST_SEED = 2**32, 2**33
+
+
+class WorldCoverScenesDataModule(DrawDataModule):
+    """Random windows of Sentinel-2-like rasters, labelled by ESA WorldCover.
+
+    For pretraining, and for fine-tuning the host's tasks on the same ground:
+    ``MultiLabelClassificationTask`` (``Classification`` with ``task: multilabel``) with
+    *target* ``label`` and 11 classes, ``SemanticSegmentationTask`` with *target*
+    ``mask``, 12 classes and ``ignore_index: 0``.
+
+    Without *val_fraction*, validation and test windows are drawn from the same ground
+    as those for training, so their scores say little about other places.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        images: str | Sequence[str],
+        worldcover: str | Sequence[str] | None,
+        year: Literal[2020, 2021] = 2021,
+        bands: Sequence[str] | None = None,
+        patch_size: int = 264,
+        batch_size: int = 64,
+        length: int | None = None,
+        seasons: int = 1,
+        num_workers: int = 0,
+        target: Target = 'label',
+        min_fraction: float = 0.05,
+        fractions: bool = False,
+        min_valid: float = 0.5,
+        value_range: ValueRange = None,
+        all_bands: Sequence[str] | None = None,
+        nodata: float | None = None,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+        allow_unlabelled: bool = False,
+    ) -> None:
+        """Initialize a new WorldCoverScenesDataModule instance.
+
+        Args:
+            images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
+            worldcover: Folders or files of WorldCover tiles. None for no labels at all,
+                together with *allow_unlabelled*.
+            year: Year of the tiles, 2020 (v100) or 2021 (v200).
+            bands: Names of the bands to use, None for all bands of the files.
+            patch_size: Height and width of a window in pixels.
+            batch_size: Number of samples in a batch on one device.
+            length: Number of samples per epoch. By default as many as cover the area
+                of all images once, and at least one batch.
+            seasons: Number of different dates per sample.
+            num_workers: Number of processes that read, per device.
+            target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
+                mask with the classes 1 to 11 in the order of their codes, 0 is no data.
+            min_fraction: Smallest share of a window that a class must cover to be in
+                its label.
+            fractions: Give the share of every class instead of 0 and 1.
+            min_valid: Share of pixels of a window that must have data.
+            value_range: What becomes 0 and 1: ``softcon``, a pair ``[low, high]``, or
+                one pair per band. By default 0 and 255 for uint8, and the mean of
+                SSL4EO-S12 -2 and +2 standard deviations for known bands in digital
+                numbers or dB.
+            all_bands: Names of all bands in file order, if a file does not tell or
+                tells wrong.
+            nodata: Value of pixels without data, None for what each file says.
+            val_fraction: Part of each raster, at its lower end, whose windows are for
+                testing only, and as much above it for validation only. With 0, all are
+                drawn from everywhere.
+            seed: Seed of the windows.
+            allow_unlabelled: Accept images without a tile.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        super().__init__(
+            WorldCoverScenes,
+            batch_size,
+            num_workers,
+            target,
+            min_fraction,
+            fractions,
+            val_fraction,
+            seed,
+            images=images,
+            worldcover=worldcover,
+            year=year,
+            bands=bands,
+            patch_size=patch_size,
+            seasons=seasons,
+            min_valid=min_valid,
+            value_range=value_range,
+            all_bands=all_bands,
+            nodata=nodata,
+            allow_unlabelled=allow_unlabelled,
+        )
+        self.length = length
+        self._scenes: WorldCoverScenes | None = None
+
+    def setup(self, stage: str) -> None:
+        """Open the rasters and choose the windows.
+
+        Args:
+            stage: Either 'fit', 'validate', 'test', or 'predict'.
+        """
+        if self._scenes is None:
+            self._scenes = WorldCoverScenes(**self._scenes_kwargs())
+        scenes, part = self._scenes, self.val_fraction
+        train = val = test = (0.0, 1.0)
+        if part > 0:
+            train, val = (0.0, 1 - 2 * part), (1 - 2 * part, 1 - part)
+            test = (1 - part, 1.0)
+
+        if stage == 'fit':
+            dataset = scenes.with_windows(rows=train, length=self.length)
+            if self.length is None:
+                world_size = self.trainer.world_size if self.trainer else 1
+                dataset.length = max(dataset.length, self.batch_size * world_size)
+            self.train_dataset = dataset
+        if stage in ('fit', 'validate'):
+            self.val_dataset = scenes.with_windows(rows=val, seed=self.seed + _VAL_SEED)
+        if stage == 'test':
+            self.test_dataset = scenes.with_windows(
+                rows=test, seed=self.seed + _TEST_SEED
+            )
+        if stage == 'predict':
+            self.predict_dataset = SceneGrid(scenes)
+
+    def _scenes_kwargs(self) -> dict[str, Any]:
+        return dict(self.kwargs)

@@ -1,0 +1,104 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Datamodule for made-up scenes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchgeo_softcon.bands import SENTINEL2_BANDS
+from torchgeo_softcon.datamodules.base import Target
+from torchgeo_softcon.datamodules.scenes import WorldCoverScenesDataModule
+from torchgeo_softcon.datasets.synthetic import SyntheticScenes
+
+
+class SyntheticScenesDataModule(WorldCoverScenesDataModule):
+    """Made-up Sentinel-2 scenes with a WorldCover tile, written to disk once.
+
+    The whole way from rasters to a trained model, without a download: see
+    :class:`.SyntheticScenes` for the files and :class:`.WorldCoverScenesDataModule` for
+    how they are read.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        places: int = 1,
+        size: int = 256,
+        dates: int = 4,
+        bands: Sequence[str] = SENTINEL2_BANDS,
+        patch_size: int = 128,
+        batch_size: int = 64,
+        length: int | None = None,
+        seasons: int = 1,
+        num_workers: int = 0,
+        target: Target = 'label',
+        min_fraction: float = 0.05,
+        fractions: bool = False,
+        min_valid: float = 0.5,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Initialize a new SyntheticScenesDataModule instance.
+
+        Args:
+            root: Folder for the files, a cache folder by default.
+            places: Number of places in each of two UTM zones.
+            size: Height and width of a scene in pixels.
+            dates: Number of scenes of each place.
+            bands: Bands of Sentinel-2 or of Sentinel-1, by name.
+            patch_size: Height and width of a window in pixels.
+            batch_size: Number of samples in a batch on one device.
+            length: Number of samples per epoch. By default as many as cover the area
+                of all places once, and at least one batch.
+            seasons: Number of different dates per sample.
+            num_workers: Number of processes that read, per device.
+            target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
+                mask with the classes 1 to 11 in the order of their codes, 0 is no data.
+            min_fraction: Smallest share of a window that a class must cover to be in
+                its label.
+            fractions: Give the share of every class instead of 0 and 1.
+            min_valid: Share of pixels of a window that must have data.
+            val_fraction: Part of each scene, at its lower end, whose windows are for
+                testing only, and as much above it for validation only. With 0, all are
+                drawn from everywhere.
+            seed: Seed of the scenes and of the windows.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        super().__init__(
+            images='',
+            worldcover='',
+            bands=bands,
+            patch_size=patch_size,
+            batch_size=batch_size,
+            length=length,
+            seasons=seasons,
+            num_workers=num_workers,
+            target=target,
+            min_fraction=min_fraction,
+            fractions=fractions,
+            min_valid=min_valid,
+            value_range='softcon',
+            val_fraction=val_fraction,
+            seed=seed,
+        )
+        self._files: dict[str, Any] = {
+            'root': root,
+            'places': places,
+            'size': size,
+            'seasons': dates,
+            'bands': bands,
+            'seed': seed,
+        }
+
+    def prepare_data(self) -> None:
+        """Write the files, in one process."""
+        SyntheticScenes(**self._files)
+
+    def _scenes_kwargs(self) -> dict[str, Any]:
+        files = SyntheticScenes(**self._files)
+        return self.kwargs | {'images': files.images, 'worldcover': files.worldcover}

@@ -1,0 +1,430 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Image patches with masks of WorldCover codes, without georeference."""
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from rasterio.enums import ColorInterp
+from rasterio.windows import Window
+
+from torchgeo_softcon._compat import NonGeoDataset, Sample
+from torchgeo_softcon.bands import RGB_BANDS, normalize_band_names
+from torchgeo_softcon.datasets.plotting import plot_sample
+from torchgeo_softcon.datasets.rasters import open_raster, read_raster
+from torchgeo_softcon.datasets.scaling import (
+    ValueRange,
+    resolve_value_range,
+    to_unit_range,
+)
+from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
+
+#: File types that a folder is searched for.
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
+
+#: Files that an error message lists.
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An image and its mask.
+
+    Attributes:
+        image: File of the image.
+        mask: File of the mask, the same as *image* if it is a band of it.
+        height: Number of rows.
+        width: Number of columns.
+    """
+
+    image: Path
+    mask: Path
+    height: int
+    width: int
+
+
+class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
+    """Image patches and masks of ESA WorldCover codes in two folders.
+
+    ``images/a/b.png`` belongs to ``masks/a/b.*``, or to ``masks/a.*`` if that is the
+    mask of all images in the folder ``a``. The mask may also be a band of the image.
+
+    With *seasons* = 1 every image is a sample. With more, images of one folder are
+    dates of one place, or those for which the regular expression *places* finds the
+    same text, and a place is a sample with that many different dates in random order.
+    The mask is that of the first date drawn.
+
+    Random choices are a pure function of *seed* and the index. Indices beyond the
+    length start again with the first sample and make new choices.
+
+    Dataset features:
+
+    * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
+      Pixels without data (nodata value, NaN, infinity) are 0
+    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. The default
+      *transforms* replace it by a multi-hot *label* of shape (K,)
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        images: str | os.PathLike[str] | None = None,
+        masks: str | os.PathLike[str] | None = None,
+        image_bands: Sequence[int] | None = None,
+        mask_band: int | None = None,
+        bands: Sequence[str] | None = None,
+        value_range: ValueRange = None,
+        nodata: float | None = None,
+        seasons: int = 1,
+        places: str | None = None,
+        size: int | None = None,
+        transforms: Callable[[Sample], Sample] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Initialize a new ImageMaskFolder instance.
+
+        Args:
+            root: Folder with the folders ``images`` and ``masks``.
+            images: Folder of images, searched recursively, instead of the one in
+                *root*.
+            masks: Folder of masks, instead of the one in *root*.
+            image_bands: Positions of the bands to use, from 1. All by default.
+            mask_band: Position of the mask in the image file, from 1, if it is there.
+            bands: Names of the bands in *image_bands*.
+            value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
+                ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
+                uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
+                known *bands* in digital numbers or dB.
+            nodata: Value of pixels without data, None for what each file says.
+            seasons: Number of different dates per sample.
+            places: Regular expression for the path of an image below *images*, without
+                suffix. Images with the same first group (or whole match) are of one
+                place. By default those in one folder for more than one of *seasons*,
+                and every image is its own place for one.
+            size: Height and width of a random crop, None for whole images.
+            transforms: Function of a sample, by default
+                :class:`.WorldCoverMultiLabel`.
+            seed: Seed of dates and crops.
+
+        Raises:
+            FileNotFoundError: If there are no images, or an image has no mask.
+            OSError: If a file can not be opened, or later, if it can not be read.
+            ValueError: If an image and its mask, or the images among themselves, do not
+                have the same size, if a band is missing, or if an argument does not fit.
+        """
+        if root is None and (images is None or (masks is None and mask_band is None)):
+            raise ValueError(
+                'root must be given, or images together with masks or mask_band'
+            )
+        if seasons < 1 or (size is not None and size < 1):
+            raise ValueError(
+                f'seasons and size must be at least 1, got {seasons} and {size}'
+            )
+
+        self.seasons = seasons
+        self.size = size
+        self.mask_band = mask_band
+        self.nodata = nodata
+        self.seed = seed
+        self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
+
+        image_root = Path(images) if images is not None else Path(root or '') / 'images'
+        files = _find(image_root, 'images')
+        if mask_band is None:
+            mask_root = Path(masks) if masks is not None else Path(root or '') / 'masks'
+            mask_files = _match(files, _find(mask_root, 'masks'), image_root, mask_root)
+        else:
+            mask_files = list(files.values())
+
+        self._read_headers(files, mask_files, image_bands, bands, value_range)
+        self._group(list(files), places)
+
+    def _read_headers(
+        self,
+        files: dict[str, Path],
+        mask_files: Sequence[Path],
+        image_bands: Sequence[int] | None,
+        bands: Sequence[str] | None,
+        value_range: ValueRange,
+    ) -> None:
+        """Check that everything fits together before anything is read."""
+        self._patches: dict[str, Patch] = {}
+        self.image_bands: tuple[int, ...] = ()
+        self.bands: tuple[str, ...] | None = None
+        dtypes = set()
+        for (stem, path), mask in zip(files.items(), mask_files, strict=True):
+            with open_raster(path) as source:
+                count, shape = source.count, (source.height, source.width)
+                dtypes.add(str(source.dtypes[0]))
+                colors = tuple(source.colorinterp)
+            if not self._patches:
+                self.image_bands, self.bands = self._choose(
+                    path, count, image_bands, bands, colors
+                )
+            needed = max(*self.image_bands, self.mask_band or 1)
+            if count < needed or (image_bands is None and count != self._count):
+                raise ValueError(
+                    f'{path} must have {needed if image_bands else self._count} bands '
+                    f'as {next(iter(files.values()))}, got {count}'
+                )
+            if mask != path:
+                _check_mask(path, shape, mask)
+            self._patches[stem] = Patch(path, mask, *shape)
+
+        self._check_sizes()
+        self.value_range = resolve_value_range(
+            value_range, self.bands, len(self.image_bands), dtypes
+        )
+
+    def _choose(
+        self,
+        path: Path,
+        count: int,
+        image_bands: Sequence[int] | None,
+        bands: Sequence[str] | None,
+        colors: tuple[ColorInterp, ...],
+    ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
+        """Positions and names of the bands, from the first file."""
+        self._count = count
+        everything = range(1, count + 1)
+        if self.mask_band is not None and self.mask_band not in everything:
+            raise ValueError(
+                f'mask_band must be from 1 to {count}, the number of bands of {path}, '
+                f'got {self.mask_band}'
+            )
+        if image_bands is None:
+            indexes = tuple(i for i in everything if i != self.mask_band)
+        else:
+            indexes = tuple(image_bands)
+        if not indexes or any(i not in everything for i in indexes):
+            raise ValueError(
+                f'image_bands must be from 1 to {count}, the number of bands of {path}, '
+                f'got {indexes}'
+            )
+        if bands is not None:
+            names = normalize_band_names(bands)
+            if len(names) != len(indexes):
+                raise ValueError(
+                    f'bands must name the {len(indexes)} image_bands, got {names}'
+                )
+            return indexes, names
+        rgb = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+        chosen = tuple(colors[i - 1] for i in indexes)
+        return indexes, RGB_BANDS if chosen == rgb else None
+
+    def _check_sizes(self) -> None:
+        """Without crops, a batch needs patches of one size."""
+        first = next(iter(self._patches.values()))
+        for patch in self._patches.values():
+            if self.size is None:
+                if (patch.height, patch.width) != (first.height, first.width):
+                    raise ValueError(
+                        'images must have one size, or size must be given for random '
+                        f'crops: {first.image} has {first.height} x {first.width} and '
+                        f'{patch.image} {patch.height} x {patch.width} pixels'
+                    )
+            elif min(patch.height, patch.width) < self.size:
+                raise ValueError(
+                    f'size must fit into every image, got {self.size} and {patch.image} '
+                    f'of {patch.height} x {patch.width} pixels'
+                )
+
+    def _group(self, stems: Sequence[str], places: str | None) -> None:
+        """Make samples of images, and remember the place of each."""
+        groups: dict[str, list[Patch]] = {}
+        for stem in stems:
+            groups.setdefault(self._place(stem, places), []).append(self._patches[stem])
+
+        if self.seasons == 1:
+            # Every image is a sample, places only matter for what is kept apart
+            self.samples = [[patch] for group in groups.values() for patch in group]
+            self.places = [name for name, group in groups.items() for _ in group]
+            return
+        few = [name for name, group in groups.items() if len(group) < self.seasons]
+        if few:
+            raise ValueError(
+                f'seasons={self.seasons} needs as many images of each place, '
+                f'{len(few)} of {len(groups)} places have fewer: '
+                f'{", ".join(few[:_MAX_NAMED])}'
+            )
+        for name, group in groups.items():
+            if len({(patch.height, patch.width) for patch in group}) > 1:
+                raise ValueError(f'images of one place must have one size: {name}')
+        self.samples, self.places = list(groups.values()), list(groups)
+
+    def _place(self, stem: str, places: str | None) -> str:
+        if places is None:
+            folder = os.path.dirname(stem) if self.seasons > 1 else ''
+            return folder or stem
+        match = re.search(places, stem)
+        if match is None:
+            raise ValueError(
+                f'places must match every image, {places!r} does not {stem}'
+            )
+        return str(match[1] if match.re.groups else match[0])
+
+    def divide(
+        self, fraction: float
+    ) -> tuple['ImageMaskFolder', 'ImageMaskFolder', 'ImageMaskFolder']:
+        """Divide by place, at random.
+
+        Args:
+            fraction: Part of the places in the second and in the third dataset.
+
+        Returns:
+            Three datasets that have no place in common.
+
+        Raises:
+            ValueError: If one of them would be empty.
+        """
+        places = sorted(set(self.places))
+        count = round(fraction * len(places))
+        if not 0 < count < len(places) / 2:
+            raise ValueError(
+                f'{len(places)} places can not be divided into parts of {fraction}'
+            )
+        order = np.random.default_rng(self.seed).permutation(len(places))
+        cuts = np.split(order, [len(places) - 2 * count, len(places) - count])
+        first, second, third = ({places[i] for i in cut} for cut in cuts)
+        return self._only(first), self._only(second), self._only(third)
+
+    def _only(self, places: set[str]) -> 'ImageMaskFolder':
+        other = copy.copy(self)
+        chosen = [i for i, place in enumerate(self.places) if place in places]
+        other.samples = [self.samples[i] for i in chosen]
+        other.places = [self.places[i] for i in chosen]
+        return other
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples of the first epoch."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample.
+
+        Args:
+            index: Number of the draw, from 0 on and without an upper end.
+
+        Returns:
+            A sample.
+
+        Raises:
+            IndexError: If *index* is negative.
+            OSError: If a file can not be read, it is named.
+        """
+        if index < 0:
+            raise IndexError(f'index must be at least 0, got {index}')
+        # Counter based: no state that order, workers or ranks could change
+        rng = np.random.Generator(np.random.Philox([self.seed, index]))
+        place = self.samples[index % len(self.samples)]
+        dates = rng.permutation(len(place))[: self.seasons]
+        window = self._crop(place[0], rng)
+
+        images = [self._image(place[date], window) for date in dates]
+        image = images[0] if self.seasons == 1 else np.stack(images)
+        mask = self._mask(place[dates[0]], window)
+        sample: Sample = {
+            'image': torch.from_numpy(image),
+            'mask': torch.from_numpy(mask.astype(np.int64)),
+        }
+        return self.transforms(sample)
+
+    def _crop(self, patch: Patch, rng: np.random.Generator) -> Window | None:
+        if self.size is None:
+            return None
+        top = rng.integers(0, patch.height - self.size + 1)
+        left = rng.integers(0, patch.width - self.size + 1)
+        return Window(int(left), int(top), self.size, self.size)
+
+    def _image(self, patch: Patch, window: Window | None) -> npt.NDArray[np.float32]:
+        with open_raster(patch.image) as source:
+            raw = read_raster(source, patch.image, self.image_bands, window)
+            missing = [source.nodatavals[i - 1] for i in self.image_bands]
+        with np.errstate(over='ignore'):
+            values = raw.astype(np.float32)
+        for band, nodata in enumerate(missing):
+            nodata = nodata if self.nodata is None else self.nodata
+            if nodata is not None:
+                values[band][raw[band] == nodata] = np.nan
+        return to_unit_range(values, self.value_range)
+
+    def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
+        with open_raster(patch.mask) as source:
+            raw = read_raster(source, patch.mask, [self.mask_band or 1], window)
+        return np.asarray(raw[0])
+
+    def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
+        """Plot a sample.
+
+        Args:
+            sample: A sample of this dataset.
+            suptitle: Title of the figure.
+
+        Returns:
+            A figure with a row of one image per season, and the mask if there is one.
+        """
+        return plot_sample(sample, self.bands, suptitle)
+
+
+def _find(folder: Path, what: str) -> dict[str, Path]:
+    """List files by their path below a folder, without suffix."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob('*')):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        stem = path.relative_to(folder).with_suffix('').as_posix()
+        if stem in files:
+            raise ValueError(
+                f'{what} must have one file per name: {files[stem]}, {path}'
+            )
+        files[stem] = path
+    if not files:
+        raise FileNotFoundError(
+            f'{what} must be a folder with files ({", ".join(SUFFIXES)}), found none in '
+            f'{folder}'
+        )
+    return files
+
+
+def _match(
+    images: dict[str, Path], masks: dict[str, Path], image_root: Path, mask_root: Path
+) -> list[Path]:
+    """Find the mask of each image, its own or that of its folder."""
+    found = [masks.get(stem) or masks.get(os.path.dirname(stem)) for stem in images]
+    missing = [stem for stem, mask in zip(images, found, strict=True) if mask is None]
+    if missing:
+        raise FileNotFoundError(
+            f'{len(missing)} of {len(images)} images in {image_root} have no mask of the '
+            f'same name in {mask_root}: {", ".join(missing[:_MAX_NAMED])}'
+        )
+    return [mask for mask in found if mask is not None]
+
+
+def _check_mask(image: Path, shape: tuple[int, int], mask: Path) -> None:
+    with open_raster(mask) as source:
+        count, mask_shape = source.count, (source.height, source.width)
+    if count != 1:
+        raise ValueError(
+            f'a mask must have one band of WorldCover codes, {mask} has {count}'
+        )
+    if mask_shape != shape:
+        raise ValueError(
+            f'an image and its mask must have one size, {image} has {shape[0]} x '
+            f'{shape[1]} and {mask} {mask_shape[0]} x {mask_shape[1]} pixels'
+        )

@@ -1,0 +1,432 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Windows of georeferenced images, with ESA WorldCover as the mask."""
+
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from pyproj import CRS
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchgeo_softcon._compat import NonGeoDataset, Sample
+from torchgeo_softcon.datasets.plotting import plot_sample
+from torchgeo_softcon.datasets.rasters import (
+    Grid,
+    RasterReader,
+    Scene,
+    find_files,
+    find_scenes,
+)
+from torchgeo_softcon.datasets.scaling import (
+    ValueRange,
+    resolve_value_range,
+    to_unit_range,
+)
+from torchgeo_softcon.datasets.worldcover import ESAWorldCover
+from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
+
+#: One or more folders or files.
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+#: Windows to try before one with too little data is taken after all. Rims of orbits
+#: are empty for at most half a raster, so one in a thousand gets here.
+_MAX_TRIES = 10
+
+#: Files that an error message lists.
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Scenes of the same ground on the same pixels.
+
+    Attributes:
+        grid: The pixels.
+        crs: The CRS of *grid*, as pyproj has it.
+        scenes: One per date.
+    """
+
+    grid: Grid
+    crs: CRS
+    scenes: tuple[Scene, ...]
+
+
+class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
+    """Random windows of Sentinel-2-like rasters and their WorldCover mask.
+
+    Rasters may lie in any mix of coordinate reference systems. A window is cut on the
+    raster's own pixels, only the mask is brought to it (nearest neighbour), so images
+    are never resampled; files of one band of a coarser resolution are interpolated to
+    the finest one. Images and land cover are joined by location alone.
+
+    A scene is one file with all bands, or several files in one folder whose names
+    differ in the band only (``B02.tif``, ``T32UNE_20200101T101031_B8A_20m.jp2``,
+    ``S1A_..._VV.tif``). Bands of one file are named by its band descriptions, by its
+    colours, or by their number: 13 are Sentinel-2 Level-1C in the order B1 to B8, B8A,
+    B9 to B12, 12 are Level-2A (without B10), 2 of type float are VV and VH. If that is
+    not so, name them with *all_bands*.
+
+    Scenes on exactly the same grid are dates of one place. Places are drawn by area,
+    and a sample has *seasons* different dates in random order.
+
+    Windows are a pure function of *seed* and the index. Indices beyond the length are
+    valid and give new windows, so a sampler can give every epoch its own.
+
+    Dataset features:
+
+    * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
+      Pixels without data (the file's nodata value, NaN, infinity) are 0
+    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. The default
+      *transforms* replace it by a multi-hot *label* of shape (K,)
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        images: Paths,
+        worldcover: Paths | ESAWorldCover | None,
+        year: Literal[2020, 2021] = 2021,
+        bands: Sequence[str] | None = None,
+        patch_size: int = 264,
+        length: int | None = None,
+        seasons: int = 1,
+        min_valid: float = 0.5,
+        value_range: ValueRange = None,
+        all_bands: Sequence[str] | None = None,
+        nodata: float | None = None,
+        rows: tuple[float, float] = (0.0, 1.0),
+        transforms: Callable[[Sample], Sample] | None = None,
+        seed: int = 0,
+        allow_unlabelled: bool = False,
+    ) -> None:
+        """Initialize a new WorldCoverScenes instance.
+
+        Args:
+            images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
+            worldcover: Folders or files of WorldCover tiles, or a dataset of them. None
+                for no labels at all, together with *allow_unlabelled*.
+            year: Year of the tiles, 2020 (v100) or 2021 (v200).
+            bands: Names of the bands to use, None for all bands of the files.
+            patch_size: Height and width of a window in pixels. SSL4EO-S12, which
+                SoftCon was trained on, has patches of 264.
+            length: Number of samples per epoch. By default as many as cover the area
+                of all places once.
+            seasons: Number of different dates per sample.
+            min_valid: Share of pixels that must have data. Windows below are redrawn up
+                to 10 times, then the fullest of them is taken.
+            value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
+                ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
+                uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
+                known bands in digital numbers or dB.
+            all_bands: Names of all bands in file order, if a file does not tell or
+                tells wrong.
+            nodata: Value of pixels without data, None for what each file says.
+                Sentinel-2 products from ESA have 0 there but do not say so.
+            rows: Part of each raster's rows to take windows from, as fractions from
+                the top. Two datasets with rows that do not overlap share no pixel.
+            transforms: Function of a sample, by default
+                :class:`.WorldCoverMultiLabel`.
+            seed: Seed of the windows.
+            allow_unlabelled: Accept images without a tile, their mask is 0 everywhere.
+
+        Raises:
+            FileNotFoundError: If a path does not exist, if there is no raster, or if an
+                image has no tile of WorldCover.
+            OSError: If a file can not be opened, or later, if it can not be read.
+            ValueError: If a file has no CRS, lacks a band, is smaller than a window, or
+                if an argument does not fit.
+        """
+        if patch_size < 1 or seasons < 1:
+            raise ValueError(
+                'patch_size and seasons must be at least 1, got '
+                f'{patch_size} and {seasons}'
+            )
+        if not 0 <= min_valid <= 1:
+            raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+        if not 0 <= rows[0] < rows[1] <= 1:
+            raise ValueError(f'rows must be 0 <= first < last <= 1, got {rows}')
+        if length is not None and length < 1:
+            raise ValueError(f'length must be at least 1, got {length}')
+
+        self.patch_size = patch_size
+        self.seasons = seasons
+        self.min_valid = min_valid
+        self.seed = seed
+        self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
+
+        scenes = find_scenes(find_files(images), bands, all_bands, nodata)
+        self.bands = scenes[0].bands
+        self.places = _group(scenes)
+        self.value_range = resolve_value_range(
+            value_range,
+            self.bands,
+            scenes[0].count,
+            {layer.dtype for scene in scenes for layer in scene.layers},
+        )
+        self._check_dates()
+        self._set_rows(rows)
+
+        self.worldcover: ESAWorldCover | None
+        if worldcover is None or isinstance(worldcover, ESAWorldCover):
+            self.worldcover = worldcover
+        else:
+            self.worldcover = ESAWorldCover(worldcover, year=year)
+        if not allow_unlabelled:
+            self._check_tiles(self.worldcover)
+
+        self._reader = RasterReader()
+        covered = int(self._areas.sum()) // patch_size**2
+        self.length = max(1, covered) if length is None else length
+
+    def _check_dates(self) -> None:
+        for place in self.places:
+            if len(place.scenes) < self.seasons:
+                names = ', '.join(scene.name for scene in place.scenes[:_MAX_NAMED])
+                raise ValueError(
+                    f'seasons={self.seasons} needs as many rasters on exactly the same '
+                    f'grid, got {len(place.scenes)}: {names}'
+                )
+
+    def _set_rows(self, rows: tuple[float, float]) -> None:
+        """Find the rows of each place, and how likely it is drawn."""
+        self._rows = []
+        for place in self.places:
+            height, width = place.grid.height, place.grid.width
+            first, last = (round(part * height) for part in rows)
+            if min(last - first, width) < self.patch_size:
+                part = (
+                    '' if rows == (0, 1) else f' (rows {first} to {last} of {height})'
+                )
+                raise ValueError(
+                    f'patch_size must fit into every raster, got {self.patch_size} and '
+                    f'{place.scenes[0].name} of {last - first} x {width} pixels{part}'
+                )
+            self._rows.append((first, last))
+        self._areas = np.array(
+            [
+                (last - first) * place.grid.width
+                for (first, last), place in zip(self._rows, self.places, strict=True)
+            ],
+            dtype=np.float64,
+        )
+        self._cumulative = self._areas.cumsum() / self._areas.sum()
+
+    def _check_tiles(self, worldcover: ESAWorldCover | None) -> None:
+        """Every place must at least touch a tile."""
+        if worldcover is None:
+            raise ValueError('worldcover must be given, or allow_unlabelled set')
+
+        missing: list[Place] = []
+        for place in self.places:
+            if not worldcover.covers(place.crs, place.grid.bounds):
+                missing.append(place)
+        if missing:
+            shown = missing[:_MAX_NAMED]
+            more = len(missing) - len(shown)
+            tiles = {
+                tile
+                for place in shown
+                for tile in worldcover.tiles(place.crs, place.grid.bounds)
+            }
+            url = worldcover.url.format(
+                year=worldcover.year,
+                version='v200' if worldcover.year == 2021 else 'v100',
+                tile='',
+            ).rpartition('/')[0]
+            raise FileNotFoundError(
+                'no WorldCover tile lies under '
+                f'{", ".join(place.scenes[0].name for place in shown)}'
+                f'{f" and {more} more" if more else ""}. Expected '
+                f'{", ".join(sorted(tiles))} from {url}/. Set allow_unlabelled to go on '
+                'without'
+            )
+
+    def with_windows(
+        self,
+        *,
+        rows: tuple[float, float] = (0.0, 1.0),
+        length: int | None = None,
+        seed: int | None = None,
+        seasons: int | None = None,
+    ) -> 'WorldCoverScenes':
+        """Other windows of the same rasters, without opening them again.
+
+        Args:
+            rows: Part of each raster's rows, as fractions from the top.
+            length: Number of samples, None for as many as cover these rows once.
+            seed: Seed of the windows, None for the same.
+            seasons: Number of dates per sample, None for the same.
+
+        Returns:
+            A new dataset.
+
+        Raises:
+            ValueError: If a window does not fit into the rows of a raster.
+        """
+        other = copy.copy(self)
+        other._reader = RasterReader()
+        other.seed = self.seed if seed is None else seed
+        other.seasons = self.seasons if seasons is None else seasons
+        other._check_dates()
+        other._set_rows(rows)
+        covered = int(other._areas.sum()) // self.patch_size**2
+        other.length = max(1, covered) if length is None else length
+        return other
+
+    def __len__(self) -> int:
+        """Number of samples per epoch."""
+        return self.length
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples of the first epoch."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        """Draw a window.
+
+        Args:
+            index: Number of the draw, from 0 on and without an upper end.
+
+        Returns:
+            A sample.
+
+        Raises:
+            IndexError: If *index* is negative.
+            OSError: If a file can not be read, it is named.
+        """
+        if index < 0:
+            raise IndexError(f'index must be at least 0, got {index}')
+        # Counter based: no state that order, workers or ranks could change
+        rng = np.random.Generator(np.random.Philox([self.seed, index]))
+        best: tuple[float, Place, int, int, list[npt.NDArray[np.float32]]] | None = None
+        for _ in range(_MAX_TRIES):
+            number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
+            place, (first, last) = self.places[number], self._rows[number]
+            top = int(rng.integers(first, last - self.patch_size + 1))
+            left = int(rng.integers(0, place.grid.width - self.patch_size + 1))
+            dates = rng.permutation(len(place.scenes))[: self.seasons]
+            seasons = []
+            valid = 1.0
+            for date in dates:
+                seasons.append(self._window(place.scenes[date], top, left))
+                # A pixel counts if any band has data: 0 is a value of the cirrus band
+                valid = min(valid, float(np.isfinite(seasons[-1]).any(0).mean()))
+                if valid < self.min_valid and best is not None and valid <= best[0]:
+                    break  # not needed whatever the other dates have
+            else:
+                best = (valid, place, top, left, seasons)
+                if valid >= self.min_valid:
+                    break
+        if best is None:  # pragma: no cover
+            raise RuntimeError('no window was drawn')
+        _, place, top, left, seasons = best
+        return self._sample(place, top, left, seasons)
+
+    def _window(self, scene: Scene, top: int, left: int) -> npt.NDArray[np.float32]:
+        return self._reader.read(scene, top, left, self.patch_size, self.patch_size)
+
+    def _sample(
+        self,
+        place: Place,
+        top: int,
+        left: int,
+        seasons: Sequence[npt.NDArray[np.float32]],
+    ) -> Sample:
+        images = [to_unit_range(values, self.value_range) for values in seasons]
+        image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
+        sample: Sample = {'image': image, 'mask': self._mask(place, top, left)}
+        return self.transforms(sample)
+
+    def _mask(self, place: Place, top: int, left: int) -> Tensor:
+        size = self.patch_size
+        if self.worldcover is None:
+            return torch.zeros(size, size, dtype=torch.long)
+        transform = place.grid.window_transform(top, left)
+        return self.worldcover.read_window(place.crs, transform, size, size)
+
+    def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
+        """Plot a sample.
+
+        Args:
+            sample: A sample of this dataset.
+            suptitle: Title of the figure.
+
+        Returns:
+            A figure with a row of one image per season, and the mask if there is one.
+        """
+        return plot_sample(sample, self.bands, suptitle)
+
+
+class SceneGrid(Dataset[Sample]):
+    """All windows of some scenes side by side, each date on its own.
+
+    For prediction: the order is place, date, row, column. The last row and column of
+    windows are moved inwards to end with the raster.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(self, scenes: WorldCoverScenes) -> None:
+        """Initialize a new SceneGrid instance.
+
+        Args:
+            scenes: Where to take windows from.
+        """
+        self.scenes = scenes
+        size = scenes.patch_size
+        self.windows = [
+            (number, date, top, left)
+            for number, (first, last) in enumerate(scenes._rows)
+            for date, top, left in itertools.product(
+                range(len(scenes.places[number].scenes)),
+                _starts(first, last, size),
+                _starts(0, scenes.places[number].grid.width, size),
+            )
+        ]
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a window.
+
+        Args:
+            index: Position in ``windows``.
+
+        Returns:
+            A sample with an image of shape (C, H, W).
+        """
+        number, date, top, left = self.windows[index]
+        place = self.scenes.places[number]
+        values = self.scenes._window(place.scenes[date], top, left)
+        return self.scenes._sample(place, top, left, [values])
+
+
+def _starts(first: int, last: int, size: int) -> list[int]:
+    starts = list(range(first, last - size + 1, size))
+    if starts[-1] + size < last:
+        starts.append(last - size)
+    return starts
+
+
+def _group(scenes: Sequence[Scene]) -> tuple[Place, ...]:
+    """Put scenes on one grid together."""
+    places: dict[tuple[Any, ...], list[Scene]] = {}
+    for scene in scenes:
+        places.setdefault(scene.grid.key, []).append(scene)
+    return tuple(
+        Place(group[0].grid, CRS.from_user_input(group[0].grid.crs), tuple(group))
+        for group in places.values()
+    )

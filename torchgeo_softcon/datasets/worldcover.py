@@ -1,0 +1,509 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""ESA WorldCover, global land cover of 2020 and 2021 at 10 m."""
+
+import glob
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import shapely
+import torch
+from affine import Affine
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from pyproj import CRS
+from torch import Tensor
+
+from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
+from torchgeo_softcon.datasets._mosaic import Mosaic, Tile, open_tile, outline
+from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+
+#: What TorchGeo accepts as a path.
+Path = str | os.PathLike[str]
+
+#: Left, bottom, right and top.
+Bounds = tuple[float, float, float, float]
+
+#: Algorithm version of each year.
+_VERSIONS = {2020: 'v100', 2021: 'v200'}
+
+#: Official names, with whatever somebody added to them.
+_OFFICIAL = re.compile(
+    r'ESA_WorldCover_10m_(?P<year>\d{4})_v\d{3}_(?P<tile>[NS]\d{2}[EW]\d{3})'
+    r'_(?P<layer>[A-Za-z0-9]+)'
+)
+
+#: Width and height of an official tile, in pixels and in degrees.
+_TILE_SIZE, _TILE_DEGREES = 36000, 3
+
+
+#: Official colour of every class code, red, green, blue and opacity in [0, 255].
+WORLDCOVER_COLORS = {
+    0: (0, 0, 0, 0),
+    10: (0, 100, 0, 255),
+    20: (255, 187, 34, 255),
+    30: (255, 255, 76, 255),
+    40: (240, 150, 255, 255),
+    50: (250, 0, 0, 255),
+    60: (180, 180, 180, 255),
+    70: (240, 240, 240, 255),
+    80: (0, 100, 200, 255),
+    90: (0, 150, 160, 255),
+    95: (0, 207, 117, 255),
+    100: (250, 230, 160, 255),
+}
+
+
+def _colormap() -> ListedColormap:
+    """Colormap of all bytes."""
+    none = WORLDCOVER_COLORS[0]
+    table = [WORLDCOVER_COLORS.get(code, none) for code in range(256)]
+    return ListedColormap(np.array(table) / 255)
+
+
+class WorldCoverNotFoundError(DatasetNotFoundError):
+    """Raised when there is no WorldCover tile of the chosen year."""
+
+    def __init__(self, message: str) -> None:
+        """Initialize a new WorldCoverNotFoundError instance.
+
+        Args:
+            message: What was looked for, where, and what is there instead.
+        """
+        FileNotFoundError.__init__(self, message)
+
+
+def tile_names(bounds: Bounds) -> list[str]:
+    """Names of the official tiles under a box, like N51E003 for its south-west corner.
+
+    Args:
+        bounds: Left, bottom, right and top in degrees of longitude and latitude. A box
+            across the antimeridian has its left edge east of its right edge, or one
+            edge outside of [-180, 180].
+
+    Returns:
+        Names from west to east and from south to north. Tiles without land are
+        named, too, but do not exist.
+    """
+    left, bottom, right, top = bounds
+    if right < left:
+        right += 360
+
+    # A box that only touches a tile does not need it
+    def corners(low: float, high: float) -> range:
+        start = math.floor(low / _TILE_DEGREES + 1e-9)
+        return range(start, max(math.ceil(high / _TILE_DEGREES - 1e-9), start + 1))
+
+    names = []
+    for row in corners(bottom, top):
+        for col in corners(left, right):
+            lat = row * _TILE_DEGREES
+            lon = (col * _TILE_DEGREES + 180) % 360 - 180
+            names.append(
+                f'{"N" if lat >= 0 else "S"}{abs(lat):02}'
+                f'{"E" if lon >= 0 else "W"}{abs(lon):03}'
+            )
+    return list(dict.fromkeys(names))
+
+
+class ESAWorldCover(RasterDataset):
+    """ESA WorldCover dataset.
+
+    `ESA WorldCover <https://esa-worldcover.org>`__ maps the land cover of the Earth at
+    10 m from Sentinel-1 and Sentinel-2, for 2020 (v100) and 2021 (v200).
+
+    Dataset features:
+
+    * 2,651 GeoTIFFs of 3 x 3 degrees in EPSG:4326, 36,000 x 36,000 pixels each
+    * 11 classes, 0 is no data (open sea, and where no tile is)
+
+    Dataset format:
+
+    * ``ESA_WorldCover_10m_2021_v200_N51E003_Map.tif``, named after the south-west
+      corner. Clips of any name, in any CRS, are read as well.
+
+    A map is valid for all time, so it can be joined with images of any date::
+
+        dataset = sentinel2 & ESAWorldCover('worldcover', year=2021)
+
+    Every window is resampled by exact nearest neighbour on its own grid: a pixel has the
+    class that the map has at its centre. Only the blocks under a window are read.
+
+    If you use this dataset in your research, please cite it:
+
+    * https://doi.org/10.5281/zenodo.5571936 (2020)
+    * https://doi.org/10.5281/zenodo.7254221 (2021)
+
+    .. versionadded:: 0.1
+    """
+
+    filename_glob = '*'
+    # No group for a date: the tiles are valid from the first to the last timestamp. A
+    # year would leave nothing of the intersection with images of any other year.
+    filename_regex = '.*'
+    is_image = False
+
+    #: Where the official tiles are, without an account.
+    url = (
+        'https://esa-worldcover.s3.eu-central-1.amazonaws.com/{version}/{year}/map/'
+        'ESA_WorldCover_10m_{year}_{version}_{tile}_Map.tif'
+    )
+
+    #: Name of every class code.
+    names: ClassVar[dict[int, str]] = {
+        0: 'No data',
+        **dict(zip(WORLDCOVER_CODES, WORLDCOVER_CLASSES, strict=True)),
+    }
+
+    #: Official colour of every class code, red, green, blue and opacity in [0, 255].
+    colors: ClassVar[dict[int, tuple[int, int, int, int]]] = WORLDCOVER_COLORS
+
+    # TorchGeo 0.8 wants a dictionary here, TorchGeo 0.10 a colormap of matplotlib
+    cmap: ClassVar[Any] = (
+        WORLDCOVER_COLORS
+        if isinstance(getattr(RasterDataset, 'cmap', None), dict)
+        else _colormap()
+    )
+
+    def __init__(
+        self,
+        paths: Path | Iterable[Path] = 'data',
+        crs: CRS | None = None,
+        res: float | tuple[float, float] | None = None,
+        year: Literal[2020, 2021] = 2021,
+        classes: Sequence[int] = WORLDCOVER_CODES,
+        ordinal: bool = False,
+        transforms: Callable[[Sample], Sample] | None = None,
+        cache: bool = True,
+    ) -> None:
+        """Initialize a new ESAWorldCover instance.
+
+        Args:
+            paths: One or more folders to search, with all their subfolders, or files.
+                In a folder, official tiles of *year* are taken and those of other years
+                are not. TIFFs with any other name are taken as clips of *year*. Files
+                that are named here are always taken. Where files overlap, official
+                tiles go first.
+            crs: :term:`coordinate reference system (CRS)` to warp to (defaults to the
+                CRS of the first file).
+            res: Resolution of the dataset in units of CRS (defaults to the resolution
+                of the first file).
+            year: Year of the map.
+            classes: Class codes to keep. All others become 0, no data.
+            ordinal: Number the classes from 1 to K in the order of *classes* (0 stays
+                no data), as segmentation needs it, instead of the codes.
+            transforms: A function/transform that takes an input sample and returns a
+                transformed version. It sees the mask that the dataset gives, after
+                *classes* and *ordinal*.
+            cache: If True, keep files open to speed up repeated sampling.
+
+        Raises:
+            DatasetNotFoundError: If there is no tile of *year*.
+            OSError: If a tile cannot be opened.
+            ValueError: If *year* or *classes* are unknown, or if a raster has no CRS,
+                more than one band, or is not of integers.
+
+        Warns:
+            UserWarning: If a tile with an official name is not of the official size.
+        """
+        if year not in _VERSIONS:
+            raise ValueError(f'year must be 2020 or 2021, got {year!r}')
+        classes = tuple(classes)
+        if (
+            not classes
+            or len(set(classes)) != len(classes)
+            or not set(classes) <= set(WORLDCOVER_CODES)
+        ):
+            raise ValueError(
+                f'classes must be some of {WORLDCOVER_CODES} without duplicates, got '
+                f'{classes}'
+            )
+
+        self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
+        self.year = year
+        self.classes = classes
+        self.ordinal = ordinal
+
+        tiles = [open_tile(path) for path in self.files]
+        for tile in tiles:
+            _warn_size(tile)
+        self._mosaic = Mosaic(tiles, WORLDCOVER_CODES, cache)
+
+        values = range(1, len(classes) + 1) if ordinal else classes
+        self._map = np.zeros(256, np.int64)
+        self._map[list(classes)] = list(values)
+
+        super().__init__(
+            self.paths, crs=crs, res=res, transforms=transforms, cache=cache
+        )
+        # TorchGeo leaves out what it cannot warp without a word
+        lost = {tile.path for tile in tiles} - set(self.index.filepath)
+        if lost:
+            raise OSError(f'{", ".join(sorted(lost))} cannot be warped to {self.crs}')
+
+    @property
+    def files(self) -> list[str]:
+        """All files of the dataset, official tiles first.
+
+        Raises:
+            DatasetNotFoundError: If there is none.
+        """
+        paths = self.paths
+        paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+        files: set[str] = set()
+        years: set[str] = set()
+        for path in [os.fspath(path) for path in paths]:
+            if not os.path.isdir(path):
+                # Also what only GDAL can find: /vsizip/..., https://...
+                if not os.path.exists(path) and not re.match(r'/vsi|\w+://', path):
+                    raise WorldCoverNotFoundError(f'paths has {path!r}: no such file')
+                files.add(path)
+                continue
+
+            pattern = os.path.join(glob.escape(path), '**', '*')
+            for file in glob.iglob(pattern, recursive=True):
+                if not file.lower().endswith(('.tif', '.tiff')):
+                    continue
+                match = _OFFICIAL.search(os.path.basename(file))
+                if match is None:
+                    files.add(file)
+                elif match['layer'] == 'Map':
+                    years.add(match['year'])
+                    if match['year'] == str(self.year):
+                        files.add(file)
+
+        if not files:
+            found = f', but tiles of {", ".join(sorted(years))}' if years else ''
+            raise WorldCoverNotFoundError(
+                f'paths={self.paths!r} has no ESA WorldCover tile of {self.year}{found}. '
+                f'Tiles are called {self._filename("N51E003")} after their south-west '
+                f'corner, every 3 degrees. They are at {self._url("N51E003")}'
+            )
+        return sorted(files, key=lambda file: (_official(file) is None, file))
+
+    def _url(self, tile: str) -> str:
+        """Address of an official tile."""
+        return self.url.format(year=self.year, version=_VERSIONS[self.year], tile=tile)
+
+    def _filename(self, tile: str) -> str:
+        """Name of the file of an official tile."""
+        return self._url(tile).rpartition('/')[2]
+
+    def tiles(self, crs: Any, bounds: Bounds) -> list[str]:
+        """Names of the files that official tiles under a box have.
+
+        Args:
+            crs: CRS of the box, anything that pyproj understands.
+            bounds: Left, bottom, right and top of the box.
+
+        Returns:
+            Names of files of the year of the dataset, whether they are there or not.
+        """
+        box = outline(CRS.from_user_input(crs), CRS.from_epsg(4326), bounds)
+        return [self._filename(tile) for tile in tile_names(box.bounds)]
+
+    def covers(self, crs: Any, bounds: Bounds, wholly: bool = False) -> bool:
+        """Whether there is a tile under a box.
+
+        Args:
+            crs: CRS of the box, anything that pyproj understands.
+            bounds: Left, bottom, right and top of the box.
+            wholly: Whether there must be tiles under all of the box. There are no tiles
+                where only sea is.
+
+        Returns:
+            True if tiles cover the box or, unless *wholly*, some of it.
+        """
+        box = outline(CRS.from_user_input(crs), CRS.from_epsg(4326), bounds)
+        ground = self._mosaic.footprint
+        # Across the antimeridian, the box leaves [-180, 180]
+        if box.bounds[2] > 180:
+            ground = ground.union(_moved(ground, 360))
+        elif box.bounds[0] < -180:
+            ground = ground.union(_moved(ground, -360))
+        if wholly:
+            return bool(ground.covers(box))
+        return bool(ground.intersection(box).area > 1e-6 * box.area)
+
+    def read_window(
+        self, crs: Any, transform: Affine, height: int, width: int
+    ) -> Tensor:
+        """Read the land cover on any grid.
+
+        Args:
+            crs: CRS of the grid, anything that pyproj understands.
+            transform: Georeference of the grid, from columns and rows to the CRS.
+            height: Rows of the grid.
+            width: Columns of the grid.
+
+        Returns:
+            The class at the centre of every pixel, of shape (*height*, *width*), long:
+            codes, or numbers from 1 to K if the dataset is *ordinal*. 0 where no data
+            or no tile is.
+
+        Raises:
+            OSError: If a tile cannot be read.
+            ValueError: If *height* or *width* are not positive, or if a tile has codes
+                that are not WorldCover's.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(
+                f'height and width must be positive, got {height} and {width}'
+            )
+        codes = self._mosaic.read(CRS.from_user_input(crs), transform, height, width)
+        return torch.from_numpy(self._map[codes])
+
+    def __getitem__(self, query: Any) -> Sample:
+        """Retrieve the mask at a spatiotemporal slice.
+
+        Args:
+            query: [xmin:xmax:xres, ymin:ymax:yres, tmin:tmax:tres] coordinates to
+                index. Parts that are left out are those of the dataset.
+
+        Returns:
+            A sample with a *mask* of shape (H, W), long, and what else TorchGeo's own
+            raster datasets give: *crs* and *bounds*, or *bounds* and *transform*.
+
+        Raises:
+            IndexError: If *query* does not touch a tile.
+            OSError: If a tile cannot be read.
+        """
+        x, y, t = self._resolve(query)
+        box = shapely.box(x.start, y.start, x.stop, y.stop)
+        if not len(self.index.sindex.query(box, predicate='intersects')):
+            raise IndexError(
+                f'query: {query} not found in index with bounds: {self.bounds}'
+            )
+
+        transform = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
+        # As many pixels as TorchGeo reads for the images of an intersection
+        height = max(round((y.stop - y.start) / y.step), 1)
+        width = max(round((x.stop - x.start) / x.step), 1)
+        sample = self._georeference(query, (x, y, t), transform)
+        sample['mask'] = self.read_window(self.crs, transform, height, width)
+        if self.transforms is not None:
+            sample = self.transforms(sample)
+        return sample
+
+    def _resolve(self, query: Any) -> tuple[slice, slice, slice]:
+        """Fill the gaps of a query with the bounds of the dataset."""
+        query = query if isinstance(query, tuple) else (query,)
+        x, y, t = (
+            slice(
+                whole.start if part.start is None else part.start,
+                whole.stop if part.stop is None else part.stop,
+                whole.step if part.step is None else part.step,
+            )
+            for part, whole in zip(
+                (*query, *[slice(None)] * (3 - len(query))), self.bounds, strict=True
+            )
+        )
+        return x, y, t
+
+    def _georeference(
+        self, query: Any, resolved: tuple[slice, slice, slice], transform: Affine
+    ) -> Sample:
+        """What a sample of TorchGeo says of its place."""
+        if not hasattr(RasterDataset, '_slice_to_tensor'):  # TorchGeo 0.8
+            return {'crs': self.crs, 'bounds': query}
+        x, y, t = resolved
+        times = (t.start.timestamp(), t.stop.timestamp(), t.step)
+        return {
+            'bounds': torch.tensor(
+                [x.start, x.stop, x.step, y.start, y.stop, y.step, *times]
+            ),
+            'transform': torch.tensor(transform),
+        }
+
+    def plot(
+        self, sample: Sample, show_titles: bool = True, suptitle: str | None = None
+    ) -> Figure:
+        """Plot a sample of the dataset.
+
+        Args:
+            sample: A sample returned by :meth:`__getitem__`, with an optional
+                *prediction* of the same shape as its *mask*.
+            show_titles: Whether to show titles above each panel.
+            suptitle: Title of the figure.
+
+        Returns:
+            A figure with the classes that are present in its legend.
+        """
+        panels = {'Mask': sample['mask']}
+        if 'prediction' in sample:
+            panels['Prediction'] = sample['prediction']
+
+        codes = (0, *self.classes)
+        by_value = {i if self.ordinal else code: code for i, code in enumerate(codes)}
+        table = np.zeros((256, 4), np.uint8)
+        for value, code in by_value.items():
+            table[value] = self.colors[code]
+
+        present: set[int] = set()
+        fig, axs = plt.subplots(
+            1, len(panels), figsize=(4 * len(panels) + 2, 4), squeeze=False
+        )
+        for ax, (title, panel) in zip(axs[0], panels.items(), strict=True):
+            values = panel.detach().cpu().squeeze().numpy().astype(np.uint8)
+            present.update(np.unique(values).tolist())
+            ax.imshow(table[values], interpolation='none')
+            ax.axis('off')
+            if show_titles:
+                ax.set_title(title)
+
+        axs[0, -1].legend(
+            handles=[
+                Patch(
+                    facecolor='#' + bytes(self.colors[code]).hex(),
+                    edgecolor='0.5',
+                    label=f'{value} {self.names[code]}',
+                )
+                for value, code in by_value.items()
+                if value in present
+            ],
+            loc='center left',
+            bbox_to_anchor=(1, 0.5),
+            frameon=False,
+        )
+        if suptitle is not None:
+            fig.suptitle(suptitle)
+        fig.tight_layout()
+        return fig
+
+
+def _moved(ground: shapely.Geometry, degrees: float) -> shapely.Geometry:
+    """Move a geometry to the east."""
+    return shapely.transform(ground, lambda points: np.add(points, (degrees, 0)))
+
+
+def _official(path: str) -> str | None:
+    """Name of the tile, if a file has exactly an official name."""
+    name = os.path.basename(path)
+    match = _OFFICIAL.match(name)
+    if match is None or match['layer'] != 'Map':
+        return None
+    return match['tile'] if name[match.end() :].lower() in ('.tif', '.tiff') else None
+
+
+def _warn_size(tile: Tile) -> None:
+    """Warn of a tile that has an official name, but is not what ESA publishes."""
+    official = tile.width == tile.height == _TILE_SIZE
+    if _official(tile.path) is not None and not official:
+        degrees = abs(tile.transform.a)
+        warnings.warn(
+            f'{tile.path} has the name of an official tile, but {tile.width} x '
+            f'{tile.height} pixels of {degrees:.3g} instead of {_TILE_SIZE} x '
+            f'{_TILE_SIZE} of {_TILE_DEGREES / _TILE_SIZE:.3g} degrees: it was '
+            'resampled, so small patches of land cover may be lost',
+            UserWarning,
+            # The caller of ESAWorldCover
+            stacklevel=3,
+        )

@@ -1,0 +1,316 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""From masks of ESA WorldCover codes to multi-labels of whole images."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+#: Class codes of ESA WorldCover v100 and v200 in ordinal order, 0 is no data.
+#: https://worldcover2021.esa.int/data/docs/WorldCover_PUM_V2.0.pdf
+WORLDCOVER_CODES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 100)
+
+#: Class names, in the order of :data:`WORLDCOVER_CODES`.
+WORLDCOVER_CLASSES = (
+    'Tree cover',
+    'Shrubland',
+    'Grassland',
+    'Cropland',
+    'Built-up',
+    'Bare / sparse vegetation',
+    'Snow and ice',
+    'Permanent water bodies',
+    'Herbaceous wetland',
+    'Mangroves',
+    'Moss and lichen',
+)
+
+#: Class codes are bytes.
+_BINS = 256
+
+
+def class_fractions(mask: Tensor, codes: Sequence[int] = WORLDCOVER_CODES) -> Tensor:
+    """Share of every class among the valid pixels of a mask.
+
+    Args:
+        mask: Class codes of shape (..., H, W), any integer dtype. A floating point
+            mask must hold whole numbers.
+        codes: Codes to count, K of them. All other values, 0 among them, are no data.
+
+    Returns:
+        Fractions of shape (..., K), float32. They sum to 1, or to 0 if no pixel is
+        valid.
+
+    Raises:
+        TypeError: If *mask* is not a real-valued tensor.
+        ValueError: If *codes* has duplicates or values outside of 1 to 255, or if
+            *mask* has no pixels, is interpolated (fractions between codes)
+            or has NaN. Values on a CUDA device are not looked at, because that would
+            wait for the device: there, such pixels are no data.
+    """
+    counts, _ = _count(mask, check_codes(codes))
+    return _normalize(counts)
+
+
+def _normalize(counts: Tensor) -> Tensor:
+    """Divide counts (..., K) by their sum, zeros stay zeros."""
+    return counts.float() / counts.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Count the pixels of each class.
+
+    Args:
+        mask: Class codes of shape (..., H, W).
+        codes: Codes to count, K of them.
+
+    Returns:
+        Counts of shape (..., K), int64, and the values from 0 to 255 that occur
+        anywhere as a boolean tensor of shape (256,), or None on a CUDA device. Values
+        outside of 0 to 255 are reported as 255.
+    """
+    _check_mask(mask)
+    if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        mask = mask.long()  # these types can be stored, but hardly computed with
+
+    # bincount looks at the values before it allocates, so on a device it waits. One
+    # comparison per class does not, and reads the mask faster than atomics add.
+    if mask.device.type != 'cpu':
+        return torch.stack([(mask == code).sum((-2, -1)) for code in codes], -1), None
+
+    flat = mask.flatten(0, -3) if mask.ndim > 2 else mask[None]  # (N, H, W)
+    if mask.is_floating_point():
+        _check_whole(mask)
+    if mask.dtype != torch.uint8 and len(flat):
+        low, high = torch.aminmax(flat)
+        if low < 0 or high >= _BINS:
+            flat = torch.where((flat < 0) | (flat >= _BINS), _BINS - 1, flat)
+
+    # One bincount for many masks: mask n has the bins from 256 n on. As many masks as
+    # 16 bits can number, because the width of the numbers decides the speed.
+    bins = torch.cat(
+        [_histograms(chunk) for chunk in torch.split(flat, 127)]
+    )  # (N, 256)
+    counts = bins[:, list(codes)].view(*mask.shape[:-2], len(codes))
+    return counts, bins.any(0)
+
+
+def _histograms(mask: Tensor) -> Tensor:
+    """Count the values of at most 127 masks of bytes (N, H, W), gives (N, 256)."""
+    first = torch.arange(len(mask), dtype=torch.int16)[:, None, None] * _BINS
+    bins = (mask.to(torch.int16) + first).flatten()
+    return torch.bincount(bins, minlength=len(mask) * _BINS).view(-1, _BINS)
+
+
+def _check_mask(mask: Tensor) -> None:
+    """Refuse what cannot be a mask, whatever its values."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f'mask must be a tensor, got {type(mask).__name__}: convert it with '
+            'torch.as_tensor'
+        )
+    if mask.dtype == torch.bool or mask.is_complex():
+        raise TypeError(f'mask must hold class codes, got dtype {mask.dtype}')
+    if mask.ndim < 2 or 0 in mask.shape[-2:]:
+        raise ValueError(
+            'mask must be of shape (..., H, W) with at least one pixel, got '
+            f'{tuple(mask.shape)}'
+        )
+
+
+def _check_whole(mask: Tensor) -> None:
+    """Refuse NaN and values between the codes in a floating point mask."""
+    if not mask.isfinite().all():
+        raise ValueError(
+            'mask must hold class codes, got NaN or infinite values: give no data as 0'
+        )
+    between = mask[mask != mask.round()]
+    if len(between):
+        values = ', '.join(f'{value:.4g}' for value in between[:5].tolist())
+        raise ValueError(
+            f'mask must hold class codes, got {values}: it was interpolated, resample '
+            'it with nearest neighbour'
+        )
+
+
+def check_codes(codes: Sequence[int]) -> tuple[int, ...]:
+    """Check a choice of class codes.
+
+    Args:
+        codes: Class codes.
+
+    Returns:
+        The same codes.
+
+    Raises:
+        ValueError: If *codes* is empty, has duplicates or a value outside of 1 to 255.
+    """
+    codes = tuple(codes)
+    if not codes or any(not 0 < code < _BINS or code != int(code) for code in codes):
+        raise ValueError(
+            f'codes must be whole numbers from 1 to 255 (0 is no data), got {codes}'
+        )
+    if len(set(codes)) != len(codes):
+        raise ValueError(f'codes must be unique, got {codes}')
+    return tuple(int(code) for code in codes)
+
+
+class WorldCoverMultiLabel(nn.Module):
+    """Replace a mask of ESA WorldCover codes by a multi-hot label.
+
+    Can be passed as *transforms* to any TorchGeo dataset, or called on a batch, on
+    any device.
+
+    A class is in the label if it covers at least *min_fraction* of the valid pixels.
+    The default of 5 % keeps stray pixels out: in 288 patches of 128 x 128 pixels
+    around Delhi, 6.1 classes occur per patch, but 59 % of these occurrences cover
+    less than 5 % of the patch, and all these together less than 4 % of the ground. The
+    map itself is wrong at `23 % of its pixels
+    <https://worldcover2021.esa.int/data/docs/WorldCover_PVR_V2.0.pdf>`__. At 5 %, 2.5
+    classes are left per patch.
+
+    An all-zero label means *unknown*, never *nothing there*.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        codes: Sequence[int] = WORLDCOVER_CODES,
+        min_fraction: float = 0.05,
+        min_valid: float = 0.5,
+        fractions: bool = False,
+        keep_mask: bool = False,
+        foreign: Literal['error', 'ignore'] = 'error',
+    ) -> None:
+        """Initialize a new WorldCoverMultiLabel instance.
+
+        Args:
+            codes: Class codes to keep, in the order of the label, K of them. All other
+                codes are no data.
+            min_fraction: Smallest share of the valid pixels that a class must cover
+                to count as present, in (0, 1]. Not used if *fractions* is true.
+            min_valid: Smallest share of all pixels that must be valid, in [0, 1]. The
+                label of a mask with less is unknown: the default of one half keeps
+                labels away that speak of the smaller part of an image.
+            fractions: Give the share of every class instead of 0 and 1.
+            keep_mask: Whether the mask stays in the sample.
+            foreign: What to do with codes that are not in the legend. *error* finds
+                masks that are ordinal or interpolated, *ignore* counts them as no
+                data. The legend is WorldCover's, or *codes* if one of these is not
+                WorldCover's.
+
+        Raises:
+            ValueError: If *codes* has duplicates or values outside of 1 to 255, if
+                *min_fraction* is not in (0, 1], *min_valid* not in [0, 1], or
+                *foreign* unknown.
+        """
+        codes = check_codes(codes)
+        if not 0 < min_fraction <= 1:
+            raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
+        if not 0 <= min_valid <= 1:
+            raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+        if foreign not in ('error', 'ignore'):
+            raise ValueError(f"foreign must be 'error' or 'ignore', got {foreign!r}")
+
+        super().__init__()
+        self.codes = codes
+        self.min_fraction = min_fraction
+        self.min_valid = min_valid
+        self.fractions = fractions
+        self.keep_mask = keep_mask
+        self.foreign = foreign
+
+        official = set(codes) <= set(WORLDCOVER_CODES)
+        self._legend = (0, *(WORLDCOVER_CODES if official else codes))
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Convert the mask of a sample or of a batch to a label.
+
+        A dimension of size 1 in front of (H, W) is a channel and has no place in the
+        label: (1, H, W) gives (K,) and (B, 1, H, W) gives (B, K). The image, if there
+        is one, settles what could also be a batch or a time series of one: with an
+        *image* of (1, C, H, W), a mask of (1, H, W) gives (1, K), and with an *image*
+        of (B, 1, C, H, W), a mask of (B, 1, H, W) gives (B, 1, K).
+
+        Args:
+            sample: A sample or a batch with a *mask* of class codes of shape (H, W),
+                (1, H, W), (B, H, W), (B, 1, H, W) or (B, T, H, W). It is not modified.
+                Floating point masks, as made by kornia, must hold whole numbers.
+
+        Returns:
+            The same sample with a float32 *label* of shape (K,), (B, K) or (B, T, K),
+            and without *mask* unless *keep_mask*. A *label* that was there before is
+            replaced.
+
+        Raises:
+            TypeError: If the mask is not a real-valued tensor.
+            ValueError: If there is no mask, or if its values are no class codes.
+                Values on a CUDA device are not looked at, because that would wait for
+                the device: there, foreign codes are no data.
+        """
+        if 'mask' not in sample:
+            raise ValueError(
+                "sample must have a 'mask' of ESA WorldCover codes, got the keys "
+                f'{sorted(map(str, sample))}: join the images with ESAWorldCover, or '
+                'leave this transform out if the labels are there already'
+            )
+
+        mask = sample['mask']
+        counts, present = _count(mask, self.codes)
+        if present is not None and self.foreign == 'error':
+            self._check_present(present)
+
+        if _has_channel(mask, sample.get('image')):
+            counts = counts.squeeze(-2)
+
+        label = _normalize(counts)
+        if not self.fractions:
+            label = (label >= self.min_fraction).float()
+        pixels = mask.shape[-2] * mask.shape[-1]
+        valid = counts.sum(-1, keepdim=True) >= math.ceil(self.min_valid * pixels)
+
+        sample = dict(sample)
+        if not self.keep_mask:
+            del sample['mask']
+        sample['label'] = label * valid
+        return sample
+
+    def _check_present(self, present: Tensor) -> None:
+        """Refuse values that are not in the legend."""
+        values = present.nonzero().flatten().tolist()
+        foreign = [value for value in values if value not in self._legend]
+        if not foreign:
+            return
+
+        names = ', '.join(map(str, foreign[:5])) + (', ...' if foreign[5:] else '')
+        if _BINS - 1 in foreign:
+            names += ' (255 stands for everything out of range, too)'
+        legend = ', '.join(map(str, self._legend))
+        if max(values) <= len(WORLDCOVER_CODES) and max(self._legend) > max(values):
+            remedy = (
+                'It looks like ordinals: read it with ESAWorldCover(ordinal=False), or '
+                'pass codes=range(1, K + 1) if 0 is no data, or map it back with '
+                'torch.tensor(WORLDCOVER_CODES)[mask] if 0 is tree cover'
+            )
+        else:
+            remedy = (
+                'If it was interpolated or reprojected, resample it with nearest '
+                "neighbour. With foreign='ignore' these pixels are no data"
+            )
+        raise ValueError(
+            f'mask must hold the class codes {legend}, got also {names}. {remedy}'
+        )
+
+
+def _has_channel(mask: Tensor, image: Any) -> bool:
+    """Whether the third last dimension of a mask is a channel."""
+    if mask.ndim < 3 or mask.shape[-3] != 1:
+        return False
+    if isinstance(image, Tensor) and image.ndim > 3:
+        return mask.shape[:-2] != image.shape[:-3]
+    return True
