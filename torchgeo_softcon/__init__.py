@@ -1,4 +1,82 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""SoftCon and DINO-MC pretraining for TorchGeo."""
+"""SoftCon and DINO-MC pretraining for TorchGeo.
+
+Importing this package is cheap: the names below are loaded at their first use. It also
+activates the plugin, see :mod:`torchgeo_softcon.plugin`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .plugin import install_unless_silenced as _install
+
+if TYPE_CHECKING:
+    from ._version import __version__ as __version__
+    from .datamodules import (
+        ImageMaskFolderDataModule,
+        SyntheticScenesDataModule,
+        WorldCoverScenesDataModule,
+    )
+    from .datasets import (
+        ESAWorldCover,
+        ImageMaskFolder,
+        SyntheticScenes,
+        WorldCoverScenes,
+    )
+    from .losses import SoftContrastiveLoss, soft_contrastive_loss
+    from .tasks import SoftConTask
+    from .transforms import RandomView, WorldCoverMultiLabel
+
+__all__ = (
+    'ESAWorldCover',
+    'ImageMaskFolder',
+    'ImageMaskFolderDataModule',
+    'RandomView',
+    'SoftConTask',
+    'SoftContrastiveLoss',
+    'SyntheticScenes',
+    'SyntheticScenesDataModule',
+    'WorldCoverMultiLabel',
+    'WorldCoverScenes',
+    'WorldCoverScenesDataModule',
+    'soft_contrastive_loss',
+)
+
+#: Public names, and the module that has them.
+_MODULES = {
+    '__version__': '_version',
+    'ESAWorldCover': 'datasets',
+    'ImageMaskFolder': 'datasets',
+    'ImageMaskFolderDataModule': 'datamodules',
+    'RandomView': 'transforms',
+    'SoftConTask': 'tasks',
+    'SoftContrastiveLoss': 'losses',
+    'SyntheticScenes': 'datasets',
+    'SyntheticScenesDataModule': 'datamodules',
+    'WorldCoverMultiLabel': 'transforms',
+    'WorldCoverScenes': 'datasets',
+    'WorldCoverScenesDataModule': 'datamodules',
+    'soft_contrastive_loss': 'losses',
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+    from importlib import import_module
+
+    value = getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Names of the module, those that are not loaded yet included."""
+    return sorted({*globals(), *_MODULES})
+
+
+# Last, as it may import the modules above
+_install()

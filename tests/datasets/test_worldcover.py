@@ -371,10 +371,12 @@ class TestReadWindow:
             assert mask[2, 2] == 0
             assert (mask == 0).sum() == 1
 
-    def test_places_that_a_projection_does_not_have(self, folder: Path) -> None:
+    @pytest.mark.parametrize(
+        'crs', ['+proj=gnom +lat_0=-48 +lon_0=-171', '+proj=utm +zone=32', 'EPSG:4326']
+    )
+    def test_places_that_do_not_exist(self, folder: Path, crs: str) -> None:
         # Far out of the domain of the projection: no data, not an error
-        crs = CRS.from_proj4('+proj=gnom +lat_0=-48 +lon_0=-171')
-        transform = Affine(1e7, 0, -1e8, 0, -1e7, 1e8)
+        transform = Affine(1e9, 0, -1e10, 0, -1e9, 1e10)
         assert not ESAWorldCover(folder).read_window(crs, transform, 20, 20).any()
 
     def test_large_grids_are_read_in_parts(

@@ -4,6 +4,7 @@
 """Random land cover, and what Sentinel-2 and Sentinel-1 would see of it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -189,7 +190,7 @@ class Landscape:
         vigour = rng.normal(0, 0.07, kinds.shape)
         return cls(land, kinds[strip, parcel], vigour[strip, parcel])
 
-    def take(self, row: npt.NDArray[np.intp], col: npt.NDArray[np.intp]) -> 'Landscape':
+    def take(self, row: npt.NDArray[Any], col: npt.NDArray[Any]) -> 'Landscape':
         """The landscape at other pixels."""
         return Landscape(
             self.codes[row, col], self.kind[row, col], self.vigour[row, col]

@@ -38,6 +38,9 @@ _EDGE = 1e-6
 #: Largest part of a raster, in pixels, that is in memory at once (16 MiB of bytes).
 _MAX_SOURCE = 2**24
 
+#: Farther than any raster reaches, in pixels, and little enough for 32 bits.
+_FAR = 2**30
+
 #: Rasters that are open at once in one process.
 _MAX_OPEN = 32
 
@@ -188,10 +191,12 @@ class Window:
         self.nodes = _project(to_tile, transform, rows, cols)
 
         # Real pixel centres, the outermost among them, to see how good the nodes are
-        rows = np.unique(np.linspace(0, height - 1, 6).round().astype(int))
-        cols = np.unique(np.linspace(0, width - 1, 6).round().astype(int))
-        self.checked = np.ix_(rows, cols)
-        rows, cols = np.meshgrid(rows + 0.5, cols + 0.5, indexing='ij')
+        near = [
+            np.unique(np.linspace(0, size - 1, 6).round().astype(int))
+            for size in (height, width)
+        ]
+        self.checked = np.ix_(near[0], near[1])
+        rows, cols = np.meshgrid(near[0] + 0.5, near[1] + 0.5, indexing='ij')
         self.checks = _project(to_tile, transform, rows, cols)
 
     @property
@@ -219,11 +224,14 @@ class Window:
             for position, check in zip(positions, expected, strict=True)
         ]
         # Not a number and infinity (no such place in the CRS) come here, too
-        if not max(errors) <= _TOLERANCE:
+        reach = max(np.abs(check).max() for check in expected)
+        if not (max(errors) <= _TOLERANCE and reach < _FAR):
             rows, cols = np.indices((self.height, self.width)) + 0.5
             x, y = _project(self.to_tile, self.transform, rows, cols)
             bad = ~(np.isfinite(x) & np.isfinite(y))
-            positions = [np.where(bad, -1, axis) for axis in _apply(inverse, x, y)]
+            positions = [
+                np.where(bad, -1, axis).clip(-1, _FAR) for axis in _apply(inverse, x, y)
+            ]
 
         for position in positions:
             position += _EDGE

@@ -62,8 +62,10 @@ WORLDCOVER_COLORS = {
 }
 
 
-def _colormap() -> ListedColormap:
-    """Colormap of all bytes."""
+def _colormap() -> Any:
+    """Colormap as TorchGeo 0.8 (a dictionary) or TorchGeo 0.10 (of matplotlib) has."""
+    if isinstance(getattr(RasterDataset, 'cmap', None), dict):
+        return WORLDCOVER_COLORS
     none = WORLDCOVER_COLORS[0]
     table = [WORLDCOVER_COLORS.get(code, none) for code in range(256)]
     return ListedColormap(np.array(table) / 255)
@@ -166,12 +168,7 @@ class ESAWorldCover(RasterDataset):
     #: Official colour of every class code, red, green, blue and opacity in [0, 255].
     colors: ClassVar[dict[int, tuple[int, int, int, int]]] = WORLDCOVER_COLORS
 
-    # TorchGeo 0.8 wants a dictionary here, TorchGeo 0.10 a colormap of matplotlib
-    cmap: ClassVar[Any] = (
-        WORLDCOVER_COLORS
-        if isinstance(getattr(RasterDataset, 'cmap', None), dict)
-        else _colormap()
-    )
+    cmap = _colormap()
 
     def __init__(
         self,

@@ -14,6 +14,22 @@ class NonFiniteLossError(RuntimeError):
     """Raised if a loss is NaN or infinite."""
 
 
+def label_message(low: float, high: float) -> str:
+    """Message of an error about the values of labels.
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+
+    Returns:
+        What is wrong and what to do.
+    """
+    return (
+        f"batch['label'] must be finite and >= 0, got values from {low:g} to {high:g}. "
+        'An unknown label is all zeros'
+    )
+
+
 def _describe(step: int, loss: float, low: float, high: float, bad: int | None) -> str:
     """The message of the error."""
     pixels = ''
@@ -41,16 +57,21 @@ class NonFiniteGuard:
         """Initialize a new NonFiniteGuard instance."""
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
-    def watch(self, step: int, loss: Tensor, image: Tensor) -> None:
+    def watch(
+        self, step: int, loss: Tensor, image: Tensor, label: Tensor | None = None
+    ) -> None:
         """Take note of the loss of a step.
 
         Args:
             step: Index of the optimizer step.
             loss: The scalar loss.
             image: The images it was computed from, any shape.
+            label: Their labels, any shape. Only read on a GPU: on the CPU, labels are
+                checked before they are used.
 
         Raises:
             NonFiniteLossError: If this (on the CPU) or an earlier loss is not finite.
+            ValueError: If an earlier label was negative, NaN or infinite.
         """
         loss = loss.detach()
         if loss.device.type == 'cpu':
@@ -65,8 +86,9 @@ class NonFiniteGuard:
                 )
             return
 
-        low, high = image.aminmax()
-        values = torch.stack([loss.float(), low.float(), high.float()])
+        label = loss.new_zeros(1) if label is None else label
+        ranges = [*image.float().aminmax(), *label.float().aminmax()]
+        values = torch.stack([loss.float(), *ranges])
         host = values.to('cpu', non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -87,7 +109,10 @@ class NonFiniteGuard:
     def _pop(self) -> None:
         """Check the oldest loss."""
         step, host, _ = self._pending.popleft()
-        loss, low, high = host.tolist()
-        if not torch.isfinite(host[0]):
+        loss, low, high, label_low, label_high = host.tolist()
+        if not (label_low >= 0 and label_high < math.inf):
+            self._pending.clear()
+            raise ValueError(label_message(label_low, label_high))
+        if not math.isfinite(loss):
             self._pending.clear()
             raise NonFiniteLossError(_describe(step, loss, low, high, None))

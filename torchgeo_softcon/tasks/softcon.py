@@ -4,7 +4,7 @@
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
@@ -19,6 +19,7 @@ from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import RandomView
 from .base import EMATask, split_seasons
+from .guard import label_message
 from .optimizers import OptimizerName
 
 
@@ -265,7 +266,8 @@ class SoftConTask(EMATask):
             Float labels of shape (B, T, K), or None if they are not needed.
 
         Raises:
-            ValueError: If *label* is missing or has another shape.
+            ValueError: If *label* is missing, has another shape or, on the CPU, values
+                that no label has. (On a GPU, see :class:`.NonFiniteGuard`.)
         """
         if self.hparams['soft_weight'] == 0:
             return None
@@ -279,7 +281,6 @@ class SoftConTask(EMATask):
                 'soft_weight to 0'
             )
 
-        self.check_label(label)
         size, seasons = image.shape[:2]
         if label.ndim == 2 and len(label) == size:
             label = label[:, None].expand(-1, seasons, -1)
@@ -289,40 +290,9 @@ class SoftConTask(EMATask):
                 f'and T = {seasons}, got {tuple(label.shape)}. Class indices are not '
                 'multi-labels: make them one-hot'
             )
+        if label.device.type == 'cpu' and not (label.isfinite() & (label >= 0)).all():
+            raise ValueError(label_message(float(label.min()), float(label.max())))
         return label.float()
-
-    @staticmethod
-    def check_label(label: Tensor) -> None:
-        """Check the values of a label while it is on the host.
-
-        Args:
-            label: Labels of any shape. Those on a GPU are not read.
-
-        Raises:
-            ValueError: If a value is negative, NaN or infinite.
-        """
-        if label.device.type != 'cpu':
-            return
-        if not label.isfinite().all() or (label < 0).any():
-            raise ValueError(
-                "batch['label'] must be finite and >= 0, got values from "
-                f'{label.min()} to {label.max()}. An unknown label is all zeros'
-            )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check labels before they leave the host, where it costs nothing.
-
-        Args:
-            batch: Mini-batch.
-            dataloader_idx: Index of the current dataloader.
-
-        Returns:
-            The same mini-batch.
-        """
-        training = self.trainer.training and self.device.type != 'cpu'
-        if training and self.hparams['soft_weight'] > 0 and 'label' in batch:
-            self.check_label(batch['label'])
-        return batch
 
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
@@ -350,7 +320,7 @@ class SoftConTask(EMATask):
                 reverse, _ = self.compare(views[::-1], labels[::-1])
                 terms = (terms + reverse) / 2
         loss = terms[0] + self.hparams['soft_weight'] * terms[1]
-        self.guard.watch(self.global_step, loss, batch['image'])
+        self.guard.watch(self.global_step, loss, batch['image'], labels[0])
 
         values = {
             'train_loss': loss,

@@ -1,0 +1,108 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchgeo_softcon
+
+PACKAGE = Path(torchgeo_softcon.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
+
+# A unit may import the units of earlier rows, and those of its own row
+ROWS: tuple[tuple[str, ...], ...] = (
+    ('_version',),
+    ('bands', 'losses', 'modules', 'schedules', 'transforms'),
+    ('_compat',),
+    ('datasets', 'models'),
+    ('datamodules', 'export', 'labels', 'tasks'),
+    ('callbacks',),
+    ('__main__', 'plugin'),
+)
+ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
+
+# These are imported by torch in the middle of `import torch`
+STANDARD_LIBRARY_ONLY = ('__init__', 'plugin')
+
+
+def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Line, full name and whether at run time, for each import of a module."""
+    tree = ast.parse((PACKAGE / path).read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == 'TYPE_CHECKING'
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    package = [PACKAGE.name, *path.parent.parts]
+    for node in ast.walk(tree):
+        runtime = id(node) not in typing_only
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, runtime
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = '.'.join([*base, *([node.module] if node.module else [])])
+            # `from package import unit` names a module, not an object in one
+            for alias in node.names if module == PACKAGE.name else ():
+                yield node.lineno, f'{module}.{alias.name}', runtime
+            if module != PACKAGE.name:
+                yield node.lineno, module, runtime
+
+
+def unit(path: Path) -> str:
+    return path.parts[0].removesuffix('.py')
+
+
+@pytest.mark.parametrize('path', MODULES, ids=str)
+def test_module_has_a_row(path: Path) -> None:
+    assert path.name != 'utils.py', 'a function without a home is a missing module'
+    assert unit(path) == '__init__' or unit(path) in ROW
+
+
+@pytest.mark.parametrize('path', MODULES, ids=str)
+def test_imports_go_to_the_left(path: Path) -> None:
+    # The package itself names all units
+    row = ROW.get(unit(path), len(ROWS))
+    for line, name, _ in imports(path):
+        root, _, rest = name.partition('.')
+        if root == PACKAGE.name:
+            imported = rest.partition('.')[0]
+            assert imported in ROW or imported == '__version__', (
+                f'line {line}: import {name} from the module that defines it'
+            )
+            assert ROW.get(imported, 0) <= row, f'line {line}: {path} uses {name}'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=str)
+def test_torchgeo_is_imported_by_compat_only(path: Path) -> None:
+    for line, name, _ in imports(path):
+        host = name.partition('.')[0] == 'torchgeo'
+        assert not host or unit(path) == '_compat', f'line {line}: {name}'
+
+
+@pytest.mark.parametrize('name', STANDARD_LIBRARY_ONLY)
+def test_light_modules_import_the_standard_library_only(name: str) -> None:
+    light = {f'{PACKAGE.name}.{module}' for module in STANDARD_LIBRARY_ONLY}
+    for line, imported, runtime in imports(Path(f'{name}.py')):
+        if runtime and imported.partition('.')[0] not in sys.stdlib_module_names:
+            assert imported in light, f'line {line}: {imported}'
+
+
+def test_lazy_names_are_the_public_ones() -> None:
+    names = {*torchgeo_softcon.__all__, '__version__'}
+    assert set(torchgeo_softcon._MODULES) == names
+    lazy = {
+        alias.name
+        for node in ast.walk(ast.parse((PACKAGE / '__init__.py').read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and node.module in torchgeo_softcon._MODULES.values()
+        for alias in node.names
+    }
+    assert lazy == names
+    assert list(torchgeo_softcon.__all__) == sorted(torchgeo_softcon.__all__)
