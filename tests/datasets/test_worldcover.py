@@ -408,10 +408,10 @@ class TestReadWindow:
             write(tmp_path / f'{i}.tif', codes[:, 10 * i :][:, :10], transform=corner)
         dataset = ESAWorldCover(tmp_path)
         np.testing.assert_array_equal(dataset[:, :]['mask'].numpy(), codes)
-        assert len(dataset._mosaic._open) == 2
+        assert len(dataset._mosaic.files) == 2
         dataset = ESAWorldCover(tmp_path, cache=False)
         np.testing.assert_array_equal(dataset[:, :]['mask'].numpy(), codes)
-        assert not dataset._mosaic._open
+        assert not dataset._mosaic.files
 
 
 class TestMapping:
@@ -559,7 +559,7 @@ class TestHost:
         dataset = ESAWorldCover(folder, ordinal=True)
         before = dataset[:, :]['mask']
         copy = pickle.loads(pickle.dumps(dataset))
-        assert not copy._mosaic._open
+        assert not copy._mosaic.files
         assert torch.equal(copy[:, :]['mask'], before)
 
     def test_plot(self, folder: Path) -> None:

@@ -258,7 +258,7 @@ class TestSoftContrastiveLoss:
             loss(query, key, label, label[:, 1:])
         with pytest.raises(ValueError, match='label must be given if soft_weight > 0'):
             loss(query, key)
-        bad: Callable[[Tensor, Tensor], Tensor] = lambda a, b: a  # noqa: E731
+        bad: Callable[[Tensor, Tensor], Tensor] = lambda a, b: a
         with pytest.raises(ValueError, match=r'return the shape \(16, 16\), got'):
             SoftContrastiveLoss(label_similarity=bad)(query, key, label)
         with pytest.raises(ValueError, match='soft_loss'):

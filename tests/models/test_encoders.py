@@ -46,7 +46,7 @@ class TestCreateEncoder:
         assert torch.equal(ours(image), theirs(image))
 
     def test_drop_path(self) -> None:
-        encoder = create_encoder('test_vit', drop_path_rate=0.1)
+        encoder: Any = create_encoder('test_vit', drop_path_rate=0.1)
         rates = [getattr(b.drop_path1, 'drop_prob', 0.0) for b in encoder.blocks]
         torch.testing.assert_close(
             torch.tensor(rates), torch.linspace(0, 0.1, 6), rtol=0, atol=1e-6

@@ -9,7 +9,7 @@ from torch import nn
 from torchgeo_softcon.modules import make_teacher, update_ema
 
 
-def make_student() -> nn.Module:
+def make_student() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
@@ -30,8 +30,8 @@ def test_teacher_starts_as_the_student_and_follows_it() -> None:
                 parameter.add_(torch.randn(parameter.shape) * (step + 1))
                 expected[i] = momentum * expected[i] + (1 - momentum) * parameter
         update_ema(student, teacher, momentum)
-        for a, b in zip(expected, teacher.parameters(), strict=True):
-            torch.testing.assert_close(b.double(), a, rtol=0, atol=1e-6)
+        for value, b in zip(expected, teacher.parameters(), strict=True):
+            torch.testing.assert_close(b.double(), value, rtol=0, atol=1e-6)
 
 
 def test_equals_lightly() -> None:
@@ -51,11 +51,10 @@ def test_buffers_are_the_teachers_own() -> None:
     teacher = make_teacher(student)
     student(torch.randn(8, 3) + 5)
     update_ema(student, teacher, 0.5)
-    assert isinstance(student[1], nn.BatchNorm1d)
-    assert isinstance(teacher[1], nn.BatchNorm1d)
-    assert torch.equal(teacher[1].running_mean, torch.zeros(4))
+    assert student.get_buffer('1.running_mean').any()
+    assert not teacher.get_buffer('1.running_mean').any()
     teacher.train()(torch.randn(8, 3) + 5)
-    assert not torch.equal(teacher[1].running_mean, torch.zeros(4))
+    assert teacher.get_buffer('1.running_mean').any()
 
 
 def test_teacher_is_not_random_in_training_mode() -> None:

@@ -13,7 +13,7 @@ from torchgeo_softcon.modules import SiameseMasking, encode_visible, random_visi
 from torchgeo_softcon.modules.masking import mask_pixels, masked_patches
 
 
-def make_vit(name: str = 'test_vit', **kwargs: Any) -> nn.Module:
+def make_vit(name: str = 'test_vit', **kwargs: Any) -> Any:
     torch.manual_seed(0)
     vit = timm.create_model(
         name, num_classes=0, in_chans=4, depth=2, dynamic_img_size=True, **kwargs
@@ -118,8 +118,8 @@ class TestMaskPixels:
         for b in range(3):
             for y in range(rows):
                 for x in range(columns):
-                    area = (b, slice(None), slice(16 * y, 16 * y + 16))
-                    area = (*area, slice(16 * x, 16 * x + 16))
+                    rows_, columns_ = (slice(16 * i, 16 * i + 16) for i in (y, x))
+                    area = (b, slice(None), rows_, columns_)
                     if y * columns + x in visible[b]:
                         assert torch.equal(out[area], image[area])
                     else:

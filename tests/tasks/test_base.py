@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightly.utils.lars import LARS
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -70,7 +70,7 @@ class TestParameterGroups:
         assert isinstance(create_optimizer('lars', groups, 0.1, False), LARS)
         sgd = create_optimizer('sgd', groups, 0.1, False)
         assert sgd.defaults['momentum'] == 0.9
-        with pytest.raises(ValueError, match="optimizer must be .* got 'adam'"):
+        with pytest.raises(ValueError, match=r"optimizer must be .* got 'adam'"):
             create_optimizer('adam', groups, 0.1, False)  # type: ignore[arg-type]
 
 
@@ -85,7 +85,7 @@ class Watch(Callback):
         self.lr.append(trainer.optimizers[0].param_groups[0]['lr'])
 
     def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
-        self.teacher.append(task.teacher.cls_token.detach().clone())
+        self.teacher.append(task.teacher.get_parameter('cls_token').detach().clone())
 
 
 class TestSchedules:
@@ -130,7 +130,7 @@ class TestSchedules:
             tmp_path, callbacks=[watch], accumulate_grad_batches=4, max_epochs=4
         )
         task = make_task(warmup_epochs=0, lr=1, momentum=0.5, momentum_final=0.5)
-        start = task.teacher.cls_token.detach().clone()
+        start = task.teacher.get_parameter('cls_token').detach().clone()
         trainer.fit(task, make_loader())
         moved = [
             not torch.equal(a, b)
@@ -144,15 +144,19 @@ class TestSchedules:
 
         class Students(Callback):
             def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
-                students.append(task.model.cls_token.detach().double().clone())
+                students.append(
+                    task.model.get_parameter('cls_token').detach().double().clone()
+                )
 
         task = make_task(lr=1, momentum=0.9, momentum_final=1)
-        expected = task.teacher.cls_token.detach().double().clone()
+        expected = task.teacher.get_parameter('cls_token').detach().double().clone()
         make_trainer(tmp_path, callbacks=[Students()]).fit(task, make_loader())
         for step, student in enumerate(students):
             momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / 12)) / 2
             expected = momentum * expected + (1 - momentum) * student
-        torch.testing.assert_close(task.teacher.cls_token.double(), expected)
+        torch.testing.assert_close(
+            task.teacher.get_parameter('cls_token').double(), expected
+        )
 
 
 class TestStepRng:
@@ -170,9 +174,7 @@ class TestStepRng:
         task = make_task()
         numbers = []
         for rank in range(2):
-            monkeypatch.setattr(
-                SoftConTask, 'global_rank', property(lambda self, rank=rank: rank)
-            )
+            monkeypatch.setattr(SoftConTask, 'global_rank', rank)
             with task.step_rng(0):
                 numbers.append(torch.rand(4))
         assert not torch.equal(*numbers)

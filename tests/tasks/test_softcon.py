@@ -278,6 +278,6 @@ class TestPredict:
 
     def test_image_is_not_covered_by_patches(self) -> None:
         with pytest.raises(
-            ValueError, match='image size must be a multiple .* 40 x 32'
+            ValueError, match=r'image size must be a multiple .* 40 x 32'
         ):
             make_task()(torch.rand(2, 4, 40, 32))

@@ -3,9 +3,9 @@
 
 """What ``torchgeo fit --data`` can name."""
 
-from torchgeo_softcon.datamodules.image_masks import ImageMaskFolderDataModule
-from torchgeo_softcon.datamodules.scenes import WorldCoverScenesDataModule
-from torchgeo_softcon.datamodules.synthetic import SyntheticScenesDataModule
+from .image_masks import ImageMaskFolderDataModule
+from .scenes import WorldCoverScenesDataModule
+from .synthetic import SyntheticScenesDataModule
 
 __all__ = (
     'ImageMaskFolderDataModule',

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from torchgeo_softcon._compat import NonGeoDataModule, NonGeoDataset, Sample
-from torchgeo_softcon.datamodules.loading import DrawSampler, ResumableDataLoader
-from torchgeo_softcon.transforms.worldcover import (
-    WORLDCOVER_CODES,
-    WorldCoverMultiLabel,
-)
+from .._compat import NonGeoDataModule, NonGeoDataset, Sample
+from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel
+from .loading import DrawSampler, ResumableDataLoader
 
 #: What a datamodule can give next to the image.
 Target = Literal['label', 'mask']

@@ -5,9 +5,9 @@
 
 from collections.abc import Sequence
 
-from torchgeo_softcon.datamodules.base import DrawDataModule, Target
-from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
-from torchgeo_softcon.datasets.scaling import ValueRange
+from ..datasets.image_masks import ImageMaskFolder
+from ..datasets.scaling import ValueRange
+from .base import DrawDataModule, Target
 
 
 class ImageMaskFolderDataModule(DrawDataModule):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
-from torchgeo_softcon._compat import Sample
+from .._compat import Sample
 
 
 class DrawSampler(DistributedSampler[Any]):

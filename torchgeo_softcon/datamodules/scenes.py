@@ -6,9 +6,9 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torchgeo_softcon.datamodules.base import DrawDataModule, Target
-from torchgeo_softcon.datasets.scaling import ValueRange
-from torchgeo_softcon.datasets.scenes import SceneGrid, WorldCoverScenes
+from ..datasets.scaling import ValueRange
+from ..datasets.scenes import SceneGrid, WorldCoverScenes
+from .base import DrawDataModule, Target
 
 #: Seeds of the fixed windows, far from those that a user may choose.
 _VAL_SEED, _TEST_SEED = 2**32, 2**33

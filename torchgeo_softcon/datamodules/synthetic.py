@@ -6,10 +6,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torchgeo_softcon.bands import SENTINEL2_BANDS
-from torchgeo_softcon.datamodules.base import Target
-from torchgeo_softcon.datamodules.scenes import WorldCoverScenesDataModule
-from torchgeo_softcon.datasets.synthetic import SyntheticScenes
+from ..bands import SENTINEL2_BANDS
+from ..datasets.synthetic import SyntheticScenes
+from .base import Target
+from .scenes import WorldCoverScenesDataModule
 
 
 class SyntheticScenesDataModule(WorldCoverScenesDataModule):
@@ -21,6 +21,14 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
 
     .. versionadded:: 0.1
     """
+
+    #: What a task of the host needs to learn from the same scenes, for the command that
+    #: the pretraining tasks print at the end.
+    finetune_options = (
+        '--model.task multilabel --model.num_labels 11 --model.loss bce '
+        '--data SyntheticScenesDataModule --data.val_fraction 0.2 '
+        '--trainer.max_epochs 3'
+    )
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
 
 """Datasets of images with ESA WorldCover."""
 
-from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
-from torchgeo_softcon.datasets.scenes import WorldCoverScenes
-from torchgeo_softcon.datasets.synthetic import SyntheticScenes
-from torchgeo_softcon.datasets.worldcover import ESAWorldCover
+from .image_masks import ImageMaskFolder
+from .scenes import WorldCoverScenes
+from .synthetic import SyntheticScenes
+from .worldcover import ESAWorldCover
 
 __all__ = ('ESAWorldCover', 'ImageMaskFolder', 'SyntheticScenes', 'WorldCoverScenes')

@@ -4,9 +4,6 @@
 """Windows out of many rasters of class codes, on any grid, by nearest neighbour."""
 
 import functools
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +15,8 @@ from affine import Affine
 from numpy.polynomial import chebyshev
 from pyproj import CRS, Transformer
 from rasterio.errors import RasterioError
-from rasterio.io import DatasetReader
+
+from .handles import OpenFiles
 
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
@@ -259,27 +257,11 @@ class Mosaic:
             cache: Whether files stay open after a read.
         """
         self.tiles = list(tiles)
-        self.cache = cache
         self._boxes = np.array([tile.bounds for tile in self.tiles])
         self._crs = list(dict.fromkeys(tile.crs for tile in self.tiles))
         self._group = np.array([self._crs.index(tile.crs) for tile in self.tiles])
         self._legend = np.isin(np.arange(256), [0, *codes])
-        self._start()
-
-    def _start(self) -> None:
-        """Forget open files: they belong to another process."""
-        self._pid = os.getpid()
-        self._open: OrderedDict[str, DatasetReader] = OrderedDict()
-        self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process."""
-        return {k: v for k, v in vars(self).items() if k not in ('_open', '_lock')}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start without open files."""
-        vars(self).update(state)
-        self._start()
+        self.files = OpenFiles(rasterio.open, _MAX_OPEN if cache else 0)
 
     def read(self, crs: CRS, transform: Affine, height: int, width: int) -> Codes:
         """Read the codes at the pixel centres of a grid.
@@ -362,19 +344,14 @@ class Mosaic:
         self, tile: Tile, window: tuple[tuple[int, int], tuple[int, int]]
     ) -> Codes:
         """Read a part of a tile as it is stored, no data as 0."""
-        if self._pid != os.getpid():
-            self._start()
-        with self._lock:
-            try:
-                block: npt.NDArray[Any] = self._reader(tile.path).read(1, window=window)
-            except RasterioError as error:
-                raise OSError(
-                    f'{tile.path} cannot be read at rows and columns {window}, it is '
-                    f'truncated or damaged: fetch it again ({error})'
-                ) from error
-            finally:
-                if not self.cache:
-                    self._close(0)
+        try:
+            with self.files.use(tile.path) as source:
+                block: npt.NDArray[Any] = source.read(1, window=window)
+        except RasterioError as error:
+            raise OSError(
+                f'{tile.path} cannot be read at rows and columns {window}, it is '
+                f'truncated or damaged: fetch it again ({error})'
+            ) from error
 
         if tile.nodata:  # neither None nor 0
             block[block == tile.nodata] = 0
@@ -401,19 +378,6 @@ class Mosaic:
                 'is another product, or was interpolated (resample it with nearest '
                 'neighbour), or its codes were changed'
             )
-
-    def _reader(self, path: str) -> DatasetReader:
-        """Open a raster, or take it from the open ones."""
-        if path not in self._open:
-            self._close(_MAX_OPEN - 1)
-            self._open[path] = rasterio.open(path)
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def _close(self, keep: int) -> None:
-        """Close the rasters that were not used for longest."""
-        while len(self._open) > keep:
-            self._open.popitem(last=False)[1].close()
 
     @functools.cached_property
     def footprint(self) -> shapely.Geometry:

@@ -4,67 +4,72 @@
 """Files that stay open between reads."""
 
 import os
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
-def _close_all(files: OrderedDict[str, Any]) -> None:
-    """Close files and forget them."""
-    while files:
-        files.popitem()[1].close()
+def _close(files: OrderedDict[str, Any], keep: int = 0) -> None:
+    """Close the files that were not used for longest."""
+    while len(files) > keep:
+        files.popitem(last=False)[1].close()
 
 
 class OpenFiles:
-    """The last few files that were read, open. Safe to copy, to pickle and to fork.
+    """The last few files that were read, open. Safe to copy, pickle, fork and share.
 
-    Every process opens files on first use. They are closed before the interpreter goes
-    away, because GDAL can no longer report to Python after that.
+    Every process opens files on first use, and one thread reads at a time. Files are
+    closed before the interpreter goes away: after that, GDAL can no longer report to
+    Python and prints empty errors.
     """
 
-    def __init__(self, opener: Callable[[str], Any], max_open: int = 64) -> None:
+    def __init__(self, opener: Callable[..., Any], max_open: int = 64) -> None:
         """Initialize a new OpenFiles instance.
 
         Args:
-            opener: Opens a file. Module-level, so that it can be pickled.
-            max_open: Number of files to keep open.
+            opener: Opens a file. A function of a module, so that it can be pickled.
+            max_open: Number of files to keep open, 0 to close each after its use.
         """
         self.opener = opener
         self.max_open = max_open
         self._pid = os.getpid()
+        self._lock = threading.RLock()
         self._files: OrderedDict[str, Any] = OrderedDict()
-        weakref.finalize(self, _close_all, self._files)
+        weakref.finalize(self, _close, self._files)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave open files behind."""
         return type(self), (self.opener, self.max_open)
 
-    def __getitem__(self, path: str | os.PathLike[str]) -> Any:
+    def __len__(self) -> int:
+        """Number of files that are open."""
+        return len(self._files)
+
+    @contextmanager
+    def use(self, path: str | os.PathLike[str]) -> Iterator[Any]:
         """Open a file, or take it from the open ones.
 
         Args:
             path: The file.
 
-        Returns:
+        Yields:
             What the opener made of it.
         """
         path = os.fspath(path)
         if self._pid != os.getpid():
-            # Forked: the file position behind these is shared with the parent
+            # Forked: the parent may hold the lock, and shares the file positions
             self._pid = os.getpid()
+            self._lock = threading.RLock()
             self._files.clear()
-        if path not in self._files:
-            self.close(self.max_open - 1)
-            self._files[path] = self.opener(path)
-        self._files.move_to_end(path)
-        return self._files[path]
-
-    def close(self, keep: int = 0) -> None:
-        """Close the files that were not used for longest.
-
-        Args:
-            keep: Number of files that stay open.
-        """
-        while len(self._files) > keep:
-            self._files.popitem(last=False)[1].close()
+        with self._lock:
+            if path not in self._files:
+                _close(self._files, max(self.max_open - 1, 0))
+                self._files[path] = self.opener(path)
+            self._files.move_to_end(path)
+            try:
+                yield self._files[path]
+            finally:
+                _close(self._files, self.max_open)

@@ -18,16 +18,12 @@ from matplotlib.figure import Figure
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-from torchgeo_softcon._compat import NonGeoDataset, Sample
-from torchgeo_softcon.bands import RGB_BANDS, normalize_band_names
-from torchgeo_softcon.datasets.plotting import plot_sample
-from torchgeo_softcon.datasets.rasters import open_raster, read_raster
-from torchgeo_softcon.datasets.scaling import (
-    ValueRange,
-    resolve_value_range,
-    to_unit_range,
-)
-from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
+from .._compat import NonGeoDataset, Sample
+from ..bands import RGB_BANDS, normalize_band_names
+from ..transforms.worldcover import WorldCoverMultiLabel
+from .plotting import plot_sample
+from .rasters import open_raster, read_raster
+from .scaling import ValueRange, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')

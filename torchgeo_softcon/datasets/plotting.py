@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchgeo_softcon._compat import Sample
-from torchgeo_softcon.bands import rgb_indices
+from .._compat import Sample
+from ..bands import rgb_indices
 
 
 def plot_sample(

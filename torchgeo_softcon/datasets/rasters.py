@@ -6,7 +6,6 @@
 import os
 import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,8 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
-from torchgeo_softcon.bands import (
-    RGB_BANDS,
-    SENTINEL1_BANDS,
-    SENTINEL2_BANDS,
-    normalize_band_names,
-)
+from ..bands import RGB_BANDS, SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
+from .handles import OpenFiles
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.tif', '.tiff', '.jp2')
@@ -419,31 +414,7 @@ class RasterReader:
         Args:
             max_open: Number of files to keep open.
         """
-        self.max_open = max_open
-        self._pid = os.getpid()
-        self._open: OrderedDict[Path, Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind."""
-        return {'max_open': self.max_open}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start without open files."""
-        self.__init__(**state)  # type: ignore[misc]
-
-    def _source(self, path: Path) -> Any:
-        if self._pid != os.getpid():
-            # Forked: the file position behind these is shared with the parent
-            self._pid = os.getpid()
-            self._open = OrderedDict()
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
-            self._open[path] = open_raster(path)
-            if len(self._open) > self.max_open:
-                _, oldest = self._open.popitem(last=False)
-                oldest.close()
-        return self._open[path]
+        self.files = OpenFiles(open_raster, max_open)
 
     def read(
         self, scene: Scene, top: int, left: int, height: int, width: int
@@ -475,8 +446,8 @@ class RasterReader:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _values(self, layer: Layer, window: Window) -> npt.NDArray[np.float32]:
-        source = self._source(layer.path)
-        raw = read_raster(source, layer.path, layer.indexes, window)
+        with self.files.use(layer.path) as source:
+            raw = read_raster(source, layer.path, layer.indexes, window)
         # A float64 file may mark missing data with a number beyond float32
         with np.errstate(over='ignore'):
             values = raw.astype(np.float32)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL1_BANDS
+from ..bands import BAND_STATISTICS, SENTINEL1_BANDS
 
 #: What a dataset accepts as *value_range*, see :func:`resolve_value_range`.
 ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]] | None

@@ -18,22 +18,12 @@ from pyproj import CRS
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchgeo_softcon._compat import NonGeoDataset, Sample
-from torchgeo_softcon.datasets.plotting import plot_sample
-from torchgeo_softcon.datasets.rasters import (
-    Grid,
-    RasterReader,
-    Scene,
-    find_files,
-    find_scenes,
-)
-from torchgeo_softcon.datasets.scaling import (
-    ValueRange,
-    resolve_value_range,
-    to_unit_range,
-)
-from torchgeo_softcon.datasets.worldcover import ESAWorldCover
-from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
+from .._compat import NonGeoDataset, Sample
+from ..transforms.worldcover import WorldCoverMultiLabel
+from .plotting import plot_sample
+from .rasters import Grid, RasterReader, Scene, find_files, find_scenes
+from .scaling import ValueRange, resolve_value_range, to_unit_range
+from .worldcover import ESAWorldCover
 
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

@@ -20,14 +20,10 @@ import rasterio
 from affine import Affine
 from pyproj import CRS, Transformer
 
-from torchgeo_softcon.bands import (
-    SENTINEL1_BANDS,
-    SENTINEL2_BANDS,
-    normalize_band_names,
-)
-from torchgeo_softcon.datasets._landscape import Landscape, optical, radar, random_field
-from torchgeo_softcon.datasets._mosaic import Tile, Window, outline, projection
-from torchgeo_softcon.datasets.worldcover import WORLDCOVER_COLORS
+from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
+from ._landscape import Landscape, optical, radar, random_field
+from ._mosaic import Tile, Window, outline, projection
+from .worldcover import WORLDCOVER_COLORS
 
 Codes = npt.NDArray[np.uint8]
 

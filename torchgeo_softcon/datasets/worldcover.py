@@ -22,9 +22,9 @@ from matplotlib.patches import Patch
 from pyproj import CRS
 from torch import Tensor
 
-from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
-from torchgeo_softcon.datasets._mosaic import Mosaic, Tile, open_tile, outline
-from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
+from ..transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ._mosaic import Mosaic, Tile, open_tile, outline
 
 #: What TorchGeo accepts as a path.
 Path = str | os.PathLike[str]
@@ -384,7 +384,7 @@ class ESAWorldCover(RasterDataset):
         # As many pixels as TorchGeo reads for the images of an intersection
         height = max(round((y.stop - y.start) / y.step), 1)
         width = max(round((x.stop - x.start) / x.step), 1)
-        sample = self._georeference(query, (x, y, t), transform)
+        sample = georeference(self.crs, query, (x, y, t), transform)
         sample['mask'] = self.read_window(self.crs, transform, height, width)
         if self.transforms is not None:
             sample = self.transforms(sample)
@@ -404,21 +404,6 @@ class ESAWorldCover(RasterDataset):
             )
         )
         return x, y, t
-
-    def _georeference(
-        self, query: Any, resolved: tuple[slice, slice, slice], transform: Affine
-    ) -> Sample:
-        """What a sample of TorchGeo says of its place."""
-        if not hasattr(RasterDataset, '_slice_to_tensor'):  # TorchGeo 0.8
-            return {'crs': self.crs, 'bounds': query}
-        x, y, t = resolved
-        times = (t.start.timestamp(), t.stop.timestamp(), t.step)
-        return {
-            'bounds': torch.tensor(
-                [x.start, x.stop, x.step, y.start, y.stop, y.step, *times]
-            ),
-            'transform': torch.tensor(transform),
-        }
 
     def plot(
         self, sample: Sample, show_titles: bool = True, suptitle: str | None = None

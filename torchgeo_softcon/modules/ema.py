@@ -30,7 +30,7 @@ def make_teacher(student: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         elif hasattr(module, 'drop_prob'):  # timm's DropPath
-            module.drop_prob = 0.0
+            module.drop_prob = 0.0  # type: ignore[assignment]
     return teacher.requires_grad_(False)
 
 

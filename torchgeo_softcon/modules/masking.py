@@ -73,7 +73,7 @@ def _encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
     tokens = vit.norm_pre(tokens)
     for block in vit.blocks:
         tokens = block(tokens)
-    return cast(Tensor, vit.forward_head(vit.norm(tokens), pre_logits=True))
+    return vit.forward_head(vit.norm(tokens), pre_logits=True)
 
 
 def _embed_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._compat import BaseTask, Sample, finetune_command
+from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
 from ..models import create_encoder, is_vit, load_encoder, read_weights
 from ..modules import input_layer, update_ema
@@ -55,7 +55,10 @@ class EMATask(BaseTask):
 
     #: Not saved as hyperparameters: a checkpoint holds plain values only, so that it
     #: opens safely and without this package.
-    ignore = ('weights', 'augmentations')
+    ignore: tuple[str, ...] = ('weights', 'augmentations')
+
+    weights: WeightsEnum | bool | str | None
+    rng_seed: Tensor
 
     def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
         """Pairs of a trained module and the teacher that follows it."""
@@ -312,7 +315,9 @@ class EMATask(BaseTask):
         path = path or getattr(callback, 'last_model_path', '')
         if path:
             model, channels = self.hparams['model'], self.hparams['in_channels']
-            command = finetune_command(model, path, channels)
+            datamodule = getattr(self.trainer, 'datamodule', None)
+            data = getattr(datamodule, 'finetune_options', None)
+            command = finetune_command(model, path, channels, data)
             rank_zero_info(
                 f'The pretrained encoder is in {path}\nFine-tune from it with:\n'
                 f'  {command}'

@@ -30,7 +30,8 @@ def parameter_groups(
     Returns:
         The group with and the group without weight decay.
     """
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

@@ -4,7 +4,7 @@
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
@@ -145,12 +145,9 @@ class SoftConTask(EMATask):
         for name, value in {'in_channels': in_channels, 'size': size}.items():
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}')
-        for name, value in {
-            'momentum': momentum,
-            'momentum_final': momentum_final,
-        }.items():
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {value}')
+        for name, share in (('momentum', momentum), ('momentum_final', momentum_final)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f'{name} must be in [0, 1], got {share}')
         if seasons not in ('same', 'different'):
             raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
         if lr <= 0 or weight_decay < 0 or warmup_epochs < 0:
@@ -181,7 +178,7 @@ class SoftConTask(EMATask):
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
         self.model = self.create_encoder()
-        width: int = self.model.num_features
+        width = cast(int, self.model.num_features)
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
         self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
         self.predictor = mlp_head(out, hidden, out, self.hparams['predictor_layers'])

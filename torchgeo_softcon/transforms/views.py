@@ -152,7 +152,7 @@ class RandomView(nn.Module):
             raise ValueError(f'value_range must be (low, high), got {value_range}')
 
         super().__init__()
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.scale = scale
         self.ratio = ratio
         self.horizontal_flip = horizontal_flip
