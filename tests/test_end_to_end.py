@@ -120,6 +120,39 @@ def test_image_folder() -> None:
     assert len(losses(log)) == 2
 
 
+def test_real_patches_with_masks(shared: Path) -> None:
+    """Sentinel-2 RGB with WorldCover of 2021, Delhi."""
+    root = shared / 'delhi_s2rgb_worldcover'
+    _, log = fit(
+        *('--config', str(EXAMPLES / 'image_folder.yaml'), '--data.root', str(root)),
+        *SMALL,
+        *('--data.batch_size', '32', '--model.model', 'test_vit'),
+    )
+    assert len(losses(log)) == 288 // 32
+    assert all(float(row['train_unknown_share']) == 0 for row in log)
+
+
+def test_real_dates_as_seasons(shared: Path) -> None:
+    """Seven HLS bands, several dates of a place, the mask is a band of the file."""
+    folder = shared / 'hls_worldcover'
+    with open(folder / 'labels.csv') as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if int(row['n_dates']) > 1:
+            place = Path('images', row['location'])
+            place.mkdir(parents=True, exist_ok=True)
+            (place / row['file']).symlink_to(folder / 'images' / row['file'])
+    _, log = fit(
+        *('--config', str(EXAMPLES / 'image_folder.yaml'), *SMALL),
+        *('--model.in_channels', '7', '--model.bands', 'null'),
+        *('--model.seasons', 'different', '--data.root', 'null'),
+        *('--data.images', 'images', '--data.seasons', '2', '--data.batch_size', '2'),
+        *('--data.image_bands', '[1,2,3,4,5,6,7]', '--data.mask_band', '11'),
+        *('--data.value_range', '[0,4000]'),
+    )
+    assert losses(log)
+
+
 @pytest.mark.parametrize('name', ['SoftConTask', 'torchgeo_softcon.SoftConTask'])
 @pytest.mark.parametrize('option', ['--model', '--model.class_path'])
 def test_names_of_the_task(name: str, option: str, scenes: SyntheticScenes) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchgeo.models import ViTSmall16_Weights
 
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.tasks import SoftConTask
@@ -68,6 +70,39 @@ class TestConstructor:
             )
             if parameter.shape == loaded.shape:
                 assert torch.equal(parameter, loaded)
+
+    def test_weights_of_the_host_by_member_and_name(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        member = ViTSmall16_Weights.SENTINEL2_ALL_DINO
+        torch.manual_seed(3)
+        state = timm.create_model('vit_small_patch16_224', in_chans=13).state_dict()
+        monkeypatch.setattr(
+            type(member), 'get_state_dict', lambda *args, **kwargs: dict(state)
+        )
+        for weights in (member, str(member)):
+            task = make_task(
+                model='vit_small_patch16_224', in_channels=13, weights=weights
+            )
+            for key, value in task.model.state_dict().items():
+                assert torch.equal(value, state[key])
+
+    def test_weights_of_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(3)
+        rgb: Any = timm.create_model('test_vit', num_classes=0)
+        create = timm.create_model
+
+        def pretrained(*args: Any, pretrained: bool = False, **kwargs: Any) -> Any:
+            return rgb if pretrained else create(*args, **kwargs)
+
+        monkeypatch.setattr(timm, 'create_model', pretrained)
+        bands = ['B2', 'B3', 'B4', 'B8']
+        task = make_task(weights=True, bands=bands, in_layer_init='rgb')
+        weight = task.model.get_parameter('patch_embed.proj.weight')
+        red = rgb.patch_embed.proj.weight[:, 0]
+        torch.testing.assert_close(weight[:, 2], red * 3 / 4)
+        assert torch.equal(task.model.get_parameter('cls_token'), rgb.cls_token)
+        assert torch.equal(task.teacher.get_parameter('cls_token'), rgb.cls_token)
 
     def test_frozen_patch_embedding(self) -> None:
         task = make_task(freeze_patch_embed=True)

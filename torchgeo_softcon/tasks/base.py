@@ -250,31 +250,26 @@ class EMATask(BaseTask):
         for student, teacher in self.ema_pairs():
             update_ema(student, teacher, momentum)
 
-    def log_step(self, values: dict[str, Tensor | float], batch_size: int) -> None:
+    def log_step(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log the losses and where the schedules are.
 
         Args:
-            values: Scalars by name. Tensors are not read here, only when Lightning's
-                loggers need them.
+            values: Scalars by name, *train_loss* among them. They are not read here, only
+                when Lightning's loggers need them.
             batch_size: Number of images B.
         """
         if self._trainer is None:
             return
+        loss = values.pop('train_loss')
         # Shown in the progress bar where that does not make the host wait
-        self.log(
-            'train_loss',
-            values.pop('train_loss'),
-            batch_size=batch_size,
-            prog_bar=not self.on_gpu,
-        )
-        self.log_dict(
-            {
-                **values,
-                'schedule/lr': self.trainer.optimizers[0].param_groups[0]['lr'],
-                'schedule/momentum': self.momentum_at(self.global_step),
-            },
-            batch_size=batch_size,
-        )
+        self.log('train_loss', loss, batch_size=batch_size, prog_bar=not self.on_gpu)
+        schedules = {
+            'schedule/lr': self.trainer.optimizers[0].param_groups[0]['lr'],
+            'schedule/momentum': self.momentum_at(self.global_step),
+        }
+        # Lightning would copy plain numbers to the device, and wait for it
+        filled = {k: torch.full_like(loss, v) for k, v in schedules.items()}
+        self.log_dict({**values, **filled}, batch_size=batch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute features with the encoder that is exported.
