@@ -5,6 +5,8 @@
 
 import csv
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -170,6 +172,22 @@ def test_names_of_the_task(name: str, option: str, scenes: SyntheticScenes) -> N
             *('--trainer.fast_dev_run', 'true', '--trainer.accelerator', 'cpu'),
         ]
     )
+
+
+@pytest.mark.parametrize(('model', 'size'), [('resnet18', 96), ('test_vit', 176)])
+def test_printed_command_runs(
+    model: str, size: int, scenes: SyntheticScenes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level('INFO', logger='lightning.pytorch'):
+        fit(
+            *('--config', str(EXAMPLES / 'quickstart.yaml'), '--model.model', model),
+            *(*SMALL, '--data.root', str(scenes.root.parent), '--data.dates', '2'),
+            *('--data.size', str(size), '--data.patch_size', '48'),
+            *('--data.length', '4'),
+        )
+    (command,) = re.findall('torchgeo fit (.*)', caplog.text)
+    small = ['--trainer.fast_dev_run', 'true', '--trainer.accelerator', 'cpu']
+    main(['fit', *shlex.split(command), *small, '--data.batch_size', '2'])
 
 
 class TestFineTuning:

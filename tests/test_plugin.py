@@ -178,7 +178,11 @@ ORDERS = {
     ),
     'threads': Order(
         """
+        # The host's own stack cannot be imported by several threads at once: without
+        # this, Python detects deadlocks among its modules also in absence of a plugin
         import threading
+        import torch, torchvision, timm, lightning.pytorch, lightly.loss
+        import kornia.augmentation, segmentation_models_pytorch, torchgeo.datasets
         start = threading.Barrier(6)
 
         def run(number):

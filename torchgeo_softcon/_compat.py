@@ -8,6 +8,7 @@ TorchGeo 0.8 (Python 3.11) calls its tasks ``torchgeo.trainers.XTask``, TorchGeo
 TorchGeo through here.
 """
 
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -109,5 +110,6 @@ def finetune_command(
     data = data or '--model.num_classes N --data YOUR_DATAMODULE'
     return (
         f'torchgeo fit --model {task} --model.model {model} '
-        f"--model.weights '{checkpoint}' --model.in_channels {in_channels} {data}"
+        f'--model.weights {shlex.quote(checkpoint)} --model.in_channels {in_channels} '
+        f'{data}'
     )

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchgeo.models import ResNet50_Weights
 from torchvision.models._api import Weights, WeightsEnum
 
 from torchgeo_softcon.bands import SENTINEL2_BANDS
@@ -58,6 +59,9 @@ class TestCreateEncoder:
         ):
             create_encoder('vit_tiny_patch16')
 
+    def test_hybrid_is_no_plain_vit(self) -> None:
+        assert not is_vit(create_encoder('vit_tiny_r_s16_p8_224'))
+
     def test_is_vit(self) -> None:
         assert is_vit(create_encoder('test_vit'))
         assert not is_vit(create_encoder('resnet18'))
@@ -76,6 +80,10 @@ class TestLoadEncoder:
         load_encoder(encoder, state)
         for key, value in encoder.state_dict().items():
             assert torch.equal(value, state[key])
+
+    def test_classifier_of_another_name(self) -> None:
+        encoder = create_encoder('mobilenetv3_small_050')
+        load_encoder(encoder, random_state('mobilenetv3_small_050'))
 
     @pytest.mark.parametrize('init', ['random', 'rgb', 'timm'])
     def test_only_the_input_layer_is_adapted(self, init: Any) -> None:
@@ -146,6 +154,18 @@ class TestReadWeights:
             ValueError, match=r"existing file or the name .*'nope.ckpt'"
         ):
             read_weights('nope.ckpt')
+
+    def test_error_of_a_download_is_not_hidden(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        member = ResNet50_Weights.SENTINEL2_ALL_MOCO
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise ValueError('hash mismatch')
+
+        monkeypatch.setattr(type(member), 'get_state_dict', fail)
+        with pytest.raises(ValueError, match='hash mismatch'):
+            read_weights(str(member))
 
     def test_unreadable_file(self, tmp_path: Path) -> None:
         path = tmp_path / 'broken.ckpt'

@@ -33,3 +33,9 @@ def test_is_the_head_of_moco_v3(num_layers: int) -> None:
 def test_bad_number_of_layers() -> None:
     with pytest.raises(ValueError, match='num_layers must be at least 1, got 0'):
         mlp_head(6, 10, 4, 0)
+
+
+def test_last_layer_without_batch_norm() -> None:
+    layers = list(mlp_head(6, 10, 4, 2, last_batch_norm=False).layers)
+    assert isinstance(layers[-1], nn.Linear)
+    assert layers[-1].bias is None

@@ -107,6 +107,19 @@ class TestEncodeVisible:
                 parameter.grad, expected[name], rtol=1e-3, atol=1e-4
             )
 
+    def test_activation_checkpointing(self) -> None:
+        vit = make_vit()
+        image = torch.randn(2, 4, 64, 64)
+        visible = random_visible(2, 16, 0.5, 'cpu')
+        expected = encode_visible(vit, image, visible)
+        vit.set_grad_checkpointing()
+        calls: list[Any] = []
+        vit.blocks[0].register_forward_pre_hook(lambda *args: calls.append(args))
+        actual = encode_visible(vit, image, visible)
+        actual.sum().backward()
+        assert len(calls) == 2  # again during the backward pass
+        torch.testing.assert_close(actual, expected)
+
 
 class TestMaskPixels:
     @pytest.mark.parametrize('size', [(32, 32), (30, 45)])

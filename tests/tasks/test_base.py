@@ -2,7 +2,9 @@
 # Licensed under the MIT License.
 
 import math
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
 from torchgeo_softcon.tasks.base import split_seasons
@@ -274,7 +277,38 @@ class TestCheckpoint:
             trainer.fit(make_task(), make_loader())
         path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
         assert f'The pretrained encoder is in {path}' in caplog.text
-        assert f"--model.model test_vit --model.weights '{path}'" in caplog.text
+        assert f'--model.model test_vit --model.weights {path}' in caplog.text
+
+    def test_augmentations_are_not_in_it(self, tmp_path: Path) -> None:
+        class Scale(torch.nn.Module):
+            def __init__(self, factor: float) -> None:
+                super().__init__()
+                self.register_buffer('factor', torch.tensor(factor))
+
+            def forward(self, image: Tensor) -> Tensor:
+                return image * self.get_buffer('factor')
+
+        trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+        trainer.fit(make_task(augmentations=Scale(2.0)), make_loader())
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        with pytest.warns(
+            UserWarning, match='made with augmentations=Scale.*RandomView'
+        ):
+            SoftConTask.load_from_checkpoint(path)
+        task = SoftConTask.load_from_checkpoint(path, augmentations=Scale(3.0))
+        assert task.augmentations.get_buffer('factor') == 3
+
+    def test_function_of_the_labels_is_not_in_it(self, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+        task = make_task(label_similarity=jaccard_similarity)
+        trainer.fit(task, make_loader())
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        match = 'made with label_similarity=jaccard_similarity.*goes on with cosine'
+        with pytest.warns(UserWarning, match=match):
+            SoftConTask.load_from_checkpoint(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            SoftConTask.load_from_checkpoint(path, label_similarity=jaccard_similarity)
 
 
 @pytest.mark.parametrize('precision', ['bf16-mixed', '32-true'])
@@ -285,3 +319,28 @@ def test_precision_and_clipping(tmp_path: Path, precision: Any) -> None:
     trainer.fit(make_task(), make_loader())
     assert trainer.callback_metrics['train_loss'].isfinite()
     assert trainer.optimizers[0].defaults['fused'] is False
+
+
+def test_precision_that_stops_the_teacher(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, precision='bf16-true')
+    with pytest.raises(ValueError, match=r'rounds the small steps .* Use bf16-mixed'):
+        trainer.fit(make_task(), make_loader())
+
+
+def test_learning_rate_counts_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task()
+    loader = make_loader()
+    trainer = SimpleNamespace(
+        train_dataloader=loader, world_size=3, accumulate_grad_batches=2
+    )
+    monkeypatch.setattr(SoftConTask, 'trainer', trainer)
+    assert task._global_batch_size() == 4 * 3 * 2
+
+
+def test_seasons_in_channels_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level('INFO', logger='lightning.pytorch'):
+        for _ in range(2):
+            split_seasons(torch.zeros(2, 33, 4, 4), 11)
+    assert (
+        caplog.text.count('33 channels are read as 3 seasons of in_channels = 11') == 1
+    )

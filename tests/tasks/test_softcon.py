@@ -14,6 +14,7 @@ from torchgeo.models import ViTSmall16_Weights
 
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.tasks import SoftConTask
+from torchgeo_softcon.transforms import RandomView
 
 from .helpers import Scenes, make_batch, make_loader, make_task, make_trainer
 
@@ -109,6 +110,54 @@ class TestConstructor:
         frozen = [n for n, p in task.model.named_parameters() if not p.requires_grad]
         assert frozen == ['patch_embed.proj.weight', 'patch_embed.proj.bias']
 
+    def test_options_arrive(self) -> None:
+        task = make_task(
+            soft_temperature=0.7,
+            temperature=0.3,
+            gather_distributed=False,
+            soft_loss='mse',
+            drop_path_rate=0.2,
+            mask_mode='pixel',
+            mask_patch_size=8,
+            mask_ratio=0.25,
+            projector_layers=2,
+            predictor_layers=1,
+        )
+        criterion, masking = task.criterion, task.masking
+        assert (criterion.temperature, criterion.soft_temperature) == (0.3, 0.7)
+        assert (criterion.gather_distributed, criterion.soft_loss) == (False, 'mse')
+        assert (masking.mode, masking.patch_size, masking.ratio) == ('pixel', 8, 0.25)
+        rates = [getattr(m, 'drop_prob', 0) or 0 for m in task.model.modules()]
+        assert max(rates) == pytest.approx(0.2)
+        layers = [
+            sum(isinstance(m, nn.Linear) for m in head.modules())
+            for head in (task.projector, task.predictor)
+        ]
+        assert layers == [2, 1]
+        assert make_task().criterion.gather_distributed
+
+    def test_teachers_follow_encoder_and_projector(self) -> None:
+        task = make_task()
+        assert task.ema_pairs() == [
+            (task.model, task.teacher),
+            (task.projector, task.teacher_projector),
+        ]
+
+    @pytest.mark.parametrize(
+        'model', ['mobilenetv3_small_050', 'test_vit2', 'test_vit3']
+    )
+    def test_any_model_that_pools(self, model: str) -> None:
+        task = make_task(model=model)
+        task.training_step(make_batch(), 0).backward()
+
+    def test_model_that_takes_another_size(self) -> None:
+        with pytest.raises(ValueError, match='does not take images of size 40 x 40'):
+            make_task(model='mixer_s32_224', size=40)
+
+    def test_no_augmentation_is_not_the_default(self) -> None:
+        nothing = nn.Sequential()
+        assert make_task(augmentations=nothing).augmentations is nothing
+
     def test_hyperparameters_are_plain(self) -> None:
         task = make_task(
             weights=None,
@@ -149,7 +198,7 @@ class TestViews:
             'label': F.one_hot(torch.arange(3)).expand(64, 3, 3),
         }
         torch.manual_seed(0)
-        (first, second), (label, key_label) = task.views(batch)
+        (first, second), (label, key_label) = task.draw_views(batch)
         for view, chosen in ((first, label), (second, key_label)):
             assert chosen is not None
             assert torch.equal(view[:, 0, 0, 0] % 10, chosen.argmax(1).float())
@@ -161,7 +210,7 @@ class TestViews:
     def test_one_label_for_all_seasons(self) -> None:
         task = make_task(augmentations=Constant())
         batch = make_batch(seasons=2)
-        _, (label, key_label) = task.views(batch)
+        _, (label, key_label) = task.draw_views(batch)
         assert label is not None
         assert torch.equal(label, batch['label'])
         assert key_label is not None
@@ -171,7 +220,7 @@ class TestViews:
         task = make_task(soft_weight=0)
         batch = make_batch()
         del batch['label']
-        _, labels = task.views(batch)
+        _, labels = task.draw_views(batch)
         assert labels == (None, None)
 
     @pytest.mark.parametrize(
@@ -198,6 +247,12 @@ class TestViews:
         with pytest.raises(ValueError, match=match):
             make_task().training_step({**make_batch(), **change}, 0)
 
+    def test_view_of_another_size(self) -> None:
+        task = make_task(augmentations=RandomView(48))
+        match = r'\(4, 4, 32, 32\), got \(4, 4, 48, 48\)'
+        with pytest.raises(ValueError, match=match):
+            task.training_step(make_batch(), 0)
+
     def test_missing_keys_are_named(self) -> None:
         with pytest.raises(ValueError, match=r"key 'image', got \['label'\]"):
             make_task().training_step({'label': torch.ones(4, 5)}, 0)
@@ -217,14 +272,26 @@ class TestTrainingStep:
         logits = F.normalize(query) @ F.normalize(key).T / 0.2
         torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(8)))
 
+    def test_only_the_trainable_branch_is_masked(self) -> None:
+        task = make_task(mask_mode='pixel', augmentations=Constant())
+        seen: dict[str, Tensor] = {}
+        for name in ('model', 'teacher'):
+            task.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name: seen.update({name: args[0]})
+            )
+        batch = make_batch()
+        task.training_step(batch, 0)
+        assert torch.equal(seen['teacher'], batch['image'])
+        assert (seen['model'] == 0).float().mean() == 0.5
+
     def test_symmetric_averages_both_directions(self) -> None:
         task = make_task(mask_ratio=0, symmetric=True)
         batch = make_batch(8)
         loss = task.training_step(batch, 0)
         with task.step_rng(0):
-            views, labels = task.views(batch)
-        one, _ = task.compare(views, labels)
-        two, _ = task.compare(views[::-1], labels[::-1])
+            views, labels = task.draw_views(batch)
+        one, _ = task.compare_views(views, labels)
+        two, _ = task.compare_views(views[::-1], labels[::-1])
         torch.testing.assert_close(loss, (one.sum() + two.sum()) / 2)
 
     @pytest.mark.parametrize('mode', ['drop', 'token', 'pixel'])

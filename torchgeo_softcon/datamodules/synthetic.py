@@ -3,11 +3,15 @@
 
 """Datamodule for made-up scenes."""
 
+import inspect
+import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from ..bands import SENTINEL2_BANDS
 from ..datasets.synthetic import SyntheticScenes
+from ..transforms.worldcover import WORLDCOVER_CODES
 from .base import Target
 from .scenes import WorldCoverScenesDataModule
 
@@ -21,14 +25,6 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
 
     .. versionadded:: 0.1
     """
-
-    #: What a task of the host needs to learn from the same scenes, for the command that
-    #: the pretraining tasks print at the end.
-    finetune_options = (
-        '--model.task multilabel --model.num_labels 11 --model.loss bce '
-        '--data SyntheticScenesDataModule --data.val_fraction 0.2 '
-        '--trainer.max_epochs 3'
-    )
 
     def __init__(
         self,
@@ -102,6 +98,40 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             'bands': bands,
             'seed': seed,
         }
+
+    def finetune_options(self, size: int | None) -> str:
+        """Options of a host's classification task and this data, for the command line.
+
+        Args:
+            size: Image size in pixels that the model needs, None for any.
+
+        Returns:
+            Options for ``torchgeo fit --model Classification``.
+        """
+        options = {
+            'model.task': 'multilabel',
+            'model.num_labels': len(WORLDCOVER_CODES),
+            'model.loss': 'bce',
+            'data': type(self).__name__,
+            'data.root': self._files['root'],
+            'data.places': self._files['places'],
+            'data.size': self._files['size'],
+            'data.dates': self._files['seasons'],
+            'data.bands': json.dumps(list(self._files['bands'])),
+            'data.patch_size': size or self.kwargs['patch_size'],
+            'trainer.max_epochs': 3,
+        }
+        defaults = inspect.signature(type(self)).parameters
+        words = []
+        for name, value in options.items():
+            default = defaults.get(name.removeprefix('data.'))
+            same = default is not None and (
+                value == default.default
+                or (name == 'data.bands' and value == json.dumps(default.default))
+            )
+            if not same:
+                words += [f'--{name}', shlex.quote(str(value))]
+        return ' '.join(words)
 
     def prepare_data(self) -> None:
         """Write the files, in one process."""

@@ -3,6 +3,6 @@
 
 """Encoders."""
 
-from .encoders import create_encoder, is_vit, load_encoder, read_weights
+from .encoders import create_encoder, feature_size, is_vit, load_encoder, read_weights
 
-__all__ = ('create_encoder', 'is_vit', 'load_encoder', 'read_weights')
+__all__ = ('create_encoder', 'feature_size', 'is_vit', 'load_encoder', 'read_weights')

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .._compat import WeightsEnum, extract_backbone, get_weight
 from ..modules.patch_embed import InputLayerInit, adapt_input_weight, input_layer
 
-#: Keys that checkpoints of encoders may have beyond the encoder: classifiers, and the
-#: mask token of DINOv2.
-_NOT_ENCODER = re.compile(r'(head|fc|head_dist|fc_norm)\.|mask_token$')
+#: Keys that checkpoints have beyond the encoder, besides the model's own classifier:
+#: classifiers of other tools, and the mask token of DINOv2.
+_NOT_ENCODER = re.compile(r'(head|fc|head_dist|fc_norm|classifier)\.|mask_token$')
 
 
 def create_encoder(
@@ -57,7 +57,7 @@ def create_encoder(
     kwargs: dict[str, Any] = {}
     if drop_path_rate:
         kwargs['drop_path_rate'] = drop_path_rate
-    if is_model_in_modules(name, ('vision_transformer', 'deit')):
+    if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
         kwargs['dynamic_img_size'] = True
     elif is_model_in_modules(name, 'swin_transformer'):
         kwargs['strict_img_size'] = False
@@ -67,8 +67,54 @@ def create_encoder(
 
 
 def is_vit(model: nn.Module) -> bool:
-    """Whether a model has tokens that can be dropped and replaced."""
-    return isinstance(model, VisionTransformer)
+    """Whether a model is a plain Vision Transformer: patches that can be dropped.
+
+    Args:
+        model: A timm model.
+
+    Returns:
+        True for timm's ``VisionTransformer`` with a patch embedding (ViT, DeiT, DINOv2),
+        False for hybrids with a convolutional stem and for other families.
+    """
+    return isinstance(model, VisionTransformer) and isinstance(
+        model.patch_embed, PatchEmbed
+    )
+
+
+def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
+    """Number of features of an encoder, found out by using it once.
+
+    timm's ``num_features`` is not the width of the output for models with layers between
+    pooling and classifier.
+
+    Args:
+        encoder: A model made by :func:`create_encoder`.
+        in_channels: Number of bands.
+        size: Side of the images in pixels.
+
+    Returns:
+        The number F of (B, F) features.
+
+    Raises:
+        ValueError: If the encoder does not make (B, F) features of such images.
+    """
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            out = encoder.eval()(torch.zeros(1, in_channels, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f'model {type(encoder).__name__} does not take images of size {size} x '
+            f'{size}: {error}. Choose another size or another model'
+        ) from error
+    finally:
+        encoder.train(training)
+    if out.ndim != 2:
+        raise ValueError(
+            f'model {type(encoder).__name__} must pool its features to (B, F), got '
+            f'{tuple(out.shape)}'
+        )
+    return int(out.shape[1])
 
 
 def _read_checkpoint(path: str) -> dict[str, Tensor]:
@@ -106,12 +152,13 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
     if os.path.exists(weights):
         return _read_checkpoint(weights)
     try:
-        return dict(get_weight(weights).get_state_dict(progress=True))
+        member = get_weight(weights)
     except ValueError as error:
         raise ValueError(
             f'weights must be an existing file or the name of a weight enum member such '
             f'as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
         ) from error
+    return dict(member.get_state_dict(progress=True))
 
 
 def load_encoder(

@@ -8,7 +8,11 @@ from torch import nn
 
 
 def mlp_head(
-    input_dim: int, hidden_dim: int, output_dim: int, num_layers: int
+    input_dim: int,
+    hidden_dim: int,
+    output_dim: int,
+    num_layers: int,
+    last_batch_norm: bool = True,
 ) -> ProjectionHead:
     """Build a projection or prediction head of MoCo v3.
 
@@ -22,6 +26,8 @@ def mlp_head(
         hidden_dim: Number of features between the layers.
         output_dim: Number of output features.
         num_layers: Number of linear layers.
+        last_batch_norm: Whether batch norm follows the last layer, too. MoCo v3's
+            predictor for ResNets has none there.
 
     Returns:
         A head from (B, input_dim) to (B, output_dim).
@@ -37,5 +43,6 @@ def mlp_head(
         (width, hidden_dim, nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True))
         for width in widths[:-1]
     ]
-    last = (widths[-1], output_dim, nn.BatchNorm1d(output_dim, affine=False), None)
+    norm = nn.BatchNorm1d(output_dim, affine=False) if last_batch_norm else None
+    last = (widths[-1], output_dim, norm, None, False)
     return ProjectionHead([*hidden, last])

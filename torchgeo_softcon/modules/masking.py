@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -71,8 +72,10 @@ def mask_pixels(image: Tensor, masked: Tensor, patch_size: int) -> Tensor:
 def _encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
     """Run a Vision Transformer on tokens that have their positions already."""
     tokens = vit.norm_pre(tokens)
-    for block in vit.blocks:
-        tokens = block(tokens)
+    if vit.grad_checkpointing:
+        tokens = checkpoint_seq(vit.blocks, tokens)
+    else:
+        tokens = vit.blocks(tokens)
     return vit.forward_head(vit.norm(tokens), pre_logits=True)
 
 

@@ -3,6 +3,7 @@
 
 """What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,11 +18,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
-from ..models import create_encoder, is_vit, load_encoder, read_weights
+from ..models import create_encoder, feature_size, is_vit, load_encoder, read_weights
 from ..modules import input_layer, update_ema
 from ..schedules import cosine_warmup
 from .guard import NonFiniteGuard
 from .optimizers import create_optimizer, parameter_groups
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    """Log a message the first time it is due."""
+    rank_zero_info(message)
 
 
 def split_seasons(image: Tensor, in_channels: int) -> Tensor:
@@ -39,7 +46,13 @@ def split_seasons(image: Tensor, in_channels: int) -> Tensor:
         ValueError: If the number of bands does not fit.
     """
     if image.ndim == 4 and image.shape[1] and image.shape[1] % in_channels == 0:
-        return image.unflatten(1, (-1, in_channels))
+        seasons = image.shape[1] // in_channels
+        if seasons > 1:
+            _tell_once(
+                f'Images of {image.shape[1]} channels are read as {seasons} seasons of '
+                f'in_channels = {in_channels} bands.'
+            )
+        return image.unflatten(1, (seasons, in_channels))
     if image.ndim == 5 and image.shape[2] == in_channels:
         return image
     raise ValueError(
@@ -58,6 +71,7 @@ class EMATask(BaseTask):
     ignore: tuple[str, ...] = ('weights', 'augmentations')
 
     weights: WeightsEnum | bool | str | None
+    augmentations: nn.Module
     rng_seed: Tensor
 
     def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
@@ -83,7 +97,10 @@ class EMATask(BaseTask):
             )
 
         encoder = create_encoder(name, channels, False, self.hparams['drop_path_rate'])
-        self._check_divisible(encoder, (self.hparams['size'],) * 2, 'size')
+        size = self.hparams['size']
+        self._check_divisible(encoder, (size, size), 'size')
+        #: Number of features F of the encoder.
+        self.feature_size = feature_size(encoder, channels, size)
         if self.weights:
             if self.weights is True:
                 state_dict = create_encoder(name, pretrained=True).state_dict()
@@ -105,8 +122,8 @@ class EMATask(BaseTask):
             if size[0] % patch[0] or size[1] % patch[1]:
                 raise ValueError(
                     f'{name} must be a multiple of the patch size {patch[0]} of the '
-                    f'model, got {size[0]} x {size[1]}. The next smaller one is '
-                    f'{size[0] // patch[0] * patch[0]}'
+                    f'model, got {size[0]} x {size[1]}. The nearest one is '
+                    f'{max(1, round(size[0] / patch[0])) * patch[0]}'
                 )
 
     @contextmanager
@@ -131,16 +148,36 @@ class EMATask(BaseTask):
             torch.manual_seed(seed % 2**63)
             yield
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget the seed of another run.
+    def augment(self, image: Tensor) -> Tensor:
+        """Draw one view of each image.
 
         Args:
-            checkpoint: The checkpoint.
+            image: Images of shape (B, C, H, W).
+
+        Returns:
+            Views of shape (B, C, size, size).
+
+        Raises:
+            ValueError: If *augmentations* gives another shape.
         """
-        self.__dict__.pop('_seed', None)
+        size = self.hparams['size']
+        view = self.augmentations(image)
+        if view.shape != (*image.shape[:2], size, size):
+            raise ValueError(
+                f'augmentations must give views of shape (B, C, size, size) = '
+                f'{(*image.shape[:2], size, size)}, got {tuple(view.shape)}. Give them '
+                'the size of the task'
+            )
+        return view
+
+    def _unsaved(self) -> dict[str, str]:
+        """What a checkpoint does not hold, in words."""
+        similarity = getattr(self, 'label_similarity', None)
+        name = getattr(similarity, '__qualname__', str(similarity))
+        return {'augmentations': repr(self.augmentations), 'label_similarity': name}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to overwrite a good checkpoint after a loss that was not finite.
+        """Leave out augmentations, and refuse to overwrite a good checkpoint.
 
         Args:
             checkpoint: The checkpoint.
@@ -149,6 +186,33 @@ class EMATask(BaseTask):
             NonFiniteLossError: If a loss was not finite.
         """
         self.guard.check()
+        state = checkpoint['state_dict']
+        for key in [k for k in state if k.startswith('augmentations.')]:
+            del state[key]
+        checkpoint['unsaved'] = self._unsaved()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what the checkpoint does not hold from this task.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Warns:
+            UserWarning: If it was made with other augmentations or a function that
+                hyperparameters cannot hold.
+        """
+        for key, value in self.state_dict().items():
+            if key.startswith('augmentations.'):
+                checkpoint['state_dict'][key] = value
+        for name, value in checkpoint.get('unsaved', {}).items():
+            own = self._unsaved()[name]
+            if value != own:
+                rank_zero_warn(
+                    f'The checkpoint was made with {name}={value}, which it does not '
+                    f'hold. This task goes on with {own}. Pass {name} to the task.'
+                )
+        # The seed is the checkpoint's
+        self.__dict__.pop('_seed', None)
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch.
@@ -208,7 +272,15 @@ class EMATask(BaseTask):
 
         Returns:
             Optimizer and learning rate scheduler.
+
+        Raises:
+            ValueError: If the run has no end or its precision is too low.
         """
+        if str(self.trainer.precision).endswith('16-true'):
+            raise ValueError(
+                f'trainer.precision = {self.trainer.precision} rounds the small steps of '
+                'the EMA teacher away. Use bf16-mixed'
+            )
         self.total_steps, warmup = self._steps()
         batch_size = self._global_batch_size()
         if batch_size is None:
@@ -310,8 +382,12 @@ class EMATask(BaseTask):
         path = path or getattr(callback, 'last_model_path', '')
         if path:
             model, channels = self.hparams['model'], self.hparams['in_channels']
-            datamodule = getattr(self.trainer, 'datamodule', None)
-            data = getattr(datamodule, 'finetune_options', None)
+            # The host builds Vision Transformers for one image size
+            size = self.model.patch_embed.img_size[0] if is_vit(self.model) else None
+            options = getattr(
+                getattr(self.trainer, 'datamodule', None), 'finetune_options', None
+            )
+            data = None if options is None else options(size)
             command = finetune_command(model, path, channels, data)
             rank_zero_info(
                 f'The pretrained encoder is in {path}\nFine-tune from it with:\n'

@@ -4,7 +4,7 @@
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
@@ -85,7 +85,8 @@ class SoftConTask(EMATask):
         Args:
             model: Name of the `timm
                 <https://huggingface.co/docs/timm/reference/models>`__ model to use. Any
-                Vision Transformer, DINOv2, ResNet, or other model that pools features.
+                that pools its features. The defaults for "Vision Transformers" are for
+                timm's class of that name (ViT, DeiT, DINOv2).
             weights: Initial model weights. Either a weight enum, the string
                 representation of a weight enum, True for timm's own weights (such as
                 those of DINOv2), False or None for random weights, or the path to a
@@ -135,8 +136,9 @@ class SoftConTask(EMATask):
             weight_decay: Weight decay, 0.1 for AdamW and 1e-4 for SGD. Not applied to
                 biases and one-dimensional parameters.
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
-            augmentations: Module that draws a view of a batch (B, C, H, W). Defaults to
-                :class:`~torchgeo_softcon.transforms.RandomView` of *size*.
+            augmentations: Module that draws views of *size* of a batch (B, C, H, W).
+                Defaults to :class:`~torchgeo_softcon.transforms.RandomView`. Not saved
+                in checkpoints.
 
         Raises:
             ValueError: If an argument is out of range, or if *model*, *weights*,
@@ -162,7 +164,9 @@ class SoftConTask(EMATask):
             # A function in a checkpoint could not be loaded safely
             self.ignore = (*self.ignore, 'label_similarity')
         super().__init__()
-        self.augmentations = augmentations or RandomView(size)
+        self.augmentations = (
+            RandomView(size) if augmentations is None else augmentations
+        )
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""
@@ -178,10 +182,13 @@ class SoftConTask(EMATask):
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
         self.model = self.create_encoder()
-        width = cast(int, self.model.num_features)
+        width = self.feature_size
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
         self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
-        self.predictor = mlp_head(out, hidden, out, self.hparams['predictor_layers'])
+        # As MoCo v3: no batch norm at the end of the predictor of a ResNet
+        self.predictor = mlp_head(
+            out, hidden, out, self.hparams['predictor_layers'], is_vit(self.model)
+        )
         self.teacher = make_teacher(self.model)
         self.teacher_projector = make_teacher(self.projector)
 
@@ -216,7 +223,7 @@ class SoftConTask(EMATask):
         final = (1.0 if vit else start) if final is None else final
         return cosine_warmup(step, self.total_steps, start, final)
 
-    def views(
+    def draw_views(
         self, batch: Sample
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
         """Draw two views of every image of a batch, with their labels.
@@ -239,7 +246,7 @@ class SoftConTask(EMATask):
                 'least 2, got a batch of 1. Raise batch_size, and drop the last batch'
             )
 
-        label = self.label(batch, image)
+        label = self.read_label(batch, image)
         rows, seasons = torch.arange(len(image), device=image.device), image.shape[1]
         first = torch.randint(seasons, (len(image),), device=image.device)
         second = first
@@ -248,11 +255,11 @@ class SoftConTask(EMATask):
                 1, seasons, (len(image),), device=image.device
             )
             second = second % seasons
-        views = [self.augmentations(image[rows, i]) for i in (first, second)]
+        views = [self.augment(image[rows, i]) for i in (first, second)]
         labels = [None if label is None else label[rows, i] for i in (first, second)]
         return (views[0], views[1]), (labels[0], labels[1])
 
-    def label(self, batch: Sample, image: Tensor) -> Tensor | None:
+    def read_label(self, batch: Sample, image: Tensor) -> Tensor | None:
         """Labels of a batch, one per season.
 
         Args:
@@ -311,13 +318,14 @@ class SoftConTask(EMATask):
             NonFiniteLossError: If the loss is not finite.
         """
         with self.step_rng(batch_idx):
-            views, labels = self.views(batch)
-            terms, features = self.compare(views, labels)
+            views, labels = self.draw_views(batch)
+            terms, features = self.compare_views(views, labels)
             if self.hparams['symmetric']:
-                reverse, _ = self.compare(views[::-1], labels[::-1])
+                reverse, _ = self.compare_views(views[::-1], labels[::-1])
                 terms = (terms + reverse) / 2
         loss = terms[0] + self.hparams['soft_weight'] * terms[1]
-        self.guard.watch(self.global_step, loss, batch['image'], labels[0])
+        label = batch.get('label') if self.hparams['soft_weight'] > 0 else None
+        self.guard.watch(self.global_step, loss, batch['image'], label)
 
         values = {
             'train_loss': loss,
@@ -331,7 +339,7 @@ class SoftConTask(EMATask):
         self.log_step(values, len(views[0]))
         return loss
 
-    def compare(
+    def compare_views(
         self, views: tuple[Tensor, Tensor], labels: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         """Both terms of the loss of masked first views against second views.

@@ -3,6 +3,7 @@
 
 """Random views of images with any number of bands, for a whole batch on its device."""
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -64,7 +65,8 @@ def jitter(image: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/pretrain_ssl/models/rs_transforms_float32.py
 
     Args:
-        image: Images of shape (B, C, H, W) in any units.
+        image: Images of shape (B, C, H, W). Brightness is meant for values that are 0
+            where it is dark, such as reflectance, and less for dB or z-scores.
         brightness: Factors of shape (B,). 1 changes nothing.
         contrast: Factors of shape (B,). 1 changes nothing.
 
@@ -83,6 +85,9 @@ class RandomView(nn.Module):
     Runs on the device of the batch, draws its parameters per sample from PyTorch's
     global generator, takes any number of bands, and neither assumes nor enforces a range
     of values unless *value_range* declares one.
+
+    kornia has operations of these names, but with other meanings (brightness adds,
+    contrast multiplies) and clipping; here, crop and flips are one resampling.
 
     The default strengths are those of the same authors' MoCo runs on SSL4EO-S12; those
     of SoftCon itself are not published. Crops are sampled bilinearly without
@@ -167,7 +172,8 @@ class RandomView(nn.Module):
 
     def extra_repr(self) -> str:
         """Parameters for the module's representation."""
-        return f'size={self.size}, scale={self.scale}, value_range={self.value_range}'
+        names = list(inspect.signature(type(self)).parameters)
+        return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
