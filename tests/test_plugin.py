@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution
@@ -595,6 +596,17 @@ class TestStage:
         stage.plugin._TRIGGERS = None
         with pytest.warns(RuntimeWarning, match='TypeError'):
             stage.plugin.autoload()
+
+    def test_warning_that_cannot_be_shown_breaks_nothing(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise OSError('no display')
+
+        monkeypatch.setattr(warnings, 'showwarning', fail)
+        monkeypatch.setattr(warnings, 'warn', fail)
+        stage.plugin._TRIGGERS = None
+        stage.plugin.autoload()
 
     def test_thread_waits_for_the_one_that_acts(self, stage: Stage) -> None:
         acting, go_on = threading.Event(), threading.Event()

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
         WorldCoverScenes,
     )
     from .losses import SoftContrastiveLoss, soft_contrastive_loss
+    from .models import (
+        ResNet50_Weights,
+        ViTBase14_DINOv2_Weights,
+        ViTSmall14_DINOv2_Weights,
+    )
     from .tasks import SoftConTask
     from .transforms import RandomView, WorldCoverMultiLabel
 
@@ -33,10 +38,13 @@ __all__ = (
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
     'RandomView',
+    'ResNet50_Weights',
     'SoftConTask',
     'SoftContrastiveLoss',
     'SyntheticScenes',
     'SyntheticScenesDataModule',
+    'ViTBase14_DINOv2_Weights',
+    'ViTSmall14_DINOv2_Weights',
     'WorldCoverMultiLabel',
     'WorldCoverScenes',
     'WorldCoverScenesDataModule',
@@ -50,10 +58,13 @@ _MODULES = {
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
     'RandomView': 'transforms',
+    'ResNet50_Weights': 'models',
     'SoftConTask': 'tasks',
     'SoftContrastiveLoss': 'losses',
     'SyntheticScenes': 'datasets',
     'SyntheticScenesDataModule': 'datamodules',
+    'ViTBase14_DINOv2_Weights': 'models',
+    'ViTSmall14_DINOv2_Weights': 'models',
     'WorldCoverMultiLabel': 'transforms',
     'WorldCoverScenes': 'datasets',
     'WorldCoverScenesDataModule': 'datamodules',

@@ -6,35 +6,45 @@
 TorchGeo 0.8 (Python 3.11) calls its tasks ``torchgeo.trainers.XTask``, TorchGeo 0.10
 (Python 3.12 and newer) ``torchgeo.tasks.X``. Everything else in this package imports
 TorchGeo through here.
+
+Names are loaded on first use: our weights are registered while ``torchgeo.models`` is
+imported, which must not pull in datasets, tasks, and Lightning.
 """
 
 import shlex
 from collections.abc import Iterable
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchgeo.datamodules import BaseDataModule, NonGeoDataModule
-from torchgeo.datasets import DatasetNotFoundError, NonGeoDataset, RasterDataset
-from torchgeo.models import get_weight
-from torchvision.models._api import WeightsEnum
+from torchvision.models._api import Weights, WeightsEnum
 
-try:
-    # TorchGeo 0.10. `torchgeo.trainers` still exists there, but subclassing its
-    # classes warns, so the new name goes first.
-    from torchgeo.tasks import BaseTask
-    from torchgeo.tasks.utils import extract_backbone as _extract_backbone
-
-    #: Whether the host calls its tasks ``Classification``, not ``ClassificationTask``.
-    HAS_TASKS = True
-except ImportError:  # TorchGeo 0.8
-    from torchgeo.trainers import BaseTask
-    from torchgeo.trainers.utils import extract_backbone as _extract_backbone  # type: ignore[no-redef]
-
-    HAS_TASKS = False
+#: Whether the host calls its tasks ``Classification``, not ``ClassificationTask``.
+HAS_TASKS = find_spec('torchgeo.tasks') is not None
 
 #: A sample or a mini-batch. TorchGeo 0.10 has a name for it, TorchGeo 0.8 has not.
 Sample = dict[str, Any]
+
+# TorchGeo 0.10 still has `torchgeo.trainers`, but subclassing its classes warns
+_TASKS = 'torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers'
+
+_LAZY = {
+    'BaseDataModule': 'torchgeo.datamodules',
+    'BaseTask': _TASKS,
+    'DatasetNotFoundError': 'torchgeo.datasets',
+    'NonGeoDataModule': 'torchgeo.datamodules',
+    'NonGeoDataset': 'torchgeo.datasets',
+    'RasterDataset': 'torchgeo.datasets',
+    'get_weight': 'torchgeo.models',
+}
+
+if TYPE_CHECKING:
+    from torchgeo.datamodules import BaseDataModule, NonGeoDataModule
+    from torchgeo.datasets import DatasetNotFoundError, NonGeoDataset, RasterDataset
+    from torchgeo.models import get_weight
+    from torchgeo.trainers import BaseTask
 
 __all__ = (
     'HAS_TASKS',
@@ -45,12 +55,37 @@ __all__ = (
     'NonGeoDataset',
     'RasterDataset',
     'Sample',
+    'Weights',
     'WeightsEnum',
     'extract_backbone',
     'finetune_command',
     'georeference',
     'get_weight',
+    'host_weights',
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Load a class of the host."""
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def host_weights(enum: str, member: str) -> Weights:
+    """Weights that TorchGeo hosts.
+
+    Args:
+        enum: Name of the host's enum.
+        member: Name of its member.
+
+    Returns:
+        URL, transforms and metadata.
+    """
+    weights: Weights = getattr(import_module('torchgeo.models'), enum)[member].value
+    return weights
 
 
 def extract_backbone(path: str) -> tuple[str, dict[str, Tensor]]:
@@ -62,7 +97,7 @@ def extract_backbone(path: str) -> tuple[str, dict[str, Tensor]]:
     Returns:
         The timm name of the encoder and its state dict.
     """
-    name, state_dict = _extract_backbone(path)
+    name, state_dict = import_module(f'{_TASKS}.utils').extract_backbone(path)
     return str(name), state_dict
 
 
@@ -81,7 +116,7 @@ def georeference(
         The keys of a sample besides its data: *crs* and *bounds* (TorchGeo 0.8), or
         *bounds* and *transform* as tensors (TorchGeo 0.10).
     """
-    if not hasattr(RasterDataset, '_slice_to_tensor'):  # TorchGeo 0.8
+    if not hasattr(__getattr__('RasterDataset'), '_slice_to_tensor'):  # TorchGeo 0.8
         return {'crs': crs, 'bounds': query}
     x, y, t = bounds
     space = [x.start, x.stop, x.step, y.start, y.stop, y.step]

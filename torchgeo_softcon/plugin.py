@@ -390,5 +390,8 @@ def _report(error: Exception) -> None:
     )
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # the user's filter makes errors of warnings
-        print(message, file=sys.stderr)
+    except Exception:  # noqa: BLE001, the user's filter or display of warnings raises
+        from contextlib import suppress
+
+        with suppress(Exception):
+            print(message, file=sys.stderr)

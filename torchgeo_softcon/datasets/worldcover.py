@@ -431,7 +431,7 @@ class ESAWorldCover(RasterDataset):
 
         present: set[int] = set()
         fig, axs = plt.subplots(
-            1, len(panels), figsize=(4 * len(panels) + 2, 4), squeeze=False
+            1, len(panels), figsize=(4 * len(panels) + 3, 4), squeeze=False, layout='constrained'
         )
         for ax, (title, panel) in zip(axs[0], panels.items(), strict=True):
             values = panel.detach().cpu().squeeze().numpy().astype(np.uint8)
@@ -441,7 +441,7 @@ class ESAWorldCover(RasterDataset):
             if show_titles:
                 ax.set_title(title)
 
-        axs[0, -1].legend(
+        fig.legend(
             handles=[
                 Patch(
                     facecolor='#' + bytes(self.colors[code]).hex(),
@@ -451,13 +451,11 @@ class ESAWorldCover(RasterDataset):
                 for value, code in by_value.items()
                 if value in present
             ],
-            loc='center left',
-            bbox_to_anchor=(1, 0.5),
+            loc='outside right center',
             frameon=False,
         )
         if suptitle is not None:
             fig.suptitle(suptitle)
-        fig.tight_layout()
         return fig
 
 

@@ -1,8 +1,46 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Encoders."""
+"""Encoders and pretrained weights.
 
-from .encoders import create_encoder, feature_size, is_vit, load_encoder, read_weights
+Loaded on first use: the weights are registered whenever TorchGeo's models are imported,
+which must not pull in what the encoders need.
+"""
 
-__all__ = ('create_encoder', 'feature_size', 'is_vit', 'load_encoder', 'read_weights')
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .encoders import (
+        create_encoder,
+        feature_size,
+        is_vit,
+        load_encoder,
+        read_weights,
+    )
+    from .weights import (
+        ResNet50_Weights,
+        ViTBase14_DINOv2_Weights,
+        ViTSmall14_DINOv2_Weights,
+    )
+
+__all__ = (
+    'ResNet50_Weights',
+    'ViTBase14_DINOv2_Weights',
+    'ViTSmall14_DINOv2_Weights',
+    'create_encoder',
+    'feature_size',
+    'is_vit',
+    'load_encoder',
+    'read_weights',
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    module = 'weights' if name.endswith('_Weights') else 'encoders'
+    value = getattr(import_module(f'.{module}', __name__), name)
+    globals()[name] = value
+    return value
