@@ -63,7 +63,26 @@ BAND_STATISTICS = {
 }
 
 
-def normalize_band_names(bands: Sequence[str]) -> tuple[str, ...]:
+#: Names that are understood.
+KNOWN_BANDS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS, *RGB_BANDS, *_OTHER)
+
+
+def spell_band_name(band: str) -> str:
+    """Bring one band name to our spelling, without a look at whether it is known.
+
+    Args:
+        band: Any name.
+
+    Returns:
+        The name as this package spells it, in upper case.
+    """
+    name = re.sub(r'^B0+(?=\d)', 'B', str(band).upper())
+    return _ALIASES.get(name, name)
+
+
+def normalize_band_names(
+    bands: Sequence[str], also: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Bring band names to one spelling.
 
     ``B02``, ``b2`` and ``B2`` are one band, ``B8a`` and ``B08A`` are one band, ``red``
@@ -71,6 +90,7 @@ def normalize_band_names(bands: Sequence[str]) -> tuple[str, ...]:
 
     Args:
         bands: Names of Sentinel-2, Sentinel-1 or colour bands.
+        also: Further names to accept, in our spelling.
 
     Returns:
         The same bands as this package spells them.
@@ -78,14 +98,13 @@ def normalize_band_names(bands: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: If a name is unknown or occurs twice.
     """
-    known = (*SENTINEL2_BANDS, *SENTINEL1_BANDS, *RGB_BANDS, *_OTHER)
+    known = (*KNOWN_BANDS, *also)
     names = []
     for band in bands:
-        name = re.sub(r'^B0+(?=\d)', 'B', str(band).upper())
-        name = _ALIASES.get(name, name)
+        name = spell_band_name(band)
         if name not in known:
             close = difflib.get_close_matches(name, known)
-            hint = f', did you mean {" or ".join(close)}?' if close else ''
+            hint = f', did you mean {" or ".join(close)}?' if close else '.'
             raise ValueError(
                 f'bands has the unknown name {band!r}{hint} Known are '
                 f'{", ".join(known)}. Leave bands out for any other sensor'
@@ -109,7 +128,7 @@ def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
     Raises:
         ValueError: If one of the three is not among *bands*.
     """
-    names = normalize_band_names(bands)
+    names = [spell_band_name(band) for band in bands]
     for red, green, blue in _RGB:
         if {red, green, blue} <= set(names):
             return names.index(red), names.index(green), names.index(blue)

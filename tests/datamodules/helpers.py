@@ -47,9 +47,10 @@ def write_raster(
 
 
 def write_worldcover(path: Path, west: float, north: float, size: int = 600) -> Path:
-    """Write a map that is cropland in the west half and built-up in the east half."""
+    """Write a map of cropland that is built-up in the north-east and the south-west."""
     values = np.full((1, size, size), 40, np.uint8)
-    values[..., size // 2 :] = 50
+    values[:, : size // 2, size // 2 :] = 50
+    values[:, size // 2 :, : size // 2] = 50
     return write_raster(path, values, 'EPSG:4326', (west, north), 1 / 12000, nodata=0)
 
 
@@ -61,10 +62,11 @@ def two_zones(root: Path, size: int = 96, bands: int = 2, dates: int = 1) -> Non
         x, y = to_metres.transform(west + 0.025, south + 0.025)
         left, top = round(x) - 5 * size, round(y) + 5 * size
         columns, rows = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
-        lon, _ = to_metres.transform(
+        lon, lat = to_metres.transform(
             left + 10 * columns, top - 10 * rows, direction='INVERSE'
         )
-        image = np.where(lon > west + 0.025, 200, 100).astype(np.uint8)
+        built = (lon > west + 0.025) == (lat > south + 0.025)
+        image = np.where(built, 200, 100).astype(np.uint8)
         for date in range(dates):
             write_raster(
                 root / 'images' / crs[5:] / f'{date}.tif',

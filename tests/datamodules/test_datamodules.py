@@ -3,6 +3,7 @@
 
 import csv
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torchgeo_softcon.datamodules import (
     SyntheticScenesDataModule,
     WorldCoverScenesDataModule,
 )
-from torchgeo_softcon.datamodules.base import DrawDataModule
+from torchgeo_softcon.datamodules.base import DrawDataModule, _target_transform
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES
 
 
@@ -79,6 +80,48 @@ class TestWorldCoverScenesDataModule:
         with pytest.raises(ValueError, match="'label' or 'mask', got 'masks'"):
             scenes(root, target='masks')
 
+    @pytest.mark.parametrize(
+        ('value', 'message'),
+        [
+            (4, 'looks like ordinals'),
+            (300, 'got also 255'),
+            (-10, 'got also 255'),
+            (10.5, 'interpolated'),
+        ],
+    )
+    def test_masks_that_hold_no_codes(self, value: float, message: str) -> None:
+        transform = _target_transform('mask', 0.05, False)
+        with pytest.raises(ValueError, match=message):
+            transform({'mask': torch.full((4, 4), value)})
+        ordinals = transform({'mask': torch.tensor([[0.0, 10.0, 100.0]])})['mask']
+        assert ordinals.tolist() == [[0, 1, 11]]
+
+    def test_places_that_overlap_are_not_kept_apart(self, tmp_path: Path) -> None:
+        def setup(left: int, val_fraction: float = 0.25) -> None:
+            # As Sentinel-2 tiles of neighbouring zones, these are not on one grid
+            write_raster(tmp_path / 'b.tif', values, origin=(500000 + left, 5540000))
+            WorldCoverScenesDataModule(
+                str(tmp_path),
+                None,
+                patch_size=4,
+                val_fraction=val_fraction,
+                allow_unlabelled=True,
+            ).setup('fit')
+
+        values = np.ones((1, 40, 20), np.uint8)
+        write_raster(tmp_path / 'a.tif', values)
+        with pytest.warns(UserWarning, match=r'1 pairs .*a\.tif and .*b\.tif'):
+            setup(190)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            setup(200)
+            setup(190, val_fraction=0)
+
+    def test_offset_is_passed_on(self, root: Path) -> None:
+        plain = next(iter(loaders(scenes(root, min_valid=0))['train']))['image']
+        moved = next(iter(loaders(scenes(root, offset=10))['train']))['image']
+        torch.testing.assert_close(moved, plain + 10 / 255)
+
     def test_parts_share_no_row(self, root: Path) -> None:
         datamodule = scenes(root, val_fraction=0.34, patch_size=30)
         loaders(datamodule)
@@ -133,6 +176,8 @@ class TestWorldCoverScenesDataModule:
     def test_bad_argument(self, root: Path, argument: dict[str, int]) -> None:
         with pytest.raises(ValueError, match='batch_size must be at least 1'):
             scenes(root, **argument)
+        with pytest.raises(ValueError, match='seed must be at least 0, got -1'):
+            scenes(root, seed=-1)
 
 
 class TestImageMaskFolderDataModule:

@@ -47,8 +47,8 @@ def dated(tmp_path: Path) -> Path:
             name = f'p{place}/2020-0{date + 1}'
             save(tmp_path / 'images' / f'{name}.png', 10 * date + 100 * place + ramp)
     save(tmp_path / 'masks' / 'p0.png', np.arange(8) // 4 * 10 + 10 * np.ones((8, 1)))
-    for date in range(3):
-        save(tmp_path / 'masks' / f'p1/2020-0{date + 1}.png', np.full((8, 8), 30))
+    for date, code in enumerate((30, 40, 50)):
+        save(tmp_path / 'masks' / f'p1/2020-0{date + 1}.png', np.full((8, 8), code))
     return tmp_path
 
 
@@ -85,7 +85,13 @@ class TestImageMaskFolder:
             assert first != second
             assert {first, second} <= {0, 10, 20}
         assert set(dataset[0]['mask'].flatten().tolist()) == {10, 20}
-        assert set(dataset[1]['mask'].flatten().tolist()) == {30}
+        seen = set()
+        for index in range(1, 21, 2):
+            # The mask is that of the first date
+            first = dataset[index]['image'][0, 0, 0, 0].mul(255).round().item() - 100
+            assert (dataset[index]['mask'] == 30 + first).all()
+            seen.add(first)
+        assert seen == {0, 10, 20}
 
     def test_one_season_makes_every_image_a_sample(self, dated: Path) -> None:
         assert len(folder(dated)) == 6
@@ -130,6 +136,25 @@ class TestImageMaskFolder:
         rest = ImageMaskFolder(images=tmp_path, mask_band=4, value_range=(0, 4))
         assert rest.image_bands == (1, 2, 3)
 
+    def test_zero_is_no_data_if_all_bands_have_it(self, root: Path) -> None:
+        values = np.full((8, 8, 3), 100)
+        values[0] = 0
+        values[1, :, 0] = 0
+        save(root / 'images' / 'a.png', values)
+        image = folder(root, nodata=0, value_range=(-100, 100))[0]['image']
+        assert image[:, :3, 0].tolist() == [[0, 0.5, 1], [0, 1, 1], [0, 1, 1]]
+
+    def test_alpha_tells_where_data_is(self, root: Path) -> None:
+        for name in ('a', 'b', 'c.1'):
+            values = np.full((8, 8, 4), 255)
+            values[0, :, 3] = 0
+            save(root / 'images' / f'{name}.png', values)
+        dataset = folder(root)
+        assert dataset.bands == ('R', 'G', 'B')
+        image = dataset[0]['image']
+        assert image[..., 0].tolist() == [[0, *[1] * 7]] * 3
+        assert folder(root, image_bands=(1, 2, 3, 4))[0]['image'].shape == (4, 8, 8)
+
     def test_divide_by_place(self, dated: Path) -> None:
         for i in range(4):
             save(dated / 'images' / f'x{i}.png', np.zeros((8, 8, 3)))
@@ -165,6 +190,16 @@ class TestErrors:
         path = save(root / 'masks' / 'b.tif', np.zeros((8, 7)))
         with pytest.raises(ValueError, match=rf'b\.png has 8 x 8 and {path} 8 x 7'):
             folder(root)
+
+    @pytest.mark.parametrize(
+        ('value', 'message'), [(10.7, r'got 10\.7.*interpolated'), (np.nan, 'got NaN')]
+    )
+    def test_mask_of_fractions(self, root: Path, value: float, message: str) -> None:
+        values = np.full((1, 8, 8), 10, np.float32)
+        values[0, 0, 0] = value
+        write_raster(root / 'masks' / 'b.tif', values, crs=None)
+        with pytest.raises(ValueError, match=message):
+            ImageMaskFolder(root)[1]
 
     def test_mask_of_colours(self, root: Path) -> None:
         path = save(root / 'masks' / 'b.tif', np.zeros((8, 8, 3)))
@@ -220,6 +255,7 @@ class TestErrors:
         [
             ({'seasons': 0}, 'seasons and size must be at least 1'),
             ({'size': 0}, 'seasons and size must be at least 1'),
+            ({'seed': -1}, 'seed must be at least 0, got -1'),
             ({'mask_band': 4}, 'mask_band must be from 1 to 3'),
             ({'image_bands': (0, 1)}, 'image_bands must be from 1 to 3'),
             ({'bands': ('B4', 'B3')}, 'bands must name the 3 image_bands'),

@@ -569,8 +569,7 @@ class TestHost:
         figure = dataset.plot(sample, suptitle='Title')
         axes = figure.axes
         assert [ax.get_title() for ax in axes] == ['Mask', 'Prediction']
-        legend = axes[-1].get_legend()
-        assert legend is not None
+        (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == [
             '0 No data',
             '1 Tree cover',

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchgeo_softcon.transforms.worldcover import (
     WORLDCOVER_CODES,
     WorldCoverMultiLabel,
+    check_values,
     class_fractions,
 )
 
@@ -227,6 +228,11 @@ class TestWorldCoverMultiLabel:
 
 
 class TestErrors:
+    def test_values_alone(self) -> None:
+        check_values(random_mask(2, 4, 4).float())
+        with pytest.raises(ValueError, match=r'got also 37\. If it was interpolated'):
+            check_values(half_and_half(10, 37))
+
     def test_missing_mask_names_the_keys(self) -> None:
         with pytest.raises(ValueError, match=r"got the keys \['crs', 'image'\]"):
             WorldCoverMultiLabel()({'image': torch.zeros(3, 4, 4), 'crs': None})

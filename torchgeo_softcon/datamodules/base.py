@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._compat import NonGeoDataModule, NonGeoDataset, Sample
-from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel
+from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, check_values
 from .loading import DrawSampler, ResumableDataLoader
 
 #: What a datamodule can give next to the image.
@@ -35,7 +35,9 @@ class _OrdinalMask(nn.Module):
         self.ordinals: Tensor
 
     def forward(self, sample: Sample) -> Sample:
-        return {**sample, 'mask': self.ordinals[sample['mask']]}
+        # Ordinals would become other classes, and negative numbers count from the end
+        check_values(sample['mask'])
+        return {**sample, 'mask': self.ordinals[sample['mask'].long()]}
 
 
 def _target_transform(
@@ -98,6 +100,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
                 'batch_size must be at least 1 and num_workers at least 0, got '
                 f'{batch_size} and {num_workers}'
             )
+        if seed < 0:
+            raise ValueError(f'seed must be at least 0, got {seed}')
         if not 0 <= val_fraction < 0.5:
             raise ValueError(
                 f'val_fraction must be in [0, 0.5), got {val_fraction}: as much is kept '

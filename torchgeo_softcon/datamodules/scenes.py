@@ -3,15 +3,16 @@
 
 """Datamodule for georeferenced images and WorldCover tiles."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from ..datasets.scaling import ValueRange
-from ..datasets.scenes import SceneGrid, WorldCoverScenes
+from ..datasets.scenes import SceneGrid, WorldCoverScenes, overlapping
 from .base import DrawDataModule, Target
 
-#: Seeds of the fixed windows, far from those that a user may choose.
-_VAL_SEED, _TEST_SEED = 2**32, 2**33
+#: Streams of the fixed windows, 0 is that for training.
+_VAL_STREAM, _TEST_STREAM = 1, 2
 
 
 class WorldCoverScenesDataModule(DrawDataModule):
@@ -23,7 +24,10 @@ class WorldCoverScenesDataModule(DrawDataModule):
     ``mask``, 12 classes and ``ignore_index: 0``.
 
     Without *val_fraction*, validation and test windows are drawn from the same ground
-    as those for training, so their scores say little about other places.
+    as those for training, so their scores say little about other places. With it, each
+    raster is divided on its own: where rasters of different places overlap, as
+    neighbouring Sentinel-2 tiles do by 10 km, the parts still share ground, and there
+    is a warning.
 
     .. versionadded:: 0.1
     """
@@ -49,6 +53,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         val_fraction: float = 0.0,
         seed: int = 0,
         allow_unlabelled: bool = False,
+        offset: float | None = None,
     ) -> None:
         """Initialize a new WorldCoverScenesDataModule instance.
 
@@ -76,12 +81,16 @@ class WorldCoverScenesDataModule(DrawDataModule):
                 numbers or dB.
             all_bands: Names of all bands in file order, if a file does not tell or
                 tells wrong.
-            nodata: Value of pixels without data, None for what each file says.
+            nodata: Value of pixels without data, None for what each file says, or 0 if
+                it does not and has digital numbers (uint16) of Sentinel-2 bands.
             val_fraction: Part of each raster, at its lower end, whose windows are for
                 testing only, and as much above it for validation only. With 0, all are
-                drawn from everywhere.
-            seed: Seed of the windows.
+                drawn from everywhere. Rasters that overlap still share ground.
+            seed: Seed of the windows, from 0 to 2**32 - 1.
             allow_unlabelled: Accept images without a tile.
+            offset: What is added to the values before *value_range*. None for -1000 if
+                the path tells that digital numbers of Sentinel-2 bands are of baseline
+                04.00 or later, else 0.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -106,6 +115,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
             all_bands=all_bands,
             nodata=nodata,
             allow_unlabelled=allow_unlabelled,
+            offset=offset,
         )
         self.length = length
         self._scenes: WorldCoverScenes | None = None
@@ -115,9 +125,22 @@ class WorldCoverScenesDataModule(DrawDataModule):
 
         Args:
             stage: Either 'fit', 'validate', 'test', or 'predict'.
+
+        Warns:
+            UserWarning: If *val_fraction* does not keep the parts apart.
         """
         if self._scenes is None:
             self._scenes = WorldCoverScenes(**self._scenes_kwargs())
+            pairs = overlapping(self._scenes.places) if self.val_fraction > 0 else []
+            if pairs:
+                names = ' and '.join(place.scenes[0].name for place in pairs[0])
+                warnings.warn(
+                    f'val_fraction={self.val_fraction} divides every raster on its own, '
+                    f'but {len(pairs)} pairs of places overlap, such as {names}: ground '
+                    'of the training may also be in validation and testing',
+                    UserWarning,
+                    stacklevel=2,
+                )
         scenes, part = self._scenes, self.val_fraction
         train = val = test = (0.0, 1.0)
         if part > 0:
@@ -131,11 +154,9 @@ class WorldCoverScenesDataModule(DrawDataModule):
                 dataset.length = max(dataset.length, self.batch_size * world_size)
             self.train_dataset = dataset
         if stage in ('fit', 'validate'):
-            self.val_dataset = scenes.with_windows(rows=val, seed=self.seed + _VAL_SEED)
+            self.val_dataset = scenes.with_windows(rows=val, stream=_VAL_STREAM)
         if stage == 'test':
-            self.test_dataset = scenes.with_windows(
-                rows=test, seed=self.seed + _TEST_SEED
-            )
+            self.test_dataset = scenes.with_windows(rows=test, stream=_TEST_STREAM)
         if stage == 'predict':
             self.predict_dataset = SceneGrid(scenes)
 

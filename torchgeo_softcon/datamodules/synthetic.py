@@ -119,6 +119,7 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             'data.dates': self._files['seasons'],
             'data.bands': json.dumps(list(self._files['bands'])),
             'data.patch_size': size or self.kwargs['patch_size'],
+            'data.length': self.length,
             'trainer.max_epochs': 3,
         }
         defaults = inspect.signature(type(self)).parameters

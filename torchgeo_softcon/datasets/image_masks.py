@@ -22,7 +22,7 @@ from .._compat import NonGeoDataset, Sample
 from ..bands import RGB_BANDS, normalize_band_names
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .plotting import plot_sample
-from .rasters import open_raster, read_raster
+from .rasters import find_alpha, open_raster, read_raster, to_float
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
@@ -66,9 +66,11 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
     Dataset features:
 
     * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
-      Pixels without data (nodata value, NaN, infinity) are 0
-    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. The default
-      *transforms* replace it by a multi-hot *label* of shape (K,)
+      Pixels without data (nodata value, NaN, infinity, transparent) are 0. A nodata
+      value of 0 in integers counts only where all bands have it
+    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. Masks of floats stay
+      floats. The default *transforms* replace it by a multi-hot *label* of shape
+      (K,)
 
     .. versionadded:: 0.1
     """
@@ -96,7 +98,8 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
             images: Folder of images, searched recursively, instead of the one in
                 *root*.
             masks: Folder of masks, instead of the one in *root*.
-            image_bands: Positions of the bands to use, from 1. All by default.
+            image_bands: Positions of the bands to use, from 1. All by default, without
+                the mask and an alpha band, which tells where the others have data.
             mask_band: Position of the mask in the image file, from 1, if it is there.
             bands: Names of the bands in *image_bands*.
             value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
@@ -124,6 +127,8 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
             raise ValueError(
                 'root must be given, or images together with masks or mask_band'
             )
+        if seed < 0:
+            raise ValueError(f'seed must be at least 0, got {seed}')
         if seasons < 1 or (size is not None and size < 1):
             raise ValueError(
                 f'seasons and size must be at least 1, got {seasons} and {size}'
@@ -165,9 +170,10 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
                 count, shape = source.count, (source.height, source.width)
                 dtypes.add(str(source.dtypes[0]))
                 colors = tuple(source.colorinterp)
+                alpha = find_alpha(source)
             if not self._patches:
                 self.image_bands, self.bands = self._choose(
-                    path, count, image_bands, bands, colors
+                    path, count, image_bands, bands, colors, alpha
                 )
             needed = max(*self.image_bands, self.mask_band or 1)
             if count < needed or (image_bands is None and count != self._count):
@@ -191,6 +197,7 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
         image_bands: Sequence[int] | None,
         bands: Sequence[str] | None,
         colors: tuple[ColorInterp, ...],
+        alpha: int | None,
     ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
         """Positions and names of the bands, from the first file."""
         self._count = count
@@ -201,7 +208,7 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
                 f'got {self.mask_band}'
             )
         if image_bands is None:
-            indexes = tuple(i for i in everything if i != self.mask_band)
+            indexes = tuple(i for i in everything if i not in (self.mask_band, alpha))
         else:
             indexes = tuple(image_bands)
         if not indexes or any(i not in everything for i in indexes):
@@ -335,9 +342,12 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
         images = [self._image(place[date], window) for date in dates]
         image = images[0] if self.seasons == 1 else np.stack(images)
         mask = self._mask(place[dates[0]], window)
+        if mask.dtype.kind in 'iu':
+            mask = mask.astype(np.int64)
+        # The transform says what is wrong with floats, if anything is
         sample: Sample = {
             'image': torch.from_numpy(image),
-            'mask': torch.from_numpy(mask.astype(np.int64)),
+            'mask': torch.from_numpy(mask),
         }
         return self.transforms(sample)
 
@@ -350,14 +360,19 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
 
     def _image(self, patch: Patch, window: Window | None) -> npt.NDArray[np.float32]:
         with open_raster(patch.image) as source:
-            raw = read_raster(source, patch.image, self.image_bands, window)
-            missing = [source.nodatavals[i - 1] for i in self.image_bands]
-        with np.errstate(over='ignore'):
-            values = raw.astype(np.float32)
-        for band, nodata in enumerate(missing):
-            nodata = nodata if self.nodata is None else self.nodata
-            if nodata is not None:
-                values[band][raw[band] == nodata] = np.nan
+            indexes = list(self.image_bands)
+            alpha = find_alpha(source)
+            if alpha is not None and alpha not in (*indexes, self.mask_band):
+                indexes.append(alpha)
+            raw = read_raster(source, patch.image, indexes, window)
+            nodata = [
+                source.nodatavals[i - 1] if self.nodata is None else self.nodata
+                for i in self.image_bands
+            ]
+        values, zero = to_float(raw[: len(nodata)], nodata)
+        values[:, (zero | ~np.isfinite(values)).all(0)] = np.nan
+        if len(indexes) > len(nodata):
+            values[:, raw[-1] == 0] = np.nan
         return to_unit_range(values, self.value_range)
 
     def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,20 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 from affine import Affine
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
-from ..bands import RGB_BANDS, SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
+from ..bands import (
+    KNOWN_BANDS,
+    RGB_BANDS,
+    SENTINEL1_BANDS,
+    SENTINEL2_BANDS,
+    normalize_band_names,
+    spell_band_name,
+)
 from .handles import OpenFiles
 
 #: File types that a folder is searched for.
@@ -40,6 +48,14 @@ _BAND_TOKEN = re.compile(
 _NOT_A_BAND = re.compile(
     r'(?:_(?:TCI|AOT|WVP|SCL|PVI)(?:_(?:10|20|60)m)?$)|^MSK_|^ESA_WorldCover_'
 )
+
+#: Files of Landsat, whose B1 to B12 are not those of Sentinel-2.
+_LANDSAT = re.compile(r'(?<![A-Za-z0-9])L[CET]0\d_|HLS\.L30')
+
+#: Sentinel-2 products since baseline 04.00 (January 2022) have 1000 added, which their
+#: metadata call RADIO_ADD_OFFSET or BOA_ADD_OFFSET.
+_WITH_OFFSET = re.compile(r'_N(?:0[4-9]|[1-9]\d)\d\d_')
+_OFFSET = -1000.0
 
 #: Folders of a Level-2A product that hold bands of one scene.
 _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
@@ -97,6 +113,8 @@ class Layer:
         grid: Pixels of the file.
         nodata: Value without data of each band, None if there is none.
         dtype: Type of the file.
+        alpha: Position of a band that is 0 where all others have no data.
+        offset: What is added to the values of the file.
     """
 
     path: Path
@@ -104,6 +122,8 @@ class Layer:
     grid: Grid
     nodata: tuple[float | None, ...]
     dtype: str
+    alpha: int | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,7 @@ def find_scenes(
     bands: Sequence[str] | None = None,
     all_bands: Sequence[str] | None = None,
     nodata: float | None = None,
+    offset: float | None = None,
 ) -> list[Scene]:
     """Open files and put those together that hold bands of one scene.
 
@@ -179,7 +200,10 @@ def find_scenes(
         files: Rasters, one per scene or one per band.
         bands: Names of the bands to use, None for all.
         all_bands: Names of the bands in file order, for files that do not tell.
-        nodata: Value without data, None for what each file says.
+        nodata: Value without data, None for what each file says, or 0 if it does not
+            and has digital numbers of Sentinel-2.
+        offset: What is added to the values, None for -1000 if a path tells that digital
+            numbers of Sentinel-2 are of baseline 04.00 or later, else 0.
 
     Returns:
         The scenes in the order of their first files.
@@ -189,16 +213,21 @@ def find_scenes(
         ValueError: If a file has no CRS, lacks a band, or if the scenes differ in
             their bands.
     """
-    wanted = None if bands is None else normalize_band_names(bands)
-    named = None if all_bands is None else normalize_band_names(all_bands)
+    named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
+    if named is not None and len(set(named)) != len(named):
+        raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
+    wanted = None if bands is None else normalize_band_names(bands, named or ())
+    guessed: dict[tuple[str, ...], Path] = {}
 
     single: dict[tuple[Path, str], dict[str, Layer]] = {}
     scenes: list[Scene] = []
     for path in files:
-        layer, names = _open_layer(path, named, nodata)
+        layer, names, sure = _open_layer(path, named, nodata)
+        if names is not None and not sure:
+            guessed.setdefault(names, path)
         match = _BAND_TOKEN.search(path.stem)
         if match is None or len(layer.indexes) > 1:
-            scenes.append(_from_file(layer, names, wanted))
+            scenes.append(_from_file(layer, names, wanted, offset))
             continue
         (band,) = normalize_band_names([match['band']])
         folder = path.parent
@@ -209,9 +238,22 @@ def find_scenes(
         if band not in group or _pixel(layer.grid) < _pixel(group[band].grid):
             group[band] = layer
     scenes += [
-        _from_bands(str(folder / stem), group, wanted)
+        _from_bands(str(folder / stem), group, wanted, offset)
         for (folder, stem), group in single.items()
     ]
+    alphas = [
+        layer for scene in scenes for layer in scene.layers if layer.alpha is not None
+    ]
+    if alphas:
+        rank_zero_info(
+            f'band {alphas[0].alpha} of {alphas[0].path} is alpha, it tells where the '
+            'others have data. If that is not so, name it, too, with all_bands'
+        )
+    for names, path in guessed.items():
+        rank_zero_info(
+            f'{path} does not name its bands, they are taken for {", ".join(names)}. '
+            'If that is not so, give all_bands'
+        )
 
     first = scenes[0]
     for scene in scenes[1:]:
@@ -290,48 +332,111 @@ def read_raster(
 
 def _open_layer(
     path: Path, all_bands: tuple[str, ...] | None, nodata: float | None
-) -> tuple[Layer, tuple[str, ...] | None]:
-    """Read what is known of a file, with all its bands."""
+) -> tuple[Layer, tuple[str, ...] | None, bool]:
+    """Read what is known of a file: its bands, their names, whether these are sure."""
     with open_raster(path) as source:
         if source.crs is None:
             raise ValueError(
                 f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
                 'images that come with masks of their own'
             )
-        count = source.count
+        alpha = find_alpha(source)
+        if all_bands is not None and len(all_bands) == source.count:
+            alpha = None
+        indexes = tuple(i for i in source.indexes if i != alpha)
         grid = Grid(source.crs, source.transform, source.height, source.width)
         dtype = str(source.dtypes[0])
-        values = source.nodatavals if nodata is None else (nodata,) * count
-        names = _names(source) if all_bands is None else all_bands
+        values = tuple(
+            source.nodatavals[i - 1] if nodata is None else nodata for i in indexes
+        )
+        names, sure = (
+            _names(source, indexes) if all_bands is None else (all_bands, True)
+        )
         # The last pixel of the last band is where a truncated file usually ends
         corner = Window(grid.width - 1, grid.height - 1, 1, 1)
-        read_raster(source, path, [count], corner)
+        read_raster(source, path, [source.count], corner)
 
+    count = len(indexes)
     if all_bands is not None and count > 1 and len(all_bands) != count:
         raise ValueError(
             f'all_bands must name the {count} bands of {path}, got {len(all_bands)}: '
             f'{", ".join(all_bands)}'
         )
-    return Layer(path, tuple(range(1, count + 1)), grid, tuple(values), dtype), names
+    if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
+        names = None
+    return Layer(path, indexes, grid, values, dtype, alpha), names, sure
 
 
-def _names(source: Any) -> tuple[str, ...] | None:
-    """Band names of a file: written there, or told by the number of bands."""
-    try:
-        return normalize_band_names([text or '' for text in source.descriptions])
-    except ValueError:
-        pass
-    colors = tuple(source.colorinterp)
+def find_alpha(source: Any) -> int | None:
+    """Position of the band that tells where an open raster has data, from 1.
+
+    Args:
+        source: The open rasterio dataset.
+
+    Returns:
+        The alpha band, None if there is none, or if it has a description: GDAL takes
+        the last of four bands of bytes for alpha unless it is told otherwise.
+    """
+    if source.count < 2 or ColorInterp.alpha not in source.colorinterp:
+        return None
+    index = source.colorinterp.index(ColorInterp.alpha)
+    return None if source.descriptions[index] else index + 1
+
+
+def _is_landsat(path: Path) -> bool:
+    return _LANDSAT.search(f'{path.parent.name}/{path.name}') is not None
+
+
+def _names(source: Any, indexes: Sequence[int]) -> tuple[tuple[str, ...] | None, bool]:
+    """Band names of a file: written there, or told by the number of bands.
+
+    Returns:
+        The names, and whether they were written.
+    """
+    texts = [spell_band_name(source.descriptions[i - 1] or '') for i in indexes]
+    known = [text for text in texts if text in KNOWN_BANDS]
+    if known and len(set(known)) == len(known):
+        # Earth Engine adds masks such as QA60, only all_bands can make use of them
+        names = (t or f'BAND {i}' for i, t in zip(indexes, texts, strict=True))
+        return tuple(names), True
+    colors = tuple(source.colorinterp[i - 1] for i in indexes)
     if colors == (ColorInterp.red, ColorInterp.green, ColorInterp.blue):
-        return RGB_BANDS
-    if source.count == 13:
-        return SENTINEL2_BANDS
-    if source.count == 12:
+        return RGB_BANDS, True
+    if len(indexes) == 13:
+        return SENTINEL2_BANDS, False
+    if len(indexes) == 12:
         # Level-2A has no cirrus band
-        return tuple(band for band in SENTINEL2_BANDS if band != 'B10')
-    if source.count == 2 and source.dtypes[0].startswith('float'):
-        return SENTINEL1_BANDS
-    return None
+        return tuple(band for band in SENTINEL2_BANDS if band != 'B10'), False
+    if len(indexes) == 2 and source.dtypes[0].startswith('float'):
+        return SENTINEL1_BANDS, False
+    return None, False
+
+
+def _as_sentinel2(
+    layer: Layer, names: tuple[str, ...] | None, offset: float | None
+) -> Layer:
+    """Add what Sentinel-2 products do not say of themselves."""
+    # Bytes and floats were scaled by someone, who knows what became of 0 and 1000
+    digital_numbers = (
+        layer.dtype in ('uint16', 'uint32', 'uint64')
+        and names is not None
+        and set(names) <= set(SENTINEL2_BANDS)
+    )
+    nodata = layer.nodata
+    if digital_numbers and all(value is None for value in nodata):
+        nodata = (0.0,) * len(nodata)
+    if offset is None:
+        shifted = digital_numbers and _WITH_OFFSET.search(str(layer.path))
+        offset = _OFFSET if shifted else 0.0
+    return replace(layer, nodata=nodata, offset=offset)
+
+
+def _landsat_error(name: str, wanted: Sequence[str]) -> ValueError:
+    return ValueError(
+        f'bands must not be given for {name}, got {", ".join(wanted)}: these are bands '
+        'of Sentinel-2, and the bands of Landsat have other numbers. Leave bands out '
+        'and give value_range, or name the bands of a file with all_bands'
+    )
 
 
 def _missing(name: str, missing: Sequence[str], present: Iterable[str]) -> ValueError:
@@ -342,11 +447,17 @@ def _missing(name: str, missing: Sequence[str], present: Iterable[str]) -> Value
 
 
 def _from_file(
-    layer: Layer, names: tuple[str, ...] | None, wanted: tuple[str, ...] | None
+    layer: Layer,
+    names: tuple[str, ...] | None,
+    wanted: tuple[str, ...] | None,
+    offset: float | None,
 ) -> Scene:
     """A scene that is one file."""
     if wanted is None:
+        layer = _as_sentinel2(layer, names, offset)
         return Scene(str(layer.path), names, (layer,), layer.grid)
+    if names is None and _is_landsat(layer.path):
+        raise _landsat_error(str(layer.path), wanted)
     if names is None:
         raise ValueError(
             f'{layer.path} does not name its {len(layer.indexes)} bands: give all_bands '
@@ -355,18 +466,20 @@ def _from_file(
     if missing := [band for band in wanted if band not in names]:
         raise _missing(str(layer.path), missing, names)
     positions = [names.index(band) for band in wanted]
-    chosen = Layer(
-        layer.path,
-        tuple(position + 1 for position in positions),
-        layer.grid,
-        tuple(layer.nodata[position] for position in positions),
-        layer.dtype,
+    chosen = replace(
+        layer,
+        indexes=tuple(layer.indexes[position] for position in positions),
+        nodata=tuple(layer.nodata[position] for position in positions),
     )
+    chosen = _as_sentinel2(chosen, wanted, offset)
     return Scene(str(layer.path), wanted, (chosen,), layer.grid)
 
 
 def _from_bands(
-    name: str, group: dict[str, Layer], wanted: tuple[str, ...] | None
+    name: str,
+    group: dict[str, Layer],
+    wanted: tuple[str, ...] | None,
+    offset: float | None,
 ) -> Scene:
     """A scene that is one file per band."""
     order = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
@@ -376,11 +489,17 @@ def _from_bands(
     names = wanted or tuple(present)
     if missing := [band for band in names if band not in group]:
         raise _missing(name, missing, present)
-    layers = tuple(group[band] for band in names)
+    landsat = any(_is_landsat(layer.path) for layer in group.values())
+    if landsat and wanted:
+        raise _landsat_error(name, wanted)
+    layers = tuple(
+        _as_sentinel2(group[band], None if landsat else (band,), offset)
+        for band in names
+    )
     finest = min((layer.grid for layer in layers), key=_pixel)
     for layer in layers:
         _check_same_ground(layer, finest, name)
-    return Scene(name, names, layers, finest)
+    return Scene(name, None if landsat else names, layers, finest)
 
 
 def _check_same_ground(layer: Layer, finest: Grid, name: str) -> None:
@@ -429,36 +548,48 @@ class RasterReader:
             width: Number of columns.
 
         Returns:
-            Values of shape (C, H, W), NaN where a band has no data.
+            Values of shape (C, H, W), NaN where a band has no data. If that is told by
+            the number 0, only where no band has: 0 is a value of single bands, such as
+            the one for cirrus.
 
         Raises:
             OSError: If a file can not be read.
         """
-        parts = []
+        parts, zeros = [], []
         for layer in scene.layers:
             if layer.grid.key == scene.grid.key:
                 window = Window(left, top, width, height)
-                parts.append(self._values(layer, window))
+                values, zero = self._values(layer, window)
             else:
-                parts.append(
-                    self._resampled(layer, scene.grid, top, left, height, width)
+                values, zero = self._resampled(
+                    layer, scene.grid, top, left, height, width
                 )
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _values(self, layer: Layer, window: Window) -> npt.NDArray[np.float32]:
-        with self.files.use(layer.path) as source:
-            raw = read_raster(source, layer.path, layer.indexes, window)
-        # A float64 file may mark missing data with a number beyond float32
-        with np.errstate(over='ignore'):
-            values = raw.astype(np.float32)
-        for band, (data, nodata) in enumerate(zip(raw, layer.nodata, strict=True)):
-            if nodata is not None:
-                values[band][data == nodata] = np.nan
+            parts.append(values)
+            zeros.append(zero)
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        zero = zeros[0] if len(zeros) == 1 else np.concatenate(zeros)
+        values[:, (zero | ~np.isfinite(values)).all(0)] = np.nan
         return values
+
+    def _values(
+        self, layer: Layer, window: Window
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Values of some bands, and where they are a 0 that may mean no data."""
+        indexes = list(layer.indexes)
+        if layer.alpha is not None:
+            indexes.append(layer.alpha)
+        with self.files.use(layer.path) as source:
+            raw = read_raster(source, layer.path, indexes, window)
+        values, zero = to_float(raw[: len(layer.indexes)], layer.nodata)
+        if layer.offset:
+            values += layer.offset
+        if layer.alpha is not None:
+            values[:, raw[-1] == 0] = np.nan
+        return values, zero
 
     def _resampled(
         self, layer: Layer, grid: Grid, top: int, left: int, height: int, width: int
-    ) -> npt.NDArray[np.float32]:
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Bilinear interpolation of a coarser band."""
         # Centres of the wanted pixels, in pixels of the band
         to_columns, to_rows = _to_band(layer.grid, grid)
@@ -471,18 +602,49 @@ class RasterReader:
         x, y = int(columns.min()), int(rows.min())
         size = int(columns.max()) - x + 2, int(rows.max()) - y + 2
         size = min(size[0], layer.grid.width - x), min(size[1], layer.grid.height - y)
-        values = self._values(layer, Window(x, y, *size))
-        values = _interpolate(values, rows - y, axis=1)
-        return _interpolate(values, columns - x, axis=2)
+        values, zero = self._values(layer, Window(x, y, *size))
+        share = zero.astype(np.float32)
+        for positions, axis in ((rows - y, 1), (columns - x, 2)):
+            values = _interpolate(values, positions, axis)
+            share = _interpolate(share, positions, axis)
+        return values, share > 0
+
+
+def to_float(
+    raw: npt.NDArray[Any], nodata: Sequence[float | None]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Make the values of a file float32, NaN where they are the nodata value.
+
+    Args:
+        raw: Values of shape (C, H, W).
+        nodata: Value without data of each band, None if there is none.
+
+    Returns:
+        The values, and where a band of integers is 0 and that is its nodata value. They
+        are not NaN, because they are no data only if all bands are.
+    """
+    # A float64 file may mark missing data with a number beyond float32
+    with np.errstate(over='ignore'):
+        values = raw.astype(np.float32)
+    zero = np.zeros(raw.shape, np.bool_)
+    for band, value in enumerate(nodata):
+        if value == 0 and raw.dtype.kind in 'iu':
+            zero[band] = raw[band] == 0
+        elif value is not None:
+            values[band][raw[band] == value] = np.nan
+    return values, zero
 
 
 def _to_band(band: Grid, grid: Grid) -> tuple[tuple[float, float], ...]:
     """Scale and offset from columns and rows of a grid to those of a coarser band."""
-    if grid.width % band.width == 0 and grid.height % band.height == 0:
-        # Cut to the same ground. The files of SSL4EO-S12 are, but say that they are
-        # half a pixel apart: B8A correlates with B8 by 0.93 so, by location with 0.91
-        return (band.width / grid.width, 0), (band.height / grid.height, 0)
     ours, theirs = band.transform, grid.transform
+    apart = max(abs((theirs.c - ours.c) / ours.a), abs((theirs.f - ours.f) / ours.e))
+    divides = grid.width % band.width == 0 and grid.height % band.height == 0
+    if divides and apart < 0.501:
+        # Cut to the same ground. The files of SSL4EO-S12 are, but say that they are up
+        # to half a pixel apart: B8A correlates with B8 by 0.93 so, by location with
+        # 0.91. What is further apart is somewhere else.
+        return (band.width / grid.width, 0), (band.height / grid.height, 0)
     return (
         (theirs.a / ours.a, (theirs.c - ours.c) / ours.a),
         (theirs.e / ours.e, (theirs.f - ours.f) / ours.e),

@@ -6,12 +6,14 @@
 import copy
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 import torch
 from matplotlib.figure import Figure
 from pyproj import CRS
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 
 from .._compat import NonGeoDataset, Sample
 from ..transforms.worldcover import WorldCoverMultiLabel
+from ._mosaic import outline
 from .plotting import plot_sample
 from .rasters import Grid, RasterReader, Scene, find_files, find_scenes
 from .scaling import ValueRange, resolve_value_range, to_unit_range
@@ -28,9 +31,14 @@ from .worldcover import ESAWorldCover
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-#: Windows to try before one with too little data is taken after all. Rims of orbits
-#: are empty for at most half a raster, so one in a thousand gets here.
+#: Windows to try before one with too little data is taken after all. If half of a raster
+#: is empty, one window in a thousand gets here, and all of an empty one. Most of their
+#: mask is no data, so their label is unknown.
 _MAX_TRIES = 10
+
+#: Share of the smaller of two places from which on they overlap, above what the bends
+#: of neighbours' edges in degrees have in common.
+_SHARED = 1e-4
 
 #: Files that an error message lists.
 _MAX_NAMED = 3
@@ -64,7 +72,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
     ``S1A_..._VV.tif``). Bands of one file are named by its band descriptions, by its
     colours, or by their number: 13 are Sentinel-2 Level-1C in the order B1 to B8, B8A,
     B9 to B12, 12 are Level-2A (without B10), 2 of type float are VV and VH. If that is
-    not so, name them with *all_bands*.
+    not so, name them with *all_bands*. An alpha band is no band of the image, it tells
+    where the others have data. Landsat has other bands of the same names, so its bands
+    stay without names.
 
     Scenes on exactly the same grid are dates of one place. Places are drawn by area,
     and a sample has *seasons* different dates in random order.
@@ -75,8 +85,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
     Dataset features:
 
     * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
-      Pixels without data (the file's nodata value, NaN, infinity) are 0
-    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. The default
+      Pixels without data (see *nodata*, NaN, infinity, transparent) are 0
+    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data, also where one of
+      the dates has none in all of its bands. The default
       *transforms* replace it by a multi-hot *label* of shape (K,)
 
     .. versionadded:: 0.1
@@ -99,6 +110,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
         allow_unlabelled: bool = False,
+        offset: float | None = None,
     ) -> None:
         """Initialize a new WorldCoverScenes instance.
 
@@ -114,7 +126,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 of all places once.
             seasons: Number of different dates per sample.
             min_valid: Share of pixels that must have data. Windows below are redrawn up
-                to 10 times, then the fullest of them is taken.
+                to 10 times, then the fullest of them is taken, with a warning.
             value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
                 ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
                 uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
@@ -122,13 +134,20 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             all_bands: Names of all bands in file order, if a file does not tell or
                 tells wrong.
             nodata: Value of pixels without data, None for what each file says.
-                Sentinel-2 products from ESA have 0 there but do not say so.
+                Sentinel-2 products from ESA have 0 there but do not say so, so that is
+                the default for digital numbers (uint16) of Sentinel-2 bands: give
+                another number if 0 is data. A 0 in integers counts only where all
+                bands have it, because single ones do have 0, such as B10.
             rows: Part of each raster's rows to take windows from, as fractions from
-                the top. Two datasets with rows that do not overlap share no pixel.
+                the top. Two datasets with rows that do not overlap share no pixel,
+                unless rasters of different places overlap.
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
-            seed: Seed of the windows.
+            seed: Seed of the windows, from 0 to 2**32 - 1.
             allow_unlabelled: Accept images without a tile, their mask is 0 everywhere.
+            offset: What is added to the values before *value_range*. None for -1000 if
+                the path of digital numbers (uint16) of Sentinel-2 bands has a baseline
+                of ESA from 04.00 on (``_N0400_``), which have 1000 added, else 0.
 
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
@@ -136,7 +155,13 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             OSError: If a file can not be opened, or later, if it can not be read.
             ValueError: If a file has no CRS, lacks a band, is smaller than a window, or
                 if an argument does not fit.
+
+        Warns:
+            UserWarning: If tiles are missing under a part of an image, if files of one
+                band without a name are taken for dates of one place, or later, if no
+                window with enough data is found.
         """
+        _check_seed(seed)
         if patch_size < 1 or seasons < 1:
             raise ValueError(
                 'patch_size and seasons must be at least 1, got '
@@ -153,11 +178,14 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         self.seasons = seasons
         self.min_valid = min_valid
         self.seed = seed
+        self.stream = 0
+        self._warned: set[str] = set()
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
-        scenes = find_scenes(find_files(images), bands, all_bands, nodata)
+        scenes = find_scenes(find_files(images), bands, all_bands, nodata, offset)
         self.bands = scenes[0].bands
         self.places = _group(scenes)
+        _warn_single_bands(self.places)
         self.value_range = resolve_value_range(
             value_range,
             self.bands,
@@ -218,9 +246,14 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
         missing: list[Place] = []
+        partly: list[Place] = []
         for place in self.places:
             if not worldcover.covers(place.crs, place.grid.bounds):
                 missing.append(place)
+            elif not worldcover.covers(place.crs, place.grid.bounds, wholly=True):
+                partly.append(place)
+        if partly:
+            _warn_partly(partly, worldcover)
         if missing:
             shown = missing[:_MAX_NAMED]
             more = len(missing) - len(shown)
@@ -249,6 +282,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         length: int | None = None,
         seed: int | None = None,
         seasons: int | None = None,
+        stream: int = 0,
     ) -> 'WorldCoverScenes':
         """Other windows of the same rasters, without opening them again.
 
@@ -257,16 +291,20 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             length: Number of samples, None for as many as cover these rows once.
             seed: Seed of the windows, None for the same.
             seasons: Number of dates per sample, None for the same.
+            stream: Number of an independent series of windows with the same seed.
 
         Returns:
             A new dataset.
 
         Raises:
-            ValueError: If a window does not fit into the rows of a raster.
+            ValueError: If a window does not fit into the rows of a raster, or if *seed*
+                is out of range.
         """
         other = copy.copy(self)
         other._reader = RasterReader()
         other.seed = self.seed if seed is None else seed
+        other.stream = stream
+        _check_seed(other.seed)
         other.seasons = self.seasons if seasons is None else seasons
         other._check_dates()
         other._set_rows(rows)
@@ -298,7 +336,8 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         if index < 0:
             raise IndexError(f'index must be at least 0, got {index}')
         # Counter based: no state that order, workers or ranks could change
-        rng = np.random.Generator(np.random.Philox([self.seed, index]))
+        entropy = [self.seed, index, self.stream]
+        rng = np.random.Generator(np.random.Philox(entropy))
         best: tuple[float, Place, int, int, list[npt.NDArray[np.float32]]] | None = None
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
@@ -320,7 +359,17 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                     break
         if best is None:  # pragma: no cover
             raise RuntimeError('no window was drawn')
-        _, place, top, left, seasons = best
+        valid, place, top, left, seasons = best
+        name = place.scenes[0].name
+        if valid < self.min_valid and name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f'no window with data in min_valid={self.min_valid} of its pixels was '
+                f'found in {_MAX_TRIES} tries, one of {name} with {valid:.3g} is taken. '
+                'Its label may be unknown',
+                UserWarning,
+                stacklevel=2,
+            )
         return self._sample(place, top, left, seasons)
 
     def _window(self, scene: Scene, top: int, left: int) -> npt.NDArray[np.float32]:
@@ -333,9 +382,12 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         left: int,
         seasons: Sequence[npt.NDArray[np.float32]],
     ) -> Sample:
+        # A label must not speak of what the image does not show
+        valid = np.logical_and.reduce([np.isfinite(v).any(0) for v in seasons])
         images = [to_unit_range(values, self.value_range) for values in seasons]
         image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        sample: Sample = {'image': image, 'mask': self._mask(place, top, left)}
+        mask = self._mask(place, top, left) * torch.from_numpy(valid)
+        sample: Sample = {'image': image, 'mask': mask}
         return self.transforms(sample)
 
     def _mask(self, place: Place, top: int, left: int) -> Tensor:
@@ -409,6 +461,68 @@ def _starts(first: int, last: int, size: int) -> list[int]:
     if starts[-1] + size < last:
         starts.append(last - size)
     return starts
+
+
+def _check_seed(seed: int) -> None:
+    # One word of entropy. A larger one would take the place of the index behind it.
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed must be from 0 to 2**32 - 1, got {seed}')
+
+
+def _warn_single_bands(places: Sequence[Place]) -> None:
+    """Bands that are not the last part of a file name look like dates."""
+    for place in places:
+        first = place.scenes[0]
+        if len(place.scenes) > 1 and first.count == 1 and first.bands is None:
+            names = ', '.join(scene.name for scene in place.scenes[:_MAX_NAMED])
+            warnings.warn(
+                f'{len(place.scenes)} files of one band on one grid are taken for dates '
+                f'of one place: {names}. If they are bands of one scene, let the names '
+                'end with the band (_B04.tif), otherwise name it with all_bands',
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _warn_partly(places: Sequence[Place], worldcover: ESAWorldCover) -> None:
+    there = {os.path.basename(file) for file in worldcover.files}
+    needed = {
+        tile
+        for place in places
+        for tile in worldcover.tiles(place.crs, place.grid.bounds)
+    }
+    missing = sorted(needed - there)
+    more = f' and {len(missing) - _MAX_NAMED} more' if missing[_MAX_NAMED:] else ''
+    warnings.warn(
+        f'{sum(len(p.scenes) for p in places)} images are only partly covered by WorldCover tiles, such as '
+        f'{places[0].scenes[0].name}. There the mask is no data. Not found by name: '
+        f'{", ".join(missing[:_MAX_NAMED]) or "none"}{more} (there are no tiles '
+        'where only sea is)',
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def overlapping(places: Sequence[Place]) -> list[tuple[Place, Place]]:
+    """Find places that share ground.
+
+    Args:
+        places: Places on different grids.
+
+    Returns:
+        Pairs whose outlines have more in common than their edges.
+    """
+    earth = CRS.from_epsg(4326)
+    outlines = [outline(place.crs, earth, place.grid.bounds) for place in places]
+    pairs = shapely.STRtree(outlines).query(outlines, predicate='intersects').T
+    return [
+        (places[i], places[j])
+        for i, j in pairs.tolist()
+        if i < j
+        and outlines[i].intersection(outlines[j]).area
+        > _SHARED * min(outlines[i].area, outlines[j].area)
+    ]
 
 
 def _group(scenes: Sequence[Scene]) -> tuple[Place, ...]:

@@ -431,7 +431,11 @@ class ESAWorldCover(RasterDataset):
 
         present: set[int] = set()
         fig, axs = plt.subplots(
-            1, len(panels), figsize=(4 * len(panels) + 3, 4), squeeze=False, layout='constrained'
+            1,
+            len(panels),
+            figsize=(4 * len(panels) + 3, 4),
+            squeeze=False,
+            layout='constrained',
         )
         for ax, (title, panel) in zip(axs[0], panels.items(), strict=True):
             values = panel.detach().cpu().squeeze().numpy().astype(np.uint8)

@@ -263,7 +263,7 @@ class WorldCoverMultiLabel(nn.Module):
         mask = sample['mask']
         counts, present = _count(mask, self.codes)
         if present is not None and self.foreign == 'error':
-            self._check_present(present)
+            _check_present(present, self._legend)
 
         if _has_channel(mask, sample.get('image')):
             counts = counts.squeeze(-2)
@@ -280,31 +280,48 @@ class WorldCoverMultiLabel(nn.Module):
         sample['label'] = label * valid
         return sample
 
-    def _check_present(self, present: Tensor) -> None:
-        """Refuse values that are not in the legend."""
-        values = present.nonzero().flatten().tolist()
-        foreign = [value for value in values if value not in self._legend]
-        if not foreign:
-            return
 
-        names = ', '.join(map(str, foreign[:5])) + (', ...' if foreign[5:] else '')
-        if _BINS - 1 in foreign:
-            names += ' (255 stands for everything out of range, too)'
-        legend = ', '.join(map(str, self._legend))
-        if max(values) <= len(WORLDCOVER_CODES) and max(self._legend) > max(values):
-            remedy = (
-                'It looks like ordinals: read it with ESAWorldCover(ordinal=False), or '
-                'pass codes=range(1, K + 1) if 0 is no data, or map it back with '
-                'torch.tensor(WORLDCOVER_CODES)[mask] if 0 is tree cover'
-            )
-        else:
-            remedy = (
-                'If it was interpolated or reprojected, resample it with nearest '
-                "neighbour. With foreign='ignore' these pixels are no data"
-            )
-        raise ValueError(
-            f'mask must hold the class codes {legend}, got also {names}. {remedy}'
+def check_values(mask: Tensor) -> None:
+    """Refuse a mask that does not hold class codes of WorldCover.
+
+    Args:
+        mask: Class codes of shape (..., H, W).
+
+    Raises:
+        TypeError: If the mask is not a real-valued tensor.
+        ValueError: If its values are no class codes. Values on a CUDA device are not
+            looked at, because that would wait for the device.
+    """
+    _, present = _count(mask, WORLDCOVER_CODES)
+    if present is not None:
+        _check_present(present, (0, *WORLDCOVER_CODES))
+
+
+def _check_present(present: Tensor, legend: Sequence[int]) -> None:
+    """Refuse values that are not in the legend."""
+    values = present.nonzero().flatten().tolist()
+    foreign = [value for value in values if value not in legend]
+    if not foreign:
+        return
+
+    names = ', '.join(map(str, foreign[:5])) + (', ...' if foreign[5:] else '')
+    if _BINS - 1 in foreign:
+        names += ' (255 stands for everything out of range, too)'
+    if max(values) <= len(WORLDCOVER_CODES) and max(legend) > max(values):
+        remedy = (
+            'It looks like ordinals: read it with ESAWorldCover(ordinal=False), or '
+            'pass codes=range(1, K + 1) if 0 is no data, or map it back with '
+            'torch.tensor(WORLDCOVER_CODES)[mask] if 0 is tree cover'
         )
+    else:
+        remedy = (
+            'If it was interpolated or reprojected, resample it with nearest '
+            "neighbour. With foreign='ignore' these pixels are no data"
+        )
+    raise ValueError(
+        f'mask must hold the class codes {", ".join(map(str, legend))}, got also '
+        f'{names}. {remedy}'
+    )
 
 
 def _has_channel(mask: Tensor, image: Any) -> bool:
