@@ -6,7 +6,6 @@
 import copy
 
 import torch
-from lightly.models.utils import update_momentum
 from torch import nn
 
 
@@ -50,10 +49,7 @@ def update_ema(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
         teacher: A copy made by :func:`make_teacher`.
         momentum: Share :math:`m` of the old teacher in the new one, in [0, 1].
     """
-    try:
-        # One pass over the memory where lightly's update needs two
-        torch._foreach_lerp_(
-            list(teacher.parameters()), list(student.parameters()), 1 - momentum
-        )
-    except AttributeError:  # a private name of torch
-        update_momentum(student, teacher, momentum)
+    # One pass over the memory, where lightly's update_momentum needs two
+    torch._foreach_lerp_(
+        list(teacher.parameters()), list(student.parameters()), 1 - momentum
+    )

@@ -170,11 +170,9 @@ class EMATask(BaseTask):
             )
         return view
 
-    def _unsaved(self) -> dict[str, str]:
-        """What a checkpoint does not hold, in words."""
-        similarity = getattr(self, 'label_similarity', None)
-        name = getattr(similarity, '__qualname__', str(similarity))
-        return {'augmentations': repr(self.augmentations), 'label_similarity': name}
+    def unsaved(self) -> dict[str, str]:
+        """Arguments that a checkpoint may not hold, in words, to compare on loading."""
+        return {'augmentations': repr(self.augmentations)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out augmentations, and refuse to overwrite a good checkpoint.
@@ -189,7 +187,7 @@ class EMATask(BaseTask):
         state = checkpoint['state_dict']
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
-        checkpoint['unsaved'] = self._unsaved()
+        checkpoint['unsaved'] = self.unsaved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint does not hold from this task.
@@ -198,18 +196,17 @@ class EMATask(BaseTask):
             checkpoint: The checkpoint.
 
         Warns:
-            UserWarning: If it was made with other augmentations or a function that
-                hyperparameters cannot hold.
+            UserWarning: If it was made with other arguments, see :meth:`unsaved`.
         """
         for key, value in self.state_dict().items():
             if key.startswith('augmentations.'):
                 checkpoint['state_dict'][key] = value
         for name, value in checkpoint.get('unsaved', {}).items():
-            own = self._unsaved()[name]
+            own = self.unsaved().get(name)
             if value != own:
                 rank_zero_warn(
-                    f'The checkpoint was made with {name}={value}, which it does not '
-                    f'hold. This task goes on with {own}. Pass {name} to the task.'
+                    f'The checkpoint was made with {name}={value}, this task goes on '
+                    f'with {own}. To go on as before, pass {name} to the task.'
                 )
         # The seed is the checkpoint's
         self.__dict__.pop('_seed', None)
@@ -226,10 +223,8 @@ class EMATask(BaseTask):
         """Images per optimizer step over all ranks, if the loader tells."""
         loader = self.trainer.train_dataloader
         size = getattr(loader, 'batch_size', None)
-        if size is None or not isinstance(
-            getattr(loader, 'batch_sampler', None), torch.utils.data.BatchSampler
-        ):
-            size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', size)
+        if size is None:  # so it is with a batch sampler
+            size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
         if size is None:
             return None
         return int(

@@ -208,6 +208,13 @@ class SoftConTask(EMATask):
         """Encoder and projector, each with its teacher."""
         return [(self.model, self.teacher), (self.projector, self.teacher_projector)]
 
+    def unsaved(self) -> dict[str, str]:
+        """Augmentations, and the function that compares labels if it is one."""
+        name = getattr(
+            self.label_similarity, '__qualname__', str(self.label_similarity)
+        )
+        return {**super().unsaved(), 'label_similarity': name}
+
     def momentum_at(self, step: int) -> float:
         """EMA momentum of an optimizer step.
 
@@ -255,7 +262,13 @@ class SoftConTask(EMATask):
                 1, seasons, (len(image),), device=image.device
             )
             second = second % seasons
-        views = [self.augment(image[rows, i]) for i in (first, second)]
+        # Without seasons there is nothing to pick, and no need for two copies
+        chosen = (
+            [image[:, 0]] * 2
+            if seasons == 1
+            else [image[rows, i] for i in (first, second)]
+        )
+        views = [self.augment(x) for x in chosen]
         labels = [None if label is None else label[rows, i] for i in (first, second)]
         return (views[0], views[1]), (labels[0], labels[1])
 
