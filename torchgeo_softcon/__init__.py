@@ -24,19 +24,22 @@ if TYPE_CHECKING:
         SyntheticScenes,
         WorldCoverScenes,
     )
-    from .losses import SoftContrastiveLoss, soft_contrastive_loss
+    from .losses import DINOLoss, SoftContrastiveLoss, soft_contrastive_loss
     from .models import (
         ResNet50_Weights,
         ViTBase14_DINOv2_Weights,
         ViTSmall14_DINOv2_Weights,
     )
-    from .tasks import SoftConTask
-    from .transforms import RandomView, WorldCoverMultiLabel
+    from .tasks import DINOMCTask, SoftConTask
+    from .transforms import MultiCropView, RandomView, WorldCoverMultiLabel
 
 __all__ = (
+    'DINOLoss',
+    'DINOMCTask',
     'ESAWorldCover',
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
+    'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
     'SoftConTask',
@@ -54,9 +57,12 @@ __all__ = (
 #: Public names, and the module that has them.
 _MODULES = {
     '__version__': '_version',
+    'DINOLoss': 'losses',
+    'DINOMCTask': 'tasks',
     'ESAWorldCover': 'datasets',
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
+    'MultiCropView': 'transforms',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',
     'SoftConTask': 'tasks',

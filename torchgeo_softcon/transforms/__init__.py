@@ -3,11 +3,13 @@
 
 """Transforms for batches on their device."""
 
+from .crops import MultiCropView
 from .views import RandomView, jitter, random_crop_grid
 from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
 
 __all__ = (
     'WORLDCOVER_CODES',
+    'MultiCropView',
     'RandomView',
     'WorldCoverMultiLabel',
     'class_fractions',
