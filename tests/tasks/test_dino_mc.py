@@ -22,40 +22,9 @@ from torchgeo_softcon.tasks.dino_mc import default_drop_path_rate
 from torchgeo_softcon.tasks.optimizers import clip_each_gradient
 from torchgeo_softcon.transforms import MultiCropView
 
-from .helpers import Scenes, make_batch, make_loader, make_trainer
+from .helpers import Corners, Scenes, make_batch, make_dino, make_loader, make_trainer
 
 PROTOTYPES = 'last_layer.weight_v'
-
-
-def make_dino(**kwargs: Any) -> DINOMCTask:
-    torch.manual_seed(0)
-    defaults: dict[str, Any] = {
-        'model': 'test_vit',
-        'in_channels': 4,
-        'size': 32,
-        'local_sizes': (28, 20, 16),
-        'output_dim': 24,
-        'hidden_dim': 16,
-        'bottleneck_dim': 8,
-        'warmup_epochs': 1,
-        'lr': 0.01,
-    }
-    return DINOMCTask(**{**defaults, **kwargs})
-
-
-class Corners(nn.Module):
-    """Crops that are a function of the image alone."""
-
-    def __init__(self, sizes: tuple[int, ...] = (32, 32, 28, 20, 16)) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        # Two equal crops would teach nothing
-        return [
-            (image if i % 2 else image.flip(-1))[..., :s, :s]
-            for i, s in enumerate(self.sizes)
-        ]
 
 
 class TestConstructor:
@@ -130,7 +99,7 @@ class TestConstructor:
         ('model', 'sizes'),
         [
             ('resnet18', (28, 20)),
-            ('test_convnext', (32, 28)),
+            ('test_convnext', (32, 32)),
             ('swin_tiny_patch4_window7_224', (28, 20)),
         ],
     )
