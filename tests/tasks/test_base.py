@@ -218,6 +218,14 @@ class TestResume:
             assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def test_modules_used_before_are_trained(tmp_path: Path) -> None:
+    task = make_task(model='resnet18', mask_mode='pixel')
+    task.eval()
+    before = task.teacher.get_buffer('bn1.running_mean').clone()
+    make_trainer(tmp_path, max_epochs=1).fit(task, make_loader())
+    assert not torch.equal(task.teacher.get_buffer('bn1.running_mean'), before)
+
+
 class TestNonFinite:
     def test_nan_pixels_stop_the_run_before_they_spoil_it(self, tmp_path: Path) -> None:
         class Spoilt(Scenes):

@@ -236,6 +236,14 @@ class EMATask(BaseTask):
         # The seed is the checkpoint's
         self.__dict__.pop('_seed', None)
 
+    def on_train_start(self) -> None:
+        """Put everything into training mode.
+
+        Lightning leaves modules as they are. The batch norm of a teacher that was used
+        before, in evaluation mode, would never learn its statistics.
+        """
+        self.train()
+
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch.
 
