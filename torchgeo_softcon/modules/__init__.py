@@ -6,7 +6,7 @@
 from .ema import make_teacher, update_ema
 from .heads import mlp_head
 from .masking import SiameseMasking, encode_visible, mask_pixels, random_visible
-from .patch_embed import adapt_input_weight, input_layer
+from .patch_embed import adapt_input_weight, input_layer, select_bands
 
 __all__ = (
     'SiameseMasking',
@@ -17,5 +17,6 @@ __all__ = (
     'mask_pixels',
     'mlp_head',
     'random_visible',
+    'select_bands',
     'update_ema',
 )
