@@ -674,6 +674,10 @@ class TestStage:
 
 
 class TestRegister:
+    @pytest.fixture(autouse=True)
+    def nothing_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plugin, '_yielded', set())
+
     @pytest.fixture
     def api(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         api: Any = importlib.import_module('torchgeo.models.api')
@@ -695,21 +699,46 @@ class TestRegister:
         theirs = api.get_weight('ViTSmall16_Weights.SENTINEL2_ALL_DINO')
         assert type(theirs) is not type(ours)
 
-    def test_member_that_the_host_has_yields(
-        self, api: Any, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_member_that_the_host_has_yields(self, api: Any) -> None:
         name = 'ViTSmall16_Weights.SENTINEL2_ALL_DINO'
         theirs = api.get_weight(name)
-        caplog.set_level('INFO')
         ours = self.weights('SENTINEL2_ALL_DINO', 'THROWAWAY')
-        plugin._register('ViTSmall16_Weights', ours)
+        with pytest.warns(UserWarning, match=f'TorchGeo has its own {name}, which is'):
+            plugin._register('ViTSmall16_Weights', ours)
         assert api.get_weight(name) is theirs
         assert api.get_weight('ViTSmall16_Weights.THROWAWAY') is ours.THROWAWAY
-        assert name in caplog.text
+        with warnings.catch_warnings():  # once is enough
+            warnings.simplefilter('error')
+            plugin._register('ViTSmall16_Weights', ours)
+
+    def test_model_that_timm_has_yields(self) -> None:
+        import timm
+
+        def resnet18() -> None:
+            pass
+
+        theirs = timm.models.model_entrypoint('resnet18')
+        with pytest.warns(
+            UserWarning, match='timm has its own resnet18, which is used'
+        ):
+            plugin._register_model(resnet18)
+        assert timm.models.model_entrypoint('resnet18') is theirs
+
+    def test_model_is_registered_once(self) -> None:
+        import timm
+
+        from torchgeo_softcon.models import builders
+
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            plugin._register_model(builders.softcon_resnet50)
+        entry = timm.models.model_entrypoint('softcon_resnet50')
+        assert entry is builders.softcon_resnet50
 
     def test_enum_without_a_new_member_is_not_registered(self, api: Any) -> None:
         before = dict(api._model_weights)
-        plugin._register('ViTSmall16_Weights', self.weights('SENTINEL2_ALL_DINO'))
+        with pytest.warns(UserWarning, match='TorchGeo has its own'):
+            plugin._register('ViTSmall16_Weights', self.weights('SENTINEL2_ALL_DINO'))
         assert api._model_weights == before
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -201,3 +202,49 @@ def serve(root: Path) -> Iterator[Server]:
         server.server.shutdown()
         thread.join()
         server.server.server_close()
+
+
+#: Files of SoftCon, and what is in them.
+SOFTCON_FILES: dict[str, tuple[Any, int]] = {
+    'B13_rn50_softcon.pth': ('resnet50', 13),
+    'B2_rn50_softcon.pth': ('resnet50', 2),
+    'B13_vits14_softcon_enc.pth': (384, 13),
+    'B2_vits14_softcon_enc.pth': (384, 2),
+    'B13_vitb14_softcon_enc.pth': (768, 13),
+    'B2_vitb14_softcon_enc.pth': (768, 2),
+}
+
+
+def _backbone(model: str, channels: int = 3) -> dict[str, Any]:
+    if model == 'vit_small_patch8_224':
+        return {**vit_shapes(384, 8, 3, 28, False)}
+    state = torchvision_backbone(model, channels).state_dict()
+    return {k: tuple(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+
+
+class WeightsFolder:
+    """A folder with all files, of one number per parameter."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name, (model, channels) in SOFTCON_FILES.items():
+            shapes: Any = (
+                _backbone(model, channels)
+                if isinstance(model, str)
+                else vit_shapes(model, 14, channels, 16, True)
+            )
+            torch.save(compact(shapes), root / name)
+        models = ('resnet50', 'wide_resnet50_2', 'vit_small_patch8_224', 'swin_t')
+        for model in models:
+            shapes = _backbone(model)
+            for method, start in (('dinomc', 0), ('dinotp', 2)):
+                checkpoint = dino_checkpoint(
+                    compact(shapes, start), compact(shapes, start + 1), 'res' in model
+                )
+                torch.save(checkpoint, root / f'{method}_{model}.pth')
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Have files from this folder, and no network."""
+        monkeypatch.setenv('TORCHGEO_SOFTCON_WEIGHTS', str(self.root))
+        monkeypatch.setattr(torch.hub, 'download_url_to_file', None)
+        return self.root

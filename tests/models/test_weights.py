@@ -29,7 +29,7 @@ from torchgeo_softcon.models.hub import WEIGHTS_VARIABLE
 from torchgeo_softcon.transforms import ToUnitRange
 
 from .helpers import (
-    compact,
+    WeightsFolder,
     dino_checkpoint,
     randomize,
     serve,
@@ -52,49 +52,15 @@ MEMBERS = [member for enum in ENUMS for member in enum]
 SOFTCON = [member for member in MEMBERS if member.name.endswith('SOFTCON')]
 DINO_MC = [member for member in MEMBERS if member not in SOFTCON]
 
-#: Files, and what is in them.
-SOFTCON_FILES: dict[str, tuple[Any, int]] = {
-    'B13_rn50_softcon.pth': ('resnet50', 13),
-    'B2_rn50_softcon.pth': ('resnet50', 2),
-    'B13_vits14_softcon_enc.pth': (384, 13),
-    'B2_vits14_softcon_enc.pth': (384, 2),
-    'B13_vitb14_softcon_enc.pth': (768, 13),
-    'B2_vitb14_softcon_enc.pth': (768, 2),
-}
 
-
-def backbone_shapes(model: str, channels: int = 3) -> dict[str, Any]:
-    if model == 'vit_small_patch8_224':
-        return {**vit_shapes(384, 8, 3, 28, False)}
-    state = torchvision_backbone(model, channels).state_dict()
-    return {k: tuple(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+@pytest.fixture
+def local(weights_folder: WeightsFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return weights_folder.use(monkeypatch)
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All files, with the published keys and shapes, of one number per parameter."""
-    root = tmp_path_factory.mktemp('weights')
-    for name, (model, channels) in SOFTCON_FILES.items():
-        if isinstance(model, str):
-            shapes = backbone_shapes(model, channels)
-        else:
-            shapes = vit_shapes(model, 14, channels, 16, True)
-        torch.save(compact(shapes), root / name)
-    for member in DINO_MC:
-        shapes = backbone_shapes(member.meta['model'])
-        student, teacher = compact(shapes), compact(shapes, 1)
-        batch_norm = 'resnet' in member.meta['model']
-        checkpoint = dino_checkpoint(student, teacher, batch_norm)
-        torch.save(checkpoint, root / member.meta['file'])
-    return root
-
-
-@pytest.fixture
-def local(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files are in a folder, and there is no network."""
-    monkeypatch.setenv(WEIGHTS_VARIABLE, str(folder))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', None)
-    return folder
+def folder(weights_folder: WeightsFolder) -> Path:
+    return weights_folder.root
 
 
 def host_of(weights: WeightsEnum) -> WeightsEnum:
@@ -167,15 +133,15 @@ class TestEveryMember:
             progress=True, check_hash=True, weights_only=True
         )
         name, channels = weights.meta['model'], weights.meta['in_chans']
-        with torch.device('meta'):
-            if name == 'swin_t':
-                model = copy.deepcopy(torchvision_backbone('swin_t'))
-            else:
-                size: Any = {'img_size': 224} if 'dinov2' in name else {}
+        if name == 'swin_t':
+            model = copy.deepcopy(torchvision_backbone(name))
+        else:
+            size: Any = {'img_size': 224} if 'dinov2' in name else {}
+            with torch.device('meta'):
                 model = timm.create_model(
                     name, in_chans=channels, num_classes=0, **size
                 )
-        model.load_state_dict(state, assign=name != 'swin_t')
+        model.load_state_dict(state, assign=True)
         assert all(v.is_contiguous() and v.device.type == 'cpu' for v in state.values())
 
     @pytest.mark.slow

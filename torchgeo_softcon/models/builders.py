@@ -50,6 +50,7 @@ _LAYERS = {
     'swin': {'first_conv': 'patch_embed.proj', 'classifier': 'head.fc'},
 }
 _ANY_SIZE = {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True}
+_SIZE_256 = {**_ANY_SIZE, 'img_size': 256}
 
 _MODELS = {
     'softcon_resnet50': _Model('resnet50', 'ResNet50_Weights', _SOFTCON, {}),
@@ -64,6 +65,13 @@ _MODELS = {
     ),
     'softcon_vit_base_patch16_224': _Model(
         'vit_base_patch16_224', 'ViTBase16_Weights', _SOFTCON, _ANY_SIZE
+    ),
+    # The grid of patch 14, and therefore its features
+    'softcon_vit_small_patch16_256': _Model(
+        'vit_small_patch16_224', 'ViTSmall16_Weights', _SOFTCON, _SIZE_256
+    ),
+    'softcon_vit_base_patch16_256': _Model(
+        'vit_base_patch16_224', 'ViTBase16_Weights', _SOFTCON, _SIZE_256
     ),
     'dinomc_resnet50': _Model('resnet50', 'ResNet50_Weights', _DINO_MC, {}),
     'dinomc_wide_resnet50_2': _Model(
@@ -84,11 +92,12 @@ _MODELS = {
 def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
     """What timm wants to know of pretrained weights."""
     rgb = model.bands is _DINO_MC
+    size = model.options.get('img_size', 224)
     family = next(name for name in _LAYERS if name in model.timm_name)
     return {
         # Says to timm that there are weights; _create gets them
         'url': f'torchgeo-softcon:{model.enum}.{tag.upper()}',
-        'input_size': (channels, 224, 224),
+        'input_size': (channels, size, size),
         'num_classes': 0,
         'mean': (0.485, 0.456, 0.406) if rgb else (0.0,) * channels,
         'std': (0.229, 0.224, 0.225) if rgb else (1.0,) * channels,
@@ -244,6 +253,16 @@ def softcon_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn
 def softcon_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-B/16, converted from SoftCon's ViT-B/14."""
     return _create('softcon_vit_base_patch16_224', pretrained, **kwargs)
+
+
+def softcon_vit_small_patch16_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16 at 256 pixels, with the features of SoftCon's ViT-S/14 at 224 pixels."""
+    return _create('softcon_vit_small_patch16_256', pretrained, **kwargs)
+
+
+def softcon_vit_base_patch16_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16 at 256 pixels, with the features of SoftCon's ViT-B/14 at 224 pixels."""
+    return _create('softcon_vit_base_patch16_256', pretrained, **kwargs)
 
 
 def dinomc_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -219,6 +219,48 @@ def swin_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def to_smp(state_dict: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """Convert parameters to the layout of an encoder of segmentation_models_pytorch.
+
+    Encoders whose names start with ``tu-`` hold a timm model: all of it, with its
+    classifier, for Vision Transformers (``DPT``), and its stages for others.
+
+    Args:
+        state_dict: Parameters in timm's layout.
+        model: Name of the encoder without ``tu-``, that is of the timm model.
+
+    Returns:
+        Parameters for ``encoder.load_state_dict``, strictly. Classifiers are 0.
+
+    Raises:
+        ValueError: If the encoder needs other parameters.
+    """
+    from segmentation_models_pytorch.encoders import TimmUniversalEncoder, encoders
+    from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
+
+    if model in encoders:  # those that smp has of its own, such as resnet50
+        return drop_head(state_dict)
+    channels = next(v for v in state_dict.values() if v.ndim == 4).shape[1]
+    encoder_class = (
+        TimmViTEncoder if 'pos_embed' in state_dict else TimmUniversalEncoder
+    )
+    encoder = encoder_class(model, pretrained=False, in_channels=channels)
+    result = {}
+    for key, value in encoder.state_dict().items():
+        # Stages of a list have numbers, stages by name an underscore
+        name = re.sub(r'^(layers|stages|blocks)_', r'\1.', key.removeprefix('model.'))
+        if name in state_dict and state_dict[name].shape == value.shape:
+            result[key] = state_dict[name]
+        elif _NOT_ENCODER.match(name):
+            result[key] = torch.zeros_like(value)
+        else:
+            raise ValueError(
+                f'the encoder tu-{model} needs {name} of shape {tuple(value.shape)}, which '
+                'the state dict does not have'
+            )
+    return result
+
+
 def is_torchvision_swin(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether parameters are of torchvision's Swin Transformer.
 
