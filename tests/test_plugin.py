@@ -67,13 +67,16 @@ def host_tasks():
 def facts():
     found = weight()
     from torchgeo.datamodules import BaseDataModule
+    import timm.models
     names = ('torchgeo.models', 'torchgeo.models.api', 'torchgeo.datamodules')
+    names += ('timm', 'timm.models')
     modules = [sys.modules[name] for name in names] + [host_tasks()]
     return {
         'weight': found,
         'host weight': weight('ViTSmall16_Weights.SENTINEL2_ALL_DINO'),
         'task': short_name(host_tasks().BaseTask, 'SoftConTask'),
         'datamodule': short_name(BaseDataModule, 'SyntheticScenesDataModule'),
+        'model': timm.models.is_model('dinomc_resnet50'),
         'class': sorted({type(m).__name__ for m in modules}),
         'loader': sorted(
             {type(x).__name__ for m in modules for x in (m.__loader__, m.__spec__.loader)}
@@ -91,6 +94,7 @@ EXPECTED = {
     'host weight': 'torchgeo.models.vit',
     'task': 'torchgeo_softcon.SoftConTask',
     'datamodule': 'torchgeo_softcon.SyntheticScenesDataModule',
+    'model': True,
     'class': ['module'],
     'loader': ['SourceFileLoader'],
     'source': True,
@@ -158,6 +162,15 @@ ORDERS = {
         tell(early=short_name(base, 'SyntheticScenesDataModule'))
         """,
         expected={'early': 'torchgeo_softcon.SyntheticScenesDataModule'},
+    ),
+    'timm': Order(
+        """
+        from timm.models import create_model
+        early = create_model('softcon_resnet50').conv1.in_channels
+        light = not {'torchgeo', 'torchgeo.models', 'lightning'} & {*sys.modules}
+        tell(early=early, light=light)
+        """,
+        expected={'early': 13, 'light': True},
     ),
     'lightning': Order('import lightning\ntell()'),
     'plugin': Order(
