@@ -167,7 +167,7 @@ ORDERS = {
         """
         from timm.models import create_model
         early = create_model('softcon_resnet50').conv1.in_channels
-        light = not {'torchgeo', 'torchgeo.models', 'lightning'} & {*sys.modules}
+        light = not {'torchgeo.models', 'lightning', 'lightly'} & {*sys.modules}
         tell(early=early, light=light)
         """,
         expected={'early': 13, 'light': True},

@@ -10,12 +10,14 @@ segmentation_models_pytorch, ``timm.create_model(..., pretrained=True, in_chans=
 Nothing but timm is imported here: this module is loaded whenever timm is.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
+from timm.layers import resample_abs_pos_embed
 from timm.models import generate_default_cfgs
-from torch import nn
+from torch import Tensor, nn
 
 from ..bands import (
     SENTINEL1_BANDS,
@@ -182,39 +184,60 @@ def _create(
     cfg: Any = {**_cfg(model, tag, channels), 'architecture': name, 'tag': tag}
     overlay = dict(pretrained_cfg_overlay or {})
     foreign = any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
-    state_dict = None
     if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
-        cfg = pretrained_cfg
-    elif pretrained and not foreign:
-        chosen = bands or bands_of_count(channels, model.bands[tag])
-        state_dict = _read(model, tag, chosen, kwargs.get('img_size'), cache_dir)
-        cfg['state_dict'] = state_dict
-
-    created: Any = timm.create_model(
+        cfg, foreign = pretrained_cfg, True
+    created = timm.create_model(
         model.timm_name,
-        pretrained=pretrained,
+        pretrained=pretrained and foreign,
         pretrained_cfg=cfg,
         pretrained_cfg_overlay=overlay,
         cache_dir=cache_dir,
         in_chans=channels,
         **kwargs,
     )
-    if state_dict is not None and not kwargs.get('features_only'):
-        lost = sorted(state_dict.keys() - created.state_dict().keys())
-        if lost:
-            raise ValueError(
-                f'{name} has no place for {len(lost)} of its weights {lost[:3]} with the '
-                f'arguments {sorted(kwargs)}. Leave out what changes the layers'
-            )
-    # timm keeps a copy of all parameters there
-    created.pretrained_cfg.pop('state_dict', None)
-    result: nn.Module = created
-    return result
+    if pretrained and not foreign:
+        chosen = bands or bands_of_count(channels, model.bands[tag])
+        state_dict = _read(model, tag, chosen, kwargs.get('img_size'), cache_dir)
+        _load(created, state_dict, bool(kwargs.get('features_only')))
+    return created
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor], features_only: bool) -> None:
+    """Load parameters, all but classifiers strictly.
+
+    Not timm's own loader, which adapts input layers of other than 3 bands at random and,
+    in some versions, takes a Swin Transformer without classifier for one of another
+    layout.
+    """
+    from .convert import is_head  # which imports the blocks of the tasks
+
+    own = model.state_dict()
+    # timm wraps a model for its features, and calls its stages by name
+    names = {
+        key: re.sub(r'^(layers|stages)_', r'\1.', key.removeprefix('model.'))
+        for key in own
+    }
+    missing = sorted({n for n in names.values() if n not in state_dict})
+    missing = [name for name in missing if not is_head(name)]
+    lost = sorted(state_dict.keys() - set(names.values()))
+    if missing or (lost and not features_only):
+        raise ValueError(
+            f'the arguments of the model leave no place for the weights {lost[:3]}, or '
+            f'need others {missing[:3]}. Leave out what changes the layers'
+        )
+    loaded = {
+        key: state_dict[name] for key, name in names.items() if name in state_dict
+    }
+    for key, value in loaded.items():
+        if key.endswith('pos_embed') and value.shape != own[key].shape:
+            vit: Any = model.model if key.startswith('model.') else model
+            loaded[key] = resample_abs_pos_embed(value, list(vit.patch_embed.grid_size))
+    model.load_state_dict(loaded, strict=False)
 
 
 def _read(
     model: _Model, tag: str, bands: Sequence[str], img_size: Any, cache_dir: Any
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     """Read the parameters of a model."""
     from . import weights  # which imports TorchGeo
 
@@ -224,7 +247,7 @@ def _read(
     if isinstance(img_size, int) and 'vit' in model.timm_name:
         patch = int(model.timm_name.split('_patch')[1].split('_')[0])
         size = max(1, img_size // patch) * patch
-    state_dict: dict[str, Any] = member.get_state_dict(
+    state_dict: dict[str, Tensor] = member.get_state_dict(
         bands=bands, img_size=size, layout='timm', model_dir=cache_dir
     )
     return state_dict

@@ -49,6 +49,18 @@ _SWIN = (
 )
 
 
+def is_head(name: str) -> bool:
+    """Whether a parameter is not part of the encoder.
+
+    Args:
+        name: Name of the parameter in the layout of timm or torchvision.
+
+    Returns:
+        True for classifiers and the mask token of DINOv2.
+    """
+    return _NOT_ENCODER.match(name) is not None
+
+
 def drop_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out what is not part of the encoder: classifiers and the mask token.
 
@@ -58,7 +70,7 @@ def drop_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Those of the encoder.
     """
-    return {k: v for k, v in state_dict.items() if not _NOT_ENCODER.match(k)}
+    return {k: v for k, v in state_dict.items() if not is_head(k)}
 
 
 def has_layer_scale(keys: Iterable[str]) -> bool:
@@ -251,7 +263,7 @@ def to_smp(state_dict: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
         name = re.sub(r'^(layers|stages|blocks)_', r'\1.', key.removeprefix('model.'))
         if name in state_dict and state_dict[name].shape == value.shape:
             result[key] = state_dict[name]
-        elif _NOT_ENCODER.match(name):
+        elif is_head(name):
             result[key] = torch.zeros_like(value)
         else:
             raise ValueError(
