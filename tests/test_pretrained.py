@@ -99,18 +99,12 @@ class TestClassification:
         [
             ('vit_small_patch16_224', 'ViTSmall16_Weights.SENTINEL2_SOFTCON', None),
             (
-                'softcon_vit_small_patch16_224',
-                'ViTSmall16_Weights.SENTINEL2_SOFTCON',
-                13,
-            ),
-            (
                 'softcon_vit_small_patch14_224',
                 'ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON',
                 13,
             ),
             ('softcon_vit_small_patch14_224', True, 12),
             ('dinomc_swin_tiny_patch4_window7_224', True, 3),
-            ('resnet50', 'ResNet50_Weights.SENTINEL2_SOFTCON', 13),
         ],
     )
     def test_command_line(
@@ -251,16 +245,10 @@ def test_task_has_the_weights(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ('model', 'backbone', 'weights'),
-    [('unet', 'resnet50', str(S2_50)), ('dpt', f'tu-{P16}', True)],
-)
-def test_segmentation_by_the_command_line(
-    model: str, backbone: str, weights: Any, scenes: SyntheticScenes
-) -> None:
+def test_segmentation_by_the_command_line(scenes: SyntheticScenes) -> None:
     task = f'{TASKS.__name__}.{host("SemanticSegmentation")}'
     config = configure(
-        task=task, model=model, backbone=backbone, weights=weights, ignore_index=0
+        task=task, model='dpt', backbone=f'tu-{P16}', weights=True, ignore_index=0
     )
     args = [
         '--config',
