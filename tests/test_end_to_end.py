@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchgeo.datasets import SeasonalContrastS2
 from torchgeo.main import main
 
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
@@ -64,20 +65,21 @@ def losses(log: list[dict[str, str]]) -> list[float]:
 def pretrained(
     scenes: SyntheticScenes, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Checkpoints of a Vision Transformer and a ResNet."""
+    """Checkpoints of SoftCon and DINO-MC, of a Vision Transformer and a ResNet."""
     paths = {}
-    for model in ('test_vit', 'resnet18'):
-        folder = tmp_path_factory.mktemp(model)
+    for run in ('test_vit', 'resnet18', 'dino-test_vit', 'dino-resnet18'):
+        dino, _, model = run.rpartition('-')
+        config = 'dino_mc_small.yaml' if dino else 'quickstart.yaml'
+        folder = tmp_path_factory.mktemp(run)
         before = Path.cwd()
         os.chdir(folder)
         try:
             checkpoint, _ = fit(
-                *('--config', str(EXAMPLES / 'quickstart.yaml')),
-                *('--model.model', model, *SMALL),
+                *('--config', str(EXAMPLES / config), '--model.model', model, *SMALL),
                 *('--data.root', str(scenes.root.parent), '--data.size', '96'),
                 *('--data.dates', '2', '--data.patch_size', '32', '--data.length', '8'),
             )
-            paths[model] = checkpoint.absolute()
+            paths[run] = checkpoint.absolute()
         finally:
             os.chdir(before)
     return paths
@@ -155,12 +157,60 @@ def test_real_dates_as_seasons(shared: Path) -> None:
     assert losses(log)
 
 
-@pytest.mark.parametrize('name', ['SoftConTask', 'torchgeo_softcon.SoftConTask'])
+@pytest.fixture
+def seco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight places of SeCo, as TorchGeo reads it, instead of 20,000."""
+    monkeypatch.setattr(SeasonalContrastS2, '__len__', lambda self: 8)
+    rng = np.random.default_rng(0)
+    for place in range(8):
+        for season in range(5):
+            folder = tmp_path / f'seasonal_contrast_100k/{place:06}/{season}'
+            folder.mkdir(parents=True)
+            for band in ('B4', 'B3', 'B2'):
+                array = rng.integers(0, 255, (264, 264), dtype=np.uint8)
+                Image.fromarray(array).save(folder / f'{band}.tif')
+    return tmp_path
+
+
+@pytest.mark.filterwarnings('ignore::rasterio.errors.NotGeoreferencedWarning')
+@pytest.mark.parametrize('example', ['dino_mc', 'dino_tp'])
+def test_seco(example: str, seco: Path) -> None:
+    checkpoint, log = fit(
+        *(
+            '--config',
+            str(EXAMPLES / f'{example}.yaml'),
+            '--data.dict_kwargs.root',
+            str(seco),
+        ),
+        *(*SMALL, '--model.model', 'test_vit', '--model.local_sizes', '[28, 20, 16]'),
+        *('--trainer.precision', '32-true', '--data.num_workers', '0'),
+    )
+    assert len(losses(log)) == 2
+    assert np.isfinite(losses(log)).all()
+    hparams = torch.load(checkpoint, weights_only=True)['hyper_parameters']
+    assert hparams['views'] == ('temporal' if example == 'dino_tp' else 'multi_crop')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'DINOMCTask',
+        'SoftConTask',
+        'torchgeo_softcon.DINOMCTask',
+        'torchgeo_softcon.SoftConTask',
+    ],
+)
 @pytest.mark.parametrize('option', ['--model', '--model.class_path'])
 def test_names_of_the_task(name: str, option: str, scenes: SyntheticScenes) -> None:
     main(
         [
             *('fit', option, name, '--model.model', 'test_vit', '--model.size', '32'),
+            *('--model.output_dim', '16'),
+            *(
+                ('--model.local_sizes', '[24, 16]', '--model.in_channels', '13')
+                if 'DINO' in name
+                else ()
+            ),
             *(
                 '--data',
                 'SyntheticScenesDataModule',
@@ -207,40 +257,45 @@ class TestFineTuning:
             *('--trainer.accelerator', 'cpu'),
         ]
 
-    @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
+    @pytest.mark.parametrize(
+        'run', ['test_vit', 'resnet18', 'dino-test_vit', 'dino-resnet18']
+    )
     def test_classification(
-        self, model: str, pretrained: dict[str, Path], scenes: SyntheticScenes
+        self, run: str, pretrained: dict[str, Path], scenes: SyntheticScenes
     ) -> None:
+        model = run.rpartition('-')[2]
         main(
             [
                 *('fit', '--model', host('Classification'), '--model.model', model),
-                *('--model.weights', str(pretrained[model])),
+                *('--model.weights', str(pretrained[run])),
                 *('--model.in_channels', '13', '--model.task', 'multilabel'),
                 *('--model.num_labels', '11', '--model.loss', 'bce'),
                 *self.data(scenes, 'label', 64),
             ]
         )
 
+    @pytest.mark.parametrize('run', ['resnet18', 'dino-resnet18'])
     def test_segmentation(
-        self, pretrained: dict[str, Path], scenes: SyntheticScenes
+        self, run: str, pretrained: dict[str, Path], scenes: SyntheticScenes
     ) -> None:
         main(
             [
                 *('fit', '--model', host('SemanticSegmentation')),
                 *('--model.model', 'unet', '--model.backbone', 'resnet18'),
-                *('--model.weights', str(pretrained['resnet18'])),
+                *('--model.weights', str(pretrained[run])),
                 *('--model.in_channels', '13', '--model.num_classes', '12'),
                 *('--model.ignore_index', '0'),
                 *self.data(scenes, 'mask', 64),
             ]
         )
 
-    @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
-    def test_parameters_are_equal(
-        self, model: str, pretrained: dict[str, Path]
-    ) -> None:
+    @pytest.mark.parametrize(
+        'run', ['test_vit', 'resnet18', 'dino-test_vit', 'dino-resnet18']
+    )
+    def test_parameters_are_equal(self, run: str, pretrained: dict[str, Path]) -> None:
+        model = run.rpartition('-')[2]
         tasks = import_module(BaseTask.__module__.rpartition('.')[0])
-        path = str(pretrained[model])
+        path = str(pretrained[run])
         saved = torch.load(path, weights_only=True)['state_dict']
         expected = {k[6:]: v for k, v in saved.items() if k.startswith('model.')}
         task = getattr(tasks, host('Classification'))(

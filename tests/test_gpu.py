@@ -15,9 +15,17 @@ from torch.utils.data import DataLoader
 from torchgeo_softcon.datamodules import SyntheticScenesDataModule
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.tasks.guard import NonFiniteLossError
-from torchgeo_softcon.transforms import RandomView, WorldCoverMultiLabel
+from torchgeo_softcon.transforms import MultiCropView, RandomView, WorldCoverMultiLabel
 
-from .tasks.helpers import Scenes, make_batch, make_loader, make_task, make_trainer
+from .tasks.helpers import (
+    Corners,
+    Scenes,
+    make_batch,
+    make_dino,
+    make_loader,
+    make_task,
+    make_trainer,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +87,65 @@ def test_no_synchronisation_in_a_step(mode: Any, tmp_path: Path) -> None:
     )
     trainer.fit(task, make_loader(length=32))
     assert max(counts) == 15
+
+
+@pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
+def test_dino_agrees_with_the_cpu(model: str) -> None:
+    batch = make_batch(8)
+    results = []
+    for device in ('cpu', 'cuda'):
+        task = make_dino(
+            model=model, augmentations=Corners(), drop_path_rate=0, output_dim=512
+        ).to(device)
+        loss = task.training_step({k: v.to(device) for k, v in batch.items()}, 0)
+        loss.backward()
+        grad = task.head.get_parameter('last_layer.weight_v').grad
+        assert grad is not None
+        results.append((loss.cpu(), grad.cpu()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-4)
+    cosine = torch.cosine_similarity(
+        results[0][1].flatten(), results[1][1].flatten(), dim=0
+    )
+    assert cosine > 0.999
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'in_channels': 3, 'value_range': (0, 1)}])
+def test_no_synchronisation_in_a_step_of_dino(
+    kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    task = make_dino(**kwargs)
+    step, counts = task.training_step, []
+
+    def training_step(*args: Any, **kwargs: Any) -> Tensor:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode('error' if task.global_step > 2 else 0)
+        loss = step(*args, **kwargs)
+        torch.cuda.set_sync_debug_mode(0)
+        counts.append(task.global_step)
+        return loss
+
+    task.training_step = training_step  # type: ignore[method-assign]
+    trainer = make_trainer(
+        tmp_path, accelerator='gpu', precision='bf16-mixed', max_epochs=2
+    )
+    channels = task.hparams['in_channels']
+    trainer.fit(task, make_loader(length=32, channels=channels))
+    assert max(counts) == 15
+
+
+@pytest.mark.parametrize(('channels', 'value_range'), [(3, (0, 1)), (13, None)])
+def test_crops_have_the_distribution_of_the_cpu(
+    channels: int, value_range: tuple[float, float] | None
+) -> None:
+    torch.manual_seed(0)
+    image = torch.rand(256, channels, 48, 48)
+    module = MultiCropView(32, (24, 16), value_range=value_range)
+    for cpu, cuda in zip(module(image), module(image.cuda()), strict=True):
+        assert cuda.is_cuda
+        for moment in (Tensor.mean, Tensor.std):
+            torch.testing.assert_close(
+                moment(cuda.cpu()), moment(cpu), rtol=0.05, atol=0.01
+            )
 
 
 def test_nan_pixels_stop_the_run(tmp_path: Path) -> None:

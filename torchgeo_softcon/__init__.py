@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         SyntheticScenes,
         WorldCoverScenes,
     )
-    from .losses import SoftContrastiveLoss, soft_contrastive_loss
+    from .losses import DINOLoss, SoftContrastiveLoss, soft_contrastive_loss
     from .models import (
         ResNet50_Weights,
         Swin_T_Weights,
@@ -35,13 +35,16 @@ if TYPE_CHECKING:
         ViTSmall16_Weights,
         WideResNet50_2_Weights,
     )
-    from .tasks import SoftConTask
-    from .transforms import RandomView, ToUnitRange, WorldCoverMultiLabel
+    from .tasks import DINOMCTask, SoftConTask
+    from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
+    'DINOLoss',
+    'DINOMCTask',
     'ESAWorldCover',
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
+    'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
     'SoftConTask',
@@ -65,9 +68,12 @@ __all__ = (
 #: Public names, and the module that has them.
 _MODULES = {
     '__version__': '_version',
+    'DINOLoss': 'losses',
+    'DINOMCTask': 'tasks',
     'ESAWorldCover': 'datasets',
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
+    'MultiCropView': 'transforms',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',
     'SoftConTask': 'tasks',

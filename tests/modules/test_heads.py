@@ -1,11 +1,14 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import pickle
+
 import pytest
 import torch
+from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
-from torchgeo_softcon.modules import mlp_head
+from torchgeo_softcon.modules import DINOHead, make_teacher, mlp_head, update_ema
 
 
 @pytest.mark.parametrize('num_layers', [1, 2, 3])
@@ -39,3 +42,51 @@ def test_last_layer_without_batch_norm() -> None:
     layers = list(mlp_head(6, 10, 4, 2, last_batch_norm=False).layers)
     assert isinstance(layers[-1], nn.Linear)
     assert layers[-1].bias is None
+
+
+class TestDINOHead:
+    @pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+    def test_is_the_head_of_lightly(self) -> None:
+        torch.manual_seed(0)
+        theirs, ours = DINOProjectionHead(64, 96, 48, 512), DINOHead(64, 96, 48, 512)
+        state = theirs.state_dict()
+        # Other draws of the same distribution
+        for key, value in ours.state_dict().items():
+            torch.testing.assert_close(
+                value.std(correction=0), state[key].std(correction=0), rtol=0.1, atol=0
+            )
+        ours.load_state_dict(state)
+        x = torch.randn(5, 64)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+    def test_logits_are_cosines(self) -> None:
+        head = DINOHead(6, 10, 4, 32)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                if parameter.requires_grad:
+                    parameter *= 3
+        logits = head(100 * torch.randn(50, 6))
+        assert logits.abs().max() <= 1 + 1e-6
+
+    def test_norms_of_prototypes(self) -> None:
+        assert not DINOHead(6, 10, 4, 32).last_layer.weight_g.requires_grad
+        free = DINOHead(6, 10, 4, 32, norm_last_layer=False)
+        assert free.last_layer.weight_g.requires_grad
+
+    def test_travels_to_other_processes(self) -> None:
+        head = DINOHead(6, 10, 4, 32)
+        copy = pickle.loads(pickle.dumps(head))
+        x = torch.randn(5, 6)
+        assert torch.equal(copy(x), head(x))
+
+    def test_copies_and_follows(self) -> None:
+        head = DINOHead(6, 10, 4, 32)
+        teacher = make_teacher(head)
+        x = torch.randn(5, 6)
+        assert torch.equal(teacher(x), head(x))
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter += 1
+        update_ema(head, teacher, 0)
+        torch.testing.assert_close(teacher(x), head(x))
+        assert not any(p.requires_grad for p in teacher.parameters())

@@ -1,17 +1,17 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""A small task, small data and a quiet trainer."""
+"""Small tasks, small data and a quiet trainer."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torchgeo_softcon.tasks import SoftConTask
+from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
 
 class Scenes(Dataset[dict[str, Tensor]]):
@@ -46,6 +46,37 @@ def make_task(**kwargs: Any) -> SoftConTask:
         'lr': 0.01,
     }
     return SoftConTask(**{**defaults, **kwargs})
+
+
+def make_dino(**kwargs: Any) -> DINOMCTask:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        'model': 'test_vit',
+        'in_channels': 4,
+        'size': 32,
+        'local_sizes': (28, 20, 16),
+        'output_dim': 24,
+        'hidden_dim': 16,
+        'bottleneck_dim': 8,
+        'warmup_epochs': 1,
+        'lr': 0.01,
+    }
+    return DINOMCTask(**{**defaults, **kwargs})
+
+
+class Corners(nn.Module):
+    """Crops that are a function of the image alone."""
+
+    def __init__(self, sizes: tuple[int, ...] = (32, 32, 28, 20, 16)) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        # Two equal crops would teach nothing
+        return [
+            (image if i % 2 else image.flip(-1))[..., :s, :s]
+            for i, s in enumerate(self.sizes)
+        ]
 
 
 def make_loader(**kwargs: Any) -> DataLoader[dict[str, Tensor]]:

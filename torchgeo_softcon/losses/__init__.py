@@ -3,6 +3,7 @@
 
 """Losses: a pure function and a thin module each."""
 
+from .dino import DINOLoss, multi_crop_cross_entropy
 from .soft_contrastive import (
     SoftContrastiveLoss,
     SoftContrastiveTerms,
@@ -13,10 +14,12 @@ from .soft_contrastive import (
 )
 
 __all__ = (
+    'DINOLoss',
     'SoftContrastiveLoss',
     'SoftContrastiveTerms',
     'cosine_similarity',
     'jaccard_similarity',
+    'multi_crop_cross_entropy',
     'soft_contrastive_loss',
     'soft_contrastive_terms',
 )

@@ -3,8 +3,12 @@
 
 """Projection and prediction heads."""
 
+from typing import cast
+
+import torch
+import torch.nn.functional as F
 from lightly.models.modules.heads import ProjectionHead
-from torch import nn
+from torch import Tensor, nn
 
 
 def mlp_head(
@@ -46,3 +50,95 @@ def mlp_head(
     norm = nn.BatchNorm1d(output_dim, affine=False) if last_batch_norm else None
     last = (widths[-1], output_dim, norm, None, False)
     return ProjectionHead([*hidden, last])
+
+
+class Prototypes(nn.Module):
+    """Linear layer without bias whose rows have their norms as parameters of their own.
+
+    PyTorch's weight norm as a module, because one with the older function cannot be
+    copied and one with the parametrization cannot be sent to other processes. The names
+    of the parameters are those of DINO's checkpoints.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, learn_norms: bool) -> None:
+        """Initialize a new Prototypes instance.
+
+        Args:
+            input_dim: Number of input features D.
+            output_dim: Number of prototypes K.
+            learn_norms: Whether the norms are trained. They start at 1.
+        """
+        super().__init__()
+        direction = nn.Linear(input_dim, output_dim, bias=False).weight
+        self.weight_v = nn.Parameter(direction.detach())
+        self.weight_g = nn.Parameter(torch.ones(output_dim, 1), learn_norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compare features with the prototypes.
+
+        Args:
+            x: Features of shape (B, D).
+
+        Returns:
+            Products of shape (B, K), cosines if features and prototypes have norm 1.
+        """
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class DINOHead(ProjectionHead):
+    """Projection head of DINO: an MLP, then cosines with K prototypes.
+
+    Three linear layers with GELU, an L2 normalisation, and a linear layer without bias whose rows have their norms as parameters of their own.
+    Equal to lightly's ``DINOProjectionHead``, which cannot be copied, see
+    :class:`Prototypes`.
+    https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        output_dim: int = 65536,
+        norm_last_layer: bool = True,
+        batch_norm: bool = False,
+    ) -> None:
+        """Initialize a new DINOHead instance.
+
+        Args:
+            input_dim: Number of input features.
+            hidden_dim: Number of features between the layers.
+            bottleneck_dim: Number of features that the prototypes are compared with.
+            output_dim: Number of prototypes K.
+            norm_last_layer: Whether to keep the norms of the prototypes at 1, which
+                DINO found to be more stable.
+            batch_norm: Whether batch norm precedes the GELUs.
+        """
+        hidden = [
+            (width, hidden_dim, nn.BatchNorm1d(hidden_dim) if batch_norm else None)
+            for width in (input_dim, hidden_dim)
+        ]
+        super().__init__(
+            [
+                *((*block, nn.GELU()) for block in hidden),
+                (hidden_dim, bottleneck_dim, None, None),
+            ]
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.last_layer = Prototypes(bottleneck_dim, output_dim, not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compare features with the prototypes.
+
+        Args:
+            x: Features of shape (B, input_dim).
+
+        Returns:
+            Logits of shape (B, K).
+        """
+        x = F.normalize(super().forward(x), dim=-1)
+        return cast(Tensor, self.last_layer(x))

@@ -3,6 +3,7 @@
 
 """Pretraining tasks."""
 
+from .dino_mc import DINOMCTask
 from .softcon import SoftConTask
 
-__all__ = ('SoftConTask',)
+__all__ = ('DINOMCTask', 'SoftConTask')

@@ -74,6 +74,11 @@ class EMATask(BaseTask):
     augmentations: nn.Module
     rng_seed: Tensor
 
+    #: Number of optimizer steps of the run and of an epoch. A step without a trainer is
+    #: one of a run of one step.
+    total_steps: int = 1
+    epoch_steps: int = 1
+
     def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
         """Pairs of a trained module and the teacher that follows it."""
         return ()
@@ -82,8 +87,14 @@ class EMATask(BaseTask):
     def momentum_at(self, step: int) -> float:
         """EMA momentum of an optimizer step."""
 
-    def create_encoder(self) -> nn.Module:
+    def create_encoder(self, drop_path_rate: float) -> nn.Module:
         """Create the encoder that the hyperparameters ask for and load its weights.
+
+        Args:
+            drop_path_rate: Stochastic depth rate of the last block.
+
+        Returns:
+            The encoder.
 
         Raises:
             ValueError: If *model*, *weights*, *bands* or *size* do not fit each other.
@@ -96,11 +107,9 @@ class EMATask(BaseTask):
                 f'{tuple(bands)}'
             )
 
-        encoder = create_encoder(name, channels, False, self.hparams['drop_path_rate'])
-        size = self.hparams['size']
-        self._check_divisible(encoder, (size, size), 'size')
+        encoder = create_encoder(name, channels, False, drop_path_rate)
         #: Number of features F of the encoder.
-        self.feature_size = feature_size(encoder, channels, size)
+        self.feature_size = self.try_sizes(encoder)
         if self.weights:
             if self.weights is True:
                 state_dict = create_encoder(name, pretrained=True).state_dict()
@@ -113,6 +122,22 @@ class EMATask(BaseTask):
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
         return encoder
+
+    def try_sizes(self, encoder: nn.Module) -> int:
+        """Find out whether an encoder takes the sizes of the views.
+
+        Args:
+            encoder: The encoder.
+
+        Returns:
+            Its number of features F.
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        size = self.hparams['size']
+        self._check_divisible(encoder, (size, size), 'size')
+        return feature_size(encoder, self.hparams['in_channels'], size)
 
     @staticmethod
     def _check_divisible(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
@@ -232,7 +257,7 @@ class EMATask(BaseTask):
         )
 
     def _steps(self) -> tuple[int, int]:
-        """Number of optimizer steps of the run, and of its warm-up.
+        """Number of optimizer steps of the run, and of an epoch.
 
         Raises:
             ValueError: If the run has no end.
@@ -245,25 +270,36 @@ class EMATask(BaseTask):
                 f'{self.trainer.max_steps}. Set one of them'
             )
 
-        total = int(total)
         batches = self.trainer.num_training_batches
         epoch = total
         if batches < math.inf:
             epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
-        warmup = round(self.hparams['warmup_epochs'] * epoch)
-        if warmup > total // 2:
+        return int(total), int(epoch)
+
+    def warmup_steps(self, name: str) -> int:
+        """Number of optimizer steps of a warm-up, at most one half of the run.
+
+        Args:
+            name: Name of the hyperparameter that gives it in epochs.
+
+        Returns:
+            The number of steps.
+        """
+        steps = round(self.hparams[name] * self.epoch_steps)
+        if steps > self.total_steps // 2:
             rank_zero_warn(
-                f'warmup_epochs = {self.hparams["warmup_epochs"]} is {warmup} of the '
-                f'{total} optimizer steps of this run. It is cut to one half of the run.'
+                f'{name} = {self.hparams[name]} is {steps} of the {self.total_steps} '
+                'optimizer steps of this run. It is cut to one half of the run.'
             )
-            warmup = total // 2
-        return total, warmup
+            steps = self.total_steps // 2
+        return steps
 
     def configure_optimizers(self) -> Any:
         """Initialize the optimizer and the learning rate schedule.
 
         The peak learning rate is *lr* times the images per optimizer step over 256. It
-        rises linearly during the warm-up and falls as a cosine to zero, per step.
+        rises linearly during the warm-up and falls as a cosine to *lr_final*, or to zero
+        for tasks without, per step.
 
         Returns:
             Optimizer and learning rate scheduler.
@@ -276,7 +312,8 @@ class EMATask(BaseTask):
                 f'trainer.precision = {self.trainer.precision} rounds the small steps of '
                 'the EMA teacher away. Use bf16-mixed'
             )
-        self.total_steps, warmup = self._steps()
+        self.total_steps, self.epoch_steps = self._steps()
+        warmup = self.warmup_steps('warmup_epochs')
         batch_size = self._global_batch_size()
         if batch_size is None:
             rank_zero_warn(
@@ -293,9 +330,9 @@ class EMATask(BaseTask):
         )
         groups = parameter_groups([self], self.hparams['weight_decay'])
         optimizer = create_optimizer(self.hparams['optimizer'], groups, lr, fused)
-        total = self.total_steps
+        total, final = self.total_steps, self.hparams.get('lr_final', 0) / lr
         scheduler = LambdaLR(
-            optimizer, lambda step: cosine_warmup(step, total, 1, 0, warmup)
+            optimizer, lambda step: cosine_warmup(step, total, 1, final, warmup)
         )
         return {
             'optimizer': optimizer,
@@ -317,6 +354,13 @@ class EMATask(BaseTask):
         for student, teacher in self.ema_pairs():
             update_ema(student, teacher, momentum)
 
+    def schedules(self) -> dict[str, float]:
+        """What the schedules say at this step, to be logged."""
+        return {
+            'lr': self.trainer.optimizers[0].param_groups[0]['lr'],
+            'momentum': self.momentum_at(self.global_step),
+        }
+
     def log_step(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log the losses and where the schedules are.
 
@@ -330,10 +374,7 @@ class EMATask(BaseTask):
         loss = values.pop('train_loss')
         # Shown in the progress bar where that does not make the host wait
         self.log('train_loss', loss, batch_size=batch_size, prog_bar=not self.on_gpu)
-        schedules = {
-            'schedule/lr': self.trainer.optimizers[0].param_groups[0]['lr'],
-            'schedule/momentum': self.momentum_at(self.global_step),
-        }
+        schedules = {f'schedule/{k}': v for k, v in self.schedules().items()}
         # Lightning would copy plain numbers to the device, and wait for it
         filled = {k: torch.full_like(loss, v) for k, v in schedules.items()}
         self.log_dict({**values, **filled}, batch_size=batch_size)

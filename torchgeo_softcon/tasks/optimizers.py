@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from lightly.utils.lars import LARS
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -67,3 +68,25 @@ def create_optimizer(
     if name == 'lars':
         return LARS(groups, lr=lr, momentum=0.9)
     raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {name!r}")
+
+
+@torch.no_grad()
+def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Clip the norm of each gradient by itself, in place.
+
+    Not PyTorch's ``clip_grad_norm_``, which scales all gradients by one factor. Does not
+    wait for the device.
+    https://github.com/facebookresearch/dino/blob/main/utils.py
+
+    Args:
+        parameters: Parameters. Those without gradient are left out.
+        max_norm: Largest norm of a gradient.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    norms = torch.stack(torch._foreach_norm(gradients))
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1)
+    if factors.device.type == 'cpu' and bool((factors == 1).all()):
+        return
+    torch._foreach_mul_(gradients, list(factors.unbind()))

@@ -181,7 +181,7 @@ class SoftConTask(EMATask):
 
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
-        self.model = self.create_encoder()
+        self.model = self.create_encoder(self.hparams['drop_path_rate'])
         width = self.feature_size
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
         self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])

@@ -3,12 +3,14 @@
 
 """Transforms for batches on their device."""
 
+from .crops import MultiCropView
 from .unit_range import ToUnitRange
 from .views import RandomView, jitter, random_crop_grid
 from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
 
 __all__ = (
     'WORLDCOVER_CODES',
+    'MultiCropView',
     'RandomView',
     'ToUnitRange',
     'WorldCoverMultiLabel',

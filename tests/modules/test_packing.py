@@ -1,0 +1,258 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchgeo_softcon.models import create_encoder
+from torchgeo_softcon.modules import can_pack, encode_crops, packing
+
+SIZES = (64, 64, 52, 48, 41, 33, 16)
+
+
+def make_encoder(model: str = 'test_vit', channels: int = 4, **kwargs: Any) -> Any:
+    """An encoder whose parameters, those of norms and biases too, are all random."""
+    torch.manual_seed(0)
+    encoder = create_encoder(model, channels, **kwargs)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder.eval()
+
+
+def make_crops(
+    sizes: tuple[int, ...] = SIZES, batch: int = 2, channels: int = 4
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(batch, channels, s, s, generator=generator) for s in sizes]
+
+
+def one_by_one(encoder: nn.Module, crops: list[Tensor], patch: int) -> Tensor:
+    """One forward pass per crop, each cut to whole patches."""
+    covered = [crop.shape[-1] // patch * patch for crop in crops]
+    return torch.stack(
+        [encoder(c[..., :s, :s]) for c, s in zip(crops, covered, strict=True)]
+    )
+
+
+@pytest.mark.parametrize(
+    ('model', 'patch', 'packed'),
+    [
+        ('test_vit', 16, True),
+        ('test_vit2', 16, True),  # several registers, LayerScale, average pooling
+        ('test_vit3', 16, None),
+        ('deit3_small_patch16_224', 16, True),  # class token without position
+        ('eva02_tiny_patch14_224', 14, False),
+    ],
+)
+def test_equals_one_forward_pass_per_crop(
+    model: str, patch: int, packed: bool | None
+) -> None:
+    encoder = make_encoder(model)
+    if packed is not None:
+        assert can_pack(encoder) == packed
+    crops = make_crops()
+    features = encode_crops(encoder, crops)
+    expected = one_by_one(encoder, crops, patch)
+    assert features.shape == (7, 2, encoder.num_features)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    direction = torch.randn_like(features)
+    for ours, theirs in zip(
+        torch.autograd.grad(features, parameters, direction, allow_unused=True),
+        torch.autograd.grad(expected, parameters, direction, allow_unused=True),
+        strict=True,
+    ):
+        if theirs is None:
+            assert ours is None
+            continue
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+
+
+def test_dinov2_layer_scale_and_registers() -> None:
+    encoder = timm.models.VisionTransformer(
+        img_size=56,
+        patch_size=14,
+        in_chans=2,
+        num_classes=0,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        init_values=0.5,
+        reg_tokens=3,
+        qk_norm=True,
+        no_embed_class=True,
+        dynamic_img_size=True,
+    ).eval()
+    assert can_pack(encoder)
+    crops = make_crops((56, 42, 40), channels=2)
+    torch.testing.assert_close(
+        encode_crops(encoder, crops), one_by_one(encoder, crops, 14)
+    )
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_convolutional_network_normalises_each_size(training: bool) -> None:
+    encoder = make_encoder('resnet18').train(training)
+    crops = make_crops((48, 48, 40, 32, 32))
+    assert not can_pack(encoder)
+    features = encode_crops(encoder, crops)
+    batches = [torch.cat(crops[:2]), crops[2], torch.cat(crops[3:])]
+    expected = torch.cat([encoder(batch) for batch in batches]).unflatten(0, (5, 2))
+    torch.testing.assert_close(features, expected)
+
+
+def test_order_of_crops() -> None:
+    # Not grouped by size: the third crop has the size of the first
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))
+
+    crops = [torch.full((2, 1, s, s), float(i)) for i, s in enumerate((8, 6, 8, 8))]
+    features = encode_crops(Mean(), crops)
+    assert features[:, 0, 0].tolist() == [0, 1, 2, 3]
+    vit = make_encoder()
+    crops = make_crops((48, 32, 48))
+    torch.testing.assert_close(encode_crops(vit, crops), one_by_one(vit, crops, 16))
+
+
+def test_rectangles() -> None:
+    encoder = make_encoder()
+    crops = [torch.rand(2, 4, 32, 64), torch.rand(2, 4, 64, 32)]
+    expected = torch.stack([encoder(crop) for crop in crops])
+    torch.testing.assert_close(encode_crops(encoder, crops), expected)
+
+
+def test_positions_are_those_of_timm() -> None:
+    position = torch.randn(1, 1 + 14 * 14, 8)
+    matrix = packing._position_matrix((14, 14), (11, 9), torch.device('cpu'))
+    expected = resample_abs_pos_embed(position, new_size=[11, 9], old_size=[14, 14])
+    torch.testing.assert_close(matrix @ position[0, 1:], expected[0, 1:])
+
+
+def dino_positions(position: Tensor, size: int, native: int) -> Tensor:
+    """DINO's way to resample positions, from its description: bicubic without antialias,
+    sampling positions scaled by (n + 0.1) / native."""
+    grid = position.unflatten(1, (native, native)).permute(0, 3, 1, 2)
+    out = nn.functional.interpolate(
+        grid, scale_factor=(size + 0.1) / native, mode='bicubic'
+    )
+    return out.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@pytest.mark.parametrize('size', [23, 20, 18, 15, 13, 10])
+def test_positions_are_close_to_those_of_dino(size: int) -> None:
+    # Smooth, as trained ones are
+    axis = torch.linspace(0, 1, 28)
+    waves = torch.stack([torch.sin(k * axis * torch.pi) for k in range(1, 4)])
+    position = (waves[:, None, :, None] + waves[None, :, None, :]).flatten(0, 1)
+    position = position.permute(1, 2, 0).flatten(0, 1)[None]
+    matrix = packing._position_matrix((28, 28), (size, size), torch.device('cpu'))
+    ours, theirs = matrix @ position[0], dino_positions(position, size, 28)[0]
+    assert ours.shape == theirs.shape
+    cosine = nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
+    assert cosine > 0.999
+
+
+class TestDropPath:
+    def test_per_crop_and_unbiased(self) -> None:
+        drop = timm.layers.DropPath(0.25).train()
+        torch.manual_seed(0)
+        sequence = torch.arange(4000).repeat_interleave(3)
+        out = packing._drop_path(drop, torch.ones(12000, 2), sequence, 4000)
+        rows = out.view(4000, 6)
+        # All tokens of a crop together
+        assert torch.equal(rows, rows[:, :1].expand_as(rows))
+        kept = rows[:, 0] > 0
+        assert rows[kept].unique().tolist() == pytest.approx([1 / 0.75])
+        assert kept.float().mean() == pytest.approx(0.75, abs=0.03)
+
+    def test_only_in_training(self) -> None:
+        encoder = make_encoder(drop_path_rate=0.9)
+        crops = make_crops()
+        expected = encode_crops(encoder, crops)
+        torch.testing.assert_close(encode_crops(encoder, crops), expected)
+        encoder.train()
+        assert not torch.allclose(encode_crops(encoder, crops), expected)
+
+
+def test_gradient_checkpointing() -> None:
+    encoder, crops = make_encoder().train(), make_crops()
+    expected = encode_crops(encoder, crops)
+    parameter = encoder.patch_embed.proj.weight
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), parameter)
+    encoder.set_grad_checkpointing()
+    features = encode_crops(encoder, crops)
+    (grad,) = torch.autograd.grad(features.square().sum(), parameter)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_half_precision() -> None:
+    encoder, crops = make_encoder(), make_crops()
+    expected = encode_crops(encoder, crops)
+    with torch.autocast('cpu', torch.bfloat16):
+        features = encode_crops(encoder, crops)
+        slow = one_by_one(encoder, crops, 16)
+    error, own = (features - expected).norm(), (slow - expected).norm()
+    assert error < 1.5 * own
+
+
+def test_caches_survive_inference_mode() -> None:
+    packing._position_matrix.cache_clear()
+    packing._layout.cache_clear()
+    encoder, crops = make_encoder(), make_crops((32, 16))
+    with torch.inference_mode():
+        encode_crops(encoder, crops)
+    encode_crops(encoder, crops).sum().backward()
+    assert encoder.pos_embed.grad.any()
+
+
+class Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.number += 'mm' in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_matrix_product_per_layer() -> None:
+    encoder, crops = make_encoder(), make_crops()
+    with Count() as packed, torch.no_grad():
+        encode_crops(encoder, crops)
+    with Count() as single, torch.no_grad():
+        one_by_one(encoder, crops, 16)
+    # Per block qkv, proj, fc1, fc2; in the last one q and kv apart; patches, positions
+    assert packed.number <= 4 * len(encoder.blocks) + 3
+    assert single.number >= 7 * 4 * len(encoder.blocks)
+
+
+def test_class_tokens_alone_in_the_last_block() -> None:
+    encoder, crops = make_encoder(), make_crops()
+    shapes: list[tuple[int, ...]] = []
+    cast(nn.Module, encoder.blocks[-1].mlp).register_forward_hook(
+        lambda _, args, out: shapes.append(tuple(out.shape))
+    )
+    encode_crops(encoder, crops)
+    assert shapes == [(14, 64)]
+
+
+def test_bad_crops() -> None:
+    encoder = make_encoder()
+    with pytest.raises(ValueError, match=r'one batch size, got \[2, 3\]'):
+        encode_crops(encoder, [torch.rand(2, 4, 32, 32), torch.rand(3, 4, 32, 32)])
+    with pytest.raises(ValueError, match=r'one batch size, got \[\]'):
+        encode_crops(encoder, [])
+    with pytest.raises(ValueError, match='15 x 15 pixels is smaller than a patch'):
+        encode_crops(encoder, [torch.rand(2, 4, 15, 15)])

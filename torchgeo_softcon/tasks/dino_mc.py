@@ -1,0 +1,513 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""DINO-MC: self-distillation with local crops of several sizes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightly.utils.debug import std_of_l2_normalized
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._compat import Sample, WeightsEnum
+from ..losses import DINOLoss
+from ..modules import DINOHead, encode_crops, make_teacher
+from ..modules.patch_embed import InputLayerInit
+from ..schedules import cosine_warmup
+from ..transforms import MultiCropView
+from .base import EMATask, split_seasons
+from .optimizers import OptimizerName, clip_each_gradient
+
+#: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
+#: collapsed, and how close to it the loss must be.
+_PLATEAU_STEPS, _PLATEAU_WIDTH = 200, 1e-3
+
+
+def default_drop_path_rate(model: str) -> float:
+    """Stochastic depth rate of the student in DINO-MC.
+
+    0.1 for Vision Transformers, an option of DINO, and 0.2 for Swin, where the paper's
+    code leaves torchvision's default.
+
+    Args:
+        model: Name of a timm model.
+
+    Returns:
+        The rate.
+    """
+    name = model.split('/')[-1].split('.')[0]
+    if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
+        return 0.1
+    return 0.2 if is_model_in_modules(name, ('swin_transformer',)) else 0.0
+
+
+class DINOMCTask(EMATask):
+    """DINO-MC and DINO-TP: self-distillation with local crops of several sizes.
+
+    A student encodes two global and several local crops of every image, each local crop
+    of a size of its own. It learns to assign each of them to prototypes as a teacher,
+    its moving average (EMA), assigns the other global crops. The encoder that is
+    exported, and that :meth:`forward` uses, is the teacher's.
+
+    ``views='temporal'`` is DINO-TP: three global crops and the local crops show
+    different seasons of a place.
+
+    The defaults are those of the paper's code where it could be read,
+    https://github.com/WennyXY/DINO-MC/tree/4f8e519. Different are, on purpose: seasons
+    are drawn anew in every epoch and without repetition, the teacher of a Swin has no
+    stochastic depth, the loss is always computed in float32, and the teacher temperature
+    warms up per step.
+
+    DINO needs many images per batch to know its prototypes. With fewer than about 256,
+    use fewer prototypes (*output_dim*), a larger *momentum* and, at first, a lower
+    *lr* than the rule gives; ``examples/dino_mc_small.yaml`` is a recipe that learns.
+
+    If you use this task in your research, please cite the following papers:
+
+    * https://arxiv.org/abs/2303.06670
+    * https://arxiv.org/abs/2104.14294
+
+    .. versionadded:: 0.1
+    """
+
+    plateau: Tensor
+    _temperature_steps: int = 0
+
+    def __init__(
+        self,
+        model: str = 'vit_small_patch8_224',
+        weights: WeightsEnum | bool | str | None = None,
+        in_channels: int = 3,
+        bands: Sequence[str] | None = None,
+        in_layer_init: InputLayerInit = 'random',
+        freeze_patch_embed: bool = False,
+        size: int = 224,
+        local_sizes: Sequence[int] = (184, 164, 144, 124, 104, 84),
+        num_local_crops: int | None = None,
+        views: Literal['multi_crop', 'temporal'] = 'multi_crop',
+        global_scale: tuple[float, float] = (0.32, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.32),
+        value_range: tuple[float, float] | None = None,
+        drop_path_rate: float | None = None,
+        output_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        head_batch_norm: bool = False,
+        freeze_last_layer: int = 1,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        warmup_teacher_temperature: float = 0.04,
+        teacher_temperature_epochs: float = 0,
+        center_momentum: float = 0.9,
+        momentum: float = 0.996,
+        momentum_final: float = 1.0,
+        optimizer: OptimizerName = 'adamw',
+        lr: float = 5e-4,
+        lr_final: float = 1e-6,
+        weight_decay: float = 0.04,
+        weight_decay_final: float = 0.4,
+        warmup_epochs: float = 10,
+        clip_grad: float | None = 3.0,
+        compile_encoder: bool = False,
+        augmentations: nn.Module | None = None,
+    ) -> None:
+        """Initialize a new DINOMCTask instance.
+
+        Args:
+            model: Name of the `timm
+                <https://huggingface.co/docs/timm/reference/models>`__ model to use. Any
+                that pools its features and takes images of any size.
+            weights: Initial model weights of student and teacher. Either a weight enum,
+                the string representation of a weight enum, True for timm's own weights,
+                False or None for random weights, or the path to a checkpoint of a
+                TorchGeo task or a state dict.
+            in_channels: Number of bands of one image.
+            bands: Names of the bands, in the order of the channels. Only needed by
+                ``in_layer_init='rgb'``.
+            in_layer_init: What to do if *weights* are for another number of bands, see
+                :func:`~torchgeo_softcon.modules.patch_embed.adapt_input_weight`.
+            freeze_patch_embed: Whether to keep the input layer as it is.
+            size: Side of the global crops in pixels.
+            local_sizes: Sides of the local crops in pixels. What patches do not cover is
+                cut off. Crops larger than the images magnify them.
+            num_local_crops: Number of local crops. Of more *local_sizes*, the last ones
+                are taken. Defaults to one crop of each size.
+            views: ``'multi_crop'`` (DINO-MC) or ``'temporal'`` (DINO-TP), see
+                :class:`~torchgeo_softcon.transforms.MultiCropView`.
+            global_scale: Range of the global crops' share of the image's area.
+            local_scale: Range of the local crops' share of the image's area.
+            value_range: Smallest and largest value that images can have, such as (0, 1).
+                Given for 3 bands, colours change as in the paper. None clips nothing.
+            drop_path_rate: Stochastic depth rate of the student. Defaults to
+                :func:`default_drop_path_rate`. The teacher has none.
+            output_dim: Number of prototypes K.
+            hidden_dim: Width of the head.
+            bottleneck_dim: Number of features that the prototypes are compared with.
+            norm_last_layer: Whether to keep the norms of the prototypes at 1.
+            head_batch_norm: Whether the head has batch norm. It sets the images of a batch
+                apart from the first step on, which small batches need.
+            freeze_last_layer: Number of first epochs in which the prototypes stay as
+                they are.
+            student_temperature: Temperature of the student.
+            teacher_temperature: Temperature of the teacher after its warm-up.
+            warmup_teacher_temperature: Temperature of the teacher at the start.
+            teacher_temperature_epochs: Epochs of linear warm-up between the two.
+            center_momentum: Share of the old centre in the new one.
+            momentum: EMA momentum at the start.
+            momentum_final: EMA momentum at the end, of a cosine.
+            optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``.
+            lr: Peak learning rate per 256 images: it is multiplied by the number of
+                images per optimizer step (over all ranks and accumulated batches) / 256.
+            lr_final: Learning rate at the end, as it is.
+            weight_decay: Weight decay at the start. Not applied to biases and
+                one-dimensional parameters.
+            weight_decay_final: Weight decay at the end, of a cosine.
+            warmup_epochs: Epochs of linear warm-up of the learning rate.
+            clip_grad: Largest norm of each gradient, parameter by parameter. Not used if
+                the trainer clips (*gradient_clip_val*, the norm of all together).
+            compile_encoder: Whether to compile the encoding of the crops with
+                ``torch.compile``: one graph for the student and one for the teacher.
+            augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
+                several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
+                teacher sees first. Defaults to
+                :class:`~torchgeo_softcon.transforms.MultiCropView`. Not saved in
+                checkpoints.
+
+        Raises:
+            ValueError: If an argument is out of range, or if *model*, *weights*,
+                *bands* and *size* do not fit each other.
+        """
+        for name, value in {
+            'in_channels': in_channels,
+            'size': size,
+            'hidden_dim': hidden_dim,
+            'bottleneck_dim': bottleneck_dim,
+        }.items():
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+        for name, share in {
+            'momentum': momentum,
+            'momentum_final': momentum_final,
+        }.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f'{name} must be in [0, 1], got {share}')
+        for name, positive in {
+            'teacher_temperature': teacher_temperature,
+            'warmup_teacher_temperature': warmup_teacher_temperature,
+            'lr': lr,
+            'clip_grad': 1 if clip_grad is None else clip_grad,
+        }.items():
+            if positive <= 0:
+                raise ValueError(f'{name} must be > 0, got {positive}')
+        for name, number in {
+            'freeze_last_layer': freeze_last_layer,
+            'teacher_temperature_epochs': teacher_temperature_epochs,
+            'lr_final': lr_final,
+            'weight_decay': weight_decay,
+            'weight_decay_final': weight_decay_final,
+            'warmup_epochs': warmup_epochs,
+        }.items():
+            if number < 0:
+                raise ValueError(f'{name} must be >= 0, got {number}')
+
+        self.weights = weights
+        super().__init__()
+        if augmentations is None:
+            augmentations = MultiCropView(
+                size,
+                local_sizes,
+                num_local_crops,
+                views,
+                global_scale=global_scale,
+                local_scale=local_scale,
+                value_range=value_range,
+            )
+        self.augmentations = augmentations
+
+    def configure_losses(self) -> None:
+        """Initialize the loss criterion."""
+        self.criterion = DINOLoss(
+            self.hparams['output_dim'],
+            self.hparams['student_temperature'],
+            self.hparams['center_momentum'],
+        )
+        # Optimizer steps in a row in which the loss was that of no opinion
+        self.register_buffer('plateau', torch.zeros((), dtype=torch.long), False)
+
+    def configure_models(self) -> None:
+        """Initialize student and teacher, each an encoder and a head."""
+        rate = self.hparams['drop_path_rate']
+        if rate is None:
+            rate = default_drop_path_rate(self.hparams['model'])
+        self.student = self.create_encoder(rate)
+        self.head = DINOHead(
+            self.feature_size,
+            self.hparams['hidden_dim'],
+            self.hparams['bottleneck_dim'],
+            self.hparams['output_dim'],
+            self.hparams['norm_last_layer'],
+            self.hparams['head_batch_norm'],
+        )
+        self.model = make_teacher(self.student)
+        self.teacher_head = make_teacher(self.head)
+        self.encode = encode_crops
+        if self.hparams['compile_encoder']:
+            self.encode = torch.compile(encode_crops)
+
+    def try_sizes(self, encoder: nn.Module) -> int:
+        """Find out whether an encoder takes the sizes of all crops.
+
+        Args:
+            encoder: The encoder.
+
+        Returns:
+            Its number of features F.
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        channels = self.hparams['in_channels']
+        sizes = {self.hparams['size'], *self.hparams['local_sizes']}
+        size = None
+        try:
+            with torch.no_grad():
+                encoder.eval()
+                for size in sorted(sizes):
+                    image = torch.zeros(1, channels, size, size)
+                    features = encode_crops(encoder, [image])
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f'model {self.hparams["model"]!r} does not take crops of {size} x {size} '
+                f'pixels: {error}. Change size and local_sizes, or choose another model'
+            ) from error
+        finally:
+            encoder.train()
+        if features.ndim != 3:
+            raise ValueError(
+                f'model {self.hparams["model"]!r} must pool its features to (B, F), got '
+                f'{tuple(features.flatten(0, 1).shape)}'
+            )
+        return int(features.shape[-1])
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Encoder and head, each with its teacher."""
+        return [(self.student, self.model), (self.head, self.teacher_head)]
+
+    def momentum_at(self, step: int) -> float:
+        """EMA momentum of an optimizer step.
+
+        Args:
+            step: Index of the optimizer step.
+
+        Returns:
+            A cosine from *momentum* to *momentum_final*.
+        """
+        start, final = self.hparams['momentum'], self.hparams['momentum_final']
+        return cosine_warmup(step, self.total_steps, start, final)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Weight decay of an optimizer step.
+
+        Args:
+            step: Index of the optimizer step.
+
+        Returns:
+            A cosine from *weight_decay* to *weight_decay_final*.
+        """
+        start = self.hparams['weight_decay']
+        final = self.hparams['weight_decay_final']
+        return cosine_warmup(step, self.total_steps, start, final)
+
+    def teacher_temperature_at(self, step: int) -> float:
+        """Temperature of the teacher at an optimizer step.
+
+        Args:
+            step: Index of the optimizer step.
+
+        Returns:
+            A line from *warmup_teacher_temperature* to *teacher_temperature*, then the
+            latter.
+        """
+        final = self.hparams['teacher_temperature']
+        return cosine_warmup(
+            step,
+            self.total_steps,
+            final,
+            final,
+            self._temperature_steps,
+            self.hparams['warmup_teacher_temperature'],
+        )
+
+    def schedules(self) -> dict[str, float]:
+        """What the schedules say at this step, to be logged."""
+        return {
+            **super().schedules(),
+            'weight_decay': self.weight_decay_at(self.global_step),
+            'teacher_temperature': self.teacher_temperature_at(self.global_step),
+        }
+
+    def configure_optimizers(self) -> Any:
+        """Initialize the optimizer and the learning rate schedule.
+
+        Returns:
+            Optimizer and learning rate scheduler.
+
+        Raises:
+            ValueError: If the run has no end or its precision is too low.
+        """
+        optimizers = super().configure_optimizers()
+        self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
+        return optimizers
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Leave the prototypes alone in the first epochs, and clip gradients.
+
+        Args:
+            optimizer: The optimizer.
+            gradient_clip_val: Largest norm of all gradients together, if the trainer
+                sets it. Otherwise, *clip_grad* is used.
+            gradient_clip_algorithm: Lightning's way to clip.
+        """
+        if self.current_epoch < self.hparams['freeze_last_layer']:
+            # None and not zero, so that nothing decays them either
+            for parameter in self.head.last_layer.parameters():
+                parameter.grad = None
+        if gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.hparams['clip_grad'] is not None:
+            clip_each_gradient(self.parameters(), self.hparams['clip_grad'])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer, then move the teacher and its centre.
+
+        Args:
+            *args: Arguments of Lightning's hook.
+            **kwargs: Keyword arguments of Lightning's hook.
+        """
+        # The first group: the second is not decayed
+        group = self.trainer.optimizers[0].param_groups[0]
+        group['weight_decay'] = self.weight_decay_at(self.global_step)
+        super().optimizer_step(*args, **kwargs)
+        self.criterion.update_center()
+
+    def draw_crops(self, batch: Sample) -> list[Tensor]:
+        """Draw the crops of every image of a batch.
+
+        Args:
+            batch: Mini-batch, see :meth:`training_step`.
+
+        Returns:
+            Crops of shape (B, C, h, w), those that the teacher sees first.
+
+        Raises:
+            ValueError: If the batch lacks something or has other shapes.
+        """
+        if 'image' not in batch:
+            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
+        image = split_seasons(batch['image'], self.hparams['in_channels'])
+        if image.shape[1] == 1 and self.hparams['views'] == 'temporal':
+            raise ValueError(
+                "views='temporal' needs at least two seasons of every place, got "
+                f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels "
+                f'= {self.hparams["in_channels"]}. Choose a dataset with seasons, or '
+                "views='multi_crop'"
+            )
+        crops = self.augmentations(image[:, 0] if image.shape[1] == 1 else image)
+        if not isinstance(crops, Sequence) or len(crops) <= self.num_global - 1:
+            raise ValueError(
+                f'augmentations must give a list of at least {self.num_global} crops, '
+                f'got {type(crops).__name__}'
+            )
+        return list(crops)
+
+    @property
+    def num_global(self) -> int:
+        """Number of crops that the teacher sees."""
+        return 3 if self.hparams['views'] == 'temporal' else 2
+
+    def training_step(
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        """Compute the training loss and additional metrics.
+
+        Args:
+            batch: Mini-batch with *image* of shape (B, C, H, W), or of several seasons,
+                of which ``views='multi_crop'`` draws one, (B, T * C, H, W) or
+                (B, T, C, H, W).
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+
+        Returns:
+            The loss tensor.
+
+        Raises:
+            ValueError: If the batch lacks something or has other shapes.
+            NonFiniteLossError: If the loss is not finite.
+        """
+        with self.step_rng(batch_idx):
+            crops = self.draw_crops(batch)
+            features = self.encode(self.student, crops)  # (S, B, F)
+        logits = self.assign(self.head, features)
+        with torch.no_grad():
+            teacher_features = self.encode(self.model, crops[: self.num_global])
+            targets = self.assign(self.teacher_head, teacher_features)
+        temperature = self.teacher_temperature_at(self.global_step)
+        loss = cast(Tensor, self.criterion(logits, targets, temperature))
+        self.guard.watch(self.global_step, loss, batch['image'])
+
+        chance = math.log(self.hparams['output_dim'])
+        idle = (loss.detach() - chance).abs() < _PLATEAU_WIDTH * chance
+        self.plateau = torch.where(idle, self.plateau + 1, 0)
+        values = {
+            'train_loss': loss,
+            # Much smaller than 1 / sqrt(F): all images look alike to the encoder
+            'train_feature_std': std_of_l2_normalized(teacher_features[0].float()),
+        }
+        self.log_step(values, len(crops[0]))
+        return loss
+
+    @staticmethod
+    def assign(head: nn.Module, features: Tensor) -> Tensor:
+        """Compare features with the prototypes.
+
+        Args:
+            head: The head of student or teacher.
+            features: Features of shape (S, B, F).
+
+        Returns:
+            Logits of shape (S, B, K).
+        """
+        logits: Tensor = head(features.flatten(0, 1))
+        return logits.unflatten(0, features.shape[:2])
+
+    def on_train_epoch_end(self) -> None:
+        """Check all losses of the epoch.
+
+        Raises:
+            NonFiniteLossError: If a loss was not finite.
+
+        Warns:
+            UserWarning: Once, if the loss has stayed where it is without an opinion.
+        """
+        super().on_train_epoch_end()
+        if not hasattr(self, '_told') and int(self.plateau) >= _PLATEAU_STEPS:
+            self._told = True
+            rank_zero_warn(
+                f'train_loss has been log(output_dim) = '
+                f'{math.log(self.hparams["output_dim"]):.3f} for {int(self.plateau)} '
+                'steps: the student says the same of every image. Usual causes are a '
+                'teacher_temperature that is too high, too many prototypes '
+                '(output_dim) for the batch size, an lr that is too high or a warm-up '
+                'that is too short, and images that look alike after normalization.'
+            )

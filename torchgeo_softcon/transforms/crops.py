@@ -1,0 +1,439 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Global and local crops of several sizes, for a whole batch on its device."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from kornia.color import rgb_to_grayscale, rgb_to_hsv
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_contrast_with_mean_subtraction,
+    adjust_saturation_with_gray_subtraction,
+)
+from torch import Tensor, nn
+
+from .resample import Interpolation, random_boxes, resample
+from .views import check_fractions, check_range, draw, jitter, random_blur
+
+#: Strengths of brightness, contrast, saturation and hue.
+Strengths: TypeAlias = tuple[float, float, float, float]
+
+
+def jitter_rgb(
+    image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor
+) -> Tensor:
+    """Change brightness, contrast, saturation and hue in random order.
+
+    The operations of torchvision's ``ColorJitter``, with factors per image.
+
+    Args:
+        image: RGB images of shape (B, 3, H, W) in [0, 1].
+        brightness: Factors of shape (B,). 1 changes nothing.
+        contrast: Factors of shape (B,). 1 changes nothing.
+        saturation: Factors of shape (B,). 1 changes nothing.
+        hue: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
+
+    Returns:
+        The changed images, shape (B, 3, H, W), in [0, 1].
+    """
+    image = image.clamp(0, 1)  # bicubic crops overshoot
+    operations = (
+        lambda x: adjust_brightness_accumulative(x, brightness),
+        lambda x: adjust_contrast_with_mean_subtraction(x, contrast),
+        lambda x: adjust_saturation_with_gray_subtraction(x, saturation),
+        lambda x: shift_hue(x, hue),
+    )
+    for i in torch.randperm(4).tolist():  # on the CPU: nothing waits for a device
+        image = operations[i](image)
+    return image
+
+
+def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue.
+
+    The same values as torchvision's ``adjust_hue``. From hue, saturation and value back
+    to RGB is one formula for all sectors of the circle, which takes half the time:
+    https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+
+    Args:
+        image: RGB images of shape (B, 3, H, W) in [0, 1].
+        shift: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
+
+    Returns:
+        The changed images, shape (B, 3, H, W), in [0, 1].
+    """
+    hue, saturation, value = rgb_to_hsv(image).split(1, 1)
+    sector = hue * (3 / math.pi) + 6 * shift.view(-1, 1, 1, 1)
+    offset = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1)
+    sector = (sector + offset) % 6
+    missing = torch.minimum(sector, 4 - sector).clamp_(0, 1)
+    return value - value * saturation * missing
+
+
+class MultiCropView(nn.Module):
+    """Two or three global crops and several local crops of each image of a batch.
+
+    The views of `DINO-MC and DINO-TP <https://arxiv.org/abs/2303.06670>`_: local crops
+    have a size each. Runs on the device of the batch, draws its parameters per sample
+    from PyTorch's global generator, and takes any number of bands.
+
+    *multi_crop* (DINO-MC) crops one image, of several seasons one drawn per sample. Both
+    global crops and all local crops are flipped, jittered, turned grey and blurred at
+    random, the second global crop is solarised, too.
+
+    *temporal* (DINO-TP) draws three seasons. The local crops show the first, without
+    flips and colours. The global crops show the second, augmented as a whole
+    image, the third as it is, and the first, augmented as a whole image. Of two
+    seasons, one is also the third.
+
+    Images of 3 bands with a *value_range* are RGB images: jitter is that of torchvision,
+    grey is the luma. The four operations of the jitter come in an order
+    that is drawn per view, not per sample. Of all other images, brightness multiplies,
+    contrast stretches each band about its mean, saturation stretches each pixel about
+    the mean of its bands, and grey is that mean. Hue has no counterpart: each band gets
+    a gain instead, with a mean of 1 over the bands. Nothing is clipped unless
+    *value_range* declares a range.
+
+    The defaults are those of the papers' code,
+    https://github.com/WennyXY/DINO-MC/blob/4f8e519/data_process/dino_augmentation.py
+
+    Attributes:
+        sizes: Side of each view in pixels, the global ones first.
+        num_global: Number of global views.
+        boxes: Boxes of the views of the last call as of :func:`random_boxes`, each of
+            shape (B, 4).
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        global_size: int = 224,
+        local_sizes: Sequence[int] = (184, 164, 144, 124, 104, 84),
+        num_local_crops: int | None = None,
+        views: Literal['multi_crop', 'temporal'] = 'multi_crop',
+        global_scale: tuple[float, float] = (0.32, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.32),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        global_interpolation: Interpolation = 'bicubic',
+        local_interpolation: Interpolation = 'bilinear',
+        horizontal_flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        global_jitter: Strengths | None = None,
+        local_jitter: Strengths = (0.8, 0.8, 0.8, 0.2),
+        jitter_probability: float = 0.8,
+        grey_probability: float = 0.2,
+        global_blur: tuple[float, float] | None = None,
+        local_blur: float = 0.5,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        global_solarize: tuple[float, float] | None = None,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
+        """Initialize a new MultiCropView instance.
+
+        Args:
+            global_size: Side of the global crops in pixels.
+            local_sizes: Sides of the local crops in pixels.
+            num_local_crops: Number of local crops. Of more sizes, the last ones are
+                taken. Defaults to one crop of each size.
+            views: DINO-MC or DINO-TP, see above.
+            global_scale: Range of the global crop's share of the image's area.
+            local_scale: Range of the local crop's share of the image's area.
+            ratio: Range of the crop's aspect ratio.
+            global_interpolation: Interpolation of the global crops.
+            local_interpolation: Interpolation of the local crops.
+            horizontal_flip: Probability to mirror left and right.
+            vertical_flip: Probability to mirror top and bottom. 0 as in the papers,
+                although satellite images have no upright position.
+            global_jitter: Strengths of brightness, contrast, saturation and hue:
+                factors are uniform in 1 ± this, shifts of the hue are uniform in ± this
+                share of the circle. Defaults to (0.4, 0.4, 0.2, 0.1), for *temporal* to
+                (0.4, 0.4, 0.4, 0.1).
+            local_jitter: The same for local crops, not used by *temporal*.
+            jitter_probability: Probability of the jitter.
+            grey_probability: Probability to make all bands equal.
+            global_blur: Probabilities of a Gaussian blur for the two augmented global
+                views. Defaults to (1, 0.1), for *temporal* to (0.5, 0.5).
+            local_blur: The same for each local crop, not used by *temporal*.
+            blur_sigma: Range of the blur's standard deviation in pixels of the view.
+            global_solarize: Probabilities to reflect values above the middle of the
+                range for the two augmented global views. Defaults to (0, 0.2), and to
+                (0, 0) for *temporal* or without *value_range*.
+            value_range: Smallest and largest value that images can have, such as
+                (0, 1). Values beyond are clipped. None clips nothing.
+
+        Raises:
+            ValueError: If an option is out of range.
+        """
+        temporal = views == 'temporal'
+        if global_jitter is None:
+            global_jitter = (0.4, 0.4, 0.4 if temporal else 0.2, 0.1)
+        if global_blur is None:
+            global_blur = (0.5, 0.5) if temporal else (1.0, 0.1)
+        if global_solarize is None:
+            plain = temporal or value_range is None
+            global_solarize = (0.0, 0.0) if plain else (0.0, 0.2)
+        if num_local_crops is None:
+            num_local_crops = len(local_sizes)
+
+        super().__init__()
+        self.global_size = global_size
+        self.local_sizes = tuple(local_sizes)
+        self.num_local_crops = num_local_crops
+        self.views = views
+        self.global_scale = global_scale
+        self.local_scale = local_scale
+        self.ratio = ratio
+        self.global_interpolation = global_interpolation
+        self.local_interpolation = local_interpolation
+        self.horizontal_flip = horizontal_flip
+        self.vertical_flip = vertical_flip
+        self.global_jitter = global_jitter
+        self.local_jitter = local_jitter
+        self.jitter_probability = jitter_probability
+        self.grey_probability = grey_probability
+        self.global_blur = global_blur
+        self.local_blur = local_blur
+        self.blur_sigma = blur_sigma
+        self.global_solarize = global_solarize
+        self.value_range = value_range
+        self._check()
+
+        self.num_global = 3 if temporal else 2
+        first = len(self.local_sizes) - num_local_crops
+        self._crop_sizes = self.local_sizes[first:]
+        self.sizes = (*[global_size] * self.num_global, *self._crop_sizes)
+        self.boxes: list[Tensor] = []
+        self._warned = False
+
+    def _check(self) -> None:
+        """Check the options."""
+        if self.views not in ('multi_crop', 'temporal'):
+            raise ValueError(
+                f"views must be 'multi_crop' or 'temporal', got {self.views!r}"
+            )
+        if not 0 <= self.num_local_crops <= len(self.local_sizes):
+            raise ValueError(
+                f'num_local_crops = {self.num_local_crops} crops need as many sizes, got '
+                f'local_sizes = {self.local_sizes}. Give a size for each crop'
+            )
+        if self.global_size < 1 or any(size < 1 for size in self.local_sizes):
+            raise ValueError(
+                'global_size and local_sizes must be at least 1 pixel, got '
+                f'{self.global_size} and {self.local_sizes}'
+            )
+        for name in ('global_interpolation', 'local_interpolation'):
+            value = getattr(self, name)
+            if value not in ('bilinear', 'bicubic'):
+                raise ValueError(
+                    f"{name} must be 'bilinear' or 'bicubic', got {value!r}"
+                )
+        check_fractions(
+            horizontal_flip=self.horizontal_flip,
+            vertical_flip=self.vertical_flip,
+            jitter_probability=self.jitter_probability,
+            grey_probability=self.grey_probability,
+            local_blur=self.local_blur,
+        )
+        for name, length in (
+            ('global_jitter', 4),
+            ('local_jitter', 4),
+            ('global_blur', 2),
+            ('global_solarize', 2),
+        ):
+            values = getattr(self, name)
+            if len(values) != length or not all(0 <= value <= 1 for value in values):
+                raise ValueError(
+                    f'{name} must be {length} numbers in [0, 1], got {values}'
+                )
+        for name in ('global_jitter', 'local_jitter'):
+            hue = getattr(self, name)[3]
+            if hue > 0.5:
+                raise ValueError(f'the hue of {name} must be in [0, 0.5], got {hue}')
+        check_range('global_scale', self.global_scale, 1)
+        check_range('local_scale', self.local_scale, 1)
+        check_range('ratio', self.ratio)
+        check_range('blur_sigma', self.blur_sigma)
+        limits = self.value_range
+        if limits is not None and not limits[0] < limits[1]:
+            raise ValueError(f'value_range must be (low, high), got {limits}')
+        if limits is None and any(self.global_solarize):
+            raise ValueError(
+                f'global_solarize = {self.global_solarize} needs the middle of the '
+                'range of values: declare value_range, or set (0, 0)'
+            )
+
+    def extra_repr(self) -> str:
+        """Parameters for the module's representation."""
+        names = list(inspect.signature(type(self)).parameters)
+        return ', '.join(f'{name}={getattr(self, name)}' for name in names)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Draw the views of each image.
+
+        Args:
+            image: Images of shape (B, C, H, W), or of several seasons (B, T, C, H, W).
+                Not modified.
+
+        Returns:
+            Views of shape (B, C, h, w), float32, with the sides of :attr:`sizes`.
+
+        Raises:
+            ValueError: If *image* has another number of dimensions, or has one season
+                where *views* is *temporal*.
+        """
+        if image.ndim not in (4, 5):
+            raise ValueError(
+                'image must have the shape (B, C, H, W) or (B, T, C, H, W), got '
+                f'{tuple(image.shape)}'
+            )
+        self._warn_of_upsampling(image)
+        self.boxes = []
+        # Half precision would move pixel values by more than one grey level
+        with torch.autocast(image.device.type, enabled=False):
+            make = self._temporal if self.views == 'temporal' else self._multi_crop
+            views = make(image)
+            return [self._finish(view) for view in views]
+
+    def _warn_of_upsampling(self, image: Tensor) -> None:
+        """Warn once of crops that are larger than the image."""
+        height, width = image.shape[-2:]
+        sizes = self.global_size, *self._crop_sizes
+        large = [size for size in sizes if size > min(height, width)]
+        if large and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f'Crops of {", ".join(map(str, large))} pixels are larger than the '
+                f'images of {height} x {width} pixels, which are therefore magnified. '
+                'Choose a smaller global_size and smaller local_sizes.',
+                stacklevel=3,
+            )
+
+    def _multi_crop(self, image: Tensor) -> list[Tensor]:
+        """Views of one image, of several seasons one."""
+        if image.ndim == 5:
+            seasons = torch.rand(image.shape[:2], device=image.device).argmax(1)
+            image = _take(image, seasons)
+        image = self._prepare(image)
+        views = []
+        for blur, solarize in zip(self.global_blur, self.global_solarize, strict=True):
+            view = self._crop_global(image, flip=True)
+            view = self._augment(view, self.global_jitter, blur, solarize)
+            views.append(view)
+        for size in self._crop_sizes:
+            view = self._crop_local(image, size, flip=True)
+            views.append(self._augment(view, self.local_jitter, self.local_blur, 0))
+        return views
+
+    def _temporal(self, image: Tensor) -> list[Tensor]:
+        """Views of three seasons."""
+        if image.ndim == 4 or image.shape[1] < 2:
+            raise ValueError(
+                "views = 'temporal' needs images of at least two seasons, shape "
+                f'(B, T, C, H, W), got {tuple(image.shape)}. Choose a dataset with '
+                "seasons, or views = 'multi_crop'"
+            )
+        order = torch.rand(image.shape[:2], device=image.device).argsort(1)
+        if image.shape[1] == 2:
+            again = order.gather(1, draw(image, 0.5).long()[:, None])
+            order = torch.cat([order, again], 1)
+        first, second, third = (
+            self._prepare(_take(image, order[:, i])) for i in range(3)
+        )
+        augmented = [
+            self._augment(season, self.global_jitter, blur, solarize)
+            for season, blur, solarize in zip(
+                (second, first), self.global_blur, self.global_solarize, strict=True
+            )
+        ]
+        # To mirror a random crop is to mirror the image before
+        return [
+            self._crop_global(augmented[0], flip=True),
+            self._crop_global(third, flip=False),
+            self._crop_global(augmented[1], flip=True),
+            *(self._crop_local(first, size, flip=False) for size in self._crop_sizes),
+        ]
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        """Convert to float32, and a declared range to [0, 1]."""
+        image = image.float()
+        if self.value_range is None:
+            return image
+        low, high = self.value_range
+        return ((image - low) / (high - low)).clamp_(0, 1)
+
+    def _finish(self, view: Tensor) -> Tensor:
+        """Convert back to the declared range."""
+        if self.value_range is not None:
+            low, high = self.value_range
+            if (low, high) != (0, 1):
+                view = view.mul_(high - low).add_(low)
+            view = view.clamp_(low, high)
+        return view
+
+    def _crop(
+        self,
+        image: Tensor,
+        size: int,
+        scale: tuple[float, float],
+        interpolation: Interpolation,
+        flip: bool,
+    ) -> Tensor:
+        """Draw a crop of each image."""
+        boxes = random_boxes(image, scale, self.ratio)
+        self.boxes.append(boxes)
+        flips = None
+        if flip:
+            probabilities = self.horizontal_flip, self.vertical_flip
+            flips = torch.stack([draw(image, p) for p in probabilities])
+        return resample(image, boxes, (size, size), flips, interpolation)
+
+    def _crop_global(self, image: Tensor, flip: bool) -> Tensor:
+        """Draw a global crop of each image."""
+        return self._crop(
+            image, self.global_size, self.global_scale, self.global_interpolation, flip
+        )
+
+    def _crop_local(self, image: Tensor, size: int, flip: bool) -> Tensor:
+        """Draw a local crop of each image."""
+        return self._crop(image, size, self.local_scale, self.local_interpolation, flip)
+
+    def _augment(
+        self, view: Tensor, strengths: Strengths, blur: float, solarize: float
+    ) -> Tensor:
+        """Jitter, grey, blur and solarise. Does not modify *view*."""
+        rgb = view.shape[1] == 3 and self.value_range is not None
+        factors = torch.rand(4, len(view), device=view.device) * 2 - 1
+        drawn = draw(view, self.jitter_probability)
+        brightness, contrast, saturation, hue = (
+            strength * factor * drawn
+            for strength, factor in zip(strengths, factors, strict=True)
+        )
+        grey = draw(view, self.grey_probability)
+        if rgb:
+            view = jitter_rgb(view, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+            view = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(view), view)
+        else:
+            gain = torch.rand(view.shape[:2], device=view.device) * 2 - 1
+            gain = 1 + strengths[3] * gain * drawn[:, None]
+            gain = (1 + brightness)[:, None] * gain / gain.mean(1, keepdim=True)
+            # Grey is no saturation
+            view = jitter(view, gain, 1 + contrast, (1 + saturation) * ~grey)
+
+        view = random_blur(view, blur, self.blur_sigma)
+        if solarize:
+            drawn = draw(view, solarize).view(-1, 1, 1, 1)
+            view = torch.where(drawn & (view >= 0.5), 1 - view, view)
+        return view
+
+
+def _take(image: Tensor, seasons: Tensor) -> Tensor:
+    """Take one season (B,) of each sample (B, T, C, H, W)."""
+    return image[torch.arange(len(image), device=image.device), seasons]
