@@ -53,6 +53,11 @@ class TestCreateEncoder:
             torch.tensor(rates), torch.linspace(0, 0.1, 6), rtol=0, atol=1e-6
         )
 
+    def test_no_drop_path_unless_asked_for(self) -> None:
+        # timm's own default is 0.1
+        encoder = create_encoder('swin_tiny_patch4_window7_224')
+        assert max(getattr(m, 'drop_prob', 0) for m in encoder.modules()) == 0
+
     def test_unknown_name(self) -> None:
         with pytest.raises(
             ValueError, match=r"'vit_tiny_patch16'.*vit_tiny_patch16_224"

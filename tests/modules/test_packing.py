@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.modules import can_pack, encode_crops, packing
+from torchgeo_softcon.modules.packing import position_matrix
 
 SIZES = (64, 64, 52, 48, 41, 33, 16)
 
@@ -109,6 +110,28 @@ def test_convolutional_network_normalises_each_size(training: bool) -> None:
     torch.testing.assert_close(features, expected)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_compiled_is_one_graph(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        packing._encode_packed, dynamic=False, fullgraph=True, backend=backend
+    )
+    monkeypatch.setattr(packing, '_compiled', lambda: compiled)
+    encoder, crops = make_encoder(drop_path_rate=0.1).train(training), make_crops()
+    for _ in range(2):
+        torch.manual_seed(0)
+        features = encode_crops(encoder, crops, compiled=True)
+        torch.manual_seed(0)
+        torch.testing.assert_close(features, encode_crops(encoder, crops))
+    assert len(graphs) == 1
+
+
 def test_order_of_crops() -> None:
     # Not grouped by size: the third crop has the size of the first
     class Mean(nn.Module):
@@ -132,7 +155,7 @@ def test_rectangles() -> None:
 
 def test_positions_are_those_of_timm() -> None:
     position = torch.randn(1, 1 + 14 * 14, 8)
-    matrix = packing._position_matrix((14, 14), (11, 9), torch.device('cpu'))
+    matrix = position_matrix((14, 14), (11, 9), torch.device('cpu'))
     expected = resample_abs_pos_embed(position, new_size=[11, 9], old_size=[14, 14])
     torch.testing.assert_close(matrix @ position[0, 1:], expected[0, 1:])
 
@@ -154,7 +177,7 @@ def test_positions_are_close_to_those_of_dino(size: int) -> None:
     waves = torch.stack([torch.sin(k * axis * torch.pi) for k in range(1, 4)])
     position = (waves[:, None, :, None] + waves[None, :, None, :]).flatten(0, 1)
     position = position.permute(1, 2, 0).flatten(0, 1)[None]
-    matrix = packing._position_matrix((28, 28), (size, size), torch.device('cpu'))
+    matrix = position_matrix((28, 28), (size, size), torch.device('cpu'))
     ours, theirs = matrix @ position[0], dino_positions(position, size, 28)[0]
     assert ours.shape == theirs.shape
     cosine = nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
@@ -206,7 +229,6 @@ def test_half_precision() -> None:
 
 
 def test_caches_survive_inference_mode() -> None:
-    packing._position_matrix.cache_clear()
     packing._layout.cache_clear()
     encoder, crops = make_encoder(), make_crops((32, 16))
     with torch.inference_mode():

@@ -52,11 +52,12 @@ def create_encoder(
         raise ValueError(f'model must be the name of a timm model, got {model!r}{hint}')
 
     kwargs: dict[str, Any] = {}
-    if drop_path_rate:
+    swin = is_model_in_modules(name, 'swin_transformer')
+    if drop_path_rate or swin:  # where timm's default is not 0
         kwargs['drop_path_rate'] = drop_path_rate
     if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
         kwargs['dynamic_img_size'] = True
-    elif is_model_in_modules(name, 'swin_transformer'):
+    elif swin:
         kwargs['strict_img_size'] = False
     return timm.create_model(
         model, pretrained=pretrained, in_chans=in_channels, num_classes=0, **kwargs

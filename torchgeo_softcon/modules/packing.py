@@ -4,7 +4,7 @@
 """Encodes crops of several sizes at once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple, cast
 
@@ -22,6 +22,19 @@ class _Group(NamedTuple):
 
     number: int
     length: int
+
+
+class _Layout(NamedTuple):
+    """Where the sequences are among the packed tokens."""
+
+    groups: tuple[_Group, ...]
+    #: Sequence of every token, shape (T,).
+    sequence: Tensor
+    #: First token of every sequence, shape (N,).
+    first: Tensor
+    #: Resamples position embeddings to the patches of one sequence of each group, shape
+    #: (sum of their numbers, positions).
+    positions: Tensor
 
 
 def can_pack(encoder: nn.Module) -> bool:
@@ -52,7 +65,9 @@ def can_pack(encoder: nn.Module) -> bool:
     )
 
 
-def encode_crops(encoder: nn.Module, crops: Sequence[Tensor]) -> Tensor:
+def encode_crops(
+    encoder: nn.Module, crops: Sequence[Tensor], compiled: bool = False
+) -> Tensor:
     """Encode crops of several sizes, equal to one forward pass per crop.
 
     Vision Transformers, see :func:`can_pack`, get the tokens of all crops as one matrix.
@@ -67,6 +82,8 @@ def encode_crops(encoder: nn.Module, crops: Sequence[Tensor]) -> Tensor:
         encoder: A timm model that pools its features. Its forward hooks are not called
             if it is packed.
         crops: S crops of each of B images, each of shape (B, C, H, W) with its own size.
+        compiled: Whether to run the packed forward pass with ``torch.compile``, as one
+            graph. Other encoders are run as they are.
 
     Returns:
         Features of shape (S, B, F), in the order of the crops.
@@ -81,12 +98,22 @@ def encode_crops(encoder: nn.Module, crops: Sequence[Tensor]) -> Tensor:
         )
 
     patch_embed = getattr(encoder, 'patch_embed', None)
-    if isinstance(patch_embed, PatchEmbed) and not patch_embed.dynamic_img_pad:
+    if isinstance(patch_embed, PatchEmbed):
         crops = [_cover(crop, patch_embed.patch_size) for crop in crops]
     sizes = groupby(crops, key=lambda crop: crop.shape[-2:])
     same_size = [torch.cat(list(group)) for _, group in sizes]
     if can_pack(encoder):
-        features = _encode_packed(cast(VisionTransformer, encoder), same_size)
+        vit = cast(VisionTransformer, encoder)
+        rows, columns = vit.patch_embed.patch_size
+        layout = _layout(
+            tuple(len(images) for images in same_size),
+            tuple((i.shape[2] // rows, i.shape[3] // columns) for i in same_size),
+            vit.num_prefix_tokens,
+            vit.patch_embed.grid_size,
+            same_size[0].device,
+        )
+        run = _compiled() if compiled else _encode_packed
+        features = run(vit, same_size, layout)
     else:
         features = torch.cat([encoder(images) for images in same_size])
     return features.unflatten(0, (len(crops), -1))
@@ -103,55 +130,76 @@ def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
     return image[..., : height - height % patch[0], : width - width % patch[1]]
 
 
-class _Layout(NamedTuple):
-    """Where the sequences are among the packed tokens."""
+def position_matrix(
+    old: tuple[int, int], new: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Matrix that resamples position embeddings to another grid.
 
-    groups: tuple[_Group, ...]
-    #: Sequence of every token, shape (T,).
-    sequence: Tensor
-    #: First token of every sequence, shape (N,).
-    first: Tensor
+    Resampling is linear, so it is what timm's function makes of unit vectors. A matrix
+    serves all sizes with one product, and its backward pass is deterministic on a GPU,
+    where that of bicubic interpolation is not.
+
+    Args:
+        old: Rows and columns of the grid of the embeddings.
+        new: Rows and columns of the grid of the patches.
+        device: Device of the matrix.
+
+    Returns:
+        Weights of shape (new positions, old positions).
+    """
+    unit = torch.eye(old[0] * old[1], device=device)[None]
+    return resample_abs_pos_embed(
+        unit, new_size=list(new), old_size=list(old), num_prefix_tokens=0
+    )[0]
 
 
 @functools.lru_cache(maxsize=32)
-def _layout(groups: tuple[_Group, ...], device: torch.device) -> _Layout:
-    """Layout of groups, made once, as it comes from the host."""
-    with torch.inference_mode(False):
+def _layout(
+    numbers: tuple[int, ...],
+    grids: tuple[tuple[int, int], ...],
+    prefix: int,
+    native: tuple[int, int],
+    device: torch.device,
+) -> _Layout:
+    """Layout of batches of images, made once, as it comes from the host.
+
+    Args:
+        numbers: Number of images of each batch.
+        grids: Rows and columns of patches of each batch.
+        prefix: Number of tokens before the patches.
+        native: Rows and columns of the position embedding.
+        device: Device of the tensors.
+
+    Returns:
+        The layout.
+    """
+    groups = tuple(
+        _Group(number, rows * columns + prefix)
+        for number, (rows, columns) in zip(numbers, grids, strict=True)
+    )
+    # A first call may come from prediction, and the second from training
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
         sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
         first = lengths.cumsum(0) - lengths
-        return _Layout(groups, sequence.to(device), first.to(device))
+        positions = torch.cat([position_matrix(native, g, device) for g in grids])
+        return _Layout(groups, sequence.to(device), first.to(device), positions)
 
 
-@functools.lru_cache(maxsize=32)
-def _position_matrix(
-    old: tuple[int, int], new: tuple[int, int], device: torch.device
-) -> Tensor:
-    """Matrix of shape (new positions, old positions) that resamples position embeddings.
-
-    Resampling is linear, so it is what timm's function makes of unit vectors. The matrix
-    is one product for all sizes, and its backward pass is deterministic on a GPU, where
-    that of bicubic interpolation is not.
-    """
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        unit = torch.eye(old[0] * old[1], device=device)[None]
-        return resample_abs_pos_embed(
-            unit, new_size=list(new), old_size=list(old), num_prefix_tokens=0
-        )[0]
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """The packed forward pass as one graph for each layout."""
+    return torch.compile(_encode_packed, dynamic=False, fullgraph=True)
 
 
-def _embed(vit: VisionTransformer, images: Sequence[Tensor]) -> Tensor:
+def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: _Layout) -> Tensor:
     """Tokens with positions, of shape (T, F), one batch of images after the other."""
     patch_embed = vit.patch_embed
-    rows, columns = patch_embed.patch_size
-    patches, matrices, grids = [], [], []
+    height, width = patch_embed.patch_size
+    patches = []
     for image in images:
-        grid = (image.shape[-2] // rows, image.shape[-1] // columns)
-        grids.append((len(image), grid[0] * grid[1]))
-        split = image.unflatten(3, (grid[1], columns)).unflatten(2, (grid[0], rows))
+        split = image.unflatten(3, (-1, width)).unflatten(2, (-1, height))
         patches.append(split.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1))
-        matrices.append(_position_matrix(patch_embed.grid_size, grid, image.device))
-
     weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
     tokens = patch_embed.norm(F.linear(torch.cat(patches), weight.flatten(1), bias))
 
@@ -159,25 +207,25 @@ def _embed(vit: VisionTransformer, images: Sequence[Tensor]) -> Tensor:
     skip = 0 if vit.no_embed_class else vit.num_prefix_tokens
     pos_embed = cast(Tensor, vit.pos_embed)
     with torch.autocast(tokens.device.type, enabled=False):
-        positions = torch.cat(matrices).to(pos_embed) @ pos_embed[0, skip:]
-    lengths = [length for _, length in grids]
-    position_parts = positions.to(tokens.dtype).split(lengths)
-    token_parts = tokens.split([count * length for count, length in grids])
+        positions = layout.positions.to(pos_embed) @ pos_embed[0, skip:]
+    counts = [group.length - vit.num_prefix_tokens for group in layout.groups]
+    numbers = [group.number for group in layout.groups]
     if prefix:
         first = torch.cat(prefix, 1)  # (1, P, F)
         if skip:
-            first = torch.cat(
-                [first[:, :skip] + pos_embed[:, :skip], first[:, skip:]], 1
-            )
+            first = first + pos_embed[:, :skip]
         first = first.to(tokens.dtype)
     out = []
-    for (count, _), part, position in zip(
-        grids, token_parts, position_parts, strict=True
+    for number, part, position in zip(
+        numbers,
+        tokens.split([n * count for n, count in zip(numbers, counts, strict=True)]),
+        positions.to(tokens.dtype).split(counts),
+        strict=True,
     ):
-        part = part.unflatten(0, (count, -1)) + position
+        sequences = part.unflatten(0, (number, -1)) + position
         if prefix:
-            part = torch.cat([first.expand(count, -1, -1), part], 1)
-        out.append(part.flatten(0, 1))
+            sequences = torch.cat([first.expand(number, -1, -1), sequences], 1)
+        out.append(sequences.flatten(0, 1))
     return vit.norm_pre(vit.pos_drop(torch.cat(out)))
 
 
@@ -267,19 +315,11 @@ def _class_block(block: Block, x: Tensor, layout: _Layout) -> Tensor:
     return x + drop(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
 
 
-def _encode_packed(vit: VisionTransformer, images: Sequence[Tensor]) -> Tensor:
+def _encode_packed(
+    vit: VisionTransformer, images: Sequence[Tensor], layout: _Layout
+) -> Tensor:
     """Features of shape (N, F) of batches of images of different sizes."""
-    rows, columns = vit.patch_embed.patch_size
-    groups = tuple(
-        _Group(
-            len(image),
-            (image.shape[-2] // rows) * (image.shape[-1] // columns)
-            + vit.num_prefix_tokens,
-        )
-        for image in images
-    )
-    x = _embed(vit, images)
-    layout = _layout(groups, x.device)
+    x = _embed(vit, images, layout)
     token = vit.global_pool == 'token'
     blocks = [cast(Block, block) for block in vit.blocks]
     for i, block in enumerate(blocks):
@@ -291,6 +331,7 @@ def _encode_packed(vit: VisionTransformer, images: Sequence[Tensor]) -> Tensor:
     x = vit.norm(x)
     if token:
         return vit.head_drop(vit.fc_norm(x))
+    groups = layout.groups
     parts = x.split([g.number * g.length for g in groups])
     return torch.cat(
         [

@@ -3,6 +3,7 @@
 
 """DINO-MC: self-distillation with local crops of several sizes."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
-from ..modules import DINOHead, encode_crops, make_teacher
+from ..modules import DINOHead, can_pack, encode_crops, make_teacher
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import MultiCropView
@@ -173,6 +174,7 @@ class DINOMCTask(EMATask):
                 the trainer clips (*gradient_clip_val*, the norm of all together).
             compile_encoder: Whether to compile the encoding of the crops with
                 ``torch.compile``: one graph for the student and one for the teacher.
+                Vision Transformers only.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
                 teacher sees first. Defaults to
@@ -256,9 +258,13 @@ class DINOMCTask(EMATask):
         )
         self.model = make_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
-        self.encode = encode_crops
-        if self.hparams['compile_encoder']:
-            self.encode = torch.compile(encode_crops)
+        compiled = self.hparams['compile_encoder']
+        if compiled and not can_pack(self.student):
+            raise ValueError(
+                f'compile_encoder needs a Vision Transformer that takes all crops at once, '
+                f'got {self.hparams["model"]!r}. Set it to False'
+            )
+        self.encode = functools.partial(encode_crops, compiled=compiled)
 
     def try_sizes(self, encoder: nn.Module) -> int:
         """Find out whether an encoder takes the sizes of all crops.
