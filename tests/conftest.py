@@ -7,12 +7,20 @@ import pytest
 
 from torchgeo_softcon.datasets import SyntheticScenes
 
+from .models.helpers import WeightsFolder
+
 
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> SyntheticScenes:
     """Small synthetic scenes, written once."""
     root = tmp_path_factory.mktemp('scenes')
     return SyntheticScenes(root, size=96, seasons=2)
+
+
+@pytest.fixture(scope='session')
+def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> WeightsFolder:
+    """All files of pretrained weights, with the published keys and shapes."""
+    return WeightsFolder(tmp_path_factory.mktemp('weights'))
 
 
 @pytest.fixture(scope='session')

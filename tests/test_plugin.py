@@ -67,13 +67,16 @@ def host_tasks():
 def facts():
     found = weight()
     from torchgeo.datamodules import BaseDataModule
+    import timm.models
     names = ('torchgeo.models', 'torchgeo.models.api', 'torchgeo.datamodules')
+    names += ('timm', 'timm.models')
     modules = [sys.modules[name] for name in names] + [host_tasks()]
     return {
         'weight': found,
         'host weight': weight('ViTSmall16_Weights.SENTINEL2_ALL_DINO'),
         'task': short_name(host_tasks().BaseTask, 'SoftConTask'),
         'datamodule': short_name(BaseDataModule, 'SyntheticScenesDataModule'),
+        'model': timm.models.is_model('dinomc_resnet50'),
         'class': sorted({type(m).__name__ for m in modules}),
         'loader': sorted(
             {type(x).__name__ for m in modules for x in (m.__loader__, m.__spec__.loader)}
@@ -91,6 +94,7 @@ EXPECTED = {
     'host weight': 'torchgeo.models.vit',
     'task': 'torchgeo_softcon.SoftConTask',
     'datamodule': 'torchgeo_softcon.SyntheticScenesDataModule',
+    'model': True,
     'class': ['module'],
     'loader': ['SourceFileLoader'],
     'source': True,
@@ -158,6 +162,15 @@ ORDERS = {
         tell(early=short_name(base, 'SyntheticScenesDataModule'))
         """,
         expected={'early': 'torchgeo_softcon.SyntheticScenesDataModule'},
+    ),
+    'timm': Order(
+        """
+        from timm.models import create_model
+        early = create_model('softcon_resnet50').conv1.in_channels
+        light = not {'torchgeo.models', 'lightning', 'lightly'} & {*sys.modules}
+        tell(early=early, light=light)
+        """,
+        expected={'early': 13, 'light': True},
     ),
     'lightning': Order('import lightning\ntell()'),
     'plugin': Order(
@@ -674,6 +687,10 @@ class TestStage:
 
 
 class TestRegister:
+    @pytest.fixture(autouse=True)
+    def nothing_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plugin, '_yielded', set())
+
     @pytest.fixture
     def api(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         api: Any = importlib.import_module('torchgeo.models.api')
@@ -695,21 +712,46 @@ class TestRegister:
         theirs = api.get_weight('ViTSmall16_Weights.SENTINEL2_ALL_DINO')
         assert type(theirs) is not type(ours)
 
-    def test_member_that_the_host_has_yields(
-        self, api: Any, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_member_that_the_host_has_yields(self, api: Any) -> None:
         name = 'ViTSmall16_Weights.SENTINEL2_ALL_DINO'
         theirs = api.get_weight(name)
-        caplog.set_level('INFO')
         ours = self.weights('SENTINEL2_ALL_DINO', 'THROWAWAY')
-        plugin._register('ViTSmall16_Weights', ours)
+        with pytest.warns(UserWarning, match=f'TorchGeo has its own {name}, which is'):
+            plugin._register('ViTSmall16_Weights', ours)
         assert api.get_weight(name) is theirs
         assert api.get_weight('ViTSmall16_Weights.THROWAWAY') is ours.THROWAWAY
-        assert name in caplog.text
+        with warnings.catch_warnings():  # once is enough
+            warnings.simplefilter('error')
+            plugin._register('ViTSmall16_Weights', ours)
+
+    def test_model_that_timm_has_yields(self) -> None:
+        import timm
+
+        def resnet18() -> None:
+            pass
+
+        theirs = timm.models.model_entrypoint('resnet18')
+        with pytest.warns(
+            UserWarning, match='timm has its own resnet18, which is used'
+        ):
+            plugin._register_model(resnet18)
+        assert timm.models.model_entrypoint('resnet18') is theirs
+
+    def test_model_is_registered_once(self) -> None:
+        import timm
+
+        from torchgeo_softcon.models import builders
+
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            plugin._register_model(builders.softcon_resnet50)
+        entry = timm.models.model_entrypoint('softcon_resnet50')
+        assert entry is builders.softcon_resnet50
 
     def test_enum_without_a_new_member_is_not_registered(self, api: Any) -> None:
         before = dict(api._model_weights)
-        plugin._register('ViTSmall16_Weights', self.weights('SENTINEL2_ALL_DINO'))
+        with pytest.warns(UserWarning, match='TorchGeo has its own'):
+            plugin._register('ViTSmall16_Weights', self.weights('SENTINEL2_ALL_DINO'))
         assert api._model_weights == before
 
 

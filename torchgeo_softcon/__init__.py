@@ -27,11 +27,16 @@ if TYPE_CHECKING:
     from .losses import DINOLoss, SoftContrastiveLoss, soft_contrastive_loss
     from .models import (
         ResNet50_Weights,
+        Swin_T_Weights,
         ViTBase14_DINOv2_Weights,
+        ViTBase16_Weights,
+        ViTSmall8_Weights,
         ViTSmall14_DINOv2_Weights,
+        ViTSmall16_Weights,
+        WideResNet50_2_Weights,
     )
     from .tasks import DINOMCTask, SoftConTask
-    from .transforms import MultiCropView, RandomView, WorldCoverMultiLabel
+    from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
     'DINOLoss',
@@ -44,10 +49,16 @@ __all__ = (
     'ResNet50_Weights',
     'SoftConTask',
     'SoftContrastiveLoss',
+    'Swin_T_Weights',
     'SyntheticScenes',
     'SyntheticScenesDataModule',
+    'ToUnitRange',
     'ViTBase14_DINOv2_Weights',
+    'ViTBase16_Weights',
+    'ViTSmall8_Weights',
     'ViTSmall14_DINOv2_Weights',
+    'ViTSmall16_Weights',
+    'WideResNet50_2_Weights',
     'WorldCoverMultiLabel',
     'WorldCoverScenes',
     'WorldCoverScenesDataModule',
@@ -67,10 +78,16 @@ _MODULES = {
     'ResNet50_Weights': 'models',
     'SoftConTask': 'tasks',
     'SoftContrastiveLoss': 'losses',
+    'Swin_T_Weights': 'models',
     'SyntheticScenes': 'datasets',
     'SyntheticScenesDataModule': 'datamodules',
+    'ToUnitRange': 'transforms',
     'ViTBase14_DINOv2_Weights': 'models',
+    'ViTBase16_Weights': 'models',
     'ViTSmall14_DINOv2_Weights': 'models',
+    'ViTSmall16_Weights': 'models',
+    'ViTSmall8_Weights': 'models',
+    'WideResNet50_2_Weights': 'models',
     'WorldCoverMultiLabel': 'transforms',
     'WorldCoverScenes': 'datasets',
     'WorldCoverScenesDataModule': 'datamodules',

@@ -38,8 +38,59 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=list_declared)
 
+    command = commands.add_parser(
+        'export',
+        help='write the encoder of a checkpoint for TorchGeo, timm or smp',
+        description='Write the encoder of a checkpoint, with a model card. TorchGeo opens '
+        'the checkpoints themselves as well; an export is smaller, can have another patch '
+        'size, and is for other tools, too.',
+    )
+    command.add_argument('checkpoint', help='of SoftConTask or DINOMCTask')
+    command.add_argument(
+        '--format', required=True, choices=('torchgeo', 'timm', 'safetensors', 'smp')
+    )
+    command.add_argument(
+        '--branch',
+        choices=('student', 'teacher'),
+        help='default: the student of SoftCon, the teacher of DINO-MC',
+    )
+    command.add_argument('--patch-size', type=int, metavar='P')
+    command.add_argument(
+        '--img-size',
+        type=int,
+        metavar='N',
+        help='that a Vision Transformer is built for',
+    )
+    command.add_argument(
+        '--output', metavar='FILE', help='default: beside the checkpoint'
+    )
+    command.set_defaults(run=export_encoder)
+
     namespace = parser.parse_args(args)
     return int(namespace.run(namespace))
+
+
+def export_encoder(namespace: argparse.Namespace) -> int:
+    """Write the encoder of a checkpoint.
+
+    Args:
+        namespace: Parsed arguments.
+
+    Returns:
+        0 if the files are written, else 2.
+    """
+    from torchgeo_softcon.export import export
+
+    options = {
+        k: v for k, v in vars(namespace).items() if k not in ('run', 'checkpoint')
+    }
+    try:
+        for path in export(namespace.checkpoint, **options):
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f'torchgeo-softcon export: {error}', file=sys.stderr)
+        return 2
+    return 0
 
 
 def list_declared(namespace: argparse.Namespace) -> int:

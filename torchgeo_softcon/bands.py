@@ -25,6 +25,16 @@ SENTINEL2_BANDS = (
     'B12',
 )
 
+#: Which bands of Sentinel-2 a number of bands stands for, where nothing else is said: all
+#: of Level-1C, Level-2A (which has no B10), those of 10 and 20 m, those of 10 m, colours.
+SENTINEL2_SUBSETS = {
+    13: SENTINEL2_BANDS,
+    12: tuple(band for band in SENTINEL2_BANDS if band != 'B10'),
+    10: ('B2', 'B3', 'B4', 'B5', 'B6', 'B7', 'B8', 'B8A', 'B11', 'B12'),
+    4: ('B2', 'B3', 'B4', 'B8'),
+    3: ('B4', 'B3', 'B2'),
+}
+
 #: Bands of a Sentinel-1 GRD product, in the order of SSL4EO-S12 and of SoftCon.
 SENTINEL1_BANDS = ('VV', 'VH')
 
@@ -114,6 +124,34 @@ def normalize_band_names(
     if len(set(names)) != len(names):
         raise ValueError(f'bands must be unique, got {tuple(bands)}')
     return tuple(names)
+
+
+def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
+    """Which bands a number of bands stands for.
+
+    Args:
+        count: Number of bands.
+        known: Bands to choose from, in our spelling.
+
+    Returns:
+        All of *known* if there are as many, else one of :data:`SENTINEL2_SUBSETS`.
+
+    Raises:
+        ValueError: If the number alone does not tell the bands.
+    """
+    if count == len(known):
+        return tuple(known)
+    subset = SENTINEL2_SUBSETS.get(count, ())
+    if subset and set(subset) <= set(known):
+        return subset
+    sure = [
+        len(known),
+        *(n for n, s in SENTINEL2_SUBSETS.items() if set(s) < set(known)),
+    ]
+    raise ValueError(
+        f'{count} bands of {", ".join(known)} could be any, only '
+        f'{" or ".join(map(str, sorted({*sure})))} would be clear. Name them: bands=[...]'
+    )
 
 
 def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:

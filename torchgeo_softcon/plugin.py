@@ -5,7 +5,8 @@
 
 TorchGeo reads no entry points: a weight is known when it stands in a dict of
 ``torchgeo.models.api``, a task or a datamodule is known to the command line by its short
-name when it has been imported. torch, on the other hand, calls every entry point of the
+name when it has been imported. Nor does timm, which knows a model when it has been
+registered. torch, on the other hand, calls every entry point of the
 group ``torch.backends`` at the end of ``import torch``. Ours, :func:`autoload`, imports
 nothing then (TorchGeo or Lightning may be half imported at that moment). It only asks to
 be told when the modules of TorchGeo are complete, and acts at that time:
@@ -42,6 +43,8 @@ _PACKAGE = 'torchgeo_softcon'
 #: Host modules, and the group of our entry points that each of them is waiting for.
 #: `torchgeo.trainers` is the name of `torchgeo.tasks` before TorchGeo 0.10.
 _TRIGGERS = {
+    'timm': 'timm.models',
+    'timm.models': 'timm.models',
     'torchgeo.models.api': 'torchgeo.weights',
     'torchgeo.models': 'torchgeo.weights',
     'torchgeo.datamodules': 'torchgeo.datamodules',
@@ -139,6 +142,9 @@ _owner: int | None = None
 _executed: set[str] = set()
 
 _reported = False
+
+#: Names that a host has as well, and has been told to have.
+_yielded: set[str] = set()
 
 
 def autoload() -> None:
@@ -302,6 +308,8 @@ def _act(group: str) -> bool:
             value = entry_point.load()
             if group == 'torchgeo.weights':
                 _register(entry_point.name, value)
+            elif group == 'timm.models':
+                _register_model(value)
         except Exception as error:  # noqa: BLE001, the reason is in the warning
             failure = failure or error
 
@@ -328,14 +336,33 @@ def _register(name: str, weights: Any) -> None:
     others = [e for k, e in registry.items() if isinstance(k, str) and k != key]
     known = {str(member) for enum in others for member in enum}
     hidden = [str(member) for member in weights if str(member) in known]
-    if hidden:
-        import logging
-
-        # TorchGeo takes the first member that matches, which is its own
-        names = ', '.join(hidden)
-        logging.getLogger(__name__).info('TorchGeo has its own %s, ours yield', names)
+    # TorchGeo takes the first member that matches, which is its own
+    _yield('TorchGeo', hidden)
     if len(hidden) < len(weights):
         registry[key] = weights
+
+
+def _register_model(builder: Any) -> None:
+    """Make a model known to timm by its name."""
+    models = sys.modules['timm.models']
+    name = builder.__name__
+    if not models.is_model(name):
+        models.register_model(builder)
+    elif models.model_entrypoint(name) is not builder:
+        _yield('timm', [name])
+
+
+def _yield(host: str, names: list[str]) -> None:
+    """Say once that the host has its own objects of these names."""
+    names = [name for name in names if name not in _yielded]
+    _yielded.update(names)
+    if names:
+        warnings.warn(
+            f'{host} has its own {", ".join(names)}, which is used instead of that of '
+            f'torchgeo-softcon. The latter is in {_PACKAGE}.models',
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _watch() -> None:

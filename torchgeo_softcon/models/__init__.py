@@ -20,14 +20,24 @@ if TYPE_CHECKING:
     )
     from .weights import (
         ResNet50_Weights,
+        Swin_T_Weights,
         ViTBase14_DINOv2_Weights,
+        ViTBase16_Weights,
+        ViTSmall8_Weights,
         ViTSmall14_DINOv2_Weights,
+        ViTSmall16_Weights,
+        WideResNet50_2_Weights,
     )
 
 __all__ = (
     'ResNet50_Weights',
+    'Swin_T_Weights',
     'ViTBase14_DINOv2_Weights',
+    'ViTBase16_Weights',
+    'ViTSmall8_Weights',
     'ViTSmall14_DINOv2_Weights',
+    'ViTSmall16_Weights',
+    'WideResNet50_2_Weights',
     'create_encoder',
     'feature_size',
     'is_vit',

@@ -5,7 +5,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 
 from .._compat import WeightsEnum, extract_backbone, get_weight
 from ..modules.patch_embed import InputLayerInit, adapt_input_weight, input_layer
-
-#: Keys that checkpoints have beyond the encoder, besides the model's own classifier:
-#: classifiers of other tools, and the mask token of DINOv2.
-_NOT_ENCODER = re.compile(r'(head|fc|head_dist|fc_norm|classifier)\.|mask_token$')
+from .checkpoints import dino_mc_encoder, read_checkpoint
+from .convert import drop_head, has_layer_scale, is_torchvision_swin, swin_to_timm
 
 
 def create_encoder(
@@ -118,20 +115,13 @@ def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
     return int(out.shape[1])
 
 
-def _read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Read a Lightning checkpoint or a plain state dict."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f'weights: {path} is not a checkpoint that PyTorch can load safely ({error})'
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(  # noqa: TRY004
-            f'weights: {path} must hold a state dict, got a {type(checkpoint).__name__}'
-        )
+def _read_file(path: str) -> dict[str, Tensor]:
+    """Read the encoder in a checkpoint of a task or of DINO-MC, or a state dict."""
+    checkpoint = read_checkpoint(path)
     if 'hyper_parameters' in checkpoint:
         return extract_backbone(path)[1]
+    if {'student', 'teacher'} <= checkpoint.keys():
+        return dino_mc_encoder(checkpoint)
     return dict(checkpoint.get('state_dict', checkpoint))
 
 
@@ -140,7 +130,8 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
 
     Args:
         weights: A weight enum, the name of one, or the path of a checkpoint: of a
-            TorchGeo task, or a plain state dict.
+            TorchGeo task, a training checkpoint of DINO-MC (its teacher), or a plain
+            state dict.
 
     Returns:
         A state dict in timm's layout.
@@ -149,17 +140,21 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
         ValueError: If *weights* is neither a file nor a known name, or is unreadable.
     """
     if isinstance(weights, WeightsEnum):
-        return dict(weights.get_state_dict(progress=True))
-    if os.path.exists(weights):
-        return _read_checkpoint(weights)
-    try:
-        member = get_weight(weights)
-    except ValueError as error:
-        raise ValueError(
-            f'weights must be an existing file or the name of a weight enum member such '
-            f'as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
-        ) from error
-    return dict(member.get_state_dict(progress=True))
+        state_dict = weights.get_state_dict(progress=True)
+    elif os.path.exists(weights):
+        state_dict = _read_file(weights)
+    else:
+        try:
+            member = get_weight(weights)
+        except ValueError as error:
+            raise ValueError(
+                f'weights must be an existing file or the name of a weight enum member '
+                f'such as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
+            ) from error
+        state_dict = member.get_state_dict(progress=True)
+    if is_torchvision_swin(state_dict):
+        return swin_to_timm(state_dict)
+    return dict(state_dict)
 
 
 def load_encoder(
@@ -185,9 +180,8 @@ def load_encoder(
             cannot be adapted.
     """
     own = encoder.state_dict()
-    loaded = {
-        k: v for k, v in state_dict.items() if k in own or not _NOT_ENCODER.match(k)
-    }
+    encoder_only = drop_head(state_dict)
+    loaded = {k: v for k, v in state_dict.items() if k in own or k in encoder_only}
     name, layer = input_layer(encoder)
     key = f'{name}.weight'
     if key in loaded and loaded[key].shape[1] != layer.in_channels:
@@ -212,10 +206,12 @@ def load_encoder(
         if k in loaded and loaded[k].shape != v.shape
     ]
     if missing or unexpected or shapes:
+        hint = 'Choose the model that the weights were made for'
+        if has_layer_scale(unexpected):
+            hint += ', or convert them with models.convert.to_patch_size'
         raise ValueError(
             f'weights are of another architecture than {type(encoder).__name__}: '
             f'{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected '
-            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. Choose the '
-            'model that the weights were made for'
+            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. {hint}'
         )
     encoder.load_state_dict(loaded)

@@ -1,70 +1,147 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Pretrained weights of SoftCon, with the input range they were trained on."""
+"""Pretrained weights of SoftCon, DINO-MC and DINO-TP."""
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision.transforms.v2 as T
 from torch import Tensor, nn
 
 from .._compat import Weights, WeightsEnum, host_weights
-from ..bands import BAND_STATISTICS, SENTINEL1_BANDS, SENTINEL2_BANDS
+from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
+from ..transforms.unit_range import ToUnitRange
+from .checkpoints import Branch, check_architecture, dino_mc_encoder, read_checkpoint
+from .convert import (
+    choose_bands,
+    drop_head,
+    fresh,
+    resample_positions,
+    swin_to_timm,
+    to_patch_size,
+)
+from .hub import find_file
+
+#: Patch sizes of the Vision Transformers that the weights are for.
+_PATCH_SIZES = {
+    'vit_small_patch8_224': 8,
+    'vit_small_patch14_dinov2': 14,
+    'vit_base_patch14_dinov2': 14,
+    'vit_small_patch16_224': 16,
+    'vit_base_patch16_224': 16,
+}
+
+#: Mean and standard deviation of ImageNet, used by DINO-MC.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class ToUnitRange(nn.Module):
-    r"""Scale bands to [0, 1] as SoftCon's authors do before pretraining.
-
-    .. math::
-
-        u = \operatorname{clip}\left(\frac{x - \mu + 2 \sigma}{4 \sigma}, 0, 1\right)
-
-    The authors round to 8 bit in between, which this does not.
-    https://github.com/zhu-xlab/softcon#readme
+class EncoderWeights(WeightsEnum):
+    """Weights that are brought into the layout of the model they are for.
 
     .. versionadded:: 0.1
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Initialize a new ToUnitRange instance.
+    def get_state_dict(
+        self,
+        *,
+        progress: bool = True,
+        check_hash: bool = False,
+        weights_only: bool = True,
+        bands: Sequence[str] | None = None,
+        img_size: int | None = None,
+        branch: Branch | None = None,
+        layout: Literal['host', 'timm'] = 'host',
+        root: str | os.PathLike[str] | None = None,
+        model_dir: str | os.PathLike[str] | None = None,
+        map_location: Any = None,
+    ) -> dict[str, Tensor]:
+        """Read the parameters, from a folder, the cache or the network.
 
         Args:
-            mean: Mean of each band.
-            std: Standard deviation of each band.
-        """
-        super().__init__()
-        self.register_buffer('low', torch.tensor(mean) - 2 * torch.tensor(std))
-        self.register_buffer('extent', 4 * torch.tensor(std))
-        self.low: Tensor
-        self.extent: Tensor
-
-    def forward(self, sample: Any) -> Any:
-        """Scale an image, or the image of a sample.
-
-        Args:
-            sample: Images of shape (..., C, H, W), or a sample with such an *image*.
+            progress: Whether to show the progress of a download.
+            check_hash: Whether to check the file, if its name has a part of its hash.
+            weights_only: Without effect: files are never loaded unsafely.
+            bands: Names of the bands that the model shall see, in any order. Defaults to
+                all, see ``meta['bands']``.
+            img_size: Side of the images in pixels that a Vision Transformer is built
+                for. Defaults to ``meta['img_size']``.
+            branch: ``'teacher'`` (the default, as evaluated in the paper) or
+                ``'student'`` of DINO-MC and DINO-TP. SoftCon has published one only.
+            layout: ``'host'`` for the model of the same name in TorchGeo, which is
+                timm's for all but *swin_t*, or ``'timm'``.
+            root: Folder with the file, see :func:`~torchgeo_softcon.models.hub.find_file`.
+            model_dir: Folder to download to. Defaults to the cache of torch.hub.
+            map_location: Device, the CPU by default.
 
         Returns:
-            The same with float images in [0, 1].
+            A new state dict without classifier, that loads strictly.
+
+        Raises:
+            ValueError: If an argument does not fit the weights, or the file is not what
+                it should be.
+            RuntimeError: If the download fails.
         """
-        if isinstance(sample, dict):
-            return {**sample, 'image': self(sample['image'])}
-        low, extent = (
-            x.view(-1, 1, 1).to(sample.device) for x in (self.low, self.extent)
-        )
-        return ((sample - low) / extent).clamp(0, 1)
+        model, method = self.meta['model'], self.meta['ssl_method']
+        if method == 'softcon' and branch is not None:
+            raise ValueError(
+                f'branch must be left out for {self}, of which one is published, got '
+                f'{branch!r}'
+            )
+        if layout not in ('host', 'timm'):
+            raise ValueError(f"layout must be 'host' or 'timm', got {layout!r}")
+        grid = self._grid(img_size)
+
+        file = self.meta.get('file')
+        path = find_file(self.url, file, root, model_dir, check_hash, progress)
+        state_dict: Any = read_checkpoint(path)
+        if method != 'softcon':
+            state_dict = dino_mc_encoder(state_dict, branch or 'teacher')
+        state_dict = drop_head(state_dict)
+        source = self.meta.get('converted_from', model)
+        # At the size of the file
+        size = 224 if source in _PATCH_SIZES else None
+        names = self.meta['bands']
+        check_architecture(state_dict, source, len(names), size, f'{path} of {self}')
+
+        if source != model:
+            state_dict = to_patch_size(state_dict, _PATCH_SIZES[model], grid)
+        elif grid is not None:
+            state_dict = resample_positions(state_dict, grid)
+        if bands is not None:
+            state_dict = choose_bands(state_dict, names, bands)
+        if layout == 'timm' and model == 'swin_t':
+            state_dict = swin_to_timm(state_dict)
+        state_dict = fresh(state_dict)
+        if map_location is not None:
+            device = torch.device(map_location)
+            state_dict = {k: v.to(device) for k, v in state_dict.items()}
+        return dict(state_dict)
+
+    def _grid(self, img_size: int | None) -> int | None:
+        """Number of patches along each side, None without patches."""
+        patch = _PATCH_SIZES.get(self.meta['model'])
+        if patch is None:
+            return None
+        size = self.meta['img_size'] if img_size is None else img_size
+        if size < patch or size % patch:
+            raise ValueError(
+                f'img_size must be a multiple of the patch size {patch} of '
+                f'{self.meta["model"]}, got {size}. The nearest one is '
+                f'{max(1, round(size / patch)) * patch}'
+            )
+        return int(size // patch)
 
 
-def _softcon(enum: str, sensor: str) -> Weights:
+def _softcon(enum: str, sensor: str, model: str | None = None) -> Weights:
     """Weights that the host has, with transforms to the range of the pretraining.
 
     The host's transforms of the same weights are z-scores.
     """
     host = host_weights(enum, f'{sensor}_SOFTCON')
     bands = SENTINEL1_BANDS if sensor == 'SENTINEL1_GRD' else SENTINEL2_BANDS
-    mean, std = zip(*(BAND_STATISTICS[band] for band in bands), strict=True)
     meta = {
         'img_size': 224,
         **host.meta,
@@ -73,33 +150,138 @@ def _softcon(enum: str, sensor: str) -> Weights:
         'license': 'Apache-2.0',
         'value_range': (0, 1),
     }
+    if model is not None:
+        meta.update(model=model, converted_from=meta['model'])
     transforms = nn.Sequential(
-        T.Resize((256, 256)), T.CenterCrop(224), ToUnitRange(mean, std)
+        T.Resize((256, 256)), T.CenterCrop(224), ToUnitRange.of(bands)
     )
     return Weights(url=host.url, transforms=transforms, meta=meta)
 
 
-class ResNet50_Weights(WeightsEnum):
-    """ResNet-50 weights of SoftCon, the files that TorchGeo hosts.
+def _dino_mc(method: str, model: str, drive_id: str) -> Weights:
+    """Weights on Google Drive, in training checkpoints.
 
-    For timm's *resnet50*. Digital numbers (Sentinel-2) or dB (Sentinel-1) in, see
-    *transforms*.
+    The links are those of https://github.com/WennyXY/DINO-MC#readme. This form of them
+    does not ask for confirmation before large files.
+    """
+    short = method.replace('-', '')
+    return Weights(
+        url=(
+            'https://drive.usercontent.google.com/download'
+            f'?id={drive_id}&export=download&confirm=t'
+        ),
+        transforms=nn.Sequential(
+            T.Resize(256, T.InterpolationMode.BICUBIC),
+            T.CenterCrop(224),
+            T.ToDtype(torch.float32),
+            T.Normalize([0.0], [255.0]),
+            T.Normalize(*_IMAGENET),
+        ),
+        meta={
+            'dataset': 'SeCo Dataset',
+            'in_chans': 3,
+            'img_size': 224,
+            'model': model,
+            'publication': 'https://arxiv.org/abs/2303.06670',
+            'repo': 'https://github.com/WennyXY/DINO-MC',
+            'ssl_method': method,
+            'bands': SENTINEL2_SUBSETS[3],
+            # The code is MIT; the links say nothing
+            'license': 'MIT (code), not stated (weights)',
+            'value_range': (0, 1),
+            'mean': _IMAGENET[0],
+            'std': _IMAGENET[1],
+            'file': f'{short}_{model}.pth',
+        },
+    )
 
-    If you use these weights in your research, please cite the following paper:
 
-    * https://arxiv.org/abs/2405.20462
+class ResNet50_Weights(EncoderWeights):
+    """ResNet-50 weights of SoftCon, DINO-MC and DINO-TP.
+
+    For timm's *resnet50*.
+
+    SoftCon: the files that TorchGeo hosts. Digital numbers (Sentinel-2) or dB
+    (Sentinel-1) in, see *transforms*.
+
+    DINO-MC and DINO-TP: training checkpoints of 8-bit RGB images (red first). How the
+    authors made 8 bit of reflectance is not published; the quantiles of SeCo, whose
+    images they used, are the best guess: 3 to 88, 2 to 103 and 0 to 129 for B2, B3 and
+    B4 in the values of SeCo's files.
+
+    If you use these weights in your research, please cite the following papers:
+
+    * https://arxiv.org/abs/2405.20462 (SoftCon)
+    * https://arxiv.org/abs/2303.06670 (DINO-MC, DINO-TP)
 
     .. versionadded:: 0.1
     """
 
     SENTINEL2_SOFTCON = _softcon('ResNet50_Weights', 'SENTINEL2_ALL')
     SENTINEL1_SOFTCON = _softcon('ResNet50_Weights', 'SENTINEL1_GRD')
+    SENTINEL2_RGB_DINOMC = _dino_mc(
+        'dino-mc', 'resnet50', '1Tku4QoQDc3BU1BOr8PzQWFPyVStUDsVE'
+    )
+    SENTINEL2_RGB_DINOTP = _dino_mc(
+        'dino-tp', 'resnet50', '1mHR9uv5G7-9FpEzGBvdEOcJcWbnHOGEV'
+    )
 
 
-class ViTSmall14_DINOv2_Weights(WeightsEnum):
+class WideResNet50_2_Weights(EncoderWeights):
+    """Wide ResNet-50-2 weights of DINO-MC and DINO-TP.
+
+    For timm's *wide_resnet50_2*. See :class:`ResNet50_Weights`.
+
+    .. versionadded:: 0.1
+    """
+
+    SENTINEL2_RGB_DINOMC = _dino_mc(
+        'dino-mc', 'wide_resnet50_2', '1WlNDoks3Uo_Al5pUHWrhQpljDrt4Ip__'
+    )
+    SENTINEL2_RGB_DINOTP = _dino_mc(
+        'dino-tp', 'wide_resnet50_2', '1MoclNnRlSGOKhudm5lreDYSxYJqciQar'
+    )
+
+
+class Swin_T_Weights(EncoderWeights):
+    """Swin-T weights of DINO-MC and DINO-TP.
+
+    For torchvision's *swin_t*, which TorchGeo's model of this name is, and with
+    ``get_state_dict(layout='timm')`` for timm's *swin_tiny_patch4_window7_224*, which is
+    equal at 224 pixels only. See :class:`ResNet50_Weights`.
+
+    .. versionadded:: 0.1
+    """
+
+    SENTINEL2_RGB_DINOMC = _dino_mc(
+        'dino-mc', 'swin_t', '1rod3PxdZ2OGqNJxLp5CAtXm7vIsLO7us'
+    )
+    SENTINEL2_RGB_DINOTP = _dino_mc(
+        'dino-tp', 'swin_t', '1E00rYPB2wFvnq7exmQwVRe1koQ98BECL'
+    )
+
+
+class ViTSmall8_Weights(EncoderWeights):
+    """ViT-S/8 weights of DINO-MC and DINO-TP.
+
+    For timm's *vit_small_patch8_224*. See :class:`ResNet50_Weights`.
+
+    .. versionadded:: 0.1
+    """
+
+    SENTINEL2_RGB_DINOMC = _dino_mc(
+        'dino-mc', 'vit_small_patch8_224', '18RqKqZYzigOjwbyNzLsys8bmwqxrNhyt'
+    )
+    SENTINEL2_RGB_DINOTP = _dino_mc(
+        'dino-tp', 'vit_small_patch8_224', '1BIRR56wCwTDlB4_eQTA0DpYYPHACHfxN'
+    )
+
+
+class ViTSmall14_DINOv2_Weights(EncoderWeights):
     """ViT-S/14 weights of SoftCon, the files that TorchGeo hosts.
 
-    For timm's *vit_small_patch14_dinov2* with ``img_size=224``. See
+    For timm's *vit_small_patch14_dinov2* with ``img_size=224``, and for
+    *softcon_vit_small_patch14_224* where no size can be given. See
     :class:`ResNet50_Weights`.
 
     .. versionadded:: 0.1
@@ -109,10 +291,11 @@ class ViTSmall14_DINOv2_Weights(WeightsEnum):
     SENTINEL1_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights', 'SENTINEL1_GRD')
 
 
-class ViTBase14_DINOv2_Weights(WeightsEnum):
+class ViTBase14_DINOv2_Weights(EncoderWeights):
     """ViT-B/14 weights of SoftCon, the files that TorchGeo hosts.
 
-    For timm's *vit_base_patch14_dinov2* with ``img_size=224``. See
+    For timm's *vit_base_patch14_dinov2* with ``img_size=224``, and for
+    *softcon_vit_base_patch14_224* where no size can be given. See
     :class:`ResNet50_Weights`.
 
     .. versionadded:: 0.1
@@ -120,3 +303,41 @@ class ViTBase14_DINOv2_Weights(WeightsEnum):
 
     SENTINEL2_SOFTCON = _softcon('ViTBase14_DINOv2_Weights', 'SENTINEL2_ALL')
     SENTINEL1_SOFTCON = _softcon('ViTBase14_DINOv2_Weights', 'SENTINEL1_GRD')
+
+
+class ViTSmall16_Weights(EncoderWeights):
+    """ViT-S/16 weights, converted from SoftCon's ViT-S/14 while they are loaded.
+
+    For timm's *vit_small_patch16_224*. SoftCon has not published patch 16; see
+    :func:`~torchgeo_softcon.models.convert.to_patch_size` for what is exact in the
+    conversion and what is not. At 224 pixels, these are the features of the original at
+    196 pixels. The features of the original at 224 pixels need 256 pixels:
+    ``get_state_dict(img_size=256)`` and a model that is built with ``img_size=256``.
+
+    See :class:`ResNet50_Weights`.
+
+    .. versionadded:: 0.1
+    """
+
+    SENTINEL2_SOFTCON = _softcon(
+        'ViTSmall14_DINOv2_Weights', 'SENTINEL2_ALL', 'vit_small_patch16_224'
+    )
+    SENTINEL1_SOFTCON = _softcon(
+        'ViTSmall14_DINOv2_Weights', 'SENTINEL1_GRD', 'vit_small_patch16_224'
+    )
+
+
+class ViTBase16_Weights(EncoderWeights):
+    """ViT-B/16 weights, converted from SoftCon's ViT-B/14 while they are loaded.
+
+    For timm's *vit_base_patch16_224*. See :class:`ViTSmall16_Weights`.
+
+    .. versionadded:: 0.1
+    """
+
+    SENTINEL2_SOFTCON = _softcon(
+        'ViTBase14_DINOv2_Weights', 'SENTINEL2_ALL', 'vit_base_patch16_224'
+    )
+    SENTINEL1_SOFTCON = _softcon(
+        'ViTBase14_DINOv2_Weights', 'SENTINEL1_GRD', 'vit_base_patch16_224'
+    )

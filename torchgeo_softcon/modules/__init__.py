@@ -7,7 +7,7 @@ from .ema import make_teacher, update_ema
 from .heads import DINOHead, mlp_head
 from .masking import SiameseMasking, encode_visible, mask_pixels, random_visible
 from .packing import can_pack, encode_crops
-from .patch_embed import adapt_input_weight, input_layer
+from .patch_embed import adapt_input_weight, input_layer, select_bands
 
 __all__ = (
     'DINOHead',
@@ -21,5 +21,6 @@ __all__ = (
     'mask_pixels',
     'mlp_head',
     'random_visible',
+    'select_bands',
     'update_ema',
 )

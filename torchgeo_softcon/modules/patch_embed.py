@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..bands import normalize_band_names, rgb_indices
 
+#: What Sentinel-2 calls the colours of a photograph.
+_COLOURS = {'R': 'B4', 'G': 'B3', 'B': 'B2'}
+
 InputLayerInit = Literal['random', 'rgb', 'timm']
 
 
@@ -94,3 +97,44 @@ def adapt_input_weight(
     new = weight.mean(1, keepdim=True).repeat(1, in_channels, 1, 1)
     new[:, indices] = weight
     return new * (3 / in_channels)
+
+
+def select_bands(weight: Tensor, names: Sequence[str], bands: Sequence[str]) -> Tensor:
+    """Keep some bands of a pretrained input layer, by name and in any order.
+
+    The layer then does what it did before with 0 in all other bands. Nothing is scaled.
+
+    Args:
+        weight: Pretrained weight of shape (F, N, H, W).
+        names: Names of the N bands that it was trained with.
+        bands: Names of the C bands to keep, in the order of the images' channels. ``R``,
+            ``G`` and ``B`` are also understood for Sentinel-2.
+
+    Returns:
+        A weight of shape (F, C, H, W).
+
+    Raises:
+        ValueError: If a band is unknown, occurs twice, or is not one of *names*.
+    """
+    known = normalize_band_names(names)
+    if len(known) != weight.shape[1]:
+        raise ValueError(
+            f'names must have one name per channel, got {len(known)} names for '
+            f'{weight.shape[1]} channels'
+        )
+    if not bands:
+        raise ValueError('bands must have at least one name, got none')
+    chosen = [
+        _COLOURS.get(band, band) if band not in known else band
+        for band in normalize_band_names(bands)
+    ]
+    missing = [band for band in chosen if band not in known]
+    if missing:
+        raise ValueError(
+            f'bands must be among those of the weights, {", ".join(known)}, but '
+            f'{", ".join(missing)} {"is" if len(missing) == 1 else "are"} not. Leave '
+            'them out, or choose other weights'
+        )
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f'bands must be unique, got {tuple(bands)}')
+    return weight[:, [known.index(band) for band in chosen]]

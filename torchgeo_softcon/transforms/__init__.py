@@ -4,6 +4,7 @@
 """Transforms for batches on their device."""
 
 from .crops import MultiCropView
+from .unit_range import ToUnitRange
 from .views import RandomView, jitter, random_crop_grid
 from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
 
@@ -11,6 +12,7 @@ __all__ = (
     'WORLDCOVER_CODES',
     'MultiCropView',
     'RandomView',
+    'ToUnitRange',
     'WorldCoverMultiLabel',
     'class_fractions',
     'jitter',

@@ -1,0 +1,331 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""From a training checkpoint to files that other tools load.
+
+A checkpoint of this package is large (optimizer, teacher, heads), but TorchGeo opens it as
+it is. An export holds one encoder, in the layout of a tool, with a model card.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+import yaml
+from segmentation_models_pytorch.encoders import encoders
+from torch import Tensor
+
+from .models.checkpoints import Branch, check_architecture, read_checkpoint
+from .models.convert import fresh, resample_positions, to_patch_size, to_smp
+
+Format = Literal['torchgeo', 'timm', 'safetensors', 'smp']
+
+_PATCHES = 'patch_embed.proj.weight'
+
+
+class Encoder(NamedTuple):
+    """An encoder of a checkpoint, and what is known of it."""
+
+    model: str
+    state_dict: dict[str, Tensor]
+    branch: Branch
+    checkpoint: dict[str, Any]
+    #: What *model* has to be built with, besides the number of bands.
+    options: dict[str, int]
+
+
+def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> Encoder:
+    """Find an encoder in a checkpoint of SoftConTask or DINOMCTask.
+
+    Args:
+        path: Path of the checkpoint.
+        branch: ``'student'``, which is trained, or ``'teacher'``, its moving average.
+            Defaults to the one that the paper evaluates: the student of SoftCon, the
+            teacher of DINO-MC.
+
+    Returns:
+        The encoder in timm's layout.
+
+    Raises:
+        ValueError: If the file is not such a checkpoint or has no such branch.
+    """
+    checkpoint = read_checkpoint(str(path))
+    hparams, state = checkpoint.get('hyper_parameters'), checkpoint.get('state_dict')
+    if (
+        not isinstance(hparams, Mapping)
+        or not isinstance(state, Mapping)
+        or ('model' not in hparams)
+    ):
+        raise ValueError(
+            f'{path} must be a checkpoint of SoftConTask or DINOMCTask, got a file with '
+            f'{sorted(map(str, checkpoint))[:6]}. Weights of others need no export'
+        )
+    # `model` is the encoder to use; beside it is the other branch
+    names: dict[Branch, str] = {'student': 'model.', 'teacher': 'teacher.'}
+    default: Branch = 'student'
+    if any(key.startswith('student.') for key in state):
+        names, default = {'teacher': 'model.', 'student': 'student.'}, 'teacher'
+    branch = default if branch is None else branch
+    if branch not in names:
+        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    prefix = names[branch]
+    encoder = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    if not encoder:
+        found = sorted({key.partition('.')[0] for key in state})
+        raise ValueError(
+            f'branch={branch!r} is not in {path}, which has {found}. Choose another branch'
+        )
+    return Encoder(hparams['model'], encoder, branch, checkpoint, {})
+
+
+def convert_encoder(
+    encoder: Encoder, patch_size: int | None = None, img_size: int | None = None
+) -> Encoder:
+    """Convert a Vision Transformer to another patch size or image size.
+
+    Args:
+        encoder: The encoder.
+        patch_size: Side of the patches in pixels, see
+            :func:`~torchgeo_softcon.models.convert.to_patch_size`.
+        img_size: Side of the images in pixels that the encoder is built for. Defaults to
+            224 with another patch size, else to what it was.
+
+    Returns:
+        The encoder, with the name of a timm model that it loads into.
+
+    Raises:
+        ValueError: If the encoder has no patches, an argument does not fit, or timm has
+            no such model.
+    """
+    state = encoder.state_dict
+    if patch_size is not None or img_size is not None:
+        if 'pos_embed' not in state or _PATCHES not in state:
+            raise ValueError(
+                'patch_size and img_size are for Vision Transformers with a position '
+                f'embedding, got {encoder.model}. Leave them out'
+            )
+        old = state[_PATCHES].shape[-1]
+        patch = old if patch_size is None else patch_size
+        if patch < 1 or (
+            img_size is not None and (img_size < patch or img_size % patch)
+        ):
+            raise ValueError(
+                f'img_size must be a multiple of patch_size = {patch}, got {img_size}'
+            )
+        if patch != old:
+            state = to_patch_size(state, patch, (img_size or 224) // patch)
+        elif img_size is not None:
+            state = resample_positions(state, img_size // patch)
+    model, options = _name_of(encoder.model, state)
+    return encoder._replace(model=model, state_dict=fresh(state), options=options)
+
+
+def _name_of(
+    model: str, state_dict: Mapping[str, Tensor]
+) -> tuple[str, dict[str, int]]:
+    """Name of a timm model that has these parameters, and what to build it with."""
+    name = model.split('/')[-1].partition('.')[0]
+    layer = next(v for v in state_dict.values() if v.ndim == 4)
+    options: list[dict[str, int]] = [{}]
+    names = [name]
+    if _PATCHES in state_dict and 'pos_embed' in state_dict:
+        patch = layer.shape[-1]
+        grid = round((state_dict['pos_embed'].shape[1] - 1) ** 0.5)
+        names = [re.sub(r'_patch\d+', f'_patch{patch}', name)]
+        # Models without LayerScale, and ours, which are built for 224 pixels
+        names += [re.sub(r'_dinov2$', f'_{s}', names[0]) for s in (224, 256)]
+        names += [f'softcon_{n}' for n in names]
+        options.append({'img_size': patch * grid})
+    for option in options:
+        for candidate in filter(timm.is_model, names):
+            try:
+                size = option.get('img_size')
+                check_architecture(state_dict, candidate, layer.shape[1], size)
+            except ValueError:
+                continue
+            return candidate, option
+    raise ValueError(
+        f'timm has no model for the result, tried {", ".join(dict.fromkeys(names))}. '
+        'Choose another patch_size or img_size'
+    )
+
+
+def _torchgeo(encoder: Encoder) -> dict[str, Any]:
+    """What ``weights=`` of TorchGeo's tasks opens."""
+    return {
+        'hyper_parameters': {'model': encoder.model},
+        'state_dict': {f'model.{k}': v for k, v in encoder.state_dict.items()},
+    }
+
+
+def _smp_torchgeo(encoder: Encoder) -> dict[str, Any]:
+    """The layout of smp, as ``weights=`` of TorchGeo's segmentation tasks opens it."""
+    state_dict = to_smp(encoder.state_dict, encoder.model)
+    prefix = 'model.backbone.model.'
+    return {
+        'hyper_parameters': {'backbone': encoder.model},
+        'state_dict': {prefix + k: v for k, v in state_dict.items()},
+    }
+
+
+def export(
+    path: str | os.PathLike[str],
+    format: Format,
+    branch: Branch | None = None,
+    patch_size: int | None = None,
+    img_size: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Write the encoder of a checkpoint for another tool, with a model card.
+
+    * ``'torchgeo'``: a checkpoint for ``weights=`` of TorchGeo's classification,
+      regression and pretraining tasks, and of its segmentation tasks with ResNets;
+    * ``'timm'``: a state dict for ``timm.create_model(..., checkpoint_path=...)``;
+    * ``'safetensors'``: the same in safetensors;
+    * ``'smp'``: a state dict for encoders of segmentation_models_pytorch (``tu-``
+      encoders but for ResNets), and a checkpoint of it for ``weights=`` of TorchGeo's
+      segmentation tasks.
+
+    Args:
+        path: Path of the checkpoint.
+        format: The layout.
+        branch: See :func:`read_encoder`.
+        patch_size: See :func:`convert_encoder`.
+        img_size: See :func:`convert_encoder`.
+        output: Path of the new file; its suffix is that of the format. Defaults to the
+            name of the checkpoint with the format, beside it.
+
+    Returns:
+        Paths of the files: one or two for the encoder, and the card.
+
+    Raises:
+        ValueError: If something does not fit.
+    """
+    writers: dict[str, list[tuple[str, Callable[[Encoder], dict[str, Any]]]]] = {
+        'torchgeo': [('.ckpt', _torchgeo)],
+        'timm': [('.pth', lambda e: e.state_dict)],
+        'safetensors': [('.safetensors', lambda e: e.state_dict)],
+        'smp': [
+            ('.pth', lambda e: to_smp(e.state_dict, e.model)),
+            ('.ckpt', _smp_torchgeo),
+        ],
+    }
+    if format not in writers:
+        raise ValueError(f'format must be one of {", ".join(writers)}, got {format!r}')
+    source = Path(path)
+    encoder = convert_encoder(read_encoder(source, branch), patch_size, img_size)
+    if encoder.options and format in ('torchgeo', 'smp'):
+        raise ValueError(
+            f'img_size must be one that a model of timm is built for, but {encoder.model} '
+            f'needs {encoder.options}, which cannot be told to {format}. Choose another '
+            'img_size, such as 224, or another format'
+        )
+    base = str(output or source.with_name(f'{source.stem}_{format}'))
+    for suffix, _ in writers[format]:
+        base = base.removesuffix(suffix)
+    written = []
+    for suffix, make in writers[format]:
+        target = Path(f'{base}{suffix}')
+        if target.resolve() == source.resolve():
+            raise ValueError(f'output must be another file than {source}')
+        _save(make(encoder), target, encoder)
+        written.append(target)
+    card = Path(f'{written[0]}.md')
+    card.write_text(_card(encoder, format, source, written))
+    return [*written, card]
+
+
+def _save(content: dict[str, Any], target: Path, encoder: Encoder) -> None:
+    """Write a file, all or nothing."""
+    partial = target.with_name(f'.{target.name}.partial')
+    try:
+        if target.suffix == '.safetensors':
+            from safetensors.torch import save_file
+
+            save_file(content, partial, {'format': 'pt', 'model': encoder.model})
+        else:
+            torch.save(content, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _card(encoder: Encoder, format: Format, source: Path, written: list[Path]) -> str:
+    """Model card in Markdown."""
+    checkpoint, state = encoder.checkpoint, encoder.state_dict
+    hparams = checkpoint['hyper_parameters']
+    dino = any(key.startswith('student.') for key in checkpoint['state_dict'])
+    channels = next(v for v in state.values() if v.ndim == 4).shape[1]
+    options = ''.join(f', {k}={v}' for k, v in encoder.options.items())
+    create = (
+        f"timm.create_model('{encoder.model}', in_chans={channels}, num_classes=0"
+        f'{options}'
+    )
+    file = written[0].name
+    name = encoder.model if encoder.model in encoders else f'tu-{encoder.model}'
+    usage = {
+        'torchgeo': f'--model.model {encoder.model} --model.weights {file} '
+        f'--model.in_channels {channels}',
+        'timm': f"{create}, checkpoint_path='{file}')",
+        'safetensors': f"{create}, checkpoint_path='{file}')",
+        'smp': f"encoder.load_state_dict(torch.load('{file}'))  # of {name}\n"
+        f'--model.backbone {name} --model.weights {written[-1].name}',
+    }[format]
+    run = _run_files(source)
+    bands = hparams.get('bands') or run['bands']
+    rows = {
+        'method': 'DINO-MC (arXiv 2303.06670)'
+        if dino
+        else 'SoftCon (arXiv 2405.20462)',
+        'encoder': f'{encoder.model}, the {encoder.branch}',
+        'pretrained as': hparams['model'],
+        'bands': ', '.join(bands) if bands else f'{channels}, not named',
+        'value range': run['range'] or 'not known',
+        'image size in training': hparams.get('size', 'not known'),
+        'data': run['data'] or 'not known',
+        'epochs, steps': f'{checkpoint.get("epoch", -1) + 1}, '
+        f'{checkpoint.get("global_step", "not known")}',
+        'metrics at the end': run['metrics'] or 'not known',
+        'versions': ', '.join(
+            f'{name} {version(name)}'
+            for name in ('torchgeo-softcon', 'torchgeo', 'timm', 'torch')
+        ),
+    }
+    table = '\n'.join(f'| {name} | {value} |' for name, value in rows.items())
+    settings = '\n'.join(
+        f'{k}: {v}' for k, v in hparams.items() if not k.startswith('_')
+    )
+    return (
+        f'# {written[0].stem}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n'
+        f'```\n{usage}\n```\n\n## Settings\n\n```yaml\n{settings}\n```\n'
+    )
+
+
+def _run_files(source: Path) -> dict[str, Any]:
+    """What the files beside a checkpoint tell of the run."""
+    folder = source.absolute().parents[1]
+    result: dict[str, Any] = dict.fromkeys(('bands', 'range', 'data', 'metrics'))
+    if (folder / 'config.yaml').is_file():
+        config = yaml.safe_load((folder / 'config.yaml').read_text())
+        data = config.get('data') if isinstance(config, Mapping) else None
+        if isinstance(data, Mapping) and 'class_path' in data:
+            init = data.get('init_args') or {}
+            options = ', '.join(f'{k}={v}' for k, v in init.items() if v is not None)
+            result['bands'] = init.get('bands')
+            result['data'] = f'{data["class_path"]}({options})'
+            if str(data['class_path']).startswith('torchgeo_softcon.'):
+                result['range'] = '[0, 1]'
+    if (folder / 'metrics.csv').is_file():
+        last: dict[str, str] = {}
+        with open(folder / 'metrics.csv') as file:
+            for row in csv.DictReader(file):
+                last.update({k: v for k, v in row.items() if v and k})
+        if last:
+            result['metrics'] = ', '.join(f'{k} {v}' for k, v in last.items())
+    return result

@@ -1,0 +1,310 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Models for timm's registry, with the weights of SoftCon, DINO-MC and DINO-TP.
+
+Under these names, everything that creates models with timm can have them pretrained, for
+any of their bands: TorchGeo's tasks with ``weights: true``, ``tu-`` encoders of
+segmentation_models_pytorch, ``timm.create_model(..., pretrained=True, in_chans=12)``.
+
+Nothing but timm is imported here: this module is loaded whenever timm is.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from ..bands import (
+    SENTINEL1_BANDS,
+    SENTINEL2_BANDS,
+    SENTINEL2_SUBSETS,
+    bands_of_count,
+    normalize_band_names,
+)
+
+#: Members of the enums by the tags of timm, and their bands. The first is the default.
+_SOFTCON = {'sentinel2_softcon': SENTINEL2_BANDS, 'sentinel1_softcon': SENTINEL1_BANDS}
+_DINO_MC = {
+    'sentinel2_rgb_dinomc': SENTINEL2_SUBSETS[3],
+    'sentinel2_rgb_dinotp': SENTINEL2_SUBSETS[3],
+}
+
+
+class _Model(NamedTuple):
+    """How a model is built."""
+
+    timm_name: str
+    enum: str
+    bands: dict[str, tuple[str, ...]]
+    #: For images of other sizes, which TorchGeo's tasks have no argument for.
+    options: dict[str, Any]
+
+
+# As in timm's own models of these families
+_LAYERS = {
+    'resnet': {'first_conv': 'conv1', 'classifier': 'fc'},
+    'vit': {'first_conv': 'patch_embed.proj', 'classifier': 'head'},
+    'swin': {'first_conv': 'patch_embed.proj', 'classifier': 'head.fc'},
+}
+_ANY_SIZE = {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True}
+_SIZE_256 = {**_ANY_SIZE, 'img_size': 256}
+
+_MODELS = {
+    'softcon_resnet50': _Model('resnet50', 'ResNet50_Weights', _SOFTCON, {}),
+    'softcon_vit_small_patch14_224': _Model(
+        'vit_small_patch14_dinov2', 'ViTSmall14_DINOv2_Weights', _SOFTCON, _ANY_SIZE
+    ),
+    'softcon_vit_base_patch14_224': _Model(
+        'vit_base_patch14_dinov2', 'ViTBase14_DINOv2_Weights', _SOFTCON, _ANY_SIZE
+    ),
+    'softcon_vit_small_patch16_224': _Model(
+        'vit_small_patch16_224', 'ViTSmall16_Weights', _SOFTCON, _ANY_SIZE
+    ),
+    'softcon_vit_base_patch16_224': _Model(
+        'vit_base_patch16_224', 'ViTBase16_Weights', _SOFTCON, _ANY_SIZE
+    ),
+    # The grid of patch 14, and therefore its features
+    'softcon_vit_small_patch16_256': _Model(
+        'vit_small_patch16_224', 'ViTSmall16_Weights', _SOFTCON, _SIZE_256
+    ),
+    'softcon_vit_base_patch16_256': _Model(
+        'vit_base_patch16_224', 'ViTBase16_Weights', _SOFTCON, _SIZE_256
+    ),
+    'dinomc_resnet50': _Model('resnet50', 'ResNet50_Weights', _DINO_MC, {}),
+    'dinomc_wide_resnet50_2': _Model(
+        'wide_resnet50_2', 'WideResNet50_2_Weights', _DINO_MC, {}
+    ),
+    'dinomc_vit_small_patch8_224': _Model(
+        'vit_small_patch8_224', 'ViTSmall8_Weights', _DINO_MC, _ANY_SIZE
+    ),
+    'dinomc_swin_tiny_patch4_window7_224': _Model(
+        'swin_tiny_patch4_window7_224',
+        'Swin_T_Weights',
+        _DINO_MC,
+        {'img_size': 224, 'strict_img_size': False},
+    ),
+}
+
+
+def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
+    """What timm wants to know of pretrained weights."""
+    rgb = model.bands is _DINO_MC
+    size = model.options.get('img_size', 224)
+    family = next(name for name in _LAYERS if name in model.timm_name)
+    return {
+        # Says to timm that there are weights; _create gets them
+        'url': f'torchgeo-softcon:{model.enum}.{tag.upper()}',
+        'input_size': (channels, size, size),
+        'num_classes': 0,
+        'mean': (0.485, 0.456, 0.406) if rgb else (0.0,) * channels,
+        'std': (0.229, 0.224, 0.225) if rgb else (1.0,) * channels,
+        'origin_url': 'https://github.com/'
+        + ('WennyXY/DINO-MC' if rgb else 'zhu-xlab/softcon'),
+        'paper_ids': 'arXiv:2303.06670' if rgb else 'arXiv:2405.20462',
+        'pool_size': None if family == 'vit' else (7, 7),
+        **_LAYERS[family],
+    }
+
+
+#: timm reads this when a model of this module is registered.
+default_cfgs = generate_default_cfgs(
+    {
+        f'{name}.{tag}': _cfg(model, tag, len(bands))
+        for name, model in _MODELS.items()
+        for tag, bands in model.bands.items()
+    }
+)
+
+
+def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -> str:
+    """Which weights fit: those asked for, else the first that have the bands."""
+    known = _MODELS[name].bands
+    if tag is not None:
+        if tag not in known:
+            raise ValueError(
+                f'{name} must have one of the tags {[*known]}, got {tag!r}'
+            )
+        return tag
+    if isinstance(bands, int):
+        fitting = [t for t, b in known.items() if len(b) == bands]
+    else:
+        names = set(normalize_band_names(bands or ()))
+        fitting = [t for t, b in known.items() if names <= set(b)]
+    return (fitting or [*known])[0]
+
+
+def _create(
+    name: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    bands: Sequence[str] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a model of this module.
+
+    Args:
+        name: Its name.
+        pretrained: Whether to load its weights.
+        pretrained_cfg: Tag of the weights. Defaults to the first that has the bands. Or
+            a configuration of timm's, for weights from elsewhere.
+        pretrained_cfg_overlay: See timm. If it names other weights, timm loads them.
+        bands: Names of the bands that the model shall see. Defaults to those that the
+            number *in_chans* stands for.
+        cache_dir: Folder to download to.
+        **kwargs: Arguments of timm's model: *in_chans* (default: those of the weights),
+            *num_classes* (default: 0), *img_size*, *features_only*, ...
+
+    Returns:
+        A model.
+
+    Raises:
+        ValueError: If the number of bands does not tell which ones they are, or
+            something else does not fit.
+    """
+    model = _MODELS[name]
+    channels = kwargs.pop('in_chans', None)
+    if bands is not None:
+        if channels not in (None, len(bands)):
+            raise ValueError(
+                f'in_chans must be the number of bands, {len(bands)}, got {channels}'
+            )
+        channels = len(bands)
+    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else None
+    tag = _choose_tag(name, tag, channels if bands is None else bands)
+    channels = len(model.bands[tag]) if channels is None else channels
+    kwargs = {**model.options, **kwargs}
+
+    cfg: Any = {**_cfg(model, tag, channels), 'architecture': name, 'tag': tag}
+    overlay = dict(pretrained_cfg_overlay or {})
+    foreign = any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
+    if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
+        cfg, foreign = pretrained_cfg, True
+    created = timm.create_model(
+        model.timm_name,
+        pretrained=pretrained and foreign,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
+        in_chans=channels,
+        **kwargs,
+    )
+    if pretrained and not foreign:
+        chosen = bands or bands_of_count(channels, model.bands[tag])
+        state_dict = _read(model, tag, chosen, kwargs.get('img_size'), cache_dir)
+        _load(created, state_dict, bool(kwargs.get('features_only')))
+    return created
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor], features_only: bool) -> None:
+    """Load parameters, all but classifiers strictly.
+
+    Not timm's own loader, which adapts input layers of other than 3 bands at random and,
+    in some versions, takes a Swin Transformer without classifier for one of another
+    layout.
+    """
+    from .convert import is_head  # which imports the blocks of the tasks
+
+    own = model.state_dict()
+    # timm wraps a model for its features, and calls its stages by name
+    names = {
+        key: re.sub(r'^(layers|stages)_', r'\1.', key.removeprefix('model.'))
+        for key in own
+    }
+    missing = sorted({n for n in names.values() if n not in state_dict})
+    missing = [name for name in missing if not is_head(name)]
+    lost = sorted(state_dict.keys() - set(names.values()))
+    if missing or (lost and not features_only):
+        raise ValueError(
+            f'the arguments of the model leave no place for the weights {lost[:3]}, or '
+            f'need others {missing[:3]}. Leave out what changes the layers'
+        )
+    loaded = {
+        key: state_dict[name] for key, name in names.items() if name in state_dict
+    }
+    for key, value in loaded.items():
+        if key.endswith('pos_embed') and value.shape != own[key].shape:
+            vit: Any = model.model if key.startswith('model.') else model
+            loaded[key] = resample_abs_pos_embed(value, list(vit.patch_embed.grid_size))
+    model.load_state_dict(loaded, strict=False)
+
+
+def _read(
+    model: _Model, tag: str, bands: Sequence[str], img_size: Any, cache_dir: Any
+) -> dict[str, Tensor]:
+    """Read the parameters of a model."""
+    from . import weights  # which imports TorchGeo
+
+    member = getattr(weights, model.enum)[tag.upper()]
+    # timm resamples positions for images that are not square
+    size = None
+    if isinstance(img_size, int) and 'vit' in model.timm_name:
+        patch = int(model.timm_name.split('_patch')[1].split('_')[0])
+        size = max(1, img_size // patch) * patch
+    state_dict: dict[str, Tensor] = member.get_state_dict(
+        bands=bands, img_size=size, layout='timm', model_dir=cache_dir
+    )
+    return state_dict
+
+
+def softcon_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-50 of SoftCon."""
+    return _create('softcon_resnet50', pretrained, **kwargs)
+
+
+def softcon_vit_small_patch14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/14 of SoftCon."""
+    return _create('softcon_vit_small_patch14_224', pretrained, **kwargs)
+
+
+def softcon_vit_base_patch14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/14 of SoftCon."""
+    return _create('softcon_vit_base_patch14_224', pretrained, **kwargs)
+
+
+def softcon_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16, converted from SoftCon's ViT-S/14."""
+    return _create('softcon_vit_small_patch16_224', pretrained, **kwargs)
+
+
+def softcon_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16, converted from SoftCon's ViT-B/14."""
+    return _create('softcon_vit_base_patch16_224', pretrained, **kwargs)
+
+
+def softcon_vit_small_patch16_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/16 at 256 pixels, with the features of SoftCon's ViT-S/14 at 224 pixels."""
+    return _create('softcon_vit_small_patch16_256', pretrained, **kwargs)
+
+
+def softcon_vit_base_patch16_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/16 at 256 pixels, with the features of SoftCon's ViT-B/14 at 224 pixels."""
+    return _create('softcon_vit_base_patch16_256', pretrained, **kwargs)
+
+
+def dinomc_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-50 of DINO-MC and DINO-TP."""
+    return _create('dinomc_resnet50', pretrained, **kwargs)
+
+
+def dinomc_wide_resnet50_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide ResNet-50-2 of DINO-MC and DINO-TP."""
+    return _create('dinomc_wide_resnet50_2', pretrained, **kwargs)
+
+
+def dinomc_vit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S/8 of DINO-MC and DINO-TP."""
+    return _create('dinomc_vit_small_patch8_224', pretrained, **kwargs)
+
+
+def dinomc_swin_tiny_patch4_window7_224(
+    pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """Swin-T of DINO-MC and DINO-TP, equal to torchvision's at 224 pixels only."""
+    return _create('dinomc_swin_tiny_patch4_window7_224', pretrained, **kwargs)

@@ -1,0 +1,196 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Reading checkpoints without running code in them, and finding the encoder in them."""
+
+import argparse
+import functools
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from torch import Tensor
+
+from .convert import has_layer_scale
+
+Branch = Literal['student', 'teacher']
+
+# What DINO and DINO-MC save besides tensors: their arguments, and learning rates of the
+# optimizer as numpy scalars. The module of numpy's scalars has changed its name.
+_scalar = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    (_scalar, 'numpy.core.multiarray.scalar'),
+    (_scalar, 'numpy._core.multiarray.scalar'),
+    np.dtype,
+    *(
+        type(np.dtype(name))
+        for name in ('float64', 'float32', 'int64', 'int32', 'bool')
+    ),
+]
+
+#: Prefix of all keys of a branch of DINO-MC. `module.` is there if the network was wrapped
+#: for distributed training, which for teachers only those with batch norm are.
+_DINO_KEY = re.compile(r'(?:module\.)?(backbone|head)\.(.+)')
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint without running any code in it.
+
+    Beyond what PyTorch allows, the arguments and numpy scalars in the checkpoints of
+    DINO-MC are accepted.
+
+    Args:
+        path: Path of a file written by ``torch.save``, or by safetensors.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        ValueError: If the file is no checkpoint, is damaged, or holds other objects.
+    """
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        # Mapped, not read: of a training checkpoint, a tenth is needed
+        mapped = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            checkpoint = torch.load(
+                path, map_location='cpu', weights_only=True, mmap=mapped
+            )
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f'weights: {path} is not a checkpoint that PyTorch can load safely: '
+            f'{_reason(error)}'
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(  # noqa: TRY004
+            f'weights: {path} must hold a state dict, got a {type(checkpoint).__name__}'
+        )
+    return dict(checkpoint)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, and what to do."""
+    found = re.findall(
+        r'(?:GLOBAL|unsafe class|Unsupported class) ([A-Za-z_][\w.]*)', str(error)
+    )
+    if found:
+        return (
+            f'it holds Python objects ({", ".join(dict.fromkeys(found))}), which could '
+            'run code. If you trust it, load it by hand with weights_only=False, and '
+            'save its state dict alone'
+        )
+    # PyTorch's text around the reason advises to load unsafely
+    match = re.search(r'WeightsUnpickler error:\s*(.*)', str(error))
+    reason = match[1] if match else f'{type(error).__name__} {error}'.strip()
+    return f'{reason}. It may be incomplete: download it again'
+
+
+def dino_mc_encoder(
+    checkpoint: Mapping[str, Any], branch: Branch = 'teacher'
+) -> dict[str, Tensor]:
+    """Find the encoder in a training checkpoint of DINO-MC, DINO-TP or DINO.
+
+    https://github.com/WennyXY/DINO-MC/blob/4f8e519/main_dino_mc.py
+
+    Args:
+        checkpoint: Checkpoint with the entries *student* and *teacher*.
+        branch: Which of the two. The paper evaluates the teacher.
+
+    Returns:
+        Parameters of the encoder, without prefixes and without the head.
+
+    Raises:
+        ValueError: If there is no such branch, or it is not one of DINO.
+    """
+    if branch not in ('student', 'teacher'):
+        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    state_dict = checkpoint.get(branch)
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(  # noqa: TRY004
+            f'branch={branch!r} is not in the checkpoint, which has '
+            f'{sorted(map(str, checkpoint))[:8]}. Choose another branch, or a training '
+            'checkpoint of DINO-MC'
+        )
+    encoder, foreign = {}, []
+    for key, value in state_dict.items():
+        match = _DINO_KEY.fullmatch(key)
+        if match is None:
+            foreign.append(key)
+        elif match[1] == 'backbone':
+            encoder[match[2]] = value
+    if foreign or not encoder:
+        raise ValueError(
+            f'branch={branch!r} of the checkpoint must have keys that start with '
+            f'(module.)backbone. or (module.)head., got {(foreign or [*state_dict])[:3]}'
+        )
+    return encoder
+
+
+@functools.cache
+def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any]:
+    """Shapes of the parameters of an encoder by their names."""
+
+    def build() -> dict[str, Any]:
+        if model == 'swin_t':  # the host takes it from torchvision
+            swin = torchvision.models.swin_t()
+            return swin.state_dict()
+        kwargs: Any = {} if img_size is None else {'img_size': img_size}
+        return timm.create_model(
+            model, in_chans=in_channels, num_classes=0, **kwargs
+        ).state_dict()
+
+    try:
+        with torch.device('meta'):
+            state_dict = build()
+    except (NotImplementedError, RuntimeError):  # timm that reads numbers as it builds
+        state_dict = build()
+    return {k: tuple(v.shape) for k, v in state_dict.items() if k[:5] != 'head.'}
+
+
+def check_architecture(
+    state_dict: Mapping[str, Tensor],
+    model: str,
+    in_channels: int,
+    img_size: int | None = None,
+    source: str = 'weights',
+) -> None:
+    """Check that parameters are those of an encoder, all of them and no others.
+
+    Args:
+        state_dict: Parameters in the layout of *model*, without a classifier.
+        model: Name of a timm model, or *swin_t* for torchvision's.
+        in_channels: Number of bands.
+        img_size: Image size that *model* is built for, None for its default.
+        source: What to call the parameters in the error.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    expected = _shapes(model, in_channels, img_size)
+    missing = sorted(expected.keys() - state_dict.keys())
+    unexpected = sorted(state_dict.keys() - expected.keys())
+    shapes = [
+        f'{k} {tuple(state_dict[k].shape)} instead of {v}'
+        for k, v in expected.items()
+        if k in state_dict and tuple(state_dict[k].shape) != v
+    ]
+    if missing or unexpected or shapes:
+        hint = 'Choose the file that was made for this model'
+        if has_layer_scale(unexpected):
+            hint += ', or convert them with models.convert.to_patch_size'
+        raise ValueError(
+            f'{source} must have the parameters of {model} with {in_channels} bands: '
+            f'{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected '
+            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. {hint}'
+        )

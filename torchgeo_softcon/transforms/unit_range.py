@@ -1,0 +1,81 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The range of values that SoftCon's encoders were trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bands import BAND_STATISTICS, normalize_band_names
+
+
+class ToUnitRange(nn.Module):
+    r"""Scale bands to [0, 1] as SoftCon's authors do before pretraining.
+
+    .. math::
+
+        u = \operatorname{clip}\left(\frac{x - \mu + 2 \sigma}{4 \sigma}, 0, 1\right)
+
+    TorchGeo's transforms of the same weights are z-scores :math:`z = (x - \mu) / \sigma`.
+    The two differ by :math:`u = \operatorname{clip}((z + 2) / 4, 0, 1)`. The authors round
+    to 8 bit in between, which neither does.
+    https://github.com/zhu-xlab/softcon#readme
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Initialize a new ToUnitRange instance.
+
+        Args:
+            mean: Mean of each band.
+            std: Standard deviation of each band.
+        """
+        super().__init__()
+        self.register_buffer('low', torch.tensor(mean) - 2 * torch.tensor(std))
+        self.register_buffer('extent', 4 * torch.tensor(std))
+        self.low: Tensor
+        self.extent: Tensor
+
+    @classmethod
+    def of(cls, bands: Sequence[str]) -> 'ToUnitRange':
+        """The transform for some bands, with the statistics of SSL4EO-S12.
+
+        Args:
+            bands: Bands of Sentinel-2 (digital numbers) or Sentinel-1 (dB), in the order
+                of the images' channels.
+
+        Returns:
+            A transform.
+
+        Raises:
+            ValueError: If a name is unknown or has no statistics.
+        """
+        names = normalize_band_names(bands)
+        unknown = [name for name in names if name not in BAND_STATISTICS]
+        if unknown:
+            raise ValueError(
+                f'bands must be of Sentinel-2 or Sentinel-1, got {unknown}. Pass the mean '
+                'and standard deviation of other bands to ToUnitRange'
+            )
+        mean, std = zip(*(BAND_STATISTICS[name] for name in names), strict=True)
+        return cls(mean, std)
+
+    def forward(self, sample: Any) -> Any:
+        """Scale an image, or the image of a sample.
+
+        Args:
+            sample: Images of shape (..., C, H, W), or a sample with such an *image*.
+
+        Returns:
+            The same with float images in [0, 1].
+        """
+        if isinstance(sample, dict):
+            return {**sample, 'image': self(sample['image'])}
+        low, extent = (
+            x.view(-1, 1, 1).to(sample.device) for x in (self.low, self.extent)
+        )
+        return ((sample - low) / extent).clamp(0, 1)
