@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from torchgeo_softcon import ResNet50_Weights, ViTSmall16_Weights
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
@@ -22,7 +23,8 @@ from torchgeo_softcon.tasks.base import split_seasons
 from torchgeo_softcon.tasks.guard import NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
 
-from .helpers import Scenes, make_batch, make_loader, make_task, make_trainer
+from ..models.helpers import WeightsFolder
+from .helpers import Scenes, make_batch, make_dino, make_loader, make_task, make_trainer
 
 
 def test_split_seasons() -> None:
@@ -224,6 +226,34 @@ def test_modules_used_before_are_trained(tmp_path: Path) -> None:
     before = task.teacher.get_buffer('bn1.running_mean').clone()
     make_trainer(tmp_path, max_epochs=1).fit(task, make_loader())
     assert not torch.equal(task.teacher.get_buffer('bn1.running_mean'), before)
+
+
+class TestModelsOfThisPackage:
+    @pytest.mark.parametrize(
+        ('model', 'bands'),
+        [
+            ('softcon_vit_small_patch16_224', None),
+            ('softcon_resnet50', ['B8', 'B4', 'B3', 'B2']),
+        ],
+    )
+    def test_weights_for_the_bands(
+        self,
+        model: str,
+        bands: list[str] | None,
+        weights_folder: WeightsFolder,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        weights_folder.use(monkeypatch)
+        task = make_task(model=model, weights=True, bands=bands)
+        enum = ViTSmall16_Weights if 'vit' in model else ResNet50_Weights
+        names = bands or ['B2', 'B3', 'B4', 'B8']
+        expected = enum.SENTINEL2_SOFTCON.get_state_dict(bands=names)
+        for key, value in task.model.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+
+    def test_stochastic_depth(self) -> None:
+        task = make_dino(model='softcon_vit_small_patch16_224')
+        assert max(getattr(m, 'drop_prob', 0) for m in task.student.modules()) > 0
 
 
 class TestNonFinite:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         feature_size,
         is_vit,
         load_encoder,
+        read_pretrained,
         read_weights,
     )
     from .weights import (
@@ -42,6 +43,7 @@ __all__ = (
     'feature_size',
     'is_vit',
     'load_encoder',
+    'read_pretrained',
     'read_weights',
 )
 

@@ -91,6 +91,19 @@ _MODELS = {
 }
 
 
+def timm_name(model: str) -> str:
+    """Name of timm's model of the same architecture.
+
+    Args:
+        model: Name of a model of timm or of this module, also with a tag.
+
+    Returns:
+        The name without tag, of timm's model if it is one of this module.
+    """
+    name = model.split('/')[-1].split('.')[0]
+    return _MODELS[name].timm_name if name in _MODELS else name
+
+
 def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
     """What timm wants to know of pretrained weights."""
     rgb = model.bands is _DINO_MC

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._compat import WeightsEnum, extract_backbone, get_weight
 from ..modules.patch_embed import InputLayerInit, adapt_input_weight, input_layer
+from .builders import timm_name
 from .checkpoints import dino_mc_encoder, read_checkpoint
 from .convert import drop_head, has_layer_scale, is_torchvision_swin, swin_to_timm
 
@@ -45,7 +46,7 @@ def create_encoder(
     Raises:
         ValueError: If timm has no model of that name.
     """
-    name = model.split('/')[-1].split('.')[0]
+    name = timm_name(model)
     if ':' not in model and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f', did you mean {", ".join(close)}?' if close else '.'
@@ -123,6 +124,27 @@ def _read_file(path: str) -> dict[str, Tensor]:
     if {'student', 'teacher'} <= checkpoint.keys():
         return dino_mc_encoder(checkpoint)
     return dict(checkpoint.get('state_dict', checkpoint))
+
+
+def read_pretrained(
+    model: str, in_channels: int, bands: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Read the weights that the name of a model stands for.
+
+    Args:
+        model: Name of a timm model.
+        in_channels: Number of bands.
+        bands: Their names.
+
+    Returns:
+        A state dict: of this package's models for those bands, of timm's own for RGB.
+    """
+    if timm_name(model) == model.split('/')[-1].split('.')[0]:
+        return dict(create_encoder(model, pretrained=True).state_dict())
+    created = timm.create_model(
+        model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
+    )
+    return dict(created.state_dict())
 
 
 def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:

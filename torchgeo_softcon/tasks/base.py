@@ -18,7 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
-from ..models import create_encoder, feature_size, is_vit, load_encoder, read_weights
+from ..models import (
+    create_encoder,
+    feature_size,
+    is_vit,
+    load_encoder,
+    read_pretrained,
+    read_weights,
+)
 from ..modules import input_layer, update_ema
 from ..schedules import cosine_warmup
 from .guard import NonFiniteGuard
@@ -112,7 +119,7 @@ class EMATask(BaseTask):
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
             if self.weights is True:
-                state_dict = create_encoder(name, pretrained=True).state_dict()
+                state_dict = read_pretrained(name, channels, bands)
             else:
                 state_dict = read_weights(self.weights)
             load_encoder(encoder, state_dict, self.hparams['in_layer_init'], bands)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
+from ..models.builders import timm_name
 from ..modules import DINOHead, can_pack, encode_crops, make_teacher
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
@@ -41,7 +42,7 @@ def default_drop_path_rate(model: str) -> float:
     Returns:
         The rate.
     """
-    name = model.split('/')[-1].split('.')[0]
+    name = timm_name(model)
     if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
         return 0.1
     return 0.2 if is_model_in_modules(name, ('swin_transformer',)) else 0.0
