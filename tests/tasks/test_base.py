@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchgeo_softcon import ResNet50_Weights, ViTSmall16_Weights
+from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
@@ -316,6 +317,27 @@ class TestCheckpoint:
         path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
         assert f'The pretrained encoder is in {path}' in caplog.text
         assert f'--model.model test_vit --model.weights {path}' in caplog.text
+
+    def test_family_that_the_host_does_not_open(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+        task = make_dino(model='test_convnext', local_sizes=(32,))
+        with caplog.at_level('INFO', logger='lightning.pytorch'):
+            trainer.fit(task, make_loader())
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        assert f'torchgeo-softcon export {path} --format timm' in caplog.text
+        assert 'Fine-tune from it with' not in caplog.text
+
+        # What it says works
+        file = tmp_path / 'encoder.pth'
+        main(['export', path, '--format', 'timm', '--output', str(file)])
+        model = timm.create_model('test_convnext', in_chans=4, num_classes=3)
+        missing, unexpected = model.load_state_dict(torch.load(file), strict=False)
+        assert not unexpected
+        assert missing == ['head.fc.weight', 'head.fc.bias']
+        for key, value in task.model.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value)
 
     def test_augmentations_are_not_in_it(self, tmp_path: Path) -> None:
         class Scale(torch.nn.Module):

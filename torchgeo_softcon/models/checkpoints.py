@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from .convert import has_layer_scale
+from .convert import has_layer_scale, is_head
 
 Branch = Literal['student', 'teacher']
 
@@ -143,8 +143,8 @@ def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any
 
     def build() -> dict[str, Any]:
         if model == 'swin_t':  # the host takes it from torchvision
-            swin = torchvision.models.swin_t()
-            return swin.state_dict()
+            swin = torchvision.models.swin_t().state_dict()
+            return {k: v for k, v in swin.items() if not is_head(k)}
         kwargs: Any = {} if img_size is None else {'img_size': img_size}
         return timm.create_model(
             model, in_chans=in_channels, num_classes=0, **kwargs
@@ -155,7 +155,7 @@ def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any
             state_dict = build()
     except (NotImplementedError, RuntimeError):  # timm that reads numbers as it builds
         state_dict = build()
-    return {k: tuple(v.shape) for k, v in state_dict.items() if k[:5] != 'head.'}
+    return {k: tuple(v.shape) for k, v in state_dict.items()}
 
 
 def check_architecture(

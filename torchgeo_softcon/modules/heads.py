@@ -88,7 +88,8 @@ class Prototypes(nn.Module):
 class DINOHead(ProjectionHead):
     """Projection head of DINO: an MLP, then cosines with K prototypes.
 
-    Three linear layers with GELU, an L2 normalisation, and a linear layer without bias whose rows have their norms as parameters of their own.
+    Three linear layers with GELU and without batch norm, an L2 normalisation, and a
+    linear layer without bias whose rows have their norms as parameters of their own.
     Equal to lightly's ``DINOProjectionHead``, which cannot be copied, see
     :class:`Prototypes`.
     https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
@@ -101,7 +102,6 @@ class DINOHead(ProjectionHead):
         bottleneck_dim: int = 256,
         output_dim: int = 65536,
         norm_last_layer: bool = True,
-        batch_norm: bool = False,
     ) -> None:
         """Initialize a new DINOHead instance.
 
@@ -112,23 +112,18 @@ class DINOHead(ProjectionHead):
             output_dim: Number of prototypes K.
             norm_last_layer: Whether to keep the norms of the prototypes at 1, which
                 DINO found to be more stable.
-            batch_norm: Whether batch norm precedes the GELUs.
         """
-        hidden = [
-            (width, hidden_dim, nn.BatchNorm1d(hidden_dim) if batch_norm else None)
-            for width in (input_dim, hidden_dim)
-        ]
         super().__init__(
             [
-                *((*block, nn.GELU()) for block in hidden),
+                (input_dim, hidden_dim, None, nn.GELU()),
+                (hidden_dim, hidden_dim, None, nn.GELU()),
                 (hidden_dim, bottleneck_dim, None, None),
             ]
         )
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.bias)
         self.last_layer = Prototypes(bottleneck_dim, output_dim, not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:

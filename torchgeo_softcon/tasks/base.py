@@ -5,6 +5,7 @@
 
 import functools
 import math
+import shlex
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -439,8 +440,16 @@ class EMATask(BaseTask):
                 getattr(self.trainer, 'datamodule', None), 'finetune_options', None
             )
             data = None if options is None else options(size)
-            command = finetune_command(model, path, channels, data)
-            rank_zero_info(
-                f'The pretrained encoder is in {path}\nFine-tune from it with:\n'
-                f'  {command}'
-            )
+            rank_zero_info(f'The pretrained encoder is in {path}')
+            head = list(self.model.children())[-1]
+            if isinstance(head, nn.Identity):
+                command = finetune_command(model, path, channels, data)
+                rank_zero_info(f'Fine-tune from it with:\n  {command}')
+            else:
+                # The host's loader knows classifiers of one layer only
+                rank_zero_info(
+                    'TorchGeo does not open checkpoints of this family of models. Export '
+                    f'it with:\n  torchgeo-softcon export {shlex.quote(path)} --format '
+                    'timm\nand load the file into a task: '
+                    'task.model.load_state_dict(torch.load(FILE), strict=False)'
+                )

@@ -65,9 +65,9 @@ class DINOMCTask(EMATask):
     stochastic depth, the loss is always computed in float32, and the teacher temperature
     warms up per step.
 
-    DINO needs many images per batch to know its prototypes. With fewer than about 256,
-    use fewer prototypes (*output_dim*), a larger *momentum* and, at first, a lower
-    *lr* than the rule gives; ``examples/dino_mc_small.yaml`` is a recipe that learns.
+    DINO needs many images per batch to know its prototypes, and many steps for its
+    average to arrive anywhere. ``examples/dino_mc_small.yaml`` is a recipe for small data
+    and short runs: fewer prototypes (*output_dim*), a lower *momentum*, a higher *lr*.
 
     If you use this task in your research, please cite the following papers:
 
@@ -100,7 +100,6 @@ class DINOMCTask(EMATask):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         norm_last_layer: bool = True,
-        head_batch_norm: bool = False,
         freeze_last_layer: int = 1,
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
@@ -152,8 +151,6 @@ class DINOMCTask(EMATask):
             hidden_dim: Width of the head.
             bottleneck_dim: Number of features that the prototypes are compared with.
             norm_last_layer: Whether to keep the norms of the prototypes at 1.
-            head_batch_norm: Whether the head has batch norm. It sets the images of a batch
-                apart from the first step on, which small batches need.
             freeze_last_layer: Number of first epochs in which the prototypes stay as
                 they are.
             student_temperature: Temperature of the student.
@@ -255,7 +252,6 @@ class DINOMCTask(EMATask):
             self.hparams['bottleneck_dim'],
             self.hparams['output_dim'],
             self.hparams['norm_last_layer'],
-            self.hparams['head_batch_norm'],
         )
         self.model = make_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
