@@ -4,6 +4,14 @@
 """Callbacks that tell whether an encoder learns, for any task of the host."""
 
 from .collapse import CollapseMonitor, effective_rank, uniformity
+from .embeddings import EmbeddingWriter
 from .knn import KNNProbe, knn_scores
 
-__all__ = ('CollapseMonitor', 'KNNProbe', 'effective_rank', 'knn_scores', 'uniformity')
+__all__ = (
+    'CollapseMonitor',
+    'EmbeddingWriter',
+    'KNNProbe',
+    'effective_rank',
+    'knn_scores',
+    'uniformity',
+)

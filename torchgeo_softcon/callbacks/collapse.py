@@ -136,6 +136,11 @@ class CollapseMonitor(Callback):
         self._plateau_start = -1
         self._warned: list[str] = []
 
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several monitors apart."""
+        return self._generate_state_key(encoder=self.encoder)
+
     def state_dict(self) -> dict[str, Any]:
         """What has been seen so far, for the checkpoint.
 

@@ -22,6 +22,42 @@ _MIN_FRACTION = 0.05
 _MAX_DRAWS = 1_000_000
 
 
+def split_samples(
+    datamodule: LightningDataModule, split: str
+) -> tuple[Dataset[Sample], list[Any]]:
+    """The samples of a split of a TorchGeo datamodule that is set up.
+
+    Args:
+        datamodule: The datamodule.
+        split: Either 'train', 'val', 'test' or 'predict'.
+
+    Returns:
+        The dataset, and what to ask it for, in order.
+
+    Raises:
+        ValueError: If the datamodule has no such split.
+    """
+    dataset = _first(datamodule, f'{split}_dataset', 'dataset')
+    if dataset is None:
+        raise ValueError(
+            f'{type(datamodule).__name__} has no {split}_dataset. Choose another split, '
+            'or other data'
+        )
+    batches = _first(datamodule, f'{split}_batch_sampler', 'batch_sampler')
+    sampler = _first(datamodule, f'{split}_sampler', 'sampler')
+    if batches is not None:
+        return dataset, [i for batch in islice(batches, _MAX_DRAWS) for i in batch]
+    if sampler is not None:
+        return dataset, list(islice(sampler, _MAX_DRAWS))
+    return dataset, list(range(len(dataset)))
+
+
+def _first(datamodule: LightningDataModule, *attributes: str) -> Any:
+    """The first attribute that is set."""
+    values = (getattr(datamodule, a, None) for a in attributes)
+    return next((value for value in values if value is not None), None)
+
+
 class LabelledSamples:
     """A fixed choice of the samples of one split."""
 
@@ -73,26 +109,7 @@ class LabelledSamples:
         Raises:
             ValueError: If the datamodule has no such split.
         """
-
-        def first(*attributes: str) -> Any:
-            values = (getattr(datamodule, a, None) for a in attributes)
-            return next((value for value in values if value is not None), None)
-
-        dataset = first(f'{split}_dataset', 'dataset')
-        if dataset is None:
-            raise ValueError(
-                f'data must be a datamodule with labels in its splits for training and '
-                f'validation, but {type(datamodule).__name__} has no {split}_dataset. '
-                'Give the datasets themselves: data and queries'
-            )
-        batches = first(f'{split}_batch_sampler', 'batch_sampler')
-        sampler = first(f'{split}_sampler', 'sampler')
-        if batches is not None:
-            draws = [index for batch in islice(batches, _MAX_DRAWS) for index in batch]
-        elif sampler is not None:
-            draws = list(islice(sampler, _MAX_DRAWS))
-        else:
-            draws = list(range(len(dataset)))
+        dataset, draws = split_samples(datamodule, split)
         return cls(
             dataset,
             draws,
@@ -100,7 +117,7 @@ class LabelledSamples:
             getattr(datamodule, 'batch_size', None) or 64,
             getattr(datamodule, 'num_workers', 0),
             # Validation images are not augmented, only normalized
-            first('val_aug', 'aug'),
+            _first(datamodule, 'val_aug', 'aug'),
         )
 
     def limit(self, count: int) -> None:
