@@ -13,6 +13,7 @@ from .plugin import install_unless_silenced as _install
 
 if TYPE_CHECKING:
     from ._version import __version__ as __version__
+    from .callbacks import CollapseMonitor, EmbeddingWriter, KNNProbe
     from .datamodules import (
         ImageMaskFolderDataModule,
         SyntheticScenesDataModule,
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
     from .transforms import RandomView, WorldCoverMultiLabel
 
 __all__ = (
+    'CollapseMonitor',
     'ESAWorldCover',
+    'EmbeddingWriter',
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
+    'KNNProbe',
     'RandomView',
     'ResNet50_Weights',
     'SoftConTask',
@@ -54,9 +58,12 @@ __all__ = (
 #: Public names, and the module that has them.
 _MODULES = {
     '__version__': '_version',
+    'CollapseMonitor': 'callbacks',
     'ESAWorldCover': 'datasets',
+    'EmbeddingWriter': 'callbacks',
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
+    'KNNProbe': 'callbacks',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',
     'SoftConTask': 'tasks',

@@ -224,17 +224,13 @@ def embed(
     return writer.rows
 
 
-def set_up(
-    datamodule: LightningDataModule,
-    split: str | None = None,
-    order: Sequence[str] = tuple(_STAGES),
-) -> str:
+def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
     """Prepare a split of a datamodule.
 
     Args:
         datamodule: The datamodule.
-        split: Either 'predict', 'test', 'val' or 'train'.
-        order: What to try otherwise.
+        split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
+            that the datamodule has.
 
     Returns:
         The split.
@@ -243,13 +239,13 @@ def set_up(
         ValueError: If there is none.
     """
     datamodule.prepare_data()
-    for name in order if split is None else (split,):
+    for name in _STAGES if split is None else (split,):
         datamodule.setup(_STAGES[name])
         if getattr(datamodule, f'{name}_dataset', None) is not None:
             return name
-    datamodule.setup('fit')
-    split_samples(datamodule, split or 'train')
-    return split or 'train'
+    # Datamodules of one dataset for all splits
+    split_samples(datamodule, split or 'predict')
+    return split or 'predict'
 
 
 def data_parser(prog: str, description: str) -> ArgumentParser:

@@ -126,6 +126,8 @@ class LabelledSamples:
         Args:
             count: Largest number of samples.
         """
+        if count > len(self.indices) and getattr(self.dataset, 'endless', False):
+            self.indices = range(count)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.indices), generator=generator)
         self.indices = [self.indices[i] for i in order[:count].sort().values]

@@ -98,6 +98,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
     .. versionadded:: 0.1
     """
 
+    #: Whether there are samples beyond the length.
+    endless = True
+
     def __init__(
         self,
         images: Paths,

@@ -236,7 +236,7 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
             if key in samples[0]
         }
         try:
-            figure = plot_views(task, batch, gallery.show)
+            figure = plot_views(task, batch, gallery.bands)
         except ValueError as error:
             return Section('views', title, f'The views cannot be drawn: {error}')
     if figure is None:

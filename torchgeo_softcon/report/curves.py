@@ -7,9 +7,11 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 #: Columns of each figure, the first pattern that matches counts.
@@ -30,6 +32,7 @@ _LABELS = {
     'collapse/feature_std': 'feature std',
     'collapse/effective_rank': 'effective rank',
     'collapse/uniformity': 'uniformity',
+    'train_unknown_share': 'share of unknown labels',
 }
 
 _WIDTH, _HEIGHT, _COLUMNS = 3.6, 2.5, 3
@@ -116,13 +119,20 @@ def _plot_panels(log: pd.DataFrame, columns: Sequence[str]) -> Figure:
     width = min(len(columns), _COLUMNS)
     rows = math.ceil(len(columns) / width)
     figure = Figure((_WIDTH * width, _HEIGHT * rows), layout='constrained')
-    axes = figure.subplots(rows, width, squeeze=False, sharex=True).flat
+    axes = list(figure.subplots(rows, width, squeeze=False).flat)
     for axis, column in zip(axes, columns, strict=False):
         _draw(axis, log, column)
         axis.set_title(_LABELS.get(column, column), fontsize='medium', loc='left')
-        if column.endswith('effective_rank'):
-            axis.set_ylim(bottom=0)
-    for axis in [*axes][len(columns) :]:
+        values = log[column].dropna()
+        if re.search('rank|std|schedule/lr', column):
+            axis.set_ylim(bottom=0)  # 0 has a meaning
+        elif column.endswith('uniformity'):
+            axis.set_ylim(top=0)
+        elif column.endswith('share'):
+            axis.set_ylim(-0.02, 1.02)
+        elif np.ptp(values) == 0:
+            axis.set_ylim(0, 1.2 * values.iloc[0] or 1)
+    for axis in axes[len(columns) :]:
         axis.remove()
     figure.supxlabel('optimizer step', fontsize='medium')
     return figure
@@ -134,11 +144,13 @@ def _plot_probes(log: pd.DataFrame, columns: Sequence[str]) -> Figure:
     figure = Figure((5.4 * len(metrics), 3.4), layout='constrained')
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
-        for column in columns:
+        # Chance comes last in the legend
+        for column in sorted(columns, key=lambda c: (c.endswith('_chance'), c)):
             if _metric(column) == metric:
                 chance = column.endswith('_chance')
                 style = {'color': 'grey', 'linestyle': '--'} if chance else {}
                 name = re.sub(rf'_?{metric}', '', column).replace('_', ', ')
+                name = name.replace('knn, chance', 'chance')
                 _draw(axis, log, column, label=name, **style)
         axis.set_ylim(0, 1)
         axis.set_title(
@@ -156,13 +168,12 @@ def _metric(column: str) -> str:
     return found.group(2) if found else ''
 
 
-def _draw(axis: object, log: pd.DataFrame, column: str, **style: object) -> None:
-    from matplotlib.axes import Axes
-
+def _draw(axis: Axes, log: pd.DataFrame, column: str, **style: Any) -> None:
     values = log[['step', column]].dropna()
     marker = 'o' if len(values) <= 30 else None
-    assert isinstance(axis, Axes)
-    axis.plot(values['step'], values[column], marker=marker, markersize=3, **style)  # type: ignore[arg-type]
+    axis.plot(values['step'], values[column], marker=marker, markersize=3, **style)
+    end = max(log['step'].max(), 1)
+    axis.set_xlim(-0.02 * end, 1.02 * end)
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
     bad = int((~np.isfinite(values[column])).sum())

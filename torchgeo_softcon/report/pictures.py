@@ -85,9 +85,18 @@ def _channels(bands: Sequence[str] | None, count: int) -> list[int]:
     return [0, 1, 2] if count >= 3 else [0]
 
 
-def _grid(rows: int, columns: int, size: float = 1.6, extra: float = 0.0) -> Any:
-    figure = Figure((size * columns, (size + extra) * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False)
+def _grid(
+    rows: int,
+    columns: int,
+    size: float = 1.6,
+    extra: float = 0.0,
+    widths: Sequence[float] | None = None,
+) -> Any:
+    """Axes for pictures of *size* inches, and *extra* of them below each."""
+    widths = [1] * columns if widths is None else widths[:columns]
+    shape = (size * sum(widths), (size + extra) * rows)
+    figure = Figure(shape, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -96,13 +105,15 @@ def _grid(rows: int, columns: int, size: float = 1.6, extra: float = 0.0) -> Any
     return figure, axes
 
 
-def plot_views(task: Any, batch: dict[str, Tensor], show: Display) -> Figure | None:
+def plot_views(
+    task: Any, batch: dict[str, Tensor], bands: Sequence[str] | None = None
+) -> Figure | None:
     """What the two branches of a task get to see of some images.
 
     Args:
         task: A pretraining task of this package.
         batch: *image* and *label* of up to eight images.
-        show: How to show images.
+        bands: Names of the bands.
 
     Returns:
         A row per image, or None if the task does not draw views.
@@ -120,9 +131,13 @@ def plot_views(task: Any, batch: dict[str, Tensor], show: Display) -> Figure | N
         return None
 
     images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
+    images = images[:, : columns[0].shape[1]]
+    side = images.shape[-1]
+    everything = [F.interpolate(c.nan_to_num(), (side, side)) for c in columns]
+    show = Display(torch.cat([images, *everything]), bands)
     figure, axes = _grid(len(images), 1 + len(columns))
     for row, image in enumerate(images):
-        axes[row, 0].imshow(show(image[: columns[0].shape[1]]))
+        axes[row, 0].imshow(show(image))
         for axis, view in zip(axes[row, 1:], columns, strict=True):
             hidden = view[row].isnan().any(0)
             colours = show(view[row].nan_to_num())
@@ -205,10 +220,10 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
 
     figure = Figure((13, 4.2), layout='constrained')
     axes = figure.subplots(1, 3)
-    shown = axes[0].imshow(by_label, vmin=0, vmax=1, cmap='viridis')
+    shown = axes[0].imshow(by_label.numpy(), vmin=0, vmax=1, cmap='viridis')
     axes[0].set_title('label similarity', fontsize='medium')
     figure.colorbar(shown, ax=axes[0], shrink=0.8)
-    shown = axes[1].imshow(by_feature, vmin=-1, vmax=1, cmap='RdBu_r')
+    shown = axes[1].imshow(by_feature.numpy(), vmin=-1, vmax=1, cmap='RdBu_r')
     axes[1].set_title('embedding similarity', fontsize='medium')
     figure.colorbar(shown, ax=axes[1], shrink=0.8)
     for axis in axes[:2]:
@@ -218,7 +233,8 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
     x, y = (m[upper[0], upper[1]].numpy() for m in (by_label, by_feature))
     few = np.random.default_rng(0).permutation(len(x))[:4000]
     jitter = np.random.default_rng(1).uniform(-0.012, 0.012, len(few))
-    axes[2].scatter(x[few] + jitter, y[few], s=3, alpha=0.25, linewidths=0)
+    alpha = min(0.8, max(0.15, 300 / len(few)))
+    axes[2].scatter(x[few] + jitter, y[few], s=8, alpha=alpha, linewidths=0)
     bins = np.round(x * 20) / 20
     centres = [b for b in np.unique(bins) if (bins == b).sum() >= 5]
     medians = [np.median(y[bins == b]) for b in centres]
@@ -253,7 +269,9 @@ def plot_neighbours(
     columns = 2 if len(queries) > 1 else 1
     rows = math.ceil(len(queries) / columns)
     width = neighbours + 2  # an empty column between the two halves
-    figure, axes = _grid(rows, columns * width - 1, 1.1, 0.22)
+    figure, axes = _grid(
+        rows, columns * width - 1, 1.1, 0.2, ([1] * (width - 1) + [0.25]) * columns
+    )
     for axis in axes.flat:
         axis.set_visible(False)
     for number, query in enumerate(queries):
@@ -266,9 +284,9 @@ def plot_neighbours(
             if column:
                 text = f'{float(similarity[query, index]):.2f} | '
                 text += f'{float(by_label[query, index]):.2f}'
-                axis.set_xlabel(text, fontsize=7, labelpad=2)
+                axis.set_xlabel(text, fontsize=8, labelpad=2)
             else:
-                axis.set_xlabel('image', fontsize=7, weight='bold', labelpad=2)
+                axis.set_xlabel('image', fontsize=8, weight='bold', labelpad=2)
     return figure
 
 
@@ -339,7 +357,7 @@ def plot_classes(masks: Sequence[Tensor], thumbnails: Sequence[Array]) -> Figure
     colours[0] = np.array([1.0, 1, 1, 1])
     cmap = ListedColormap([colours[code] for code in codes])
     norm = BoundaryNorm([*codes, 101], len(codes))
-    figure, axes = _grid(2, len(masks), 1.5)
+    figure, axes = _grid(2, len(masks), 1.5, 0.2)
     for column, (mask, image) in enumerate(zip(masks, thumbnails, strict=True)):
         axes[0, column].imshow(image)
         axes[1, column].imshow(

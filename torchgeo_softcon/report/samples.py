@@ -25,6 +25,9 @@ _BATCH = 32
 #: Side in pixels that images are shown with at most.
 _THUMBNAIL = 96
 
+#: Images that a held-out split must have not to be passed over for a larger one.
+_ENOUGH = 50
+
 #: Images that are kept as they are.
 _KEPT = 10
 
@@ -35,6 +38,7 @@ class Gallery:
 
     Attributes:
         split: Which part of the data they are from.
+        bands: Names of the bands, if they are known.
         show: How images are shown.
         features: Features of shape (N, F).
         labels: Class indices of shape (N,), multi-labels of shape (N, K), or None.
@@ -44,6 +48,7 @@ class Gallery:
     """
 
     split: str
+    bands: Sequence[str] | None
     show: Display
     features: Tensor
     labels: Tensor | None
@@ -65,7 +70,7 @@ def collect(
         encoder: The encoder.
         datamodule: A TorchGeo datamodule.
         split: Either 'val', 'predict', 'test' or 'train'. By default, the first of them
-            that the datamodule has.
+            that has 50 images, or else the largest.
         count: Number of images, chosen at random, always the same.
 
     Returns:
@@ -74,13 +79,12 @@ def collect(
     Raises:
         ValueError: If there are fewer than two images.
     """
-    split = set_up(datamodule, split, ('val', 'predict', 'test', 'train'))
-    torch.manual_seed(0)
-    dataset, indices = split_samples(datamodule, split)
+    split, dataset, indices = _split(datamodule, split, count)
     if len(indices) < 2:
         raise ValueError(
             f'a report needs at least 2 images, the {split} split has fewer'
         )
+    torch.manual_seed(0)
     chosen = [indices[i] for i in torch.randperm(len(indices))[:count]]
     aug: Any = getattr(datamodule, 'val_aug', None) or getattr(datamodule, 'aug', None)
 
@@ -113,6 +117,7 @@ def collect(
     known = len(labels) == len(features)
     return Gallery(
         split,
+        bands,
         show,
         torch.cat(features),
         torch.cat(labels) if known else None,
@@ -120,6 +125,27 @@ def collect(
         kept,
         _masks(dataset, chosen[:_KEPT], kept),
     )
+
+
+def _split(
+    datamodule: LightningDataModule, split: str | None, count: int
+) -> tuple[str, Any, list[Any]]:
+    """The first split that has enough images, or else the largest."""
+    best: tuple[str, Any, list[Any]] = ('', None, [])
+    for name in ('val', 'test', 'predict', 'train') if split is None else (split,):
+        torch.manual_seed(0)  # for samplers that draw
+        try:
+            found = set_up(datamodule, name)
+            dataset, indices = split_samples(datamodule, found)
+        except ValueError:
+            if split is not None:
+                raise
+            continue
+        if len(indices) > len(best[2]):
+            best = (found, dataset, indices)
+        if len(indices) >= min(count, _ENOUGH):
+            break
+    return best
 
 
 def _shrink(images: Tensor) -> Tensor:
