@@ -254,7 +254,9 @@ class TestEmbed:
         # The samplers of the two versions treat the rim differently
         assert rows == len(frame) >= 12
         assert set(frame['crs']) == {'EPSG:32633'}
-        assert set(frame['start'].dt.date.astype(str)) == {'2021-06-29', '2021-06-30'}
+        days = set(frame['start'].dt.date.astype(str))
+        assert '2021-06-29' in days
+        assert days <= {'2021-06-29', '2021-06-30'}
         places = frame.geometry.to_crs(32633)
         assert places.area.to_numpy() == pytest.approx(320**2, rel=1e-3)
         left, bottom, right, top = places.total_bounds
