@@ -171,9 +171,9 @@ class TestMetrics:
         run(tmp_path, [KNNProbe(bank, queries, k=3, every_n_epochs=1)], max_epochs=2)
         # The first one is looked at. Training is short: the smallest number of images.
         reads = bank.read[1:]
-        assert len(reads) == 3 * 192
-        assert reads[:192] == reads[192:384] == sorted(set(reads))
-        assert len(queries.read[1:]) == 3 * 64
+        assert len(reads) == 3 * 96
+        assert reads[:96] == reads[96:192] == sorted(set(reads))
+        assert len(queries.read[1:]) == 3 * 32
 
     def test_resizes_to_the_size_of_the_task(self, tmp_path: Path) -> None:
         sizes: list[tuple[int, ...]] = []

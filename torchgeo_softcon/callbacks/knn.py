@@ -19,10 +19,10 @@ from .probes import evaluate, knn_scores, linear_scores
 #: By default, the images of a probe are one in so many of the images that are trained
 #: with between two probes. Training encodes an image four times or more (two views,
 #: forward and backward, and a teacher), a probe once, without heads and augmentations.
-_SHARE = 20
+_SHARE = 30
 
 #: But never fewer images than that, of which a quarter are queries.
-_MIN_SAMPLES = 256
+_MIN_SAMPLES = 128
 
 
 class KNNProbe(Callback):
@@ -75,7 +75,8 @@ class KNNProbe(Callback):
             every_n_steps: Optimizer steps between two probes, instead of epochs.
             max_bank: Largest number of images in the bank. The default keeps the cost
                 below 3 % of the training: *max_bank* and *max_queries* together are a
-                twentieth of the images between two probes, 256 at least.
+                thirtieth of the images between two probes, 128 at least. That is few for
+                a small data set: raise both for figures to rely on.
             max_queries: Largest number of queries, by default a third of *max_bank*.
             size: Side in pixels to resize images to. Defaults to the *size* of the
                 task, if it has one.
