@@ -103,9 +103,9 @@ class TestCurves:
         assert find_logs(tmp_path) == [tmp_path / 'version_1' / 'metrics.csv']
 
     def test_values_that_are_not_finite(self) -> None:
-        log = pd.DataFrame({'step': [1, 2], 'train_loss': [1.0, math.inf]})
-        (axis,) = plot_curves(log)['losses'].axes
-        assert '1 values are not finite' in [t.get_text() for t in axis.texts]
+        log = pd.DataFrame({'step': [1, 2], 'train_feature_std': [math.inf] * 2})
+        (axis,) = plot_curves(log)['spread'].axes
+        assert '2 values are not finite' in [t.get_text() for t in axis.texts]
 
     def test_no_logs(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r'has no logs.*CSVLogger'):

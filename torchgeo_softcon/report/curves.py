@@ -123,11 +123,13 @@ def _plot_panels(log: pd.DataFrame, columns: Sequence[str]) -> Figure:
     for axis, column in zip(axes, columns, strict=False):
         _draw(axis, log, column)
         axis.set_title(_LABELS.get(column, column), fontsize='medium', loc='left')
-        values = log[column].dropna()
+        values = log[column][np.isfinite(log[column])]
+        if values.empty:
+            continue
         if re.search('rank|std|schedule/lr', column):
-            axis.set_ylim(bottom=0)  # 0 has a meaning
+            axis.set_ylim(0, 1.1 * values.max() or 1)  # 0 has a meaning
         elif column.endswith('uniformity'):
-            axis.set_ylim(top=0)
+            axis.set_ylim(1.1 * values.min() or -1, 0)
         elif column.endswith('share'):
             axis.set_ylim(-0.02, 1.02)
         elif np.ptp(values) == 0:
