@@ -13,6 +13,7 @@ from .plugin import install_unless_silenced as _install
 
 if TYPE_CHECKING:
     from ._version import __version__ as __version__
+    from .callbacks import CollapseMonitor, EmbeddingWriter, KNNProbe
     from .datamodules import (
         ImageMaskFolderDataModule,
         SyntheticScenesDataModule,
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
+    'CollapseMonitor',
     'DINOLoss',
     'DINOMCTask',
     'ESAWorldCover',
+    'EmbeddingWriter',
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
+    'KNNProbe',
     'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
@@ -68,11 +72,14 @@ __all__ = (
 #: Public names, and the module that has them.
 _MODULES = {
     '__version__': '_version',
+    'CollapseMonitor': 'callbacks',
     'DINOLoss': 'losses',
     'DINOMCTask': 'tasks',
     'ESAWorldCover': 'datasets',
+    'EmbeddingWriter': 'callbacks',
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
+    'KNNProbe': 'callbacks',
     'MultiCropView': 'transforms',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',

@@ -7,8 +7,15 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
 from torchgeo_softcon import __version__, plugin
+
+#: Commands in modules of their own that are slow to import.
+_WITH_DATA = {
+    'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
+    'report': 'show a run or an encoder on a page of pictures',
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -66,7 +73,15 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=export_encoder)
 
-    namespace = parser.parse_args(args)
+    # They have the options of a datamodule, and a parser of their own
+    rest = list(sys.argv[1:] if args is None else args)
+    for name, text in _WITH_DATA.items():
+        commands.add_parser(name, help=text, add_help=False)
+    if rest and rest[0] in _WITH_DATA:
+        run = import_module(f'torchgeo_softcon.{rest[0]}').main
+        return int(run(rest[1:]))
+
+    namespace = parser.parse_args(rest)
     return int(namespace.run(namespace))
 
 

@@ -4,8 +4,10 @@
 """Windows of georeferenced images, with ESA WorldCover as the mask."""
 
 import copy
+import datetime
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,9 @@ _MAX_TRIES = 10
 #: Share of the smaller of two places from which on they overlap, above what the bends
 #: of neighbours' edges in degrees have in common.
 _SHARED = 1e-4
+
+#: Year, month and day in the name of a file, not in the middle of a number.
+_DATE = re.compile(r'(?<!\d)((?:19|20)\d{2})([-_]?)(\d{2})\2(\d{2})(?!\d)')
 
 #: Files that an error message lists.
 _MAX_NAMED = 3
@@ -92,6 +97,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
 
     .. versionadded:: 0.1
     """
+
+    #: Whether there are samples beyond the length.
+    endless = True
 
     def __init__(
         self,
@@ -428,9 +436,9 @@ class SceneGrid(Dataset[Sample]):
         self.scenes = scenes
         size = scenes.patch_size
         self.windows = [
-            (number, date, top, left)
+            (number, scene, top, left)
             for number, (first, last) in enumerate(scenes._rows)
-            for date, top, left in itertools.product(
+            for scene, top, left in itertools.product(
                 range(len(scenes.places[number].scenes)),
                 _starts(first, last, size),
                 _starts(0, scenes.places[number].grid.width, size),
@@ -450,10 +458,40 @@ class SceneGrid(Dataset[Sample]):
         Returns:
             A sample with an image of shape (C, H, W).
         """
-        number, date, top, left = self.windows[index]
+        number, scene, top, left = self.windows[index]
         place = self.scenes.places[number]
-        values = self.scenes._window(place.scenes[date], top, left)
+        values = self.scenes._window(place.scenes[scene], top, left)
         return self.scenes._sample(place, top, left, [values])
+
+    def footprint(
+        self, index: int
+    ) -> tuple[shapely.Polygon, CRS, datetime.date | None]:
+        """Where and when a window is from.
+
+        Args:
+            index: Position in ``windows``.
+
+        Returns:
+            The outline, its coordinate reference system, and the date in the name of
+            the raster, if there is one.
+        """
+        number, scene, top, left = self.windows[index]
+        place, size = self.scenes.places[number], self.scenes.patch_size
+        transform = place.grid.window_transform(top, left)
+        corners = [
+            transform * (x, y) for x, y in ((0, 0), (size, 0), (size, size), (0, size))
+        ]
+        return shapely.Polygon(corners), place.crs, _date(place.scenes[scene].name)
+
+
+def _date(name: str) -> datetime.date | None:
+    """The first date in a file name, such as 20210630 or 2021-06-30."""
+    for match in _DATE.finditer(os.path.basename(name)):
+        try:
+            return datetime.date(*map(int, match.group(1, 3, 4)))
+        except ValueError:  # a number that is no date
+            continue
+    return None
 
 
 def _starts(first: int, last: int, size: int) -> list[int]:

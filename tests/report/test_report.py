@@ -1,0 +1,286 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import base64
+import math
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
+from PIL import Image
+
+from torchgeo_softcon import SyntheticScenesDataModule
+from torchgeo_softcon.__main__ import main
+from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
+from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.models import create_encoder
+from torchgeo_softcon.report.command import load_task
+from torchgeo_softcon.report.curves import find_logs, plot_curves, read_logs
+from torchgeo_softcon.report.page import Section, write_page
+from torchgeo_softcon.report.pictures import (
+    Display,
+    feature_similarities,
+    label_similarities,
+    mask_view,
+    patch_tokens,
+    plot_neighbours,
+    plot_similarities,
+)
+
+from ..tasks.helpers import make_loader, make_task, make_trainer
+
+PATCHES = 'tests.callbacks.helpers.PatchesDataModule'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all logs and a checkpoint."""
+    root = tmp_path_factory.mktemp('run')
+    patches = import_module('tests.callbacks.helpers').PatchesDataModule
+    trainer = make_trainer(
+        root,
+        logger=CSVLogger(root, name='', version=''),
+        callbacks=[KNNProbe(patches(), k=3, linear=True), CollapseMonitor(4)],
+        log_every_n_steps=1,
+    )
+    trainer.fit(make_task(mask_ratio=0.5), make_loader())
+    trainer.save_checkpoint(root / 'last.ckpt')
+    return root
+
+
+def texts(figure: Figure) -> str:
+    """All that is written in a picture."""
+    axes = figure.axes
+    words = [t for a in axes for t in (a.get_title(), a.get_title('left'))]
+    words += [t for a in axes for t in (a.get_xlabel(), a.get_ylabel())]
+    words += [
+        t.get_text() for a in axes if (g := a.get_legend()) for t in g.get_texts()
+    ]
+    return ' '.join([*words, figure.get_supxlabel()])
+
+
+class TestCurves:
+    def test_every_metric_is_somewhere(self, run: Path) -> None:
+        log = read_logs(find_logs(run))
+        figures = plot_curves(log)
+        assert list(figures) == ['losses', 'knn', 'spread', 'schedules', 'others']
+        assert 'train_loss_soft' in texts(figures['losses'])
+        for name in ('knn, cls', 'knn, mean', 'linear, cls', 'chance'):
+            assert name in texts(figures['knn'])
+        assert 'effective rank' in texts(figures['spread'])
+        assert 'learning rate' in texts(figures['schedules'])
+        for figure in figures.values():
+            assert 'optimizer step' in texts(figure)
+
+    def test_values_are_those_of_the_log(self, run: Path) -> None:
+        log = read_logs(find_logs(run))
+        (line,) = plot_curves(log)['losses'].axes[0].lines
+        assert np.array_equal(line.get_ydata(), log['train_loss'].dropna())
+        assert plot_curves(log)['knn'].axes[0].get_ylim() == (0, 1)
+
+    def test_rows_of_one_step_are_one(self, tmp_path: Path) -> None:
+        (tmp_path / 'metrics.csv').write_text('step,a,b\n1,2,\n1,,3\n2,4,\n')
+        log = read_logs(find_logs(tmp_path))
+        assert log['step'].tolist() == [1, 2]
+        assert log['b'][0] == 3
+        assert math.isnan(log['b'][1])
+
+    def test_newest_run_of_a_folder(self, tmp_path: Path) -> None:
+        for number in range(2):
+            folder = tmp_path / f'version_{number}'
+            folder.mkdir()
+            (folder / 'metrics.csv').write_text('step,loss\n1,2\n')
+            os.utime(folder / 'metrics.csv', (number + 1, number + 1))
+        (tmp_path / 'version_1' / 'labels.csv').write_text('name,label\na,1\n')
+        assert find_logs(tmp_path) == [tmp_path / 'version_1' / 'metrics.csv']
+
+    def test_values_that_are_not_finite(self) -> None:
+        log = pd.DataFrame({'step': [1, 2], 'train_feature_std': [math.inf] * 2})
+        (axis,) = plot_curves(log)['spread'].axes
+        assert '2 values are not finite' in [t.get_text() for t in axis.texts]
+
+    def test_no_logs(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r'has no logs.*CSVLogger'):
+            find_logs(tmp_path)
+        with pytest.raises(FileNotFoundError, match='does not exist'):
+            find_logs(tmp_path / 'none')
+        (tmp_path / 'metrics.csv').write_text('epoch,step\n0,1\n')
+        with pytest.raises(ValueError, match='no metrics yet'):
+            read_logs(find_logs(tmp_path))
+
+
+class TestPictures:
+    def test_one_scale_for_all_images(self) -> None:
+        images = torch.linspace(0, 1, 101).repeat(3, 1)[None, :, :, None]
+        show = Display(images, ('B', 'G', 'R'))
+        assert show.channels == [2, 1, 0]
+        colours = show(images[0])
+        assert colours.shape == (101, 1, 3)
+        assert colours[50, 0] == pytest.approx(0.5)
+        assert (colours[:3] == 0).all()
+        assert (colours[-3:] == 1).all()
+        assert show(2 * images[0])[50, 0] == pytest.approx(1)
+
+    @pytest.mark.parametrize(('bands', 'expected'), [(2, [0]), (4, [0, 1, 2])])
+    def test_bands_without_names(self, bands: int, expected: list[int]) -> None:
+        assert Display(torch.rand(2, bands, 4, 4)).channels == expected
+
+    def test_similarities(self) -> None:
+        labels = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1]])
+        expected = torch.tensor([[1, 0.5**0.5, 0], [0.5**0.5, 1, 0], [0, 0, 1]])
+        torch.testing.assert_close(label_similarities(labels), expected)
+        classes = label_similarities(torch.tensor([4, 2, 4]))
+        assert torch.equal(classes[0], torch.tensor([1.0, 0, 1]))
+        # The mean does not make images alike
+        features = torch.tensor([[101.0, 100], [99, 100]])
+        torch.testing.assert_close(
+            feature_similarities(features), torch.tensor([[1.0, -1], [-1, 1]])
+        )
+
+    @pytest.mark.parametrize('kind', ['classes', 'labels'])
+    def test_images_of_a_label_are_side_by_side(self, kind: str) -> None:
+        classes = torch.arange(12) % 3
+        features = torch.nn.functional.one_hot(classes).float()
+        labels = classes if kind == 'classes' else features.long()
+        figure = plot_similarities(features, labels)
+        for axis in figure.axes[:2]:
+            matrix = np.asarray(axis.images[0].get_array())
+            same = np.kron(np.eye(3), np.ones((4, 4))) == 1
+            assert matrix[same] == pytest.approx(np.ones(48))
+            assert (matrix[~same] < 0.1).all()
+        # Not 1: the order of pairs of equal similarity is noise
+        assert 'rank correlation 0.99' in texts(figure)
+
+    def test_neighbours_are_the_most_similar_others(self) -> None:
+        angles = torch.arange(8) * math.pi / 4
+        features = torch.stack([angles.cos(), angles.sin()], 1)
+        thumbnails = [np.full((2, 2, 3), i / 8) for i in range(8)]
+        figure = plot_neighbours(thumbnails, features, torch.arange(8) % 2, 1)
+        pictures = [np.array(a.images[0].get_array()) for a in figure.axes if a.images]
+        shown = [round(float(picture.max()) * 8) for picture in pictures]
+        assert shown[0] == 0
+        assert set(shown[1:3]) == {1, 7}
+        assert figure.axes[1].get_xlabel() == '0.71 | 0.00'
+
+    @pytest.mark.parametrize('mode', ['drop', 'pixel'])
+    def test_masks_are_those_of_the_task(self, mode: Any) -> None:
+        task = make_task(size=64, mask_mode=mode, mask_ratio=0.75, mask_patch_size=16)
+        hidden = mask_view(task, torch.rand(5, 4, 64, 64)).isnan()
+        patches = hidden.unfold(2, 16, 16).unfold(3, 16, 16).float().mean((1, 4, 5))
+        assert set(patches.unique().tolist()) == {0, 1}
+        assert (patches.flatten(1).sum(1) == 12).all()
+
+    def test_patch_tokens(self) -> None:
+        image = torch.rand(1, 3, 96, 64)
+        vit = create_encoder('test_vit').eval()
+        tokens = patch_tokens(vit, image)
+        assert tokens is not None
+        assert tokens.shape == (1, 6, 4, 64)
+        inside = vit.forward_features(image)[:, 1:]  # type: ignore[operator]
+        assert torch.equal(tokens.flatten(1, 2), inside)
+        resnet = create_encoder('resnet18').eval()
+        assert patch_tokens(resnet, image) is None
+        large = patch_tokens(resnet, torch.rand(1, 3, 160, 128))
+        assert large is not None
+        assert large.shape == (1, 5, 4, 512)
+
+
+class TestPage:
+    def test_needs_no_other_file(self, tmp_path: Path) -> None:
+        figure = Figure()
+        figure.subplots().plot([1, 2])
+        sections = [Section('a', 'A & B', 'x < y', figure), Section('c', 'C', 'None.')]
+        page = write_page(tmp_path / 'new', 'T<1>', {'k': '<v>'}, sections)
+        text = page.read_text()
+        assert 'A &amp; B' in text
+        assert '<v>' not in text
+        assert not re.search(r'(src|href)="(?!data:)', text)
+        (data,) = re.findall(r'base64,([^"]+)"', text)
+        assert base64.b64decode(data) == (tmp_path / 'new' / 'a.png').read_bytes()
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures('quiet')
+class TestCommand:
+    def report(self, *args: str) -> tuple[str, set[str]]:
+        """Text of the page, and names of the pictures."""
+        assert main(['report', *args]) == 0
+        (page,) = Path().rglob('report.html')
+        pictures = {path.stem for path in page.parent.glob('*.png')}
+        for path in page.parent.glob('*.png'):
+            with Image.open(path) as picture:
+                assert min(picture.size) > 100
+        return page.read_text(), pictures
+
+    def test_run_and_scenes(self, scenes: SyntheticScenes, tmp_path: Path) -> None:
+        task = make_task(in_channels=13)
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        options: dict[str, Any] = {'root': scenes.root, 'size': 96, 'dates': 2}
+        options |= {'patch_size': 48, 'batch_size': 4, 'length': 8}
+        trainer.fit(task, SyntheticScenesDataModule(**options))
+        trainer.save_checkpoint(tmp_path / 'last.ckpt')
+        data = [f'--data.{key}={value}' for key, value in options.items()]
+        text, pictures = self.report(
+            *('--checkpoint', 'last.ckpt', '--data', 'SyntheticScenesDataModule', *data)
+        )
+        expected = {'views', 'similarities', 'neighbours', 'classes', 'components'}
+        # Views of 32 pixels, but tokens of images of 48
+        assert pictures == expected - {'components'}
+        assert 'smaller than 4 x 4' in text
+        assert 'bands number 4, 3, 2 as red, green and blue' in text
+
+    def test_run(self, run: Path, tmp_path: Path) -> None:
+        out = tmp_path / 'out'
+        text, pictures = self.report(str(run), '--data', PATCHES, '--out', str(out))
+        curves = {'losses', 'knn', 'spread', 'schedules', 'others'}
+        assert pictures == curves | {'views', 'similarities', 'neighbours'}
+        assert 'no masks with codes of ESA WorldCover' in text
+        assert 'knn_map_cls' in text
+
+    def test_run_without_checkpoint_or_data(self, run: Path, tmp_path: Path) -> None:
+        (tmp_path / 'logs').mkdir()
+        (tmp_path / 'logs' / 'metrics.csv').write_bytes(
+            (run / 'metrics.csv').read_bytes()
+        )
+        text, pictures = self.report('logs')
+        assert 'has no checkpoint' in text
+        assert 'losses' in pictures
+        out = ('--out', 'logs/report')
+        text, _ = self.report('logs', '--checkpoint', str(run / 'last.ckpt'), *out)
+        assert 'The data are not known' in text
+
+    @pytest.mark.parametrize(
+        ('args', 'message'),
+        [
+            (['.'], 'has no logs'),
+            (['none'], 'does not exist'),
+            ([], 'a report needs the folder of a run, or --checkpoint'),
+            (
+                ['--checkpoint', 'none.ckpt', '--data', PATCHES],
+                'none.ckpt does not exist',
+            ),
+        ],
+    )
+    def test_bad_input(
+        self, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(['report', *args]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_no_foreign_class_is_imported(tmp_path: Path) -> None:
+    hparams = {'_class_path': 'antigravity.Task', 'model': 'resnet18'}
+    torch.save({'hyper_parameters': hparams, 'state_dict': {}}, tmp_path / 'a.ckpt')
+    assert load_task(str(tmp_path / 'a.ckpt')) is None

@@ -1,0 +1,310 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import timm
+import torch
+from pyproj import CRS
+
+from torchgeo_softcon import SyntheticScenesDataModule
+from torchgeo_softcon.__main__ import main
+from torchgeo_softcon._compat import HAS_TASKS
+from torchgeo_softcon.callbacks.features import encode
+from torchgeo_softcon.callbacks.parts import PartedFile
+from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.embed import embed, read_encoder
+from torchgeo_softcon.models import create_encoder
+
+from .callbacks.helpers import PatchesDataModule
+from .datamodules.helpers import write_raster
+from .tasks.helpers import make_loader, make_task, make_trainer
+
+PATCHES = 'tests.callbacks.helpers.PatchesDataModule'
+QUIET: dict[str, Any] = {'enable_progress_bar': False, 'enable_model_summary': False}
+
+#: Is killed in the middle of its work unless a file is there.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torchgeo_softcon.callbacks.embeddings as embeddings
+from torchgeo_softcon.embed import embed, read_encoder
+from tests.callbacks.helpers import Patches, PatchesDataModule
+
+embeddings.ROWS = 4
+read = Patches.__getitem__
+def get(self, index):
+    if index == 13 and not Path('alive').exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path('reads').open('a').write(f'{index}\\n')
+    return read(self, index)
+Patches.__getitem__ = get
+embed(read_encoder('run.ckpt'), PatchesDataModule(), 'e.parquet', 'test', accelerator='cpu')
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(make_task(), make_loader())
+    trainer.save_checkpoint(tmp_path / 'run.ckpt')
+    return tmp_path / 'run.ckpt'
+
+
+def vectors(path: Path) -> Any:
+    return np.stack(pd.read_parquet(path)['embedding'])
+
+
+class TestReadEncoder:
+    def test_task(self, checkpoint: Path) -> None:
+        encoder = read_encoder(checkpoint)
+        assert (encoder.name, encoder.in_channels, encoder.size) == ('test_vit', 4, 32)
+        state = torch.load(checkpoint, weights_only=True)['state_dict']
+        for key, value in encoder.model.state_dict().items():
+            assert torch.equal(value, state[f'model.{key}'])
+        assert not encoder.model.training
+
+    @pytest.mark.parametrize('name', ['MoCo', 'SimCLR', 'BYOL'])
+    def test_tasks_of_the_host(self, name: str, tmp_path: Path) -> None:
+        tasks = import_module('torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers')
+        task = getattr(tasks, name if HAS_TASKS else f'{name}Task')(
+            'resnet18', in_channels=4
+        )
+        path = tmp_path / 'run.ckpt'
+        hparams = {**task.hparams, 'augmentation1': None, 'augmentation2': None}
+        hparams = {k: v for k, v in hparams.items() if isinstance(v, int | str)}
+        torch.save({'state_dict': task.state_dict(), 'hyper_parameters': hparams}, path)
+        encoder = read_encoder(path)
+        image = torch.rand(2, 4, 64, 64)
+        own = task.model.backbone.model if name == 'BYOL' else task.backbone
+        expected = encode(own.eval(), image)['pooled']
+        torch.testing.assert_close(encoder.model(image), expected)
+
+    def test_state_dict_needs_a_name(self, tmp_path: Path) -> None:
+        path = tmp_path / 'encoder.pth'
+        torch.save(create_encoder('resnet18', 2).state_dict(), path)
+        assert read_encoder(path, model='resnet18').in_channels == 2
+        with pytest.raises(ValueError, match='Set model to the name'):
+            read_encoder(path)
+        with pytest.raises(
+            ValueError, match=r'no parameters of a test_vit: patch_embed'
+        ):
+            read_encoder(path, model='test_vit')
+
+    def test_positions_of_another_size_are_not_resampled(self, tmp_path: Path) -> None:
+        vit = timm.create_model('vit_tiny_patch16_384', img_size=224, num_classes=0)
+        path = tmp_path / 'encoder.pth'
+        torch.save(vit.state_dict(), path)
+        encoder = read_encoder(path, model='vit_tiny_patch16_384')
+        image = torch.rand(1, 3, 224, 224)
+        torch.testing.assert_close(encoder.model(image), vit.eval()(image))
+
+    def test_bad_input(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match='one of checkpoint and weights'):
+            read_encoder()
+        with pytest.raises(FileNotFoundError, match='does not exist'):
+            read_encoder(tmp_path / 'none.ckpt')
+        (tmp_path / 'text.ckpt').write_text('no checkpoint')
+        with pytest.raises(ValueError, match='cannot be loaded safely'):
+            read_encoder(tmp_path / 'text.ckpt')
+
+
+class TestEmbed:
+    def test_geoparquet_of_scenes(
+        self, scenes: SyntheticScenes, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        task = make_task(model='resnet18', in_channels=13)
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(task, make_loader(channels=13))
+        trainer.save_checkpoint(checkpoint)
+        args: dict[str, Any] = {'root': scenes.root, 'size': 96, 'dates': 2}
+        data = SyntheticScenesDataModule(**args, patch_size=48, batch_size=4)
+        path = tmp_path / 'e.parquet'
+        rows = embed(read_encoder(checkpoint), data, path, accelerator='cpu', **QUIET)
+        frame = geopandas.read_parquet(path)
+        # Two places of two dates, four windows each
+        assert rows == len(frame) == 16
+        assert CRS(frame.crs).equals(CRS('OGC:CRS84'))
+        assert frame['crs'].unique().tolist() == ['EPSG:32632', 'EPSG:32633']
+
+        grid = data.predict_dataset
+        assert grid is not None
+        with rasterio.open(grid.scenes.places[0].scenes[0].layers[0].path) as source:  # type: ignore[attr-defined]
+            west, _, _, north = source.bounds
+            first = frame.geometry.to_crs(source.crs)[0]
+        assert first.bounds == pytest.approx(
+            (west, north - 480, west + 480, north), abs=0.1
+        )
+        assert 2015 < frame['start'][0].year < 2030
+        assert (frame['stop'] - frame['start']).dt.days.eq(0).all()
+        with torch.no_grad():
+            image = torch.stack([grid[i]['image'] for i in range(16)])
+            expected = read_encoder(checkpoint).model(image)
+        np.testing.assert_allclose(vectors(path), expected, rtol=1e-3, atol=1e-5)
+
+    def test_killed_in_the_middle(self, checkpoint: Path, tmp_path: Path) -> None:
+        script = [sys.executable, '-c', KILLED]
+        run: dict[str, Any] = {
+            'cwd': tmp_path,
+            'env': {'PYTHONPATH': str(Path(__file__).parents[1]), 'PATH': ''},
+            'capture_output': True,
+            'timeout': 300,
+        }
+        assert subprocess.run(script, check=False, **run).returncode == -9
+        assert not (tmp_path / 'e.parquet').exists()
+        assert len(list((tmp_path / 'e.parquet.parts').glob('part-*.parquet'))) == 3
+        (tmp_path / 'alive').touch()
+        done = subprocess.run(script, check=False, **run)
+        assert done.returncode == 0, done.stderr
+        assert b'12 of 24 samples' in done.stdout
+
+        frame = pd.read_parquet(tmp_path / 'e.parquet')
+        assert frame['index'].tolist() == list(range(24))
+        data = PatchesDataModule()
+        encoder = read_encoder(checkpoint)
+        embed(
+            encoder,
+            data,
+            tmp_path / 'whole.parquet',
+            'test',
+            accelerator='cpu',
+            **QUIET,
+        )
+        np.testing.assert_allclose(
+            vectors(tmp_path / 'e.parquet'),
+            vectors(tmp_path / 'whole.parquet'),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+        # What was written is not read again
+        reads = [int(line) for line in (tmp_path / 'reads').read_text().split()]
+        assert reads.count(5) == 1
+        assert reads.count(12) == 2
+
+    def test_interrupted_while_joining(
+        self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / 'e.parquet'
+        encoder, data = read_encoder(checkpoint), PatchesDataModule()
+        options: dict[str, Any] = {'accelerator': 'cpu', **QUIET}
+        close = PartedFile.close
+        monkeypatch.setattr(PartedFile, 'close', _disk_full)
+        with pytest.raises(OSError, match='full'):
+            embed(encoder, data, path, **options)
+        monkeypatch.setattr(PartedFile, 'close', close)
+        assert embed(encoder, data, path, **options) == 24
+        assert len(pd.read_parquet(path)) == 24
+
+    def test_pooling(self, checkpoint: Path, tmp_path: Path) -> None:
+        encoder, data = read_encoder(checkpoint), PatchesDataModule()
+        options: dict[str, Any] = {'accelerator': 'cpu', **QUIET}
+        for pooling in ('cls', 'mean'):
+            embed(encoder, data, tmp_path / pooling, pooling=pooling, **options)
+        embed(encoder, data, tmp_path / 'own', **options)
+        assert np.array_equal(vectors(tmp_path / 'own'), vectors(tmp_path / 'cls'))
+        assert not np.allclose(vectors(tmp_path / 'own'), vectors(tmp_path / 'mean'))
+        with pytest.raises(
+            ValueError, match=r"the encoder has \(cls, mean\), got 'max'"
+        ):
+            embed(encoder, data, tmp_path / 'max', pooling='max', **options)
+
+    def test_datasets_of_the_host(self, checkpoint: Path, tmp_path: Path) -> None:
+        datasets = import_module('torchgeo.datasets')
+        samplers = import_module('torchgeo.samplers')
+        modules = import_module('torchgeo.datamodules')
+        for i in range(2):
+            values = torch.randint(255, (4, 64, 96)).numpy().astype('uint8')
+            write_raster(
+                tmp_path / 'rasters' / f'place_202106{29 + i}.tif',
+                values,
+                origin=(500000 + 2000 * i, 5540000),
+            )
+
+        class Rasters(datasets.RasterDataset):  # type: ignore[misc, name-defined]
+            filename_glob = '*.tif'
+            filename_regex = r'place_(?P<date>\d{8})'
+
+        class Module(modules.GeoDataModule):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                super().__init__(Rasters, 2, patch_size=32, num_workers=0)
+                if (
+                    HAS_TASKS
+                ):  # TorchGeo 0.8 gives them to the GPU, which takes no names
+                    self.aug = torch.nn.Identity()
+
+            def setup(self, stage: str) -> None:
+                self.predict_dataset = Rasters(tmp_path / 'rasters')
+                grid = getattr(samplers, 'GriddedPatchSampler', None)
+                sampler = grid or samplers.GridGeoSampler
+                self.predict_sampler = sampler(self.predict_dataset, size=32, stride=32)
+
+        path = tmp_path / 'e.parquet'
+        encoder = read_encoder(checkpoint)
+        rows = embed(encoder, Module(), path, accelerator='cpu', **QUIET)
+        frame = geopandas.read_parquet(path)
+        # The samplers of the two versions treat the rim differently
+        assert rows == len(frame) >= 12
+        assert set(frame['crs']) == {'EPSG:32633'}
+        days = set(frame['start'].dt.date.astype(str))
+        assert '2021-06-29' in days
+        assert days <= {'2021-06-29', '2021-06-30'}
+        places = frame.geometry.to_crs(32633)
+        assert places.area.to_numpy() == pytest.approx(320**2, rel=1e-3)
+        left, bottom, right, top = places.total_bounds
+        assert (left, top) == pytest.approx((500000, 5540000), abs=320)
+        assert (right, bottom) == pytest.approx((502960, 5539360), abs=320)
+
+
+def _disk_full(self: Any) -> int:
+    raise OSError('the disk is full')
+
+
+class TestCommand:
+    def test_from_checkpoint_to_file(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / 'e.parquet'
+        args = ['embed', '--checkpoint', str(checkpoint), '--out', str(out)]
+        args += ['--accelerator', 'cpu', '--data', PATCHES, '--data.batch_size', '5']
+        assert main(args) == 0
+        assert '24 embeddings are in' in capsys.readouterr().out
+        assert main(args) == 1
+        assert 'exists already' in capsys.readouterr().err
+        assert main([*args, '--overwrite']) == 0
+
+    def test_data_of_a_configuration(self, checkpoint: Path, tmp_path: Path) -> None:
+        config = tmp_path / 'config.yaml'
+        config.write_text(
+            f'model:\n  class_path: Nothing\ndata:\n  class_path: {PATCHES}\n'
+            '  init_args:\n    batch_size: 7\ntrainer:\n  max_epochs: 3\n'
+        )
+        out = tmp_path / 'e.parquet'
+        args = ['embed', '--checkpoint', str(checkpoint), '--out', str(out)]
+        args += ['--config', str(config), '--accelerator', 'cpu', '--split', 'val']
+        assert main(args) == 0
+        assert len(pd.read_parquet(out)) == 24
+
+    @pytest.mark.parametrize(
+        ('args', 'message'),
+        [
+            ([], 'data must be given'),
+            (['--data', PATCHES], 'one of checkpoint and weights must be given'),
+            (['--data', PATCHES, '--checkpoint', 'none.ckpt'], 'does not exist'),
+            (['--data', PATCHES, '--split', 'all'], 'split must be one of'),
+            (['--data', PATCHES, '--weights', 'ResNet_W.X'], 'ResNet_W.X'),
+        ],
+    )
+    def test_bad_input(
+        self, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(['embed', *args]) == 1
+        assert message in capsys.readouterr().err

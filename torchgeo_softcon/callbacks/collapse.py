@@ -1,0 +1,298 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Warns of features that collapse, during training."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightly.utils.debug import std_of_l2_normalized
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from .features import encode, find_encoder, gather, prepare, quietly
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    r"""Number of dimensions that features use.
+
+    The exponential of the entropy of the singular values :math:`\sigma_i`,
+
+    .. math::
+
+        \exp\left(-\sum_i p_i \log p_i\right), \quad
+        p_i = \frac{\sigma_i}{\sum_j \sigma_j}
+
+    1 if all features are multiples of one vector, min(N, F) if all directions are used
+    alike. O. Roy and M. Vetterli, The effective rank, 2007; as a measure of
+    self-supervised features, RankMe, https://arxiv.org/abs/2210.02885, section 3.
+
+    Args:
+        features: Features of shape (N, F), any floating dtype.
+
+    Returns:
+        A float32 scalar from 1 to min(N, F), or 0 if all features are zero.
+    """
+    values = torch.linalg.svdvals(features.float())
+    share = values / values.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    entropy = -torch.special.xlogy(share, share).sum()
+    return entropy.exp() * (values.sum() > 0)
+
+
+def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
+    r"""How evenly features spread over the unit sphere.
+
+    .. math::
+
+        \log \operatorname{mean}_{i < j} \exp\left(-t \|z_i - z_j\|^2\right)
+
+    of L2-normalized features z. 0 if all are the same, about -2 t if they are spread
+    over a sphere of many dimensions. T. Wang and P. Isola,
+    https://arxiv.org/abs/2005.10242, section 4.1.
+
+    Args:
+        features: Features of shape (N, F), N at least 2, any floating dtype.
+        t: Scale of the kernel (2 in the paper).
+
+    Returns:
+        A float32 scalar.
+    """
+    distances = torch.pdist(F.normalize(features.float()))
+    return (distances.square() * -t).exp().mean().log()
+
+
+class CollapseMonitor(Callback):
+    """Tells how much of their space the features use, and warns if it is too little.
+
+    Encodes the images of a batch with the encoder as it is, from time to time, and logs
+
+    * ``collapse/feature_std``: standard deviation of L2-normalized features, averaged
+      over dimensions. 1 / sqrt(F) if they are spread evenly, 0 if all images look alike.
+    * ``collapse/effective_rank``: see :func:`effective_rank`, at most the number of
+      images of the batch (on all devices) and of features.
+    * ``collapse/uniformity``: see :func:`uniformity`.
+
+    Warns once if all images of a batch have had nearly the same features several times in
+    a row, or if a loss over prototypes (DINO) stays at the logarithm of their number,
+    which means that the outputs tell nothing apart.
+
+    For the tasks of this package and TorchGeo's own. The training is the same to the
+    bit with and without it.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        min_std: float = 0.02,
+        min_rank: float = 1.5,
+        patience: int = 3,
+        plateau_steps: int = 1000,
+        encoder: str | None = None,
+    ) -> None:
+        """Initialize a new CollapseMonitor instance.
+
+        Args:
+            every_n_steps: Optimizer steps between two looks. One look encodes one batch,
+                which costs a fourth of a training step or less.
+            min_std: Smallest feature standard deviation that is not called a collapse,
+                in units of 1 / sqrt(F). 0.02 is a cosine similarity of 0.9996 between
+                different images. Randomly initialized encoders have 0.05 to 0.15 on the
+                synthetic scenes.
+            min_rank: Smallest effective rank that is not called a collapse.
+            patience: Number of looks in a row that must see a collapse.
+            plateau_steps: Number of optimizer steps that a DINO loss may stay within
+                1 % of log(prototypes). It starts there.
+            encoder: Name of the encoder in the task. Defaults to the one that is
+                exported.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        for name, value in {
+            'every_n_steps': every_n_steps,
+            'patience': patience,
+            'plateau_steps': plateau_steps,
+        }.items():
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+        if min_std < 0 or min_rank < 0:
+            raise ValueError(
+                f'min_std and min_rank must be >= 0, got {min_std} and {min_rank}'
+            )
+
+        super().__init__()
+        self.every_n_steps = every_n_steps
+        self.min_std = min_std
+        self.min_rank = min_rank
+        self.patience = patience
+        self.plateau_steps = plateau_steps
+        self.encoder = encoder
+        self._seen = 0
+        self._plateau_start = -1
+        self._warned: list[str] = []
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several monitors apart."""
+        return self._generate_state_key(encoder=self.encoder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen so far, for the checkpoint.
+
+        Returns:
+            Looks in a row with a collapse, step at which the plateau began, and the
+            warnings that were given.
+        """
+        return {
+            'seen': self._seen,
+            'plateau_start': self._plateau_start,
+            'warned': list(self._warned),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+        """
+        self._seen = state_dict['seen']
+        self._plateau_start = state_dict['plateau_start']
+        self._warned = list(state_dict['warned'])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the encoder.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+        """
+        self._encoder = find_encoder(pl_module, self.encoder)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Look at the features if it is time.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            outputs: What the step has returned.
+            batch: The batch, with *image*.
+            batch_idx: Index of the batch.
+        """
+        step = trainer.global_step
+        # Batches whose gradients are accumulated belong to one step
+        if step == self._last_step or step % self.every_n_steps:
+            return
+        self._last_step = step
+
+        with quietly(trainer, pl_module):
+            image, _ = prepare(
+                batch['image'].to(pl_module.dtype),
+                pl_module.hparams.get('in_channels'),
+                pl_module.hparams.get('size'),
+                first=True,
+            )
+            features = next(iter(encode(self._encoder, image).values())).float()
+        features = gather(trainer, features).flatten(0, 1)
+        if len(features) < 2:
+            return
+        loss = trainer.callback_metrics.get('train_loss')
+        if loss is None:
+            loss = features.new_tensor(math.nan)
+        with torch.autocast(features.device.type, enabled=False):
+            measures = [
+                std_of_l2_normalized(features),
+                effective_rank(features.nan_to_num()),
+                uniformity(features),
+                loss.to(features),
+            ]
+        # The only place where the host waits for the device
+        std, rank, uniform, last_loss = torch.stack(measures).tolist()
+
+        values = {
+            'collapse/feature_std': std,
+            'collapse/effective_rank': rank,
+            'collapse/uniformity': uniform,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, 'epoch': trainer.current_epoch}, step)
+        # For ModelCheckpoint and EarlyStopping, which read no loggers
+        pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+        self._judge_features(std, rank, *features.shape)
+        self._judge_loss(pl_module, step, last_loss)
+
+    def _judge_features(self, std: float, rank: float, count: int, width: int) -> None:
+        """Warn if features have been alike for too long."""
+        relative = std * math.sqrt(width)
+        collapsed = relative < self.min_std or rank < self.min_rank
+        self._seen = self._seen + 1 if collapsed else 0
+        if self._seen >= self.patience:
+            self._warn(
+                'features',
+                f'The features of different images are nearly the same: their standard '
+                f'deviation is {std:.2g}, {relative:.2g} of the 1 / sqrt(F) of features '
+                f'that are spread evenly, and they use {rank:.1f} of '
+                f'{min(count, width)} dimensions ({self._seen} looks in a row, '
+                f'{self.every_n_steps} steps apart). Usually one of these helps: a lower '
+                'lr or a longer warm-up, a larger batch_size, a momentum of the teacher '
+                'that moves it neither at once nor never, images in the range that the '
+                'task expects (about [0, 1]).',
+            )
+
+    def _judge_loss(self, pl_module: LightningModule, step: int, loss: float) -> None:
+        """Warn if a loss over prototypes has stayed where it starts."""
+        prototypes = count_prototypes(pl_module)
+        if prototypes is None:
+            return
+        level = math.log(prototypes)
+        if not abs(loss - level) < 0.01 * level:
+            self._plateau_start = -1
+            return
+        if self._plateau_start < 0:
+            self._plateau_start = step
+        if step - self._plateau_start >= self.plateau_steps:
+            self._warn(
+                'plateau',
+                f'train_loss has stayed at {loss:.3f} for {step - self._plateau_start} '
+                f'steps, which is log({prototypes}): every prototype is as likely as any '
+                'other, whatever the image. Usually one of these helps: a lower teacher '
+                'temperature, a lower momentum of the centre, a lower lr or a longer '
+                'warm-up, a larger batch_size.',
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn once per run, also if the run is interrupted."""
+        if kind not in self._warned:
+            self._warned.append(kind)
+            rank_zero_warn(message)
+
+
+def count_prototypes(task: LightningModule) -> int | None:
+    """Number of prototypes of a task's loss.
+
+    Args:
+        task: The task.
+
+    Returns:
+        The size of the centre of the teacher's outputs, or None if the loss has none.
+    """
+    criterion = getattr(task, 'criterion', None)
+    for name in ('centre', 'center'):
+        # lightly's loss has a module of that name with the buffer in it
+        value = getattr(criterion, name, None)
+        value = getattr(value, 'center', value)
+        if isinstance(value, Tensor):
+            return int(value.shape[-1])
+    return None

@@ -1,0 +1,358 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""A k-NN and a linear probe of the frozen encoder, during training."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .features import encode, find_encoder, gather, prepare, quietly
+from .labelled import LabelledSamples
+from .probes import evaluate, knn_scores, linear_scores
+
+#: By default, the images of a probe are one in so many of the images that are trained
+#: with between two probes. Training encodes an image four times or more (two views,
+#: forward and backward, and a teacher), a probe once, without heads and augmentations.
+_SHARE = 30
+
+#: But never fewer images than that, of which a quarter are queries.
+_MIN_SAMPLES = 128
+
+
+class KNNProbe(Callback):
+    """Tells how well nearest neighbours, and a linear classifier, find labels.
+
+    The loss of self-supervised learning may fall while the features are of no use. This
+    encodes labelled images from time to time with the encoder as it is, and logs
+    ``knn_accuracy`` for class indices or ``knn_map`` (mean average precision) for
+    multi-labels, and the same of a trivial classifier that knows the frequencies of the
+    classes only, as ``..._chance``. For Vision Transformers, the class token (``..._cls``)
+    and the mean of the patch tokens (``..._mean``) are probed side by side.
+
+    For the tasks of this package and TorchGeo's own. The training is the same to the
+    bit with and without it. Over several devices, each encodes a part of the images.
+
+    The images come as the datamodule gives them for validation, and must be of the
+    range that the encoder is trained with.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        data: LightningDataModule | Dataset | None = None,  # type: ignore[type-arg]
+        queries: Dataset | None = None,  # type: ignore[type-arg]
+        k: int = 20,
+        temperature: float = 0.07,
+        linear: bool = False,
+        every_n_epochs: int = 5,
+        every_n_steps: int | None = None,
+        max_bank: int | None = None,
+        max_queries: int | None = None,
+        size: int | None = None,
+        encoder: str | None = None,
+        prefix: str = '',
+    ) -> None:
+        """Initialize a new KNNProbe instance.
+
+        Args:
+            data: Labelled data: a datamodule, of which the training split becomes the
+                bank of features and the validation split the queries, or a dataset for
+                the bank. Defaults to the datamodule of the training.
+            queries: Labelled dataset for the queries, if *data* is a dataset.
+            k: Number of neighbours.
+            temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
+            linear: Whether to also fit a linear classifier, see
+                :func:`~torchgeo_softcon.callbacks.probes.linear_scores`.
+            every_n_epochs: Epochs between two probes. There is always one before the
+                training, as a reference, and one after the last epoch.
+            every_n_steps: Optimizer steps between two probes, instead of epochs.
+            max_bank: Largest number of images in the bank. The default keeps the cost
+                below 3 % of the training: *max_bank* and *max_queries* together are a
+                thirtieth of the images between two probes, 128 at least. That is few for
+                a small data set: raise both for figures to rely on.
+            max_queries: Largest number of queries, by default a third of *max_bank*.
+            size: Side in pixels to resize images to. Defaults to the *size* of the
+                task, if it has one.
+            encoder: Name of the encoder in the task, such as ``backbone_momentum``.
+                Defaults to the one that is exported.
+            prefix: What the names of the metrics start with. Needed to tell several
+                probes apart.
+
+        Raises:
+            ValueError: If an argument is out of range, or *queries* is missing.
+        """
+        for name, value in {
+            'k': k,
+            'every_n_epochs': every_n_epochs,
+            'every_n_steps': every_n_steps,
+            'max_bank': max_bank,
+            'max_queries': max_queries,
+            'size': size,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+        if temperature <= 0:
+            raise ValueError(f'temperature must be > 0, got {temperature}')
+        if max_bank is not None and k > max_bank:
+            raise ValueError(f'k must be at most max_bank = {max_bank}, got {k}')
+        single = data is not None and not isinstance(data, LightningDataModule)
+        if single != (queries is not None):
+            raise ValueError(
+                'queries must be given if, and only if, data is a dataset, got data = '
+                f'{type(data).__name__} and queries = {type(queries).__name__}'
+            )
+
+        super().__init__()
+        self.data = data
+        self.queries = queries
+        self.k = k
+        self.temperature = temperature
+        self.linear = linear
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.max_bank = max_bank
+        self.max_queries = max_queries
+        self.size = size
+        self.encoder = encoder
+        self.prefix = prefix
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare the labelled datamodule, if it is one of its own.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            stage: Either 'fit', 'validate', 'test', or 'predict'.
+        """
+        if stage == 'fit' and isinstance(self.data, LightningDataModule):
+            with isolate_rng():
+                if trainer.local_rank == 0:
+                    self.data.prepare_data()
+                trainer.strategy.barrier('KNNProbe')
+                self.data.setup('fit')
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the data, and probe the encoder before it learns.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+
+        Raises:
+            ValueError: If data, task and options do not fit each other.
+        """
+        with isolate_rng():
+            torch.manual_seed(0)  # for samplers that draw
+            self._bank, self._queries = self._choose(trainer)
+            self._bank.check()
+            self._queries.check()
+        self._encoder = find_encoder(pl_module, self.encoder)
+        self._last_step, self._probed_at = trainer.global_step, -1
+        if trainer.global_step == 0:
+            self._log(trainer, self.probe(trainer, pl_module))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Probe the encoder if it is time, counted in optimizer steps.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            outputs: What the step has returned.
+            batch: The batch.
+            batch_idx: Index of the batch.
+        """
+        step = trainer.global_step
+        # Batches whose gradients are accumulated belong to one step
+        if self.every_n_steps and step != self._last_step:
+            self._last_step = step
+            if step % self.every_n_steps == 0:
+                values = self.probe(trainer, pl_module)
+                self._log(trainer, values)
+                pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the encoder if it is time, counted in epochs.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+        """
+        done = trainer.current_epoch + 1
+        last = (
+            done == trainer.max_epochs
+            or trainer.should_stop
+            or trainer.global_step == trainer.max_steps
+        )
+        due = self.every_n_steps is None and done % self.every_n_epochs == 0
+        if (due or last) and self._probed_at != trainer.global_step:
+            values = self.probe(trainer, pl_module)
+            self._log(trainer, values)
+            # For ModelCheckpoint and EarlyStopping, which read no loggers
+            pl_module.log_dict(values, logger=False, on_epoch=True, prog_bar=True)
+
+    def probe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Encode the labelled images and evaluate the probes.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+
+        Returns:
+            Metrics by name, the same on all ranks.
+
+        Raises:
+            ValueError: If labels or features are of no use.
+        """
+        self._probed_at = trainer.global_step
+        with quietly(trainer, pl_module):
+            bank, labels = self._encode(trainer, pl_module, self._bank)
+            queries, answers = self._encode(trainer, pl_module, self._queries)
+        if labels.shape[1:] != answers.shape[1:]:
+            raise ValueError(
+                'bank and queries must have labels of one kind, got the shapes '
+                f'{tuple(labels.shape)} and {tuple(answers.shape)}'
+            )
+        metric, hot = 'map', labels.float()
+        if labels.ndim == 1:
+            metric = 'accuracy'
+            hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
+        _check_classes(labels, self._bank.name)
+        if labels.ndim == 2:
+            _check_classes(answers, self._queries.name)
+        chance = hot.mean(0).expand(len(answers), -1)
+
+        with torch.autocast(labels.device.type, enabled=False):
+            values = {f'knn_{metric}_chance': evaluate(chance, answers)}
+            for name, features in bank.items():
+                end = f'_{name}' if len(bank) > 1 else ''
+                query = queries[name]
+                scores = knn_scores(query, features, hot, self.k, self.temperature)
+                values[f'knn_{metric}{end}'] = evaluate(scores, answers)
+                if self.linear:
+                    scores = linear_scores(query, features, hot)
+                    values[f'linear_{metric}{end}'] = evaluate(scores, answers)
+        return {self.prefix + name: value for name, value in values.items()}
+
+    def _choose(self, trainer: Trainer) -> tuple[LabelledSamples, LabelledSamples]:
+        """Choose the images of bank and queries."""
+        data = getattr(trainer, 'datamodule', None) if self.data is None else self.data
+        if data is None:
+            raise ValueError(
+                'KNNProbe needs labelled data: set data to a datamodule or a dataset, or '
+                'train with a datamodule'
+            )
+        if isinstance(data, LightningDataModule):
+            bank = LabelledSamples.of_split(data, 'train', 'bank of KNNProbe')
+            queries = LabelledSamples.of_split(data, 'val', 'queries of KNNProbe')
+        else:
+            bank, queries = (
+                LabelledSamples(dataset, range(len(dataset)), f'{name} of KNNProbe')  # type: ignore[arg-type]
+                for name, dataset in (('bank', data), ('queries', self.queries))
+            )
+
+        count = max(self._images_between(trainer) // _SHARE, _MIN_SAMPLES)
+        most = self.max_bank or max(count * 3 // 4, self.k)
+        bank.limit(most)
+        queries.limit(self.max_queries or max(most // 3, 1))
+        if self.k > len(bank.indices):
+            raise ValueError(
+                f'k must be at most the number of labelled samples in the bank, '
+                f'{len(bank.indices)}, got {self.k}. Lower k, or give more samples'
+            )
+        return bank, queries
+
+    def _images_between(self, trainer: Trainer) -> int:
+        """Number of images that are trained with between two probes, on all ranks."""
+        loader: Any = trainer.train_dataloader
+        size = getattr(loader, 'batch_size', None) or getattr(
+            getattr(loader, 'batch_sampler', None), 'batch_size', 1
+        )
+        if self.every_n_steps is not None:
+            batches: Any = self.every_n_steps * trainer.accumulate_grad_batches
+        else:
+            epochs = trainer.max_epochs or -1
+            epochs = min(epochs, self.every_n_epochs) if epochs > 0 else 1
+            batches = trainer.num_training_batches * epochs
+        if batches == float('inf'):
+            batches = 0
+        return int(batches * size * trainer.world_size)
+
+    def _encode(
+        self, trainer: Trainer, pl_module: LightningModule, samples: LabelledSamples
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Features and labels of all samples, on every rank.
+
+        Returns:
+            Features of shape (N, F) by name, and labels of shape (N,) or (N, K). Samples
+            with an unknown multi-label are left out.
+        """
+        channels = pl_module.hparams.get('in_channels')
+        size = self.size or pl_module.hparams.get('size')
+        parts: list[dict[str, Tensor]] = []
+        for batch in samples.batches(trainer.global_rank, trainer.world_size):
+            image = {'image': batch['image'].to(pl_module.device)}
+            if samples.transform is not None:
+                image = samples.transform(image)
+            pixels, seasons = prepare(image['image'], channels, size)
+            features = encode(self._encoder, pixels.to(pl_module.dtype))
+            part = {
+                name: value.float().unflatten(0, (-1, seasons)).mean(1)
+                for name, value in features.items()
+            }
+            parts.append({**part, '': batch['label'].to(pl_module.device)})
+
+        whole = {}
+        for name in parts[0]:
+            ranks = gather(trainer, torch.cat([part[name] for part in parts]))
+            # Rank r has the samples r, r + R, r + 2 R, ..., some at the end twice
+            whole[name] = ranks.transpose(0, 1).flatten(0, 1)[: len(samples.indices)]
+        labels = whole.pop('')
+        _check_features(whole, samples.name)
+        if labels.ndim == 2:
+            known = labels.any(1)
+            labels = labels[known]
+            whole = {name: value[known] for name, value in whole.items()}
+        return whole, labels
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Write to all loggers, whatever log_every_n_steps is."""
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {**values, 'epoch': trainer.current_epoch}, trainer.global_step
+            )
+
+
+def _check_classes(labels: Tensor, name: str) -> None:
+    """There must be something to tell apart."""
+    one = len(labels) == 0 or bool((labels == labels[0]).all())
+    if one:
+        seen = 'none of them is known' if len(labels) == 0 else 'all are the same'
+        raise ValueError(
+            f'the {name} must have labels of at least two classes, but {seen}. Give '
+            'other data, or more of it'
+        )
+
+
+def _check_features(features: dict[str, Tensor], name: str) -> None:
+    for value in features.values():
+        bad = int((~value.isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(
+                f'{bad} of {len(value)} features of the {name} are NaN or infinite. Look '
+                'for NaN pixels in the labelled images, or lower lr if train_loss is '
+                'not finite either'
+            )

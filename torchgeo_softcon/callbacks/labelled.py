@@ -1,0 +1,214 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Labelled samples for a probe, from a datamodule or a dataset."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .._compat import Sample
+
+#: Smallest share of an image that a class must cover to count, where labels are shares.
+#: As in WorldCoverMultiLabel.
+_MIN_FRACTION = 0.05
+
+#: Samples that a sampler without end is asked for.
+_MAX_DRAWS = 1_000_000
+
+
+def split_samples(
+    datamodule: LightningDataModule, split: str
+) -> tuple[Dataset[Sample], list[Any]]:
+    """The samples of a split of a TorchGeo datamodule that is set up.
+
+    Args:
+        datamodule: The datamodule.
+        split: Either 'train', 'val', 'test' or 'predict'.
+
+    Returns:
+        The dataset, and what to ask it for, in order.
+
+    Raises:
+        ValueError: If the datamodule has no such split.
+    """
+    dataset = _first(datamodule, f'{split}_dataset', 'dataset')
+    if dataset is None:
+        raise ValueError(
+            f'{type(datamodule).__name__} has no {split}_dataset. Choose another split, '
+            'or other data'
+        )
+    batches = _first(datamodule, f'{split}_batch_sampler', 'batch_sampler')
+    sampler = _first(datamodule, f'{split}_sampler', 'sampler')
+    if batches is not None:
+        return dataset, [i for batch in islice(batches, _MAX_DRAWS) for i in batch]
+    if sampler is not None:
+        return dataset, list(islice(sampler, _MAX_DRAWS))
+    return dataset, list(range(len(dataset)))
+
+
+def _first(datamodule: LightningDataModule, *attributes: str) -> Any:
+    """The first attribute that is set."""
+    values = (getattr(datamodule, a, None) for a in attributes)
+    return next((value for value in values if value is not None), None)
+
+
+class LabelledSamples:
+    """A fixed choice of the samples of one split."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        indices: Sequence[Any],
+        name: str,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        transform: Callable[[Sample], Sample] | None = None,
+    ) -> None:
+        """Initialize a new LabelledSamples instance.
+
+        Args:
+            dataset: Gives *image* and *label*.
+            indices: What the dataset is asked for.
+            name: What messages call it.
+            batch_size: Number of samples that are read at a time.
+            num_workers: Number of processes that read.
+            transform: What the datamodule does to a batch on the device.
+
+        Raises:
+            ValueError: If there are no samples.
+        """
+        if not len(indices):
+            raise ValueError(f'the {name} has no samples. Give labelled data')
+        self.dataset = dataset
+        self.indices = indices
+        self.name = name
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.transform = transform
+
+    @classmethod
+    def of_split(
+        cls, datamodule: LightningDataModule, split: str, name: str
+    ) -> 'LabelledSamples':
+        """Samples of a split of a TorchGeo datamodule that is set up.
+
+        Args:
+            datamodule: The datamodule.
+            split: Either 'train' or 'val'.
+            name: What messages call it.
+
+        Returns:
+            All samples of the split.
+
+        Raises:
+            ValueError: If the datamodule has no such split.
+        """
+        dataset, draws = split_samples(datamodule, split)
+        return cls(
+            dataset,
+            draws,
+            name,
+            getattr(datamodule, 'batch_size', None) or 64,
+            getattr(datamodule, 'num_workers', 0),
+            # Validation images are not augmented, only normalized
+            _first(datamodule, 'val_aug', 'aug'),
+        )
+
+    def limit(self, count: int) -> None:
+        """Choose some of the samples at random, always the same.
+
+        Args:
+            count: Largest number of samples.
+        """
+        if count > len(self.indices) and getattr(self.dataset, 'endless', False):
+            self.indices = range(count)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self.indices), generator=generator)
+        self.indices = [self.indices[i] for i in order[:count].sort().values]
+
+    def check(self) -> None:
+        """Look at the first sample.
+
+        Raises:
+            ValueError: If it has no usable label.
+        """
+        self._collate([self.dataset[self.indices[0]]])
+
+    def batches(self, rank: int = 0, world_size: int = 1) -> DataLoader[Sample]:
+        """Batches of *image* and *label* for one rank.
+
+        Args:
+            rank: Number of the rank.
+            world_size: Number of ranks. All get the same number of samples: the first
+                ones come again where the number does not divide.
+
+        Returns:
+            A data loader.
+        """
+        count = -(-len(self.indices) // world_size) * world_size
+        share = [
+            self.indices[i % len(self.indices)] for i in range(rank, count, world_size)
+        ]
+        return DataLoader(
+            self.dataset,
+            self.batch_size,
+            sampler=share,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+        )
+
+    def _collate(self, samples: Sequence[Sample]) -> Sample:
+        """Keep what a probe needs: places and other metadata are no tensors."""
+        for key in ('image', 'label'):
+            if key not in samples[0]:
+                raise ValueError(
+                    f'the {self.name} must have samples with image and label, got '
+                    f'{sorted(samples[0])}. A mask of land cover becomes a label by '
+                    'transforms=torchgeo_softcon.WorldCoverMultiLabel() of the dataset'
+                )
+        labels = torch.stack([torch.as_tensor(sample['label']) for sample in samples])
+        return {
+            'image': torch.stack([sample['image'] for sample in samples]).float(),
+            'label': check_label(labels, self.name),
+        }
+
+
+def check_label(label: Tensor, name: str) -> Tensor:
+    """Bring labels to class indices or to multi-hot labels.
+
+    Args:
+        label: Class indices of shape (B,) or (B, 1), or multi-hot labels or class
+            fractions of shape (B, K) or, for several seasons, (B, T, K).
+        name: What messages call the data.
+
+    Returns:
+        Class indices of shape (B,), or multi-hot labels of shape (B, K), as int64.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if label.ndim == 3:
+        label = label.amax(1)
+    if label.ndim == 2 and label.shape[1] == 1 and not label.is_floating_point():
+        label = label[:, 0]
+    if label.ndim == 1 and (
+        not label.is_floating_point() or bool((label % 1 == 0).all())
+    ):
+        if bool((label < 0).any()):
+            raise ValueError(
+                f'the {name} has a negative class index {int(label.min())}'
+            )
+        return label.long()
+    if label.ndim != 2 or not bool(((label >= 0) & (label <= 1)).all()):
+        raise ValueError(
+            f'the {name} must have class indices of shape (B,), or multi-labels of shape '
+            f'(B, K) with values in [0, 1], got the shape {tuple(label.shape)} and '
+            f'values from {float(label.amin()):g} to {float(label.amax()):g}'
+        )
+    return (label >= _MIN_FRACTION).long()

@@ -1,0 +1,383 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Embeddings of a dataset in a (Geo)Parquet file: ``torchgeo-softcon embed``."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from . import datamodules  # noqa: F401, for the short names of its classes
+from ._compat import BaseDataModule, Sample, get_weight
+from .callbacks.embeddings import EmbeddingWriter
+from .callbacks.features import encode, prepare
+from .callbacks.labelled import split_samples
+from .callbacks.parts import PartedFile
+from .models import create_encoder, is_vit, load_encoder
+from .modules import input_layer
+
+#: Where the encoder is in the checkpoints of tasks: BYOL, MAE, MoCo and SimCLR, others,
+#: and a plain state dict.
+_PREFIXES = ('model.backbone.model.', 'backbone.vit.', 'backbone.', 'model.', '')
+
+#: Stage of a datamodule that has a split.
+_STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A trained encoder.
+
+    Attributes:
+        model: A timm model that pools its features.
+        name: Its timm name.
+        in_channels: Number of bands.
+        size: Side of the images that it was trained with in pixels, if it is known.
+    """
+
+    model: nn.Module
+    name: str
+    in_channels: int
+    size: int | None
+
+
+class _Embedder(LightningModule):
+    """Makes an encoder usable by a trainer."""
+
+    def __init__(
+        self, encoder: Encoder, size: int | None, pooling: str | None = None
+    ) -> None:
+        super().__init__()
+        self.model = encoder.model
+        self.in_channels = encoder.in_channels
+        self.size = size
+        self.pooling = pooling
+
+    def predict_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        image, seasons = prepare(batch['image'].float(), self.in_channels, self.size)
+        features = encode(self.model, image)
+        if self.pooling is not None and self.pooling not in features:
+            raise ValueError(
+                f'pooling must be one that the encoder has ({", ".join(features)}), got '
+                f'{self.pooling!r}'
+            )
+        pooled = features[self.pooling or next(iter(features))]
+        return pooled.unflatten(0, (-1, seasons)).mean(1)
+
+
+def read_encoder(
+    checkpoint: str | os.PathLike[str] | None = None,
+    weights: str | None = None,
+    model: str | None = None,
+) -> Encoder:
+    """Read an encoder from a checkpoint or by the name of its weights.
+
+    Args:
+        checkpoint: Checkpoint of a task of this package or of TorchGeo, or a state dict.
+        weights: Name of a weight enum member.
+        model: timm name of the encoder, if the checkpoint does not have it.
+
+    Returns:
+        The encoder, in evaluation mode.
+
+    Raises:
+        ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it
+            has no encoder.
+    """
+    if (checkpoint is None) == (weights is None):
+        raise ValueError(
+            'one of checkpoint and weights must be given, got '
+            f'checkpoint = {checkpoint} and weights = {weights}'
+        )
+    if weights is not None:
+        member = get_weight(weights)
+        state = dict(member.get_state_dict(progress=True))
+        hparams = {'model': member.meta.get('model')}
+    else:
+        state, hparams = _read_checkpoint(Path(cast(str, checkpoint)))
+    name = model or hparams.get('model')
+    if not name:
+        raise ValueError(
+            f'{checkpoint or weights} does not tell its architecture. Set model to the '
+            'name of a timm model'
+        )
+
+    layer = input_layer(create_encoder(name))[0]
+    weight = state.get(f'{layer}.weight')
+    if weight is None:
+        raise ValueError(
+            f'{checkpoint or weights} has no parameters of a {name}: {layer}.weight is '
+            'not among them. Set model to the name of its architecture'
+        )
+    in_channels = int(weight.shape[1])
+    encoder: Any = create_encoder(name, in_channels)
+    positions = state.get('pos_embed')
+    if is_vit(encoder) and positions is not None:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        side = math.isqrt(positions.shape[1] - prefix)
+        if side != encoder.patch_embed.grid_size[0]:
+            # Not resampled to timm's native size and back
+            encoder.set_input_size(side * encoder.patch_embed.patch_size[0])
+    load_encoder(encoder, state)
+    size = hparams.get('size')
+    return Encoder(encoder.eval(), name, in_channels, size if size else None)
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Parameters of the encoder of a checkpoint, and the hyperparameters of its task."""
+    if not path.exists():
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f'checkpoint {path} cannot be loaded safely ({error})'
+        ) from error
+    state = checkpoint.get('state_dict', checkpoint)
+    prefix = next(p for p in _PREFIXES if any(key.startswith(p) for key in state))
+    encoder = {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+    return encoder, dict(checkpoint.get('hyper_parameters', {}))
+
+
+def embed(
+    encoder: Encoder,
+    datamodule: LightningDataModule,
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    size: int | None = None,
+    pooling: str | None = None,
+    overwrite: bool = False,
+    origin: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> int:
+    """Write the embeddings of a split of a datamodule to a file.
+
+    If a file is there that is not complete, the run goes on where that one ended.
+
+    Args:
+        encoder: From :func:`read_encoder`.
+        datamodule: A TorchGeo datamodule.
+        out: The file, see :class:`.EmbeddingWriter`.
+        split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
+            that the datamodule has.
+        size: Side to resize images to in pixels, None for as they are.
+        pooling: ``'cls'`` or ``'mean'``, see :func:`.encode`. By default the encoder's
+            own.
+        overwrite: Whether to replace a file that exists.
+        origin: What the embeddings are made from, to tell whether a file that is not
+            complete belongs to them.
+        **trainer: Arguments of Lightning's trainer.
+
+    Returns:
+        Number of rows in the file.
+
+    Raises:
+        FileExistsError: If the file exists.
+        ValueError: If the datamodule has no such split, or if there is an incomplete
+            file of something else.
+    """
+    split = set_up(datamodule, split)
+    torch.manual_seed(0)  # for samplers that draw
+    dataset, indices = split_samples(datamodule, split)
+    origin = dict(origin or {})
+    origin |= {'encoder': encoder.name, 'size': size, 'pooling': pooling}
+    origin |= {'split': split, 'samples': len(indices)}
+    file = PartedFile(Path(out), {**origin, 'processes': 1})
+    file.open(overwrite)
+    done = file.rows()
+    if done:
+        print(f'{done} of {len(indices)} samples are in {file.folder} already')
+    if done == len(indices):
+        return file.close()
+
+    loader = DataLoader(
+        dataset,
+        batch_size=getattr(datamodule, 'batch_size', None) or 64,
+        sampler=indices[done:],
+        num_workers=getattr(datamodule, 'num_workers', 0),
+        collate_fn=getattr(datamodule, 'collate_fn', default_collate),
+    )
+    cast(Any, datamodule).predict_dataloader = lambda: loader
+    writer = EmbeddingWriter(out)
+    writer.origin, writer.skipped = origin, done
+    arguments = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
+    Trainer(**{**arguments, **trainer}, callbacks=[writer]).predict(
+        _Embedder(encoder, size, pooling), datamodule, return_predictions=False
+    )
+    return writer.rows
+
+
+def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
+    """Prepare a split of a datamodule.
+
+    Args:
+        datamodule: The datamodule.
+        split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
+            that the datamodule has.
+
+    Returns:
+        The split.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    datamodule.prepare_data()
+    for name in _STAGES if split is None else (split,):
+        datamodule.setup(_STAGES[name])
+        if getattr(datamodule, f'{name}_dataset', None) is not None:
+            return name
+    # Datamodules of one dataset for all splits
+    split_samples(datamodule, split or 'predict')
+    return split or 'predict'
+
+
+def data_parser(prog: str, description: str) -> ArgumentParser:
+    """A parser with the options that name an encoder and data.
+
+    Args:
+        prog: What the user calls.
+        description: What it does.
+
+    Returns:
+        The parser.
+    """
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument('--checkpoint', type=str | None, help='checkpoint of a task')
+    parser.add_argument(
+        '--weights', type=str | None, help='name of a weight enum member, instead'
+    )
+    parser.add_argument(
+        '--model', type=str | None, help='timm name, if the checkpoint has none'
+    )
+    parser.add_argument(
+        '--config',
+        type=str | None,
+        help='configuration of `torchgeo fit`, of which the section `data` is used. By '
+        'default the one of the run that the checkpoint is from',
+    )
+    parser.add_subclass_arguments(
+        BaseDataModule, 'data', required=False, help='datamodule, as in `torchgeo fit`'
+    )
+    return parser
+
+
+def parse_data(
+    parser: ArgumentParser, args: Sequence[str], run: Path | None = None
+) -> tuple[Namespace, LightningDataModule | None]:
+    """Parse options, with the data of a configuration as default.
+
+    Args:
+        parser: From :func:`data_parser`.
+        args: Command-line arguments.
+        run: Folder of a run, by default that of the checkpoint.
+
+    Returns:
+        The options and the datamodule, None if none is named.
+    """
+    config = _option(args, '--config')
+    if config is None and _option(args, '--data') is None:
+        checkpoint = _option(args, '--checkpoint')
+        if run is None and checkpoint is not None:
+            run = Path(checkpoint).absolute().parent.parent
+        if run is not None and (run / 'config.yaml').exists():
+            config = str(run / 'config.yaml')
+    if config is not None and _option(args, '--data') is None:
+        data = yaml.safe_load(Path(config).read_text()).get('data')
+        args = [*(['--data', json.dumps(data)] if data else []), *args]
+    namespace = parser.parse_args(list(args))
+    return namespace, parser.instantiate_classes(namespace).get('data')
+
+
+def _option(args: Sequence[str], name: str) -> str | None:
+    """Value of an option in the two ways to write it."""
+    for position, arg in enumerate(args):
+        if arg == name and position + 1 < len(args):
+            return args[position + 1]
+        if arg.startswith(f'{name}='):
+            return arg.removeprefix(f'{name}=')
+    return None
+
+
+def _fingerprint(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``torchgeo-softcon embed``.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        Exit status.
+    """
+    parser = data_parser(
+        'torchgeo-softcon embed',
+        'Write the embeddings of a dataset to a Parquet file, with place and time where '
+        'the data tell. An interrupted run goes on when started again.',
+    )
+    parser.add_argument('--out', type=str, default='embeddings.parquet', help='file')
+    parser.add_argument(
+        '--split',
+        type=str | None,
+        help='predict, test, val or train, the first there is',
+    )
+    parser.add_argument(
+        '--size',
+        type=int | None,
+        help='resize images to so many pixels. By default the size in the training',
+    )
+    parser.add_argument('--pooling', type=str | None, help='cls or mean')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file')
+    parser.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
+    options, datamodule = parse_data(parser, args)
+    try:
+        if datamodule is None:
+            raise ValueError(
+                'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
+            )
+        if options.split not in (None, *_STAGES):
+            raise ValueError(
+                f'split must be one of {", ".join(_STAGES)}, got {options.split}'
+            )
+        encoder = read_encoder(options.checkpoint, options.weights, options.model)
+        rows = embed(
+            encoder,
+            datamodule,
+            options.out,
+            options.split,
+            options.size or encoder.size,
+            options.pooling,
+            options.overwrite,
+            {
+                'checkpoint': _fingerprint(options.checkpoint),
+                'weights': options.weights,
+                'data': json.dumps(options.data.as_dict(), default=str, sort_keys=True),
+            },
+            accelerator=options.accelerator,
+        )
+    except (OSError, ValueError) as error:
+        print(f'torchgeo-softcon embed: {error}', file=sys.stderr)
+        return 1
+    print(f'{rows} embeddings are in {options.out}')
+    return 0

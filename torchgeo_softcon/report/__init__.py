@@ -1,0 +1,9 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""A page of pictures of a run: ``torchgeo-softcon report``."""
+
+from .command import main
+from .page import write_page
+
+__all__ = ('main', 'write_page')

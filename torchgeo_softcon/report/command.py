@@ -1,0 +1,288 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""What ``torchgeo-softcon report`` does."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import LightningDataModule
+
+from ..embed import Encoder, data_parser, parse_data, read_encoder
+from ..models import is_vit
+from ..transforms.worldcover import WORLDCOVER_CODES
+from .curves import find_logs, plot_curves, read_logs
+from .page import Section, write_page
+from .pictures import (
+    patch_tokens,
+    plot_classes,
+    plot_components,
+    plot_neighbours,
+    plot_similarities,
+    plot_views,
+)
+from .samples import Gallery, collect
+
+#: Heading and explanation of each figure of curves.
+_CURVES = {
+    'losses': (
+        'Losses',
+        (
+            'Each metric on its own scale. A falling loss alone does not show that the '
+            'features are of use.'
+        ),
+    ),
+    'knn': (
+        'Probes of the frozen encoder',
+        (
+            'How well the labels of held-out images are found from the features. Step 0 is '
+            'before the training; chance knows the frequencies of the classes only.'
+        ),
+    ),
+    'spread': (
+        'Spread of the features',
+        (
+            'Feature standard deviation near 0, effective rank near 1 or uniformity near 0 '
+            'mean that all images look alike to the encoder (collapse). Evenly spread '
+            'features have 1 / sqrt(number of features) and about -4. The rank is at most '
+            'the number of images in a batch.'
+        ),
+    ),
+    'schedules': ('Schedules', 'Per optimizer step.'),
+    'others': ('Other metrics', 'Whatever else was logged.'),
+}
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``torchgeo-softcon report``.
+
+    Args:
+        args: Command-line arguments, the folder of a run first, if there is one.
+
+    Returns:
+        Exit status.
+    """
+    run = Path(args[0]) if args and not args[0].startswith('-') else None
+    parser = data_parser(
+        'torchgeo-softcon report [RUN_DIR]',
+        'Write a page of pictures of a run: of its logs, and of what its last checkpoint '
+        'makes of the images of its data. Without RUN_DIR, of a checkpoint or of weights '
+        'and data.',
+    )
+    parser.add_argument(
+        '--out', type=str | None, help='folder to write to, RUN_DIR/report by default'
+    )
+    parser.add_argument(
+        '--split',
+        type=str | None,
+        help='val, predict, test or train, the first there is',
+    )
+    parser.add_argument('--samples', type=int, default=200, help='number of images')
+    try:
+        logs = None if run is None else find_logs(run)
+        run = run if logs is None else logs[0].parent
+        options, datamodule = parse_data(parser, args[int(run is not None) :], run)
+        checkpoint = options.checkpoint
+        if run is not None and checkpoint is None and options.weights is None:
+            checkpoint = _last_checkpoint(run)
+        if run is None and checkpoint is None and options.weights is None:
+            raise ValueError(
+                'a report needs the folder of a run, or --checkpoint or --weights, and '
+                '--data'
+            )
+        facts: dict[str, str] = {}
+        sections: list[Section] = []
+        if logs is not None:
+            log = read_logs(logs)
+            facts |= {'run': str(run), **_last_values(log)}
+            for name, figure in plot_curves(log).items():
+                sections.append(Section(name, *_CURVES[name], figure))
+        if checkpoint is None and options.weights is None:
+            text = f'{run} has no checkpoint: give --checkpoint for pictures of images.'
+            sections.append(Section('pictures', 'Pictures', text))
+        elif datamodule is None:
+            text = 'The data are not known: give --data or --config for pictures of images.'
+            sections.append(Section('pictures', 'Pictures', text))
+        else:
+            encoder = read_encoder(checkpoint, options.weights, options.model)
+            facts |= {
+                'encoder': f'{encoder.name}, {encoder.in_channels} bands',
+                'weights': str(checkpoint or options.weights),
+            }
+            sections += picture_sections(
+                encoder, datamodule, checkpoint, options.split, options.samples
+            )
+        out = options.out or (run or Path()) / 'report'
+        page = write_page(Path(out), _title(run, checkpoint, options), facts, sections)
+    except (OSError, ValueError) as error:
+        print(f'torchgeo-softcon report: {error}', file=sys.stderr)
+        return 1
+    print(f'The report is in {page}')
+    return 0
+
+
+def _title(run: Path | None, checkpoint: str | None, options: Any) -> str:
+    return f'Report of {run or checkpoint or options.weights}'
+
+
+def _last_checkpoint(run: Path) -> str | None:
+    found = sorted(run.rglob('*.ckpt'), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
+
+
+def _last_values(log: pd.DataFrame) -> dict[str, str]:
+    """The last value of each metric, and of probes also the first."""
+    facts = {'optimizer steps': f'{int(log["step"].max())}'}
+    for column in log.columns.drop(['step', 'epoch'], errors='ignore'):
+        values = log[column].dropna()
+        facts[column] = f'{values.iloc[-1]:.4g}'
+        if 'knn_' in column or 'linear_' in column:
+            facts[column] += f' (first {values.iloc[0]:.4g})'
+    return facts
+
+
+def load_task(checkpoint: str | None) -> Any:
+    """The task of a checkpoint of this package.
+
+    Args:
+        checkpoint: Path, or None.
+
+    Returns:
+        The task in training mode, or None if the checkpoint is of something else.
+    """
+    if checkpoint is None:
+        return None
+    content = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    hparams = content.get('hyper_parameters', {})
+    package, _, name = str(hparams.get('_class_path', '')).rpartition('.')
+    if not name:  # not made by the command line
+        name = 'SoftConTask' if 'soft_weight' in hparams else ''
+        package = 'torchgeo_softcon'
+    # Nothing else is imported because a file says so
+    task = package.partition('.')[0] == 'torchgeo_softcon' and name.endswith('Task')
+    if not task:
+        return None
+    found = getattr(import_module('torchgeo_softcon'), name, None)
+    return found and found.load_from_checkpoint(
+        checkpoint, map_location='cpu', weights_only=True
+    )
+
+
+@torch.no_grad()
+def picture_sections(
+    encoder: Encoder,
+    datamodule: LightningDataModule,
+    checkpoint: str | None = None,
+    split: str | None = None,
+    count: int = 200,
+) -> Iterator[Section]:
+    """Pictures of what an encoder makes of data.
+
+    Args:
+        encoder: The encoder.
+        datamodule: The data.
+        checkpoint: Where the encoder is from, to show the views of its task.
+        split: Part of the data, see :func:`.collect`.
+        count: Number of images.
+
+    Yields:
+        Sections of the page.
+    """
+    gallery = collect(encoder, datamodule, split, count)
+    number = f'{len(gallery.features)} images of the {gallery.split} split'
+    yield _views(gallery, checkpoint)
+    if gallery.labels is None:
+        text = 'The data have no labels.'
+        yield Section('similarities', 'Labels and embeddings', text)
+    else:
+        yield Section(
+            'similarities',
+            'Labels and embeddings',
+            f'Pairs among {number}. Label similarity is the cosine of multi-labels (or '
+            'whether classes are the same), embedding similarity the cosine of features '
+            'minus their mean. Blocks that are in both matrices, and medians that rise, '
+            'mean that the encoder finds the labels.',
+            plot_similarities(gallery.features, gallery.labels),
+        )
+        yield Section(
+            'neighbours',
+            'Nearest neighbours',
+            f'Ten of {number}, and the five most similar among all. Below each: '
+            'similarity of the embedding | of the label. '
+            f'{gallery.show.caption}, all images on one scale.',
+            plot_neighbours(gallery.thumbnails, gallery.features, gallery.labels),
+        )
+    yield _components(gallery, encoder)
+    yield _classes(gallery)
+
+
+def _views(gallery: Gallery, checkpoint: str | None) -> Section:
+    title = 'Views as the model sees them'
+    task = load_task(checkpoint)
+    figure = None
+    if task is not None:
+        torch.manual_seed(0)
+        samples = [s for s in gallery.samples if 'label' in s][:6] or gallery.samples[
+            :6
+        ]
+        batch: dict[str, Any] = {
+            key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+            for key in ('image', 'label')
+            if key in samples[0]
+        }
+        try:
+            figure = plot_views(task, batch, gallery.bands)
+        except ValueError as error:
+            return Section('views', title, f'The views cannot be drawn: {error}')
+    if figure is None:
+        text = 'The checkpoint is not of a task of this package that draws views.'
+        return Section('views', title, text)
+    text = 'Drawn anew from the images on the left. Pink patches are masked. '
+    return Section(
+        'views', title, f'{text}{gallery.show.caption}, on one scale.', figure
+    )
+
+
+def _components(gallery: Gallery, encoder: Encoder) -> Section:
+    title = 'Patch tokens'
+    images = torch.stack([sample['image'] for sample in gallery.samples])
+    images = images[:, : encoder.in_channels] if images.ndim == 4 else images[:, 0]
+    if is_vit(encoder.model):
+        vit: Any = encoder.model
+        patch = vit.patch_embed.patch_size[0]
+        side = int(-(-min(images.shape[-2:]) // patch) * patch)
+        images = torch.nn.functional.interpolate(images, (side, side), mode='bilinear')
+    tokens = patch_tokens(encoder.model, images)
+    if tokens is None:
+        text = (
+            f'The last feature map of {encoder.name} is smaller than 4 x 4 for images of '
+            f'{images.shape[-1]} pixels: too coarse to show.'
+        )
+        return Section('components', title, text)
+    text = (
+        'The first three principal components of the last tokens, over all images '
+        'together, as red, green and blue: what has the same colour is the same to the '
+        'encoder. Fields and shores that stand out are a good sign.'
+    )
+    figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
+    return Section('components', title, text, figure)
+
+
+def _classes(gallery: Gallery) -> Section:
+    title = 'Land cover'
+    masks = gallery.masks
+    known = {0, *WORLDCOVER_CODES}
+    if masks is None or any(
+        m.ndim != 2 or {*m.unique().tolist()} - known for m in masks
+    ):
+        text = 'The data have no masks with codes of ESA WorldCover.'
+        return Section('classes', title, text)
+    text = 'What the labels are made of: ESA WorldCover under the images, official colours.'
+    return Section(
+        'classes', title, text, plot_classes(masks, gallery.thumbnails[: len(masks)])
+    )

@@ -1,0 +1,378 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Pictures of what an encoder makes of images."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor, nn
+
+from ..bands import rgb_indices
+from ..datasets.worldcover import WORLDCOVER_COLORS
+from ..modules.masking import mask_pixels, masked_patches, random_visible
+from ..transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+
+Array = npt.NDArray[Any]
+
+#: Share of the pixels that are darker than black and brighter than white.
+_CLIPPED = 0.02
+
+
+class Display:
+    """Shows images of any bands in colours, all on one scale."""
+
+    def __init__(self, images: Tensor, bands: Sequence[str] | None = None) -> None:
+        """Initialize a new Display instance.
+
+        Args:
+            images: Images of shape (B, C, H, W) to take the scale from.
+            bands: Names of the bands.
+        """
+        self.channels = _channels(bands, images.shape[1])
+        values = images[:, self.channels].float()
+        self.limits = [
+            (float(low), float(high))
+            for low, high in (
+                np.quantile(band.numpy(), (_CLIPPED, 1 - _CLIPPED))
+                for band in values.unbind(1)
+            )
+        ]
+
+    @property
+    def caption(self) -> str:
+        """What is shown."""
+        names = ', '.join(str(channel + 1) for channel in self.channels)
+        return (
+            f'Shown are the bands number {names} as red, green and blue'
+            if len(self.channels) == 3
+            else f'Shown is the band number {names}'
+        )
+
+    def __call__(self, image: Tensor) -> Array:
+        """Colours in [0, 1].
+
+        Args:
+            image: Image of shape (C, H, W).
+
+        Returns:
+            Array of shape (H, W, 3).
+        """
+        bands = [
+            ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
+            for c, (low, high) in zip(self.channels, self.limits, strict=True)
+        ]
+        bands = bands * 3 if len(bands) == 1 else bands
+        result: Array = torch.stack(bands, -1).numpy()
+        return result
+
+
+def _channels(bands: Sequence[str] | None, count: int) -> list[int]:
+    if bands is not None:
+        try:
+            return list(rgb_indices(bands))
+        except ValueError:
+            pass
+    return [0, 1, 2] if count >= 3 else [0]
+
+
+def _grid(
+    rows: int,
+    columns: int,
+    size: float = 1.6,
+    extra: float = 0.0,
+    widths: Sequence[float] | None = None,
+) -> Any:
+    """Axes for pictures of *size* inches, and *extra* of them below each."""
+    widths = [1] * columns if widths is None else widths[:columns]
+    shape = (size * sum(widths), (size + extra) * rows)
+    figure = Figure(shape, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure, axes
+
+
+def plot_views(
+    task: Any, batch: dict[str, Tensor], bands: Sequence[str] | None = None
+) -> Figure | None:
+    """What the two branches of a task get to see of some images.
+
+    Args:
+        task: A pretraining task of this package.
+        batch: *image* and *label* of up to eight images.
+        bands: Names of the bands.
+
+    Returns:
+        A row per image, or None if the task does not draw views.
+    """
+    if hasattr(task, 'draw_crops'):
+        crops = [c for c in task.draw_crops(batch) if c.ndim == 4]
+        names = [f'crop {i + 1}, {c.shape[-1]} px' for i, c in enumerate(crops)]
+        columns: list[Tensor] = crops
+    elif hasattr(task, 'draw_views'):
+        views, _ = task.draw_views(batch)
+        columns = [mask_view(task, views[0]), views[1]]
+        share = task.hparams['mask_ratio']
+        names = [f'trained, {share:.0%} masked', 'teacher']
+    else:
+        return None
+
+    images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
+    images = images[:, : columns[0].shape[1]]
+    side = images.shape[-1]
+    everything = [F.interpolate(c.nan_to_num(), (side, side)) for c in columns]
+    show = Display(torch.cat([images, *everything]), bands)
+    figure, axes = _grid(len(images), 1 + len(columns))
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(show(image))
+        for axis, view in zip(axes[row, 1:], columns, strict=True):
+            hidden = view[row].isnan().any(0)
+            colours = show(view[row].nan_to_num())
+            colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
+            axis.imshow(colours)
+    for axis, name in zip(axes[0], ['image', *names], strict=True):
+        axis.set_title(name, fontsize='small')
+    return figure
+
+
+def mask_view(task: Any, view: Tensor) -> Tensor:
+    """Draw a mask as the task does, with NaN for what is masked.
+
+    Args:
+        task: A :class:`.SoftConTask`.
+        view: Views of shape (B, C, H, W).
+
+    Returns:
+        The same with NaN.
+    """
+    masking = task.masking
+    if masking.ratio == 0:
+        return view
+    size = masking.patch_size
+    if masking.mode != 'pixel':
+        size = task.model.patch_embed.patch_size[0]
+    rows, columns = (-(-side // size) for side in view.shape[-2:])
+    visible = random_visible(len(view), rows * columns, masking.ratio, 'cpu')
+    masked = masked_patches(visible, rows * columns)
+    hidden = mask_pixels(torch.ones_like(view), masked, size) == 0
+    return view.masked_fill(hidden, math.nan)
+
+
+def label_similarities(labels: Tensor) -> Tensor:
+    """Cosine similarity of multi-labels, or whether classes are the same.
+
+    Args:
+        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
+
+    Returns:
+        Similarities of shape (N, N).
+    """
+    if labels.ndim == 1:
+        return (labels[:, None] == labels).float()
+    unit = F.normalize(labels.float())
+    return unit @ unit.T
+
+
+def feature_similarities(features: Tensor) -> Tensor:
+    """Cosine similarity of features minus their mean.
+
+    Without that, what all images share, such as the mean of a rectified layer, would
+    make all of them look alike.
+
+    Args:
+        features: Features of shape (N, F).
+
+    Returns:
+        Similarities of shape (N, N).
+    """
+    unit = F.normalize(features.float() - features.float().mean(0))
+    return unit @ unit.T
+
+
+def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
+    """Similarity of labels against similarity of features, of all pairs of images.
+
+    Args:
+        features: Features of shape (N, F).
+        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
+
+    Returns:
+        Two matrices and a scatter plot.
+    """
+    # Images with the same label side by side
+    keys = labels[:, None] if labels.ndim == 1 else labels
+    order = torch.from_numpy(np.lexsort(keys.numpy().T[::-1]).copy())
+    by_label = label_similarities(labels)[order][:, order]
+    by_feature = feature_similarities(features)[order][:, order]
+
+    figure = Figure((13, 4.2), layout='constrained')
+    axes = figure.subplots(1, 3)
+    shown = axes[0].imshow(by_label.numpy(), vmin=0, vmax=1, cmap='viridis')
+    axes[0].set_title('label similarity', fontsize='medium')
+    figure.colorbar(shown, ax=axes[0], shrink=0.8)
+    shown = axes[1].imshow(by_feature.numpy(), vmin=-1, vmax=1, cmap='RdBu_r')
+    axes[1].set_title('embedding similarity', fontsize='medium')
+    figure.colorbar(shown, ax=axes[1], shrink=0.8)
+    for axis in axes[:2]:
+        axis.set_xlabel('images, sorted by label')
+
+    upper = torch.triu_indices(len(order), len(order), 1)
+    x, y = (m[upper[0], upper[1]].numpy() for m in (by_label, by_feature))
+    few = np.random.default_rng(0).permutation(len(x))[:4000]
+    jitter = np.random.default_rng(1).uniform(-0.012, 0.012, len(few))
+    alpha = min(0.8, max(0.15, 300 / len(few)))
+    axes[2].scatter(x[few] + jitter, y[few], s=8, alpha=alpha, linewidths=0)
+    bins = np.round(x * 20) / 20
+    centres = [b for b in np.unique(bins) if (bins == b).sum() >= 5]
+    medians = [np.median(y[bins == b]) for b in centres]
+    axes[2].plot(centres, medians, color='black', marker='o', markersize=4)
+    rank = pd.Series(x).rank().corr(pd.Series(y).rank())  # Spearman
+    axes[2].set_title(f'rank correlation {rank:.2f}, black: median', fontsize='medium')
+    axes[2].set_xlabel('label similarity')
+    axes[2].set_ylabel('embedding similarity')
+    axes[2].set_ylim(-1.03, 1.03)
+    axes[2].grid(alpha=0.3)
+    return figure
+
+
+def plot_neighbours(
+    thumbnails: Sequence[Array], features: Tensor, labels: Tensor, count: int = 10
+) -> Figure:
+    """Nearest neighbours of some images.
+
+    Args:
+        thumbnails: Colours of the images.
+        features: Features of shape (N, F).
+        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
+        count: Number of images to look from.
+
+    Returns:
+        A row per image: the image, and its five nearest neighbours.
+    """
+    by_label, similarity = label_similarities(labels), feature_similarities(features)
+    similarity.fill_diagonal_(-math.inf)
+    neighbours = min(5, len(features) - 1)
+    queries = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
+    columns = 2 if len(queries) > 1 else 1
+    rows = math.ceil(len(queries) / columns)
+    width = neighbours + 2  # an empty column between the two halves
+    figure, axes = _grid(
+        rows, columns * width - 1, 1.1, 0.2, ([1] * (width - 1) + [0.25]) * columns
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for number, query in enumerate(queries):
+        row, left = number % rows, number // rows * width
+        nearest = similarity[query].topk(neighbours).indices.tolist()
+        for column, index in enumerate([query, *nearest]):
+            axis = axes[row, left + column]
+            axis.set_visible(True)
+            axis.imshow(thumbnails[index])
+            if column:
+                text = f'{float(similarity[query, index]):.2f} | '
+                text += f'{float(by_label[query, index]):.2f}'
+                axis.set_xlabel(text, fontsize=8, labelpad=2)
+            else:
+                axis.set_xlabel('image', fontsize=8, weight='bold', labelpad=2)
+    return figure
+
+
+def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
+    """Patch tokens, or the last feature map, of some images.
+
+    Args:
+        encoder: A timm model.
+        image: Images of shape (B, C, H, W).
+
+    Returns:
+        Tokens of shape (B, h, w, F), or None if the encoder has no map of at least
+        4 x 4.
+    """
+    model: Any = encoder
+    tokens = model.forward_features(image)
+    if tokens.ndim == 3:
+        tokens = tokens[:, model.num_prefix_tokens :]
+        patch = model.patch_embed.patch_size
+        tokens = tokens.unflatten(
+            1, (image.shape[-2] // patch[0], image.shape[-1] // patch[1])
+        )
+    elif tokens.shape[1] == model.num_features:  # (B, F, h, w), not of Swin
+        tokens = tokens.permute(0, 2, 3, 1)
+    return tokens if min(tokens.shape[1:3]) >= 4 else None
+
+
+def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
+    """First three principal components of patch tokens as red, green and blue.
+
+    Args:
+        tokens: Tokens of shape (B, h, w, F).
+        thumbnails: Colours of the images.
+
+    Returns:
+        Images above, components below.
+    """
+    flat = tokens.float().flatten(0, 2)
+    centred = flat - flat.mean(0)
+    _, values, right = torch.linalg.svd(centred, full_matrices=False)
+    parts = centred @ right[:3].T
+    low, high = (torch.quantile(parts, q, dim=0) for q in (_CLIPPED, 1 - _CLIPPED))
+    colours = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    colours = colours.view(*tokens.shape[:3], 3)
+    share = float(values[:3].square().sum() / values.square().sum())
+
+    figure, axes = _grid(2, len(tokens), 1.5)
+    for column, (image, colour) in enumerate(zip(thumbnails, colours, strict=True)):
+        axes[0, column].imshow(image)
+        axes[1, column].imshow(colour.numpy(), interpolation='nearest')
+    axes[0, 0].set_ylabel('image')
+    axes[1, 0].set_ylabel(f'components\n({share:.0%} of variance)')
+    return figure
+
+
+def plot_classes(masks: Sequence[Tensor], thumbnails: Sequence[Array]) -> Figure:
+    """Land cover of some images.
+
+    Args:
+        masks: WorldCover codes of shape (H, W), 0 is no data.
+        thumbnails: Colours of the images.
+
+    Returns:
+        Images above, classes below, with a legend.
+    """
+    codes = [0, *WORLDCOVER_CODES]
+    colours = {code: np.array(WORLDCOVER_COLORS[code]) / 255 for code in codes}
+    colours[0] = np.array([1.0, 1, 1, 1])
+    cmap = ListedColormap([colours[code] for code in codes])
+    norm = BoundaryNorm([*codes, 101], len(codes))
+    figure, axes = _grid(2, len(masks), 1.5, 0.2)
+    for column, (mask, image) in enumerate(zip(masks, thumbnails, strict=True)):
+        axes[0, column].imshow(image)
+        axes[1, column].imshow(
+            mask.numpy(), cmap=cmap, norm=norm, interpolation='nearest'
+        )
+    axes[0, 0].set_ylabel('image')
+    axes[1, 0].set_ylabel('WorldCover')
+    present = {int(code) for mask in masks for code in mask.unique()}
+    names = dict(zip(codes, ('No data', *WORLDCOVER_CLASSES), strict=True))
+    handles = [
+        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=names[code])
+        for code in codes
+        if code in present
+    ]
+    figure.legend(
+        handles=handles, loc='outside lower center', ncols=6, fontsize='small'
+    )
+    return figure
