@@ -72,12 +72,13 @@ class TestTrainingIsTheSame:
 
     def test_modules_keep_their_modes(self, tmp_path: Path) -> None:
         task = make_task(model='resnet18')
-        task.teacher.eval()
-        task.model.layer1.eval()
         trainer = make_trainer(tmp_path, max_epochs=1)
         modes: list[list[bool]] = []
 
         class Probe(KNNProbe):
+            def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
+                task.teacher.eval()  # the task itself has put all into training mode
+
             def probe(self, *args: Any) -> dict[str, float]:
                 modes.append([m.training for m in task.modules()])
                 values = super().probe(*args)
