@@ -1,6 +1,8 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+from collections.abc import Callable
+
 import pytest
 from torchgeo.models import ResNet50_Weights
 
@@ -8,6 +10,8 @@ from torchgeo_softcon.bands import (
     BAND_STATISTICS,
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
+    SENTINEL2_SUBSETS,
+    bands_of_count,
     normalize_band_names,
     rgb_indices,
 )
@@ -54,3 +58,31 @@ def test_bad_names() -> None:
         normalize_band_names(['B8B'])
     with pytest.raises(ValueError, match='must be unique'):
         normalize_band_names(['B2', 'B02'])
+
+
+@pytest.mark.parametrize('function', [normalize_band_names, rgb_indices])
+@pytest.mark.parametrize('bands', ['B2', 'RGB'])
+def test_text_is_no_list(function: Callable[[str], object], bands: str) -> None:
+    with pytest.raises(ValueError, match=rf"list of names, such as .* got '{bands}'"):
+        function(bands)
+
+
+def test_subsets_of_sentinel_2() -> None:
+    # Level-2A of SSL4EO-S12, 10 and 20 m, 10 m, colours
+    assert {n: ' '.join(bands) for n, bands in SENTINEL2_SUBSETS.items()} == {
+        13: 'B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12',
+        12: 'B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12',
+        10: 'B2 B3 B4 B5 B6 B7 B8 B8A B11 B12',
+        4: 'B2 B3 B4 B8',
+        3: 'B4 B3 B2',
+    }
+    for count, bands in SENTINEL2_SUBSETS.items():
+        assert bands_of_count(count, SENTINEL2_BANDS) == bands
+
+
+def test_count_of_bands() -> None:
+    assert bands_of_count(2, SENTINEL1_BANDS) == ('VV', 'VH')
+    with pytest.raises(ValueError, match='13 bands are too many, there are 2: VV, VH'):
+        bands_of_count(13, SENTINEL1_BANDS)
+    with pytest.raises(ValueError, match='1 bands of VV, VH could be any, only 2'):
+        bands_of_count(1, SENTINEL1_BANDS)

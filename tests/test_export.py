@@ -9,12 +9,13 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask, extract_backbone
-from torchgeo_softcon.export import export, read_encoder
+from torchgeo_softcon.export import Encoder, convert_encoder, export, read_encoder
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.convert import to_patch_size
 
@@ -94,10 +95,22 @@ class TestBranch:
         assert read_encoder(path).branch == default
 
     def test_absent(self, tmp_path: Path) -> None:
-        path = save_run(tmp_path, 'resnet18', ('model.',), softcon('resnet18')[0])
-        match = r"branch='teacher' is not in .*'model', 'projector', 'rng_seed'"
+        path = save_run(tmp_path, 'resnet18', ('teacher.',), softcon('resnet18')[0])
+        match = r"branch='student' is not in .*'projector', 'rng_seed', 'teacher'"
         with pytest.raises(ValueError, match=match):
-            read_encoder(path, 'teacher')
+            read_encoder(path)
+
+    def test_one_branch_is_of_another_task(self, tmp_path: Path) -> None:
+        student, teacher = softcon('resnet18')
+        path = save_run(tmp_path, 'resnet18', ('model.',), student)
+        match = r"checkpoint of SoftConTask or DINOMCTask, got .*\['model', 'projector'"
+        with pytest.raises(ValueError, match=match):
+            read_encoder(path)
+        path = save_run(tmp_path, 'resnet18', SOFTCON, student, teacher)
+        file, _ = export(path, 'torchgeo')
+        match = r"DINOMCTask, got a file with \['model'\]\. Weights of others need no"
+        with pytest.raises(ValueError, match=match):
+            export(file, 'timm')
 
     def test_other_file(self, tmp_path: Path) -> None:
         torch.save(dino_checkpoint({}, {}, False), tmp_path / 'a.ckpt')
@@ -170,6 +183,70 @@ class TestFormats:
             else:
                 assert torch.equal(value, student[name])
 
+    @pytest.mark.parametrize(
+        ('model', 'others'),
+        [
+            (
+                'swin_tiny_patch4_window7_224',
+                'timm or safetensors, or smp for segmentation',
+            ),
+            ('test_convnext', 'timm or safetensors'),
+            ('test_efficientnet', None),
+        ],
+    )
+    def test_family_that_the_host_does_not_open(
+        self, model: str, others: str | None, tmp_path: Path
+    ) -> None:
+        states = softcon(model)
+        path = save_run(tmp_path, model, SOFTCON, *states)
+        if others is None:
+            file, _ = export(path, 'torchgeo')
+            getattr(TASKS, host('Classification'))(
+                model=model, weights=str(file), in_channels=4, num_classes=3
+            )
+            return
+        match = f"format must be another than 'torchgeo' for {model}.* Choose {others}"
+        with pytest.raises(ValueError, match=match):
+            export(path, 'torchgeo')
+        assert [*path.parent.iterdir()] == [path]
+
+
+class TestOutput:
+    @pytest.mark.parametrize(
+        ('format', 'output', 'name'),
+        [
+            ('timm', 'a.pt', 'a.pt'),
+            ('timm', 'a.pth', 'a.pth'),
+            ('timm', 'a.safetensors', 'a.pth'),
+            ('timm', 'epoch=0.5', 'epoch=0.5.pth'),
+            ('safetensors', 'a.pt', 'a.safetensors'),
+            ('torchgeo', 'a.pth', 'a.ckpt'),
+            ('timm', '', 'epoch=0-loss=0.12_timm.pth'),
+            ('torchgeo', '', 'epoch=0-loss=0.12_torchgeo.ckpt'),
+        ],
+    )
+    def test_name(
+        self, format: Any, output: str, name: str, run: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / 'out'
+        folder.mkdir()
+        file, card = export(run, format, output=folder / output)
+        assert [file, card] == [folder / name, folder / f'{name}.md']
+        assert {*folder.iterdir()} == {file, card}
+
+    @pytest.mark.parametrize('output', ['none/x.pth', 'none/'])
+    def test_missing_folder(self, output: str, tmp_path: Path) -> None:
+        match = r'output must be in an existing folder, got .*none.* Make the folder'
+        with pytest.raises(
+            ValueError, match=match
+        ):  # before it looks for the checkpoint
+            export(tmp_path / 'a.ckpt', 'timm', output=f'{tmp_path}/{output}')
+
+    def test_no_file_of_two_if_one_is_the_checkpoint(self, run: Path) -> None:
+        with pytest.raises(ValueError, match='output must be another file'):
+            export(run, 'smp', output=run)
+        assert [*run.parent.iterdir()] == [run]
+
 
 class TestSizes:
     @pytest.fixture
@@ -177,7 +254,31 @@ class TestSizes:
         state = randomize(vit_shapes(384, 14, 4, 16, True))
         del state['mask_token']
         model = 'vit_small_patch14_dinov2'
-        return save_run(tmp_path, model, ('model.',), state), state
+        return save_run(tmp_path, model, SOFTCON, state, state), state
+
+    @pytest.mark.parametrize(
+        ('model', 'patch', 'size', 'expected'),
+        [
+            ('softcon_vit_small_patch14_224', 14, 256, 'softcon_vit_small_patch16_256'),
+            ('softcon_vit_small_patch14_224', 14, 224, 'softcon_vit_small_patch16_224'),
+            ('vit_small_patch16_224', 16, 256, 'softcon_vit_small_patch16_256'),
+            ('vit_small_patch16_224', 16, 224, 'vit_small_patch16_224'),
+            ('vit_small_patch8_224', 8, 256, 'softcon_vit_small_patch16_256'),
+            ('dinomc_vit_small_patch8_224', 8, 256, 'softcon_vit_small_patch16_256'),
+            ('dinomc_vit_small_patch8_224', 8, 224, 'vit_small_patch16_224'),
+        ],
+    )
+    def test_patch_size_of_other_models(
+        self, model: str, patch: int, size: int, expected: str
+    ) -> None:
+        state = randomize(vit_shapes(384, patch, 4, 224 // patch, patch == 14))
+        state.pop('mask_token', None)
+        encoder = Encoder(model, state, 'student', {}, {})
+        converted = convert_encoder(encoder, 16, size)
+        assert (converted.model, converted.options) == (expected, {})
+        with torch.device('meta'):
+            built: nn.Module = timm.create_model(expected, in_chans=4, num_classes=0)
+        built.load_state_dict(converted.state_dict, assign=True)
 
     @pytest.mark.parametrize(
         ('kwargs', 'model', 'grid'),
@@ -271,6 +372,28 @@ class TestCommand:
         ):
             assert row in text
         assert f'torch {torch.__version__.partition("+")[0]}' in text
+
+    def test_settings_are_yaml(self, tmp_path: Path) -> None:
+        path = save_run(tmp_path, 'resnet18', SOFTCON, *softcon('resnet18'))
+        checkpoint = torch.load(path, weights_only=True)
+        settings = {
+            'weights': 'a: b # c',
+            'scale': (0.2, 1),
+            'data': None,
+            'n': {'a': 1},
+        }
+        checkpoint['hyper_parameters'] |= {**settings, '_class_path': 'x'}
+        torch.save(checkpoint, path)
+        _, card = export(path, 'timm')
+        block = card.read_text().partition('```yaml\n')[2].removesuffix('\n```\n')
+        assert yaml.safe_load(block) == {
+            'model': 'resnet18',
+            'in_channels': 4,
+            'bands': ['B2', 'B3', 'B4', 'B8'],
+            'size': 224,
+            **settings,
+            'scale': [0.2, 1],
+        }
 
     def test_bad_input(
         self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

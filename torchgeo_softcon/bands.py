@@ -90,6 +90,14 @@ def spell_band_name(band: str) -> str:
     return _ALIASES.get(name, name)
 
 
+def _reject_text(bands: Sequence[str]) -> None:
+    """Raise for one text, whose characters would be taken for names."""
+    if isinstance(bands, str):
+        raise ValueError(  # noqa: TRY004
+            f"bands must be a list of names, such as ['B4', 'B3', 'B2'], got {bands!r}"
+        )
+
+
 def normalize_band_names(
     bands: Sequence[str], also: Sequence[str] = ()
 ) -> tuple[str, ...]:
@@ -106,8 +114,9 @@ def normalize_band_names(
         The same bands as this package spells them.
 
     Raises:
-        ValueError: If a name is unknown or occurs twice.
+        ValueError: If a name is unknown or occurs twice, or *bands* is not a list.
     """
+    _reject_text(bands)
     known = (*KNOWN_BANDS, *also)
     names = []
     for band in bands:
@@ -139,6 +148,11 @@ def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: If the number alone does not tell the bands.
     """
+    if count > len(known):
+        raise ValueError(
+            f'{count} bands are too many, there are {len(known)}: {", ".join(known)}. '
+            'Choose fewer, or weights for more'
+        )
     if count == len(known):
         return tuple(known)
     subset = SENTINEL2_SUBSETS.get(count, ())
@@ -164,8 +178,9 @@ def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
         The index of red, of green and of blue.
 
     Raises:
-        ValueError: If one of the three is not among *bands*.
+        ValueError: If one of the three is not among *bands*, or *bands* is not a list.
     """
+    _reject_text(bands)
     names = [spell_band_name(band) for band in bands]
     for red, green, blue in _RGB:
         if {red, green, blue} <= set(names):

@@ -11,6 +11,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,14 +20,18 @@ import timm
 import torch
 import yaml
 from segmentation_models_pytorch.encoders import encoders
-from torch import Tensor
+from torch import Tensor, nn
 
+from .models.builders import timm_name
 from .models.checkpoints import Branch, check_architecture, read_checkpoint
 from .models.convert import fresh, resample_positions, to_patch_size, to_smp
 
 Format = Literal['torchgeo', 'timm', 'safetensors', 'smp']
 
 _PATCHES = 'patch_embed.proj.weight'
+
+#: Suffixes of checkpoints, which an output may have whatever the format.
+_SUFFIXES = ('.ckpt', '.pt', '.pth', '.safetensors')
 
 
 class Encoder(NamedTuple):
@@ -57,14 +62,18 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
     """
     checkpoint = read_checkpoint(str(path))
     hparams, state = checkpoint.get('hyper_parameters'), checkpoint.get('state_dict')
+    # Exports and checkpoints of other tasks have one branch only
     if (
         not isinstance(hparams, Mapping)
         or not isinstance(state, Mapping)
-        or ('model' not in hparams)
+        or 'model' not in hparams
+        or not any(str(key).startswith(('student.', 'teacher.')) for key in state)
     ):
+        content = state if isinstance(state, Mapping) else checkpoint
+        parts = {str(key).partition('.')[0] for key in content}
         raise ValueError(
             f'{path} must be a checkpoint of SoftConTask or DINOMCTask, got a file with '
-            f'{sorted(map(str, checkpoint))[:6]}. Weights of others need no export'
+            f'{sorted(parts)[:6]}. Weights of others need no export'
         )
     # `model` is the encoder to use; beside it is the other branch
     names: dict[Branch, str] = {'student': 'model.', 'teacher': 'teacher.'}
@@ -137,10 +146,13 @@ def _name_of(
     if _PATCHES in state_dict and 'pos_embed' in state_dict:
         patch = layer.shape[-1]
         grid = round((state_dict['pos_embed'].shape[1] - 1) ** 0.5)
-        names = [re.sub(r'_patch\d+', f'_patch{patch}', name)]
-        # Models without LayerScale, and ours, which are built for 224 pixels
-        names += [re.sub(r'_dinov2$', f'_{s}', names[0]) for s in (224, 256)]
-        names += [f'softcon_{n}' for n in names]
+        names = [
+            re.sub(r'_patch\d+', f'_patch{patch}', n) for n in (name, timm_name(name))
+        ]
+        # Models without LayerScale or for other sizes, and ours, which take any size
+        for side in (224, 256):
+            names += [re.sub(r'_(dinov2|\d+)$', f'_{side}', n) for n in names[:2]]
+        names += [f'softcon_{n}' for n in names if not n.startswith('softcon_')]
         options.append({'img_size': patch * grid})
     for option in options:
         for candidate in filter(timm.is_model, names):
@@ -162,6 +174,29 @@ def _torchgeo(encoder: Encoder) -> dict[str, Any]:
         'hyper_parameters': {'model': encoder.model},
         'state_dict': {f'model.{k}': v for k, v in encoder.state_dict.items()},
     }
+
+
+def _check_host(encoder: Encoder) -> None:
+    """Raise if TorchGeo's loader does not open models of this family.
+
+    It looks at the last layer, and knows classifiers of one layer only.
+    """
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(encoder.model, num_classes=0)
+    except (NotImplementedError, RuntimeError):  # timm that reads numbers as it builds
+        model = timm.create_model(encoder.model, num_classes=0)
+    last = list(model.children())[-1]
+    if isinstance(last, nn.Identity) or hasattr(last, 'out_features'):
+        return
+    others = 'timm or safetensors'
+    with suppress(ValueError):
+        to_smp(encoder.state_dict, encoder.model)
+        others += ', or smp for segmentation'
+    raise ValueError(
+        f"format must be another than 'torchgeo' for {encoder.model}: TorchGeo does not "
+        f'open models of this family. Choose {others}'
+    )
 
 
 def _smp_torchgeo(encoder: Encoder) -> dict[str, Any]:
@@ -198,8 +233,9 @@ def export(
         branch: See :func:`read_encoder`.
         patch_size: See :func:`convert_encoder`.
         img_size: See :func:`convert_encoder`.
-        output: Path of the new file; its suffix is that of the format. Defaults to the
-            name of the checkpoint with the format, beside it.
+        output: Path of the new file, or a folder for it. It gets the suffix of the format
+            in place of that of another checkpoint; ``.pt`` may stand for ``.pth``.
+            Defaults to the name of the checkpoint with the format, beside it.
 
     Returns:
         Paths of the files: one or two for the encoder, and the card.
@@ -219,6 +255,13 @@ def export(
     if format not in writers:
         raise ValueError(f'format must be one of {", ".join(writers)}, got {format!r}')
     source = Path(path)
+    base, pt = _base(source, format, output)
+    targets = [
+        Path(f'{base}{".pt" if pt and suffix == ".pth" else suffix}')
+        for suffix, _ in writers[format]
+    ]
+    if source.resolve() in [target.resolve() for target in targets]:
+        raise ValueError(f'output must be another file than {source}')
     encoder = convert_encoder(read_encoder(source, branch), patch_size, img_size)
     if encoder.options and format in ('torchgeo', 'smp'):
         raise ValueError(
@@ -226,19 +269,35 @@ def export(
             f'needs {encoder.options}, which cannot be told to {format}. Choose another '
             'img_size, such as 224, or another format'
         )
-    base = str(output or source.with_name(f'{source.stem}_{format}'))
-    for suffix, _ in writers[format]:
-        base = base.removesuffix(suffix)
-    written = []
-    for suffix, make in writers[format]:
-        target = Path(f'{base}{suffix}')
-        if target.resolve() == source.resolve():
-            raise ValueError(f'output must be another file than {source}')
-        _save(make(encoder), target, encoder)
-        written.append(target)
-    card = Path(f'{written[0]}.md')
-    card.write_text(_card(encoder, format, source, written))
-    return [*written, card]
+    if format == 'torchgeo':
+        _check_host(encoder)
+    contents = [make(encoder) for _, make in writers[format]]
+    for content, target in zip(contents, targets, strict=True):
+        _save(content, target, encoder)
+    card = Path(f'{targets[0]}.md')
+    card.write_text(_card(encoder, format, source, targets))
+    return [*targets, card]
+
+
+def _base(
+    source: Path, format: str, output: str | os.PathLike[str] | None
+) -> tuple[Path, bool]:
+    """Path of the new files without suffix, and whether it had the suffix .pt."""
+    name = f'{source.stem}_{format}'
+    if output is None:
+        return source.with_name(name), False
+    path = Path(output)
+    if path.is_dir():
+        return path / name, False
+    # A path forgets that it ended in a separator
+    folder = path if os.fspath(output).endswith(('/', os.sep)) else path.parent
+    if not folder.is_dir():
+        raise ValueError(
+            f'output must be in an existing folder, got {str(output)!r}. Make the folder '
+            f'{folder}, or choose another'
+        )
+    known = path.suffix in _SUFFIXES
+    return path.with_suffix('') if known else path, path.suffix == '.pt'
 
 
 def _save(content: dict[str, Any], target: Path, encoder: Encoder) -> None:
@@ -298,13 +357,25 @@ def _card(encoder: Encoder, format: Format, source: Path, written: list[Path]) -
         ),
     }
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows.items())
-    settings = '\n'.join(
-        f'{k}: {v}' for k, v in hparams.items() if not k.startswith('_')
+    settings = yaml.safe_dump(
+        {k: _plain(v) for k, v in hparams.items() if not k.startswith('_')},
+        sort_keys=False,
+        allow_unicode=True,
     )
     return (
         f'# {written[0].stem}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n'
-        f'```\n{usage}\n```\n\n## Settings\n\n```yaml\n{settings}\n```\n'
+        f'```\n{usage}\n```\n\n## Settings\n\n```yaml\n{settings}```\n'
     )
+
+
+def _plain(value: Any) -> Any:
+    """A setting in the types of YAML."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    plain = value is None or type(value) in (bool, int, float, str)
+    return value if plain else str(value)
 
 
 def _run_files(source: Path) -> dict[str, Any]:

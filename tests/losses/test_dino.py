@@ -158,9 +158,13 @@ def test_centre_moves_once_per_update() -> None:
     torch.testing.assert_close(loss.center, 0.2 * teacher.mean((0, 1))[None])
     assert not loss.pending.any()
 
+    before = loss.center.clone()
     loss.eval()
     loss(student, teacher)
     assert not loss.pending.any()
+    # Nothing to move towards
+    loss.update_center()
+    assert torch.equal(loss.center, before)
 
 
 def test_state() -> None:

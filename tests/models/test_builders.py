@@ -2,6 +2,7 @@
 # Licensed under the MIT License.
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from torchgeo_softcon.bands import SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from torchgeo_softcon.models import (
@@ -17,6 +19,7 @@ from torchgeo_softcon.models import (
     ViTSmall8_Weights,
     ViTSmall14_DINOv2_Weights,
     ViTSmall16_Weights,
+    WideResNet50_2_Weights,
     builders,
 )
 
@@ -127,8 +130,17 @@ class TestBands:
                 {'in_chans': 1},
                 '1 bands of VV, VH could be any, only 2 would be clear',
             ),
-            ('dinomc_resnet50', {'in_chans': 13}, '13 bands of B4, B3, B2 .* only 3'),
+            (
+                'dinomc_resnet50',
+                {'in_chans': 13},
+                '13 bands are too many, there are 3: B4, B3',
+            ),
             ('dinomc_resnet50', {'bands': ['B8']}, 'B8 is not'),
+            (
+                'softcon_resnet50',
+                {'bands': 'RGB', 'in_chans': 2},
+                "list of .* got 'RGB'",
+            ),
             (
                 'softcon_resnet50',
                 {'in_chans': 3, 'bands': ['B2']},
@@ -164,7 +176,9 @@ class TestImageSize:
         )
         assert odd.pos_embed.shape[1] == 1 + 18 * 18
         wide = create('softcon_vit_small_patch16_224', img_size=(96, 128))
-        assert wide.pos_embed.shape[1] == 1 + 6 * 8
+        native = ViTSmall16_Weights.SENTINEL2_SOFTCON.get_state_dict()['pos_embed']
+        assert torch.equal(wide.pos_embed, resample_abs_pos_embed(native, [6, 8]))
+        assert not torch.equal(wide.pos_embed, resample_abs_pos_embed(native, [8, 6]))
 
 
 def test_arguments_that_lose_weights() -> None:
@@ -177,6 +191,57 @@ def test_unknown_tag() -> None:
         ValueError, match=r"one of the tags \['sentinel2_softcon', .*'s3'"
     ):
         create('softcon_resnet50.s3')
+
+
+class TestConfiguration:
+    """timm's own way to say which weights."""
+
+    @pytest.mark.parametrize('as_dict', [False, True])
+    @pytest.mark.parametrize('tag', ['sentinel2_softcon', 'sentinel1_softcon'])
+    def test_ours(self, tag: str, as_dict: bool) -> None:
+        cfg: Any = timm.get_pretrained_cfg(f'softcon_resnet50.{tag}')
+        model = create(
+            'softcon_resnet50', pretrained_cfg=asdict(cfg) if as_dict else cfg
+        )
+        member = getattr(ResNet50_Weights, tag.upper())
+        assert torch.equal(model.conv1.weight, member.get_state_dict()['conv1.weight'])
+        again = create('softcon_resnet50', pretrained_cfg=model.pretrained_cfg)
+        assert torch.equal(again.conv1.weight, model.conv1.weight)
+        assert again.pretrained_cfg['tag'] == tag
+
+    def test_of_another_model(self) -> None:
+        cfg = timm.get_pretrained_cfg('dinomc_wide_resnet50_2')
+        match = (
+            r'must be of ResNet50_Weights for softcon_resnet50, got WideResNet50_2_W'
+        )
+        with pytest.raises(ValueError, match=match):
+            create('softcon_resnet50', pretrained_cfg=cfg)
+
+    def test_file_in_it(self, tmp_path: Path) -> None:
+        state = create('softcon_resnet50', pretrained=False, in_chans=13).state_dict()
+        torch.save(state, tmp_path / 'mine.pth')
+        cfg: Any = timm.get_pretrained_cfg('softcon_resnet50')
+        cfg = {**asdict(cfg), 'file': str(tmp_path / 'mine.pth')}
+        model = create('softcon_resnet50', in_chans=13, pretrained_cfg=cfg)
+        assert torch.equal(model.conv1.weight, state['conv1.weight'])
+
+    @pytest.mark.parametrize(
+        ('name', 'weights'),
+        [
+            ('dinomc_resnet50', ResNet50_Weights.SENTINEL2_RGB_DINOMC),
+            ('dinomc_wide_resnet50_2', WideResNet50_2_Weights.SENTINEL2_RGB_DINOMC),
+            ('dinomc_vit_small_patch8_224', ViTSmall8_Weights.SENTINEL2_RGB_DINOMC),
+            (
+                'dinomc_swin_tiny_patch4_window7_224',
+                Swin_T_Weights.SENTINEL2_RGB_DINOMC,
+            ),
+        ],
+    )
+    def test_values_that_timm_scales_to(self, name: str, weights: Any) -> None:
+        resolve: Any = timm.data.resolve_model_data_config
+        config = resolve(create(name, pretrained=False))
+        assert config['mean'] == weights.meta['mean'] == (0.485, 0.456, 0.406)
+        assert config['std'] == weights.meta['std'] == (0.229, 0.224, 0.225)
 
 
 def test_file_of_the_users_own(tmp_path: Path) -> None:

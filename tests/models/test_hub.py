@@ -27,6 +27,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(root / 'good.pth', root / f'good-{digest[:8]}.pth')
     shutil.copy(root / 'good.pth', root / 'other-00000000.pth')
     (root / 'download').write_bytes(PAGE)
+    (root / 'bom').write_bytes(b'\xef\xbb\xbf' + PAGE)
+    (root / 'json').write_bytes(b'\n{"error": {"code": 403}}')
     return root
 
 
@@ -76,6 +78,21 @@ class TestDownload:
         path = fetch(f'{server.url}/good.pth', model_dir=tmp_path / 'new')
         assert path == tmp_path / 'new' / 'good.pth'
 
+    def test_to_a_folder_of_the_user(
+        self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv('HOME', str(tmp_path))
+        path = fetch(f'{server.url}/good.pth', model_dir='~/new')
+        assert path == tmp_path / 'new' / 'good.pth'
+
+    @pytest.mark.parametrize('name', ['file', 'file/below'])
+    def test_to_a_file(self, name: str, server: Server, tmp_path: Path) -> None:
+        (tmp_path / 'file').touch()
+        with pytest.raises(
+            ValueError, match=rf'model_dir must be a folder, got .*{name}'
+        ):
+            fetch(f'{server.url}/good.pth', model_dir=tmp_path / name)
+
     @pytest.mark.parametrize(
         ('name', 'reason'),
         [
@@ -83,6 +100,11 @@ class TestDownload:
             ('other-00000000.pth', r'SHA-256 of 00000000\.\.\., .* got [0-9a-f]{16}'),
             ('cut/good.pth', 'download it again'),
             ('download?id=7', "a web page 'Google Drive - Virus scan warning' instead"),
+            ('bom', "a web page 'Google Drive - Virus scan warning' instead"),
+            (
+                'json',
+                r"a message '\{\"error\": \{\"code\": 403\}\}' instead of the file",
+            ),
         ],
     )
     def test_failure_leaves_no_trace(

@@ -5,6 +5,7 @@ import copy
 import inspect
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 import timm
@@ -26,7 +27,6 @@ from torchgeo_softcon.models import (
 )
 from torchgeo_softcon.models.convert import swin_to_timm
 from torchgeo_softcon.models.hub import WEIGHTS_VARIABLE
-from torchgeo_softcon.transforms import ToUnitRange
 
 from .helpers import (
     WeightsFolder,
@@ -328,6 +328,9 @@ class TestBadInput:
                 'img_size must be a multiple of the patch size 16 .* 224',
             ),
             ({'img_size': 8}, 'img_size must be .* got 8. The nearest one is 16'),
+            ({'img_size': '224'}, "as a number, such as 224, got '224'"),
+            ({'img_size': (224, 224)}, r'as a number, .* got \(224, 224\)'),
+            ({'bands': 'B2'}, "bands must be a list of names, .* got 'B2'"),
             ({'bands': ['B14']}, "unknown name 'B14'"),
             ({'branch': 'student'}, 'branch must be left out .* one is published'),
             ({'layout': 'smp'}, "layout must be 'host' or 'timm', got 'smp'"),
@@ -344,7 +347,7 @@ class TestBadInput:
         match = (
             r'B13_vits14_softcon_enc.pth of ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON '
             r'must have the parameters of vit_small_patch14_dinov2 with 13 bands: .*'
-            r'\(1, 1, 768\) instead of \(1, 1, 384\)'
+            r'\(1, 1, 768\) instead of \(1, 1, 384\).* Remove the file if it is not'
         )
         with pytest.raises(ValueError, match=match):
             ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON.get_state_dict(root=tmp_path)
@@ -372,29 +375,24 @@ def test_from_a_server_by_the_cache_of_torch_hub(
     assert (tmp_path / 'hub' / 'checkpoints' / 'B13_rn50_softcon.pth').exists()
 
 
-def test_links_of_google_drive_are_distinct() -> None:
-    urls = {weights.url for weights in DINO_MC}
-    files = {weights.meta['file'] for weights in DINO_MC}
-    assert len(urls) == len(files) == len(DINO_MC) == 8
+def test_links_are_those_of_the_authors() -> None:
+    # The tables of https://github.com/WennyXY/DINO-MC#readme
+    expected = {
+        'ResNet50_Weights.SENTINEL2_RGB_DINOMC': '1Tku4QoQDc3BU1BOr8PzQWFPyVStUDsVE',
+        'ResNet50_Weights.SENTINEL2_RGB_DINOTP': '1mHR9uv5G7-9FpEzGBvdEOcJcWbnHOGEV',
+        'Swin_T_Weights.SENTINEL2_RGB_DINOMC': '1rod3PxdZ2OGqNJxLp5CAtXm7vIsLO7us',
+        'Swin_T_Weights.SENTINEL2_RGB_DINOTP': '1E00rYPB2wFvnq7exmQwVRe1koQ98BECL',
+        'ViTSmall8_Weights.SENTINEL2_RGB_DINOMC': '18RqKqZYzigOjwbyNzLsys8bmwqxrNhyt',
+        'ViTSmall8_Weights.SENTINEL2_RGB_DINOTP': '1BIRR56wCwTDlB4_eQTA0DpYYPHACHfxN',
+        'WideResNet50_2_Weights.SENTINEL2_RGB_DINOMC': '1WlNDoks3Uo_Al5pUHWrhQpljDrt4Ip__',
+        'WideResNet50_2_Weights.SENTINEL2_RGB_DINOTP': '1MoclNnRlSGOKhudm5lreDYSxYJqciQar',
+    }
+    queries = {str(w): parse_qs(urlparse(w.url).query) for w in DINO_MC}
+    assert {name: query['id'][0] for name, query in queries.items()} == expected
+    assert len({weights.meta['file'] for weights in DINO_MC}) == 8
 
 
 def test_arguments_of_the_host_are_understood() -> None:
     parameters = inspect.signature(ENUMS[0].get_state_dict).parameters
     theirs = {'progress', 'check_hash', 'weights_only', 'model_dir', 'map_location'}
     assert theirs <= {*parameters}
-
-
-class TestToUnitRange:
-    def test_of_bands(self) -> None:
-        whole = ToUnitRange.of(SENTINEL2_BANDS)
-        some = ToUnitRange.of(['b08', 'B2'])
-        image = 4000 * torch.rand(2, 13, 4, 4)
-        expected = whole(image)[:, [7, 1]]
-        assert torch.equal(some(image[:, [7, 1]]), expected)
-        assert torch.equal(some({'image': image[:, [7, 1]]})['image'], expected)
-
-    def test_bands_without_statistics(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"of Sentinel-2 or Sentinel-1, got \['NIR'\]"
-        ):
-            ToUnitRange.of(['B2', 'NIR'])

@@ -551,7 +551,7 @@ class TestBadInput:
                 {'num_local_crops': 4, 'local_sizes': (96,), 'views': 'temporal'},
                 r'num_local_crops = 4 .* local_sizes = \(96,\)',
             ),
-            ({'num_local_crops': -1}, 'num_local_crops = -1'),
+            ({'num_local_crops': -1}, 'num_local_crops must be >= 0, got -1'),
             ({'global_scale': (1, 0.3)}, r'global_scale must be a range .* \(1, 0.3\)'),
             ({'local_scale': (0, 0.3)}, r'local_scale must be a range .* \(0, 0.3\)'),
             ({'local_scale': (0.1, 1.3)}, 'local_scale must be a range'),

@@ -56,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None
+        return gradient * grad_output, None, None
 
 
 def multi_crop_cross_entropy(
@@ -142,8 +142,8 @@ class DINOLoss(nn.Module):
         self.student_temperature = student_temperature
         self.center_momentum = center_momentum
         self.register_buffer('center', torch.zeros(1, output_dim))
-        # Sum of the teacher's logits since the last update, and their number. Empty
-        # whenever a checkpoint is written.
+        # Sum of the teacher's logits since the last update, and their number. Not saved,
+        # as the gradients of an unfinished optimizer step are not saved either.
         self.register_buffer('pending', torch.zeros(output_dim + 1), persistent=False)
 
     def forward(
@@ -195,6 +195,8 @@ class DINOLoss(nn.Module):
         """
         if dist.world_size() > 1:
             torch.distributed.all_reduce(self.pending)
-        mean = self.pending[:-1] / self.pending[-1]
-        self.center.lerp_(mean, 1 - self.center_momentum)
+        # A step may have been skipped: then there is nothing to move towards
+        count = self.pending[-1]
+        mean = self.pending[:-1] / count.clamp(min=1)
+        self.center.lerp_(mean, (1 - self.center_momentum) * (count > 0))
         self.pending.zero_()

@@ -35,6 +35,10 @@ _DINO_MC = {
 }
 
 
+#: Start of the URLs that stand for members of the enums.
+_SCHEME = 'torchgeo-softcon:'
+
+
 class _Model(NamedTuple):
     """How a model is built."""
 
@@ -111,7 +115,7 @@ def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
     family = next(name for name in _LAYERS if name in model.timm_name)
     return {
         # Says to timm that there are weights; _create gets them
-        'url': f'torchgeo-softcon:{model.enum}.{tag.upper()}',
+        'url': f'{_SCHEME}{model.enum}.{tag.upper()}',
         'input_size': (channels, size, size),
         'num_classes': 0,
         'mean': (0.485, 0.456, 0.406) if rgb else (0.0,) * channels,
@@ -151,6 +155,28 @@ def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -
     return (fitting or [*known])[0]
 
 
+def _get(cfg: Any, key: str) -> Any:
+    """An entry of a configuration, which timm has as a dict or as an object."""
+    return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
+
+
+def _is_ours(cfg: Any) -> bool:
+    """Whether a configuration is for the weights of an enum, and for no others."""
+    others = any(_get(cfg, key) for key in ('file', 'state_dict', 'hf_hub_id'))
+    return str(_get(cfg, 'url')).startswith(_SCHEME) and not others
+
+
+def _own_tag(name: str, cfg: Any) -> str:
+    """The tag that a configuration of ours stands for."""
+    enum, _, member = _get(cfg, 'url').removeprefix(_SCHEME).partition('.')
+    if enum != _MODELS[name].enum:
+        raise ValueError(
+            f'pretrained_cfg must be of {_MODELS[name].enum} for {name}, got {enum}.'
+            f'{member}. Leave it out, or choose the model that it is for'
+        )
+    return str(member.lower())
+
+
 def _create(
     name: str,
     pretrained: bool,
@@ -165,8 +191,8 @@ def _create(
     Args:
         name: Its name.
         pretrained: Whether to load its weights.
-        pretrained_cfg: Tag of the weights. Defaults to the first that has the bands. Or
-            a configuration of timm's, for weights from elsewhere.
+        pretrained_cfg: Tag of the weights, or their configuration. Defaults to the first
+            that has the bands. Or another configuration, for weights from elsewhere.
         pretrained_cfg_overlay: See timm. If it names other weights, timm loads them.
         bands: Names of the bands that the model shall see. Defaults to those that the
             number *in_chans* stands for.
@@ -184,11 +210,14 @@ def _create(
     model = _MODELS[name]
     channels = kwargs.pop('in_chans', None)
     if bands is not None:
+        bands = normalize_band_names(bands)
         if channels not in (None, len(bands)):
             raise ValueError(
                 f'in_chans must be the number of bands, {len(bands)}, got {channels}'
             )
         channels = len(bands)
+    if _is_ours(pretrained_cfg):
+        pretrained_cfg = _own_tag(name, pretrained_cfg)
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else None
     tag = _choose_tag(name, tag, channels if bands is None else bands)
     channels = len(model.bands[tag]) if channels is None else channels

@@ -87,13 +87,13 @@ def _reason(error: Exception) -> str:
     if found:
         return (
             f'it holds Python objects ({", ".join(dict.fromkeys(found))}), which could '
-            'run code. If you trust it, load it by hand with weights_only=False, and '
-            'save its state dict alone'
+            'run code. Remove the file; or, if you trust it, load it by hand with '
+            'weights_only=False, and save its state dict alone'
         )
     # PyTorch's text around the reason advises to load unsafely
     match = re.search(r'WeightsUnpickler error:\s*(.*)', str(error))
     reason = match[1] if match else f'{type(error).__name__} {error}'.strip()
-    return f'{reason}. It may be incomplete: download it again'
+    return f'{reason}. It may be incomplete: remove the file and download it again'
 
 
 def dino_mc_encoder(

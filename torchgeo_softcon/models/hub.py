@@ -3,6 +3,7 @@
 
 """Files of pretrained weights: from a folder, from the cache, or from the network."""
 
+import codecs
 import hashlib
 import os
 import re
@@ -40,7 +41,7 @@ def find_file(
         file: Name of the file. Defaults to the last part of *url*.
         root: Folder with files that were downloaded by hand. Defaults to the one that
             the environment variable ``TORCHGEO_SOFTCON_WEIGHTS`` names, if any.
-        model_dir: The cache. Defaults to that of torch.hub.
+        model_dir: The cache, a folder. Defaults to that of torch.hub.
         check_hash: Whether to compare the file with the digits of SHA-256 in its name, if
             there are any.
         progress: Whether to show the progress of a download.
@@ -49,7 +50,7 @@ def find_file(
         Path of the file.
 
     Raises:
-        ValueError: If *root* is not a folder, or the file has another hash.
+        ValueError: If *root* or *model_dir* is not a folder, or the file has another hash.
         RuntimeError: If the download fails.
     """
     name = file or os.path.basename(urlparse(url).path)
@@ -64,10 +65,17 @@ def find_file(
         if os.path.isfile(path):
             return _checked(path, check_hash)
 
-    cache = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    cache = os.path.expanduser(
+        model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    )
     path = os.path.join(cache, name)
     if not os.path.isfile(path):
-        os.makedirs(cache, exist_ok=True)
+        try:
+            os.makedirs(cache, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f'model_dir must be a folder, got {str(cache)!r}. Choose another'
+            ) from error
         _download(url, path, check_hash, progress)
         return path
     return _checked(path, check_hash)
@@ -112,14 +120,19 @@ def _download(url: str, path: str, check_hash: bool, progress: bool) -> None:
 
 
 def _reject_page(path: str) -> None:
-    """Raise if a server has sent a page for people instead of the file.
+    """Raise if a server has sent a page or a message instead of the file.
 
     Google Drive does so to ask for confirmation, to ask for a login, and after too many
     downloads by others.
     """
     with open(path, 'rb') as stream:
-        start = stream.read(65536)
-    if start.lstrip()[:1] == b'<':
+        start = stream.read(65536).removeprefix(codecs.BOM_UTF8).lstrip()
+    if b'\0' in start:  # not text, whatever the first byte is
+        return
+    if start[:1] in (b'{', b'['):
+        text = start[:200].decode(errors='replace')
+        raise ValueError(f'the server sent a message {text!r} instead of the file')
+    if start[:1] == b'<':
         title = re.search(rb'<title>(.*?)</title>', start, re.DOTALL | re.IGNORECASE)
         name = title[1].decode(errors='replace').strip() if title else ''
         raise ValueError(f'the server sent a web page {name!r} instead of the file')

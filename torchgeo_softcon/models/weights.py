@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -104,7 +105,14 @@ class EncoderWeights(WeightsEnum):
         # At the size of the file
         size = 224 if source in _PATCH_SIZES else None
         names = self.meta['bands']
-        check_architecture(state_dict, source, len(names), size, f'{path} of {self}')
+        try:
+            check_architecture(
+                state_dict, source, len(names), size, f'{path} of {self}'
+            )
+        except ValueError as error:
+            raise ValueError(
+                f'{error}. Remove the file if it is not the published one'
+            ) from error
 
         if source != model:
             state_dict = to_patch_size(state_dict, _PATCH_SIZES[model], grid)
@@ -122,6 +130,11 @@ class EncoderWeights(WeightsEnum):
 
     def _grid(self, img_size: int | None) -> int | None:
         """Number of patches along each side, None without patches."""
+        if img_size is not None and not isinstance(img_size, Integral):
+            raise ValueError(
+                'img_size must be the side of square images as a number, such as 224, '
+                f'got {img_size!r}'
+            )
         patch = _PATCH_SIZES.get(self.meta['model'])
         if patch is None:
             return None

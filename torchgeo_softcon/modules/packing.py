@@ -188,8 +188,8 @@ def _layout(
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """The packed forward pass as one graph for each layout."""
-    return torch.compile(_encode_packed, dynamic=False, fullgraph=True)
+    """The packed forward pass as one graph for each layout, up to PyTorch's limit."""
+    return torch.compile(_encode_packed, dynamic=False)
 
 
 def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: _Layout) -> Tensor:

@@ -105,8 +105,11 @@ class EMATask(BaseTask):
             The encoder.
 
         Raises:
-            ValueError: If *model*, *weights*, *bands* or *size* do not fit each other.
+            ValueError: If *drop_path_rate* is out of range, or *model*, *weights*, *bands*
+                and *size* do not fit each other.
         """
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         name, channels = self.hparams['model'], self.hparams['in_channels']
         bands = self.hparams['bands']
         if bands is not None and len(normalize_band_names(bands)) != channels:
@@ -201,7 +204,7 @@ class EMATask(BaseTask):
                 f'{(*image.shape[:2], size, size)}, got {tuple(view.shape)}. Give them '
                 'the size of the task'
             )
-        return view
+        return view.to(self.dtype)
 
     def unsaved(self) -> dict[str, str]:
         """Arguments that a checkpoint may not hold, in words, to compare on loading."""
@@ -278,6 +281,9 @@ class EMATask(BaseTask):
         Raises:
             ValueError: If the run has no end.
         """
+        if self.trainer.train_dataloader is None:
+            # Lightning does not look at the data if max_steps alone ends the run
+            self.trainer.fit_loop.setup_data()
         total = self.trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
             raise ValueError(
@@ -342,6 +348,8 @@ class EMATask(BaseTask):
         # Lightning refuses to clip gradients of a fused optimizer in mixed precision
         fused = (
             self.trainer.gradient_clip_val is None
+            # ... and in float16 it would unscale gradients only after we have clipped
+            and getattr(self.trainer.precision_plugin, 'scaler', None) is None
             and self.trainer.strategy.root_device.type in ('cpu', 'cuda')
         )
         groups = parameter_groups([self], self.hparams['weight_decay'])

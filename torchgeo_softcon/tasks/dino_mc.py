@@ -78,6 +78,7 @@ class DINOMCTask(EMATask):
     """
 
     plateau: Tensor
+    _idle: Tensor
     _temperature_steps: int = 0
 
     def __init__(
@@ -203,7 +204,7 @@ class DINOMCTask(EMATask):
             'lr': lr,
             'clip_grad': 1 if clip_grad is None else clip_grad,
         }.items():
-            if positive <= 0:
+            if not positive > 0:  # which NaN is not
                 raise ValueError(f'{name} must be > 0, got {positive}')
         for name, number in {
             'freeze_last_layer': freeze_last_layer,
@@ -238,7 +239,7 @@ class DINOMCTask(EMATask):
             self.hparams['center_momentum'],
         )
         # Optimizer steps in a row in which the loss was that of no opinion
-        self.register_buffer('plateau', torch.zeros((), dtype=torch.long), False)
+        self.register_buffer('plateau', torch.zeros((), dtype=torch.long))
 
     def configure_models(self) -> None:
         """Initialize student and teacher, each an encoder and a head."""
@@ -276,7 +277,11 @@ class DINOMCTask(EMATask):
             ValueError: If it does not take them.
         """
         channels = self.hparams['in_channels']
-        sizes = {self.hparams['size'], *self.hparams['local_sizes']}
+        local_sizes, number = (
+            self.hparams[k] for k in ('local_sizes', 'num_local_crops')
+        )
+        first = 0 if number is None else len(local_sizes) - number
+        sizes = {self.hparams['size'], *local_sizes[max(first, 0) :]}
         size = None
         try:
             with torch.no_grad():
@@ -403,6 +408,7 @@ class DINOMCTask(EMATask):
         group['weight_decay'] = self.weight_decay_at(self.global_step)
         super().optimizer_step(*args, **kwargs)
         self.criterion.update_center()
+        self.plateau = torch.where(self._idle, self.plateau + 1, 0)
 
     def draw_crops(self, batch: Sample) -> list[Tensor]:
         """Draw the crops of every image of a batch.
@@ -427,12 +433,15 @@ class DINOMCTask(EMATask):
                 "views='multi_crop'"
             )
         crops = self.augmentations(image[:, 0] if image.shape[1] == 1 else image)
-        if not isinstance(crops, Sequence) or len(crops) <= self.num_global - 1:
+        if not isinstance(crops, Sequence) or len(crops) < self.num_global:
+            got = (
+                f'{len(crops)}' if isinstance(crops, Sequence) else type(crops).__name__
+            )
             raise ValueError(
                 f'augmentations must give a list of at least {self.num_global} crops, '
-                f'got {type(crops).__name__}'
+                f'got {got}'
             )
-        return list(crops)
+        return [crop.to(self.dtype) for crop in crops]
 
     @property
     def num_global(self) -> int:
@@ -470,8 +479,7 @@ class DINOMCTask(EMATask):
         self.guard.watch(self.global_step, loss, batch['image'])
 
         chance = math.log(self.hparams['output_dim'])
-        idle = (loss.detach() - chance).abs() < _PLATEAU_WIDTH * chance
-        self.plateau = torch.where(idle, self.plateau + 1, 0)
+        self._idle = (loss.detach() - chance).abs() < _PLATEAU_WIDTH * chance
         values = {
             'train_loss': loss,
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder

@@ -161,7 +161,8 @@ class MultiCropView(nn.Module):
             global_blur: Probabilities of a Gaussian blur for the two augmented global
                 views. Defaults to (1, 0.1), for *temporal* to (0.5, 0.5).
             local_blur: The same for each local crop, not used by *temporal*.
-            blur_sigma: Range of the blur's standard deviation in pixels of the view.
+            blur_sigma: Range of the blur's standard deviation in pixels of the view, for
+                *temporal* of the image.
             global_solarize: Probabilities to reflect values above the middle of the
                 range for the two augmented global views. Defaults to (0, 0.2), and to
                 (0, 0) for *temporal* or without *value_range*.
@@ -218,7 +219,11 @@ class MultiCropView(nn.Module):
             raise ValueError(
                 f"views must be 'multi_crop' or 'temporal', got {self.views!r}"
             )
-        if not 0 <= self.num_local_crops <= len(self.local_sizes):
+        if self.num_local_crops < 0:
+            raise ValueError(
+                f'num_local_crops must be >= 0, got {self.num_local_crops}'
+            )
+        if self.num_local_crops > len(self.local_sizes):
             raise ValueError(
                 f'num_local_crops = {self.num_local_crops} crops need as many sizes, got '
                 f'local_sizes = {self.local_sizes}. Give a size for each crop'
@@ -261,7 +266,7 @@ class MultiCropView(nn.Module):
         check_range('ratio', self.ratio)
         check_range('blur_sigma', self.blur_sigma)
         limits = self.value_range
-        if limits is not None and not limits[0] < limits[1]:
+        if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
             raise ValueError(f'value_range must be (low, high), got {limits}')
         if limits is None and any(self.global_solarize):
             raise ValueError(
@@ -306,7 +311,7 @@ class MultiCropView(nn.Module):
         """Warn once of crops that are larger than the image."""
         height, width = image.shape[-2:]
         sizes = self.global_size, *self._crop_sizes
-        large = [size for size in sizes if size > min(height, width)]
+        large = dict.fromkeys(size for size in sizes if size > min(height, width))
         if large and not self._warned:
             self._warned = True
             warnings.warn(

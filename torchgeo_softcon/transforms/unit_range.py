@@ -33,8 +33,18 @@ class ToUnitRange(nn.Module):
         Args:
             mean: Mean of each band.
             std: Standard deviation of each band.
+
+        Raises:
+            ValueError: If there are not as many of both, or a deviation is not positive.
         """
         super().__init__()
+        if len(mean) != len(std) or not len(mean):
+            raise ValueError(
+                'mean and std must have one number for each band, got '
+                f'{len(mean)} and {len(std)}'
+            )
+        if not all(value > 0 for value in std):
+            raise ValueError(f'std must be positive, got {tuple(std)}')
         self.register_buffer('low', torch.tensor(mean) - 2 * torch.tensor(std))
         self.register_buffer('extent', 4 * torch.tensor(std))
         self.low: Tensor
@@ -52,9 +62,11 @@ class ToUnitRange(nn.Module):
             A transform.
 
         Raises:
-            ValueError: If a name is unknown or has no statistics.
+            ValueError: If a name is unknown or has no statistics, or there is none.
         """
         names = normalize_band_names(bands)
+        if not names:
+            raise ValueError('bands must have at least one name, got none')
         unknown = [name for name in names if name not in BAND_STATISTICS]
         if unknown:
             raise ValueError(
@@ -72,9 +84,17 @@ class ToUnitRange(nn.Module):
 
         Returns:
             The same with float images in [0, 1].
+
+        Raises:
+            ValueError: If the images have another number of channels.
         """
         if isinstance(sample, dict):
             return {**sample, 'image': self(sample['image'])}
+        if sample.ndim < 3 or sample.shape[-3] != len(self.low):
+            raise ValueError(
+                f'image must have {len(self.low)} channels, shape (..., {len(self.low)}, '
+                f'H, W), got {tuple(sample.shape)}. Choose those bands of it'
+            )
         low, extent = (
             x.view(-1, 1, 1).to(sample.device) for x in (self.low, self.extent)
         )

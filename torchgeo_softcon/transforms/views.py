@@ -254,7 +254,9 @@ class RandomView(nn.Module):
         check_range('scale', scale, 1)
         check_range('ratio', ratio)
         check_range('blur_sigma', blur_sigma)
-        if value_range is not None and not value_range[0] < value_range[1]:
+        if value_range is not None and (
+            len(value_range) != 2 or not value_range[0] < value_range[1]
+        ):
             raise ValueError(f'value_range must be (low, high), got {value_range}')
 
         super().__init__()
