@@ -78,6 +78,11 @@ def pretrained(
                 *('--config', str(EXAMPLES / config), '--model.model', model, *SMALL),
                 *('--data.root', str(scenes.root.parent), '--data.size', '96'),
                 *('--data.dates', '2', '--data.patch_size', '32', '--data.length', '8'),
+                # Too little ground for the probe of the recipe
+                *(
+                    ['--trainer.callbacks', 'null', '--data.val_fraction', '0']
+                    * bool(dino)
+                ),
             )
             paths[run] = checkpoint.absolute()
         finally:
@@ -155,6 +160,20 @@ def test_real_dates_as_seasons(shared: Path) -> None:
         *('--data.value_range', '[0,4000]'),
     )
     assert losses(log)
+
+
+def test_dino_small() -> None:
+    _, log = fit(
+        *('--config', str(EXAMPLES / 'dino_mc_small.yaml'), '--data.root', 'data'),
+        *('--data.size', '256', '--data.places', '1', '--data.dates', '1'),
+        *('--data.length', '32', '--data.batch_size', '8', '--trainer.max_epochs', '1'),
+        *('--trainer.accelerator', 'cpu', '--trainer.enable_progress_bar', 'false'),
+        *('--trainer.logger.init_args.save_dir', '.'),
+    )
+    probes = [row for row in log if row.get('linear_map')]
+    assert [row['step'] for row in probes] == ['0', '4']
+    assert all(0 < float(row['linear_map']) <= 1 for row in probes)
+    assert all(float(row['knn_map']) > 0 for row in probes)
 
 
 @pytest.fixture
