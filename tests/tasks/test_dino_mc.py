@@ -57,6 +57,7 @@ class TestConstructor:
             ({'warmup_epochs': -1}, 'warmup_epochs must be >= 0'),
             ({'freeze_last_layer': -1}, 'freeze_last_layer must be >= 0'),
             ({'clip_grad': 0}, 'clip_grad must be > 0, got 0'),
+            ({'teacher_statistics': 'none'}, "must be 'own' or 'student', got 'none'"),
             ({'drop_path_rate': 1.0}, r'drop_path_rate must be in \[0, 1\), got 1.0'),
             ({'drop_path_rate': -0.5}, r'drop_path_rate must be in \[0, 1\), got -0.5'),
             ({'teacher_temperature': math.nan}, 'teacher_temperature must be > 0'),
@@ -613,6 +614,19 @@ def test_teacher_has_statistics_of_its_own(tmp_path: Path) -> None:
     after = task.model.get_buffer('bn1.running_mean')
     assert not torch.equal(after, before)
     assert not torch.allclose(after, task.student.get_buffer('bn1.running_mean'))
+
+
+def test_teacher_takes_the_statistics_of_the_student(tmp_path: Path) -> None:
+    task = make_dino(model='resnet18', momentum=1, teacher_statistics='student')
+    make_trainer(tmp_path, max_epochs=1).fit(task, make_loader())
+    teacher = dict(task.model.named_buffers())
+    for name, buffer in task.student.named_buffers():
+        assert torch.equal(teacher[name], buffer)
+    # Parameters are the teacher's own
+    weight = 'conv1.weight'
+    assert not torch.equal(
+        task.model.get_parameter(weight), task.student.get_parameter(weight)
+    )
 
 
 def test_exported_encoder_is_the_teacher(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 
 """Building blocks of the tasks."""
 
-from .ema import make_teacher, update_ema
+from .ema import copy_buffers, make_teacher, update_ema
 from .heads import DINOHead, mlp_head
 from .masking import SiameseMasking, encode_visible, mask_pixels, random_visible
 from .packing import can_pack, encode_crops
@@ -14,6 +14,7 @@ __all__ = (
     'SiameseMasking',
     'adapt_input_weight',
     'can_pack',
+    'copy_buffers',
     'encode_crops',
     'encode_visible',
     'input_layer',

@@ -53,3 +53,15 @@ def update_ema(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(
         list(teacher.parameters()), list(student.parameters()), 1 - momentum
     )
+
+
+@torch.no_grad()
+def copy_buffers(student: nn.Module, teacher: nn.Module) -> None:
+    """Give a teacher the running statistics of its student, in place.
+
+    Args:
+        student: The trainable network.
+        teacher: A copy made by :func:`make_teacher`.
+    """
+    for own, trained in zip(teacher.buffers(), student.buffers(), strict=True):
+        own.copy_(trained)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.builders import timm_name
-from ..modules import DINOHead, can_pack, encode_crops, make_teacher
+from ..modules import DINOHead, can_pack, copy_buffers, encode_crops, make_teacher
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import MultiCropView
@@ -109,6 +109,7 @@ class DINOMCTask(EMATask):
         center_momentum: float = 0.9,
         momentum: float = 0.996,
         momentum_final: float = 1.0,
+        teacher_statistics: Literal['own', 'student'] = 'own',
         optimizer: OptimizerName = 'adamw',
         lr: float = 5e-4,
         lr_final: float = 1e-6,
@@ -161,6 +162,8 @@ class DINOMCTask(EMATask):
             center_momentum: Share of the old centre in the new one.
             momentum: EMA momentum at the start.
             momentum_final: EMA momentum at the end, of a cosine.
+            teacher_statistics: Running statistics of the teacher's batch norm: its own, of
+                global crops (the paper's code), or those of the student, of all crops.
             optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``.
             lr: Peak learning rate per 256 images: it is multiplied by the number of
                 images per optimizer step (over all ranks and accumulated batches) / 256.
@@ -198,6 +201,11 @@ class DINOMCTask(EMATask):
         }.items():
             if not 0 <= share <= 1:
                 raise ValueError(f'{name} must be in [0, 1], got {share}')
+        if teacher_statistics not in ('own', 'student'):
+            raise ValueError(
+                f"teacher_statistics must be 'own' or 'student', got "
+                f'{teacher_statistics!r}'
+            )
         for name, positive in {
             'teacher_temperature': teacher_temperature,
             'warmup_teacher_temperature': warmup_teacher_temperature,
@@ -407,6 +415,8 @@ class DINOMCTask(EMATask):
         group = self.trainer.optimizers[0].param_groups[0]
         group['weight_decay'] = self.weight_decay_at(self.global_step)
         super().optimizer_step(*args, **kwargs)
+        if self.hparams['teacher_statistics'] == 'student':
+            copy_buffers(self.student, self.model)
         self.criterion.update_center()
         self.plateau = torch.where(self._idle, self.plateau + 1, 0)
 
