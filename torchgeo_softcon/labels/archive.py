@@ -1,0 +1,327 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Land-cover labels of all patches of an archive."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import shapely
+from tqdm import tqdm
+
+from ..datasets._mosaic import Tile, open_tile
+from ..datasets.worldcover_files import find_tiles
+from ..datasets.worldcover_tiles import VERSIONS, check_year, tile_file, tiles_of
+from ..legends import LEGENDS, WORLDCOVER_CODES
+from .counting import Counted, count_pixels
+from .export import write_json
+from .footprints import SCHEMA, Floats, outlines
+from .plan import Plan, Unit
+from .sources import Images, Table, find_images, find_layout, read, read_footprints
+from .store import LabelStore, counts_table
+from .workers import Workers, open_workers
+
+#: What is accepted as a path.
+Path = str | os.PathLike[str]
+
+#: Footprints whose outlines are made at once.
+_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a run has done.
+
+    Attributes:
+        path: The file of labels.
+        rows: How many patches it has.
+        new: How many of them were labelled now.
+        failures: Why patches have no label, by their id.
+        decoded: How many blocks of the map were decoded.
+    """
+
+    path: FilePath
+    rows: int
+    new: int
+    failures: dict[str, str]
+    decoded: int
+
+
+def label_archive(
+    images: Path | None = None,
+    worldcover: Path | Iterable[Path] = 'data',
+    out: Path = 'labels.parquet',
+    year: Literal[2020, 2021] = 2021,
+    *,
+    footprints: Path | None = None,
+    layout: tuple[str, Path] | None = None,
+    classes: Literal['worldcover', 'dynamicworld'] = 'worldcover',
+    format: Literal['parquet', 'json'] | None = None,
+    min_fraction: float = 0.05,
+    min_valid: float = 0.5,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Labelled:
+    """Count the land cover of every patch of an archive, and write it to a file.
+
+    The file is GeoParquet with a row per patch: *id*, *product* (the map and its version),
+    *crs*, *pixels*, *valid* (share of the pixels with data), for every class *count_CODE*
+    (pixels) and *fraction_CODE* (share of the valid pixels), and *geometry* (its outline
+    in longitude and latitude). Patches that fail are in a table beside it,
+    ``labels.failed.csv``, with the reason.
+
+    An interrupted run goes on when it is started again, and a run whose file exists labels
+    what is missing there. An id stands for the same image or footprint in all runs.
+
+    Args:
+        images: A pattern such as ``'DIR/**/*.tif'``, or a folder. Every file is a patch.
+        worldcover: Folders of ESA WorldCover tiles, or files.
+        out: The file to write.
+        year: Year of the map.
+        footprints: A table of footprints instead of images, see
+            :func:`.read_footprints`.
+        layout: Instead of images, a layout and its root: ``('ssl4eo-s12', ROOT)``, see
+            :func:`.find_layout`.
+        classes: Classes to count: WorldCover's 11, or Dynamic World's 9 by
+            :data:`.WORLDCOVER_TO_DYNAMICWORLD`.
+        format: ``'json'`` also writes the classes of every patch in the structure of
+            SSL4EO-S12-ML, see :func:`.write_json`. By default, the suffix of *out* tells.
+        min_fraction: For JSON, smallest share of the valid pixels that a class must
+            cover, in (0, 1].
+        min_valid: For JSON, smallest share of the pixels that must be valid, in [0, 1].
+        workers: Number of processes, by default one per core.
+        scheduler: Address of a Dask scheduler to use instead of processes.
+        overwrite: Whether to replace a file that exists.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ImportError: If there is a *scheduler*, but no Dask.
+        OSError: If there are no images or no tiles, if a tile cannot be opened, or if the
+            file cannot be written.
+        ValueError: If not exactly one archive is given, ids are not unique, other options
+            are out of range, or if the file has labels of another map, legend or archive.
+    """
+    check_year(year)
+    if classes not in LEGENDS:
+        raise ValueError(f'classes must be one of {", ".join(LEGENDS)}, got {classes!r}')
+    if workers is not None and workers < 1:
+        raise ValueError(f'workers must be 1 or more, got {workers}')
+    if not 0 < min_fraction <= 1:
+        raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
+    if not 0 <= min_valid <= 1:
+        raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+    path = FilePath(out)
+    format = format or ('json' if path.suffix == '.json' else 'parquet')
+    if format not in ('parquet', 'json'):
+        raise ValueError(f'format must be parquet or json, got {format!r}')
+
+    files = find_tiles(worldcover, year)
+    source, name = _find_archive(images, footprints, layout)
+    _check_unique(source.ids)
+    product = f'ESA WorldCover 10 m {year} {VERSIONS[year]}'
+    # The counts are kept beside the JSON, so that other thresholds take no second run
+    store = LabelStore(path.with_suffix('.parquet'), LEGENDS[classes], year, product)
+    count = workers or len(os.sched_getaffinity(0))
+    with store.open(name, overwrite), open_workers(count, scheduler) as pool:
+        labelled = _Run(source, store, pool, year, progress).run(files)
+    if format == 'json':
+        write_json(store.path, path.with_suffix('.json'), min_fraction, min_valid)
+    return labelled
+
+
+def _find_archive(
+    images: Path | None, footprints: Path | None, layout: tuple[str, Path] | None
+) -> tuple[Images | Table, str]:
+    """The archive, and what tells it from others."""
+    if sum(value is not None for value in (images, footprints, layout)) != 1:
+        raise ValueError(
+            'one of images, footprints and layout must be given, got '
+            f'images = {images}, footprints = {footprints}, layout = {layout}'
+        )
+    if images is not None:
+        return find_images(images), f'images {images}'
+    if layout is not None:
+        return find_layout(*layout), f'{layout[0]} {layout[1]}'
+    assert footprints is not None
+    table = read_footprints(footprints)
+    with open(footprints, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    return table, f'footprints {digest}'
+
+
+def _check_unique(ids: pa.StringArray) -> None:
+    """Refuse ids that are missing or not unique."""
+    if ids.null_count:
+        raise ValueError(f'footprints must all have an id, {ids.null_count} have none')
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counted = ids.value_counts()
+    often = counted.field('values').filter(pc.greater(counted.field('counts'), 1))
+    raise ValueError(
+        f'ids must be unique, {len(often)} occur more than once, such as '
+        f'{", ".join(often[:3].to_pylist())}'
+    )
+
+
+def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
+    """Count the footprints of a work unit.
+
+    Args:
+        unit: The work unit.
+
+    Returns:
+        Ids, and the counts in their order.
+    """
+    counted = count_pixels(unit.table, unit.tiles, unit.codes)
+    return unit.table['id'].combine_chunks(), counted
+
+
+def open_file(path: str) -> Tile | str:
+    """Open a tile, give the reason if it cannot be."""
+    try:
+        return open_tile(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+class _Run:
+    """Labels what is missing in a store."""
+
+    def __init__(
+        self,
+        source: Images | Table,
+        store: LabelStore,
+        workers: Workers,
+        year: int,
+        progress: bool,
+    ) -> None:
+        self.source, self.store, self.workers = source, store, workers
+        self.year, self.progress = year, progress
+        self.failures: dict[str, str] = {}
+        self.decoded = 0
+
+    def run(self, files: list[str]) -> Labelled:
+        """Read footprints, count their pixels, and write the file."""
+        tiles = self._open(files)
+        names = sorted(os.path.basename(file) for file in files)
+        todo = self._todo(names)
+        footprints = self._footprints(todo)
+        boxes = self._boxes(footprints)
+        placed = np.isfinite(boxes).all(1)
+        if not placed.all():
+            for name in footprints['id'].filter(pa.array(~placed)).to_pylist():
+                self.failures[name] = 'has no place in longitude and latitude'
+            footprints, boxes = footprints.filter(pa.array(placed)), boxes[placed]
+
+        plan = Plan(boxes, tiles)
+        for row in np.flatnonzero(plan.first < 0):
+            self.failures[footprints['id'][row].as_py()] = self._no_tile(boxes[row])
+        done = self._count(plan, footprints)
+        rows = self.store.finish(
+            self.source.ids, footprints, self.failures, {'tiles': names}
+        )
+        return Labelled(self.store.path, rows, done, self.failures, self.decoded)
+
+    def _open(self, files: list[str]) -> list[Tile]:
+        """Open all tiles, in workers: they must not share connections with this one."""
+        found = {
+            file: tile
+            for file, tile in zip(files, map(open_file, files), strict=True)
+        }
+        bad = [reason for reason in found.values() if isinstance(reason, str)]
+        if bad:
+            raise OSError('; '.join(bad[:3]))
+        return [tile for tile in found.values() if not isinstance(tile, str)]
+
+    def _todo(self, names: list[str]) -> pa.Array:
+        """Positions of the patches that have no label."""
+        ids = self.source.ids
+        labels = self.store.labels()
+        missing = pc.is_null(pc.index_in(ids, self.store.parts('counts')['id'].combine_chunks()))
+        if labels is not None:
+            gone = pc.is_null(pc.index_in(labels['id'].combine_chunks(), ids))
+            lost = labels['id'].combine_chunks().filter(gone)
+            if len(lost):
+                raise ValueError(
+                    f'{self.store.path} has {len(lost)} ids that the archive has not, such '
+                    f'as {", ".join(lost[:3].to_pylist())}. Choose another file, or set '
+                    'overwrite to replace it'
+                )
+            done = labels['id'].combine_chunks()
+            if not set(names) <= set(self.store.about()['tiles']):
+                # More tiles may have data where there was none
+                done = done.filter(pc.equal(labels['valid'].combine_chunks(), 1))
+            missing = pc.and_(missing, pc.is_null(pc.index_in(ids, done)))
+        return pa.array(np.flatnonzero(missing.to_numpy(zero_copy_only=False)))
+
+    def _footprints(self, todo: pa.Array) -> pa.Table:
+        """Footprints of the patches that have no label, and of those that have parts."""
+        before = self.store.parts('footprints')
+        wanted = self.source.ids.take(todo)
+        known = pc.is_valid(pc.index_in(wanted, before['id'].combine_chunks()))
+        if isinstance(self.source, Table):
+            # In memory already, those of the parts as well
+            todo = pa.array(np.arange(len(self.source.ids)))
+        else:
+            todo = todo.filter(pc.invert(known))
+        tables = [before]
+        with self._bar(len(todo), 'images') as bar:
+            for part in self.workers.map(read, self.source.units(todo)):
+                if isinstance(self.source, Images):
+                    self.store.append('footprints', part.table)
+                tables.append(part.table)
+                self.failures |= part.failures
+                bar.update(len(part.table) + len(part.failures))
+        return pa.concat_tables(tables).unify_dictionaries()
+
+    def _boxes(self, footprints: pa.Table) -> Floats:
+        """Left, bottom, right and top in degrees, not a number where there is no place."""
+        boxes = np.full((len(footprints), 4), np.nan)
+        for start in range(0, len(footprints), _CHUNK):
+            shapes = outlines(footprints.slice(start, _CHUNK))
+            boxes[start : start + len(shapes)] = shapely.bounds(shapes)
+        return boxes
+
+    def _no_tile(self, box: Floats) -> str:
+        try:
+            names = tiles_of(box)
+        except ValueError:
+            names = []
+        files = ', '.join(tile_file(name, self.year) for name in names[:3])
+        more = ', ...' if len(names) > 3 else ''
+        return f'no tile of {self.year} is under it' + (f', such as {files}{more}' if files else '')
+
+    def _count(self, plan: Plan, footprints: pa.Table) -> int:
+        """Count the pixels of the footprints that have no counts."""
+        counted = self.store.parts('counts')['id'].combine_chunks()
+        missing = pc.is_null(pc.index_in(footprints['id'].combine_chunks(), counted))
+        plan.first[~missing.to_numpy(zero_copy_only=False)] = -1
+        units = plan.units(footprints, WORLDCOVER_CODES, self.workers.count)
+        done = 0
+        with self._bar(int((plan.first >= 0).sum()), 'patches') as bar:
+            for ids, result in self.workers.map(count_unit, units):
+                table = counts_table(ids, result)
+                self.store.append('counts', table)
+                for row, reason in result.reasons.items():
+                    self.failures[ids[row].as_py()] = reason
+                self.decoded += result.decoded
+                done += len(table)
+                bar.update(len(ids))
+        return done
+
+    def _bar(self, total: int, unit: str) -> Any:
+        return tqdm(
+            total=total, unit=f' {unit}', disable=not (self.progress and total), smoothing=0.1
+        )
