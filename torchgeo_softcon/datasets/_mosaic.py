@@ -31,7 +31,7 @@ _TOLERANCE = 1e-3
 
 #: Pixel centres this close to an edge, in pixels, belong to the next pixel: without it,
 #: rounding would decide, differently from pixel to pixel.
-_EDGE = 1e-6
+EDGE = 1e-6
 
 #: Largest part of a raster, in pixels, that is in memory at once (16 MiB of bytes).
 _MAX_SOURCE = 2**24
@@ -232,7 +232,7 @@ class Window:
             ]
 
         for position in positions:
-            position += _EDGE
+            position += EDGE
             np.floor(position, out=position)
         col, row = (position.astype(np.int32) for position in positions)
         return row, col

@@ -6,15 +6,21 @@
 import glob
 import os
 import re
+import warnings
 from collections.abc import Iterable
 
-from .worldcover_tiles import OFFICIAL, tile_file, tile_path
+from ._mosaic import Tile
+from .worldcover_tiles import (
+    BUCKET,
+    OFFICIAL,
+    TILE_DEGREES,
+    TILE_SIZE,
+    tile_file,
+    tile_path,
+)
 
 #: What TorchGeo accepts as a path.
 Path = str | os.PathLike[str]
-
-#: Where the official tiles are, without an account.
-BUCKET = 'https://esa-worldcover.s3.eu-central-1.amazonaws.com'
 
 
 def find_tiles(paths: Path | Iterable[Path], year: int) -> list[str]:
@@ -82,3 +88,23 @@ def official_tile(path: str) -> str | None:
     if match is None or match['layer'] != 'Map':
         return None
     return match['tile'] if name[match.end() :].lower() in ('.tif', '.tiff') else None
+
+
+def warn_size(tile: Tile, stacklevel: int) -> None:
+    """Warn of a tile that has an official name, but is not what ESA publishes.
+
+    Args:
+        tile: The tile.
+        stacklevel: As for :func:`warnings.warn`, seen from the caller.
+    """
+    official = tile.width == tile.height == TILE_SIZE
+    if official_tile(tile.path) is not None and not official:
+        degrees = abs(tile.transform.a)
+        warnings.warn(
+            f'{tile.path} has the name of an official tile, but {tile.width} x '
+            f'{tile.height} pixels of {degrees:.3g} instead of {TILE_SIZE} x '
+            f'{TILE_SIZE} of {TILE_DEGREES / TILE_SIZE:.3g} degrees: it was '
+            'resampled, so small patches of land cover may be lost',
+            UserWarning,
+            stacklevel + 1,
+        )

@@ -11,25 +11,23 @@ from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import shapely
 from tqdm import tqdm
 
-from ..datasets._mosaic import Tile, open_tile
-from ..datasets.worldcover_files import find_tiles
-from ..datasets.worldcover_tiles import VERSIONS, check_year, tile_file, tiles_of
+from ..datasets.worldcover_files import Path, find_tiles
+from ..datasets.worldcover_tiles import BUCKET, VERSIONS, check_year
 from ..legends import LEGENDS, WORLDCOVER_CODES
 from .counting import Counted, count_pixels
+from .cover import download_folder, find_cover, reasons, remote_bucket
 from .export import write_json
-from .footprints import SCHEMA, Floats, outlines
+from .footprints import Floats, outlines
 from .plan import Plan, Unit
 from .sources import Images, Table, find_images, find_layout, read, read_footprints
 from .store import LabelStore, counts_table
 from .workers import Workers, open_workers
-
-#: What is accepted as a path.
-Path = str | os.PathLike[str]
 
 #: Footprints whose outlines are made at once.
 _CHUNK = 2**16
@@ -68,6 +66,8 @@ def label_archive(
     min_valid: float = 0.5,
     workers: int | None = None,
     scheduler: str | None = None,
+    download: bool = False,
+    base_url: str = BUCKET,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Labelled:
@@ -84,7 +84,8 @@ def label_archive(
 
     Args:
         images: A pattern such as ``'DIR/**/*.tif'``, or a folder. Every file is a patch.
-        worldcover: Folders of ESA WorldCover tiles, or files.
+        worldcover: Folders of ESA WorldCover tiles, or files. To read tiles on a server in
+            place, ``/vsicurl/https://...`` of a file or of a bucket.
         out: The file to write.
         year: Year of the map.
         footprints: A table of footprints instead of images, see
@@ -100,6 +101,9 @@ def label_archive(
         min_valid: For JSON, smallest share of the pixels that must be valid, in [0, 1].
         workers: Number of processes, by default one per core.
         scheduler: Address of a Dask scheduler to use instead of processes.
+        download: Whether to download the tiles under the archive to *worldcover*, a
+            folder, if they are not there. Tiles that do not exist are sea: no data.
+        base_url: Address of the public bucket, or of a server with the same paths.
         overwrite: Whether to replace a file that exists.
         progress: Whether to show progress bars.
 
@@ -115,7 +119,9 @@ def label_archive(
     """
     check_year(year)
     if classes not in LEGENDS:
-        raise ValueError(f'classes must be one of {", ".join(LEGENDS)}, got {classes!r}')
+        raise ValueError(
+            f'classes must be one of {", ".join(LEGENDS)}, got {classes!r}'
+        )
     if workers is not None and workers < 1:
         raise ValueError(f'workers must be 1 or more, got {workers}')
     if not 0 < min_fraction <= 1:
@@ -127,7 +133,10 @@ def label_archive(
     if format not in ('parquet', 'json'):
         raise ValueError(f'format must be parquet or json, got {format!r}')
 
-    files = find_tiles(worldcover, year)
+    if download:
+        download_folder(worldcover)
+    elif remote_bucket(worldcover) is None:
+        find_tiles(worldcover, year)
     source, name = _find_archive(images, footprints, layout)
     _check_unique(source.ids)
     product = f'ESA WorldCover 10 m {year} {VERSIONS[year]}'
@@ -135,7 +144,9 @@ def label_archive(
     store = LabelStore(path.with_suffix('.parquet'), LEGENDS[classes], year, product)
     count = workers or len(os.sched_getaffinity(0))
     with store.open(name, overwrite), open_workers(count, scheduler) as pool:
-        labelled = _Run(source, store, pool, year, progress).run(files)
+        labelled = _Run(source, store, pool, year, progress).run(
+            worldcover, base_url if download else None
+        )
     if format == 'json':
         write_json(store.path, path.with_suffix('.json'), min_fraction, min_valid)
     return labelled
@@ -188,14 +199,6 @@ def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
     return unit.table['id'].combine_chunks(), counted
 
 
-def open_file(path: str) -> Tile | str:
-    """Open a tile, give the reason if it cannot be."""
-    try:
-        return open_tile(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-
-
 class _Run:
     """Labels what is missing in a store."""
 
@@ -204,7 +207,7 @@ class _Run:
         source: Images | Table,
         store: LabelStore,
         workers: Workers,
-        year: int,
+        year: Literal[2020, 2021],
         progress: bool,
     ) -> None:
         self.source, self.store, self.workers = source, store, workers
@@ -212,12 +215,9 @@ class _Run:
         self.failures: dict[str, str] = {}
         self.decoded = 0
 
-    def run(self, files: list[str]) -> Labelled:
+    def run(self, worldcover: Path | Iterable[Path], base_url: str | None) -> Labelled:
         """Read footprints, count their pixels, and write the file."""
-        tiles = self._open(files)
-        names = sorted(os.path.basename(file) for file in files)
-        todo = self._todo(names)
-        footprints = self._footprints(todo)
+        footprints = self._footprints(self._todo(self._names(worldcover)))
         boxes = self._boxes(footprints)
         placed = np.isfinite(boxes).all(1)
         if not placed.all():
@@ -225,31 +225,40 @@ class _Run:
                 self.failures[name] = 'has no place in longitude and latitude'
             footprints, boxes = footprints.filter(pa.array(placed)), boxes[placed]
 
-        plan = Plan(boxes, tiles)
-        for row in np.flatnonzero(plan.first < 0):
-            self.failures[footprints['id'][row].as_py()] = self._no_tile(boxes[row])
-        done = self._count(plan, footprints)
+        cover = find_cover(
+            worldcover, self.year, boxes, self.workers, base_url, self.progress
+        )
+        plan = Plan(boxes, cover.tiles)
+        ids = footprints['id']
+        lost = reasons(cover, boxes, np.flatnonzero(plan.first < 0).tolist(), self.year)
+        self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
+        todo = self._uncounted(footprints)
+        todo[list(lost)] = False
+        done = self._count(plan, footprints, todo)
         rows = self.store.finish(
-            self.source.ids, footprints, self.failures, {'tiles': names}
+            self.source.ids,
+            footprints,
+            self.failures,
+            {'tiles': self._names(worldcover)},
         )
         return Labelled(self.store.path, rows, done, self.failures, self.decoded)
 
-    def _open(self, files: list[str]) -> list[Tile]:
-        """Open all tiles, in workers: they must not share connections with this one."""
-        found = {
-            file: tile
-            for file, tile in zip(files, map(open_file, files), strict=True)
-        }
-        bad = [reason for reason in found.values() if isinstance(reason, str)]
-        if bad:
-            raise OSError('; '.join(bad[:3]))
-        return [tile for tile in found.values() if not isinstance(tile, str)]
+    def _names(self, worldcover: Path | Iterable[Path]) -> list[str]:
+        """Names of the files that are there, none if they are on a server."""
+        if remote_bucket(worldcover) is not None:
+            return []
+        try:
+            return sorted(map(os.path.basename, find_tiles(worldcover, self.year)))
+        except FileNotFoundError:
+            return []
 
     def _todo(self, names: list[str]) -> pa.Array:
         """Positions of the patches that have no label."""
         ids = self.source.ids
         labels = self.store.labels()
-        missing = pc.is_null(pc.index_in(ids, self.store.parts('counts')['id'].combine_chunks()))
+        missing = pc.is_null(
+            pc.index_in(ids, self.store.parts('counts')['id'].combine_chunks())
+        )
         if labels is not None:
             gone = pc.is_null(pc.index_in(labels['id'].combine_chunks(), ids))
             lost = labels['id'].combine_chunks().filter(gone)
@@ -277,9 +286,10 @@ class _Run:
         else:
             todo = todo.filter(pc.invert(known))
         tables = [before]
-        with self._bar(len(todo), 'images') as bar:
+        images = isinstance(self.source, Images)
+        with self._bar(len(todo) if images else 0, 'images') as bar:
             for part in self.workers.map(read, self.source.units(todo)):
-                if isinstance(self.source, Images):
+                if images:
                     self.store.append('footprints', part.table)
                 tables.append(part.table)
                 self.failures |= part.failures
@@ -294,23 +304,19 @@ class _Run:
             boxes[start : start + len(shapes)] = shapely.bounds(shapes)
         return boxes
 
-    def _no_tile(self, box: Floats) -> str:
-        try:
-            names = tiles_of(box)
-        except ValueError:
-            names = []
-        files = ', '.join(tile_file(name, self.year) for name in names[:3])
-        more = ', ...' if len(names) > 3 else ''
-        return f'no tile of {self.year} is under it' + (f', such as {files}{more}' if files else '')
-
-    def _count(self, plan: Plan, footprints: pa.Table) -> int:
-        """Count the pixels of the footprints that have no counts."""
+    def _uncounted(self, footprints: pa.Table) -> npt.NDArray[np.bool_]:
+        """Which footprints have no counts in the parts, of shape (N,)."""
         counted = self.store.parts('counts')['id'].combine_chunks()
         missing = pc.is_null(pc.index_in(footprints['id'].combine_chunks(), counted))
-        plan.first[~missing.to_numpy(zero_copy_only=False)] = -1
-        units = plan.units(footprints, WORLDCOVER_CODES, self.workers.count)
+        return np.array(missing.to_numpy(zero_copy_only=False))
+
+    def _count(
+        self, plan: Plan, footprints: pa.Table, todo: npt.NDArray[np.bool_]
+    ) -> int:
+        """Count the pixels of footprints."""
+        units = plan.units(footprints, todo, WORLDCOVER_CODES, self.workers.count)
         done = 0
-        with self._bar(int((plan.first >= 0).sum()), 'patches') as bar:
+        with self._bar(int(todo.sum()), 'patches') as bar:
             for ids, result in self.workers.map(count_unit, units):
                 table = counts_table(ids, result)
                 self.store.append('counts', table)
@@ -323,5 +329,8 @@ class _Run:
 
     def _bar(self, total: int, unit: str) -> Any:
         return tqdm(
-            total=total, unit=f' {unit}', disable=not (self.progress and total), smoothing=0.1
+            total=total,
+            unit=f' {unit}',
+            disable=not (self.progress and total),
+            smoothing=0.1,
         )

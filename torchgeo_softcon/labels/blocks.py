@@ -4,7 +4,7 @@
 """Rasters of class codes, read by blocks that are decoded once."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,33 @@ _MAX_CELL = 2**22
 #: Decoded cells that are kept, in bytes. Two rows of an official tile are 75 MB.
 _MAX_BYTES = 2**27
 
+#: What GDAL is told for rasters on a server: not to look for files beside them, and to
+#: try again what a busy server did not answer.
+_REMOTE = {
+    'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR',
+    'GDAL_HTTP_MAX_RETRY': '3',
+    'GDAL_HTTP_RETRY_DELAY': '1',
+    'GDAL_HTTP_TIMEOUT': '60',
+}
+
+#: Block cache of GDAL in megabytes. It is of no use, blocks are kept here.
+_GDAL_CACHE = 16
+
 #: Rows and columns, each from start to stop.
 Window = tuple[tuple[int, int], tuple[int, int]]
+
+
+def gdal_options(paths: Iterable[str]) -> dict[str, Any]:
+    """Options of GDAL for reading tiles.
+
+    Args:
+        paths: The tiles.
+
+    Returns:
+        Options of :class:`rasterio.Env`.
+    """
+    remote = any(path.startswith('/vsi') for path in paths)
+    return {'GDAL_CACHEMAX': _GDAL_CACHE, **(_REMOTE if remote else {})}
 
 
 class BlockMosaic(Mosaic):

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..datasets.worldcover_tiles import BUCKET
 from ..legends import LEGENDS
 from .sources import LAYOUTS
 
@@ -65,7 +66,16 @@ def parser() -> argparse.ArgumentParser:
         nargs='+',
         required=True,
         metavar='PATH',
-        help='folders of tiles, tiles, or their addresses as /vsicurl/https://...',
+        help='folders of tiles, or tiles. /vsicurl/https://... of a tile or of a bucket '
+        'reads them where they are',
+    )
+    group.add_argument(
+        '--download',
+        action='store_true',
+        help='download the tiles under the archive that are not in the folder',
+    )
+    group.add_argument(
+        '--base-url', default=BUCKET, metavar='URL', help=f'default: {BUCKET}'
     )
     group.add_argument(
         '--year', type=int, default=2021, choices=(2020, 2021), help='default: 2021'

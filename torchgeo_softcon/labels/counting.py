@@ -28,8 +28,8 @@ from pyproj import CRS
 from pyproj.exceptions import ProjError
 from rasterio.features import geometry_mask
 
-from ..datasets._mosaic import _EDGE, Tile, projection
-from .blocks import BlockMosaic
+from ..datasets._mosaic import EDGE, Tile, projection
+from .blocks import BlockMosaic, gdal_options
 from .footprints import Floats, by_crs, parse_crs, transforms_of, unwrap
 
 Counts = npt.NDArray[np.int64]
@@ -44,13 +44,16 @@ _TOLERANCE = 1e-5
 #: Largest part of a grid or of a tile, in pixels, that is looked at at once.
 _MAX_PIXELS = 2**22
 
-#: Block cache of GDAL in megabytes. It is of no use, blocks are kept here.
-_GDAL_CACHE = 16
-
 #: Edges of outlines that are longer, in degrees and other units, are bent where a
 #: straight line in one CRS is not straight in another. Shorter ones, within 0.05 pixels
 #: of WorldCover, are not, as in GeoPandas' ``to_crs``.
 _EDGE_DEGREES, _EDGE_UNITS = 0.05, 5000.0
+
+
+#: Pixels of all official tiles together, for outlines where no tile is.
+_LATTICE = Tile(
+    '', CRS.from_epsg(4326), Affine(1 / 12000, 0, -180, 0, -1 / 12000, 84), 0, 0, None
+)
 
 
 @dataclass
@@ -86,7 +89,7 @@ def count_pixels(
     out = Counted(
         np.zeros((len(table), len(codes)), np.int64), np.zeros(len(table), np.int64)
     )
-    with rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE):
+    with rasterio.Env(**gdal_options(tile.path for tile in tiles)):
         mosaic = BlockMosaic(tiles, codes)
         counter = _Counter(mosaic, codes)
         grids = _Grids(table, tiles)
@@ -96,7 +99,12 @@ def count_pixels(
                 if found is None:
                     found = counter.of_any(table, row)
                 out.counts[row], out.pixels[row] = found
-            except (OSError, ProjError, ValueError, shapely.errors.GEOSException) as error:
+            except (
+                OSError,
+                ProjError,
+                ValueError,
+                shapely.errors.GEOSException,
+            ) as error:
                 out.reasons[row] = ' '.join(str(error).split())
     out.decoded = mosaic.decoded
     return out
@@ -162,7 +170,9 @@ class _Grids:
         if target.is_geographic:
             east = unwrap(east)
 
-        basis = np.linalg.inv(chebyshev.chebvander(chebyshev.chebpts1(_NODES), _NODES - 1))
+        basis = np.linalg.inv(
+            chebyshev.chebvander(chebyshev.chebpts1(_NODES), _NODES - 1)
+        ).astype(np.float64)
         for number, tile in enumerate(self.tiles):
             inverse = ~tile.transform
             position = np.stack(
@@ -194,7 +204,7 @@ class _Grids:
         values = position[..., : _NODES**2].reshape(-1, 2, _NODES, _NODES)
         coefficients = basis @ values @ basis.T
         error = self._errors(rows, coefficients, position[..., _NODES**2 :], checks)
-        coefficients[:, :, 0, 0] += _EDGE
+        coefficients[:, :, 0, 0] += EDGE
         # No Chebyshev polynomial leaves [-1, 1]
         middle = coefficients[:, :, 0, 0]
         reach = abs(coefficients).sum((2, 3)) - abs(middle)
@@ -291,7 +301,7 @@ class _Counter:
         left = values.size
         for position in self.order:
             counts[position] = found = np.count_nonzero(values == self.codes[position])
-            left -= found
+            left -= int(found)
             if not left:
                 break
         if left and left != values.size - np.count_nonzero(values):
@@ -332,7 +342,10 @@ class _Counter:
         box = np.array(polygon.bounds)
         inverse = ~tile.transform
         ends = [inverse @ (x, y) for x in box[::2] for y in box[1::2]]
-        (left, top), (right, bottom) = np.floor(np.min(ends, 0)), np.ceil(np.max(ends, 0))
+        (left, top), (right, bottom) = (
+            np.floor(np.min(ends, 0)),
+            np.ceil(np.max(ends, 0)),
+        )
         grid = tile.transform @ Affine.translation(left, top)
         size = max(int(bottom - top), 1), max(int(right - left), 1)
         counts, pixels = np.zeros(len(self.codes), np.int64), 0
@@ -357,7 +370,7 @@ class _Counter:
                 and box[3] > bounds[1]
             ):
                 return tile
-        return self.mosaic.tiles[0]
+        return self.mosaic.tiles[0] if self.mosaic.tiles else _LATTICE
 
 
 def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geometry:

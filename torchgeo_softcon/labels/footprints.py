@@ -153,9 +153,7 @@ def outlines(table: pa.Table) -> npt.NDArray[Any]:
     return out
 
 
-def corners(
-    transforms: Floats, shapes: npt.NDArray[np.int32]
-) -> tuple[Floats, Floats]:
+def corners(transforms: Floats, shapes: npt.NDArray[np.int32]) -> tuple[Floats, Floats]:
     """Closed rings around pixel grids in their own coordinates.
 
     Args:

@@ -68,19 +68,24 @@ class Plan:
             self.first[start + found] = tile[order][where]
 
     def units(
-        self, table: pa.Table, codes: Sequence[int], workers: int
+        self,
+        table: pa.Table,
+        todo: npt.NDArray[np.bool_],
+        codes: Sequence[int],
+        workers: int,
     ) -> Iterator[Unit]:
         """Cut footprints into units of neighbours.
 
         Args:
             table: Footprints, those of the boxes.
+            todo: Which of them are to be counted, of shape (N,).
             codes: Codes to count.
             workers: How many units run at once.
 
         Yields:
-            Units with the footprints that have a tile.
+            The units.
         """
-        order, rows_of_blocks = self._order()
+        order, rows_of_blocks = self._order(np.flatnonzero(todo))
         size = int(np.clip(len(order) / (2 * workers), _SMALLEST, _LARGEST))
         for start, stop in _cut(rows_of_blocks, size):
             rows = order[start:stop]
@@ -91,16 +96,19 @@ class Plan:
                 tuple(codes),
             )
 
-    def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Footprints by tile, row of blocks and column, and numbers of these rows."""
-        rows = np.flatnonzero(self.first >= 0)
+    def _order(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Sort footprints by tile, row of blocks and column, and number these rows."""
         tile = self.first[rows]
-        left, bottom, right, top = self._bounds[tile].T
-        height = np.array([t.height for t in self.tiles])[tile]
-        down = (top - self.boxes[rows, 3]) / (top - bottom) * height / _BLOCK
-        down = np.floor(down).clip(0).astype(np.int64)
-        order = np.lexsort((self.boxes[rows, 0], down, tile))
-        number = (tile * (down.max(initial=0) + 1) + down)[order]
+        down = np.zeros(len(rows))
+        if self.tiles:
+            _, bottom, _, top = self._bounds[tile].T
+            height = np.array([t.height for t in self.tiles])[tile]
+            down = (top - self.boxes[rows, 3]) / (top - bottom) * height / _BLOCK
+        row = np.where(tile < 0, 0, np.floor(down).clip(0)).astype(np.int64)
+        order = np.lexsort((self.boxes[rows, 0], row, tile))
+        number = (tile * (row.max(initial=0) + 1) + row)[order]
         return rows[order], number
 
     def _pairs(
@@ -116,7 +124,8 @@ def _cut(numbers: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]
     ends = np.append(np.flatnonzero(np.diff(numbers)) + 1, len(numbers))
     start = 0
     while start < len(numbers):
-        change = ends[min(np.searchsorted(ends, start + size), len(ends) - 1)]
+        where = int(np.searchsorted(ends, start + size))
+        change = ends[min(where, len(ends) - 1)]
         # Very many patches in one row of blocks
         stop = min(int(change), start + 2 * size)
         yield start, stop

@@ -20,7 +20,7 @@ import rasterio
 import shapely
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from .footprints import SCHEMA, make_footprints, parse_crs
+from .footprints import make_footprints, parse_crs
 
 #: File types that a folder is searched for.
 _IMAGES = ('.tif', '.tiff', '.jp2')
@@ -142,7 +142,9 @@ def read(unit: Any) -> Read:
                     crs, transform = source.crs, source.transform
                     shape = source.height, source.width
         except RasterioError as error:
-            failures[name] = f'cannot be opened as a raster: {" ".join(str(error).split())}'
+            failures[name] = (
+                f'cannot be opened as a raster: {" ".join(str(error).split())}'
+            )
             continue
         if crs is None:
             failures[name] = 'has no coordinate reference system'
@@ -179,15 +181,23 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
         paths = sorted(path for path in found if path.lower().endswith(_IMAGES))
     else:
         parts = Path(text).parts
-        plain = [glob.has_magic(part) for part in parts].index(True) if glob.has_magic(text) else -1
+        plain = (
+            [glob.has_magic(part) for part in parts].index(True)
+            if glob.has_magic(text)
+            else -1
+        )
         root = Path(*parts[:plain])
-        paths = sorted(path for path in glob.iglob(text, recursive=True) if os.path.isfile(path))
+        paths = sorted(
+            path for path in glob.iglob(text, recursive=True) if os.path.isfile(path)
+        )
     if not paths:
         raise FileNotFoundError(
             f'images must match at least one raster, got {text!r}, which matches none. '
             "Quote patterns: --images 'DIR/**/*.tif'"
         )
-    return Images([os.path.relpath(path, root).replace(os.sep, '/') for path in paths], paths)
+    return Images(
+        [os.path.relpath(path, root).replace(os.sep, '/') for path in paths], paths
+    )
 
 
 def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
@@ -307,7 +317,9 @@ def _rename(table: pa.Table, path: str) -> pa.Table:
         names[at] = 'geometry'
         table = table.rename_columns(names)
     boxes = set(_BOX) <= set(table.column_names)
-    if 'id' not in table.column_names or not (boxes or 'geometry' in table.column_names):
+    if 'id' not in table.column_names or not (
+        boxes or 'geometry' in table.column_names
+    ):
         raise ValueError(
             'footprints must have the columns id, and geometry or left, bottom, right, '
             f'top, got {", ".join(table.column_names)} in {path}'
@@ -338,16 +350,18 @@ def _normalize(table: pa.Table, path: str) -> Read:
     """Rows of a file as footprints."""
     ids = table['id'].cast(pa.string()).to_pylist()
     columns = table.column_names
-    systems = table['crs'].to_pylist() if 'crs' in columns else [None] * len(ids)
-    systems = [text or 'OGC:CRS84' for text in systems]
+    given = table['crs'].to_pylist() if 'crs' in columns else [None] * len(ids)
+    systems = [str(text or 'EPSG:4326') for text in given]
     failures: dict[str, str] = {}
     if 'geometry' in columns:
         geometry = table['geometry'].to_numpy(zero_copy_only=False)
         try:
-            text = len(geometry) and isinstance(geometry[0], str)
-            shapes = (shapely.from_wkt if text else shapely.from_wkb)(geometry)
+            is_text = len(geometry) > 0 and isinstance(geometry[0], str)
+            shapes = (shapely.from_wkt if is_text else shapely.from_wkb)(geometry)
         except shapely.errors.GEOSException as error:
-            raise ValueError(f'footprints must be geometries: {error} in {path}') from error
+            raise ValueError(
+                f'footprints must be geometries: {error} in {path}'
+            ) from error
         bad = ~np.isin(shapely.get_type_id(shapes), (3, 6)) | shapely.is_empty(shapes)
         bounds = shapely.bounds(shapes)
     else:
@@ -370,18 +384,30 @@ def _normalize(table: pa.Table, path: str) -> Read:
     systems = [systems[row] for row in good]
     if 'height' not in columns:
         return Read(
-            make_footprints(ids, systems, polygons=shapely.to_wkb(shapes[good])), failures
+            make_footprints(ids, systems, polygons=shapely.to_wkb(shapes[good])),
+            failures,
         )
     sizes = np.stack([table[n].to_numpy() for n in ('height', 'width')], 1)[good]
     sizes = sizes.astype(np.int32)
     if (sizes < 1).any():
-        raise ValueError(f'footprints must have height and width of 1 or more, see {path}')
+        raise ValueError(
+            f'footprints must have height and width of 1 or more, see {path}'
+        )
+    if (shapely.area(shapes) < (1 - 1e-6) * shapely.area(shapely.box(*bounds.T)))[
+        good
+    ].any():
+        raise ValueError(
+            'footprints with height and width must be boxes, parallel to the axes of '
+            f'their CRS, see {path}: leave height and width out to label what is inside'
+        )
     left, bottom, right, top = bounds[good].T
     zero = np.zeros(len(good))
-    grid = [(right - left) / sizes[:, 1], zero, left, zero, (bottom - top) / sizes[:, 0], top]
+    grid = [
+        (right - left) / sizes[:, 1],
+        zero,
+        left,
+        zero,
+        (bottom - top) / sizes[:, 0],
+        top,
+    ]
     return Read(make_footprints(ids, systems, np.stack(grid, 1), sizes), failures)
-
-
-def empty() -> pa.Table:
-    """A table without footprints."""
-    return SCHEMA.empty_table()

@@ -238,7 +238,9 @@ class LabelStore:
         shares = (values / np.maximum(found, 1)[:, None]).astype(np.float32)
         for code, column in zip(self.legend.codes, shares.T, strict=True):
             columns[f'fraction_{code}'] = column
-        columns['geometry'] = pa.array(shapely.to_wkb(outlines(footprints)), pa.binary())
+        columns['geometry'] = pa.array(
+            shapely.to_wkb(outlines(footprints)), pa.binary()
+        )
         return pa.table(columns)
 
     def _to_legend(self, counts: pa.Table) -> Any:
@@ -285,7 +287,10 @@ class LabelStore:
         if not failures:
             self.failures.unlink(missing_ok=True)
             return
-        with _whole(self.failures) as unfinished, unfinished.open('w', newline='') as file:
+        with (
+            _whole(self.failures) as unfinished,
+            unfinished.open('w', newline='') as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(['id', 'reason'])
             for name in ids.to_pylist():

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..legends import WORLDCOVER_CLASSES as WORLDCOVER_CLASSES
 from ..legends import WORLDCOVER_CODES
 
 #: Class codes are bytes.
