@@ -177,7 +177,7 @@ class ESAWorldCover(RasterDataset):
         tiles = [open_tile(path) for path in self.files]
         for tile in tiles:
             # Of the caller of this class
-            warn_size(tile, stacklevel=3)
+            warn_size(tile, stacklevel=2)
         self._mosaic = Mosaic(tiles, WORLDCOVER_CODES, cache)
 
         values = range(1, len(classes) + 1) if ordinal else classes
