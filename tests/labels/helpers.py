@@ -112,3 +112,21 @@ def histogram(
     codes: npt.NDArray[Any], among: Sequence[int] = WORLDCOVER_CODES
 ) -> list[int]:
     return [int((codes == code).sum()) for code in among]
+
+
+def write_image(path: Path, crs: str | None, transform: Affine, size: int = 32) -> Path:
+    """Write an image with nothing on it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(
+        path,
+        'w',
+        'GTiff',
+        count=2,
+        height=size,
+        width=size,
+        dtype='uint16',
+        crs=crs,
+        transform=transform,
+    ) as dst:
+        dst.write(np.ones((2, size, size), np.uint16))
+    return path

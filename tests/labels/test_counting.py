@@ -3,6 +3,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -167,8 +168,10 @@ class TestGrid:
         transforms, expected = [], []
         with rasterio.open(path) as src:
             for crs in systems:
-                place = rng.uniform((7.04, 46.86), (7.15, 46.96))
-                transform = grid(crs, *place, rng.uniform(8, 12), rng.uniform(-45, 45))
+                lon, lat = rng.uniform((7.04, 46.86), (7.15, 46.96))
+                transform = grid(
+                    crs, lon, lat, rng.uniform(8, 12), rng.uniform(-45, 45)
+                )
                 warped = np.zeros((128, 128), np.uint8)
                 reproject(
                     rasterio.band(src, 1), warped, dst_transform=transform, dst_crs=crs
@@ -197,7 +200,7 @@ class TestGrid:
 def _many(number: int, seed: int = 0) -> pa.Table:
     rng = np.random.default_rng(seed)
     places = rng.uniform((6.1, 45.1), (11.7, 50.8), (number, 2))
-    transforms = [grid('EPSG:32632', *place, 100)[:6] for place in places]
+    transforms = [grid('EPSG:32632', lon, lat, 100)[:6] for lon, lat in places]
     return make_footprints(
         map(str, range(number)),
         ['EPSG:32632'] * number,
@@ -252,9 +255,7 @@ class TestBlocks:
     @pytest.mark.parametrize(
         'profile', [{'tiled': False}, {'blockxsize': 256, 'blockysize': 16}]
     )
-    def test_blocks_of_any_shape(
-        self, tmp_path: Path, profile: dict[str, object]
-    ) -> None:
+    def test_blocks_of_any_shape(self, tmp_path: Path, profile: dict[str, Any]) -> None:
         write_tile(tmp_path, 6, 45, **profile)
         transform = grid('EPSG:32632', 7.2, 46.3, 200)
         table = table_of('EPSG:32632', transform, 264, 264)

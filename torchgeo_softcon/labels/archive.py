@@ -133,6 +133,8 @@ def label_archive(
     if format not in ('parquet', 'json'):
         raise ValueError(f'format must be parquet or json, got {format!r}')
 
+    if not isinstance(worldcover, str | os.PathLike):
+        worldcover = list(worldcover)
     if download:
         download_folder(worldcover)
     elif remote_bucket(worldcover) is None:
@@ -186,6 +188,14 @@ def _check_unique(ids: pa.StringArray) -> None:
     )
 
 
+def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Which ids are not among others, of shape (N,)."""
+    if isinstance(among, pa.ChunkedArray):
+        among = among.combine_chunks()
+    missing = pc.is_null(pc.index_in(ids, among))
+    return np.array(missing.to_numpy(zero_copy_only=False))
+
+
 def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
     """Count the footprints of a work unit.
 
@@ -217,7 +227,8 @@ class _Run:
 
     def run(self, worldcover: Path | Iterable[Path], base_url: str | None) -> Labelled:
         """Read footprints, count their pixels, and write the file."""
-        footprints = self._footprints(self._todo(self._names(worldcover)))
+        todo, unfinished = self._missing(self._names(worldcover))
+        footprints = self._footprints(todo, unfinished)
         boxes = self._boxes(footprints)
         placed = np.isfinite(boxes).all(1)
         if not placed.all():
@@ -232,9 +243,9 @@ class _Run:
         ids = footprints['id']
         lost = reasons(cover, boxes, np.flatnonzero(plan.first < 0).tolist(), self.year)
         self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
-        todo = self._uncounted(footprints)
-        todo[list(lost)] = False
-        done = self._count(plan, footprints, todo)
+        uncounted = ~_absent(ids.combine_chunks(), self.source.ids.take(todo))
+        uncounted[list(lost)] = False
+        done = self._count(plan, footprints, uncounted)
         rows = self.store.finish(
             self.source.ids,
             footprints,
@@ -252,43 +263,38 @@ class _Run:
         except FileNotFoundError:
             return []
 
-    def _todo(self, names: list[str]) -> pa.Array:
-        """Positions of the patches that have no label."""
+    def _missing(self, names: list[str]) -> tuple[pa.Array, pa.Array]:
+        """Positions of patches without counts, and of all that are not in the file."""
         ids = self.source.ids
+        unfinished = np.ones(len(ids), bool)
         labels = self.store.labels()
-        missing = pc.is_null(
-            pc.index_in(ids, self.store.parts('counts')['id'].combine_chunks())
-        )
         if labels is not None:
-            gone = pc.is_null(pc.index_in(labels['id'].combine_chunks(), ids))
-            lost = labels['id'].combine_chunks().filter(gone)
+            done = labels['id'].combine_chunks()
+            lost = done.filter(pc.is_null(pc.index_in(done, ids)))
             if len(lost):
                 raise ValueError(
                     f'{self.store.path} has {len(lost)} ids that the archive has not, such '
                     f'as {", ".join(lost[:3].to_pylist())}. Choose another file, or set '
                     'overwrite to replace it'
                 )
-            done = labels['id'].combine_chunks()
             if not set(names) <= set(self.store.about()['tiles']):
                 # More tiles may have data where there was none
                 done = done.filter(pc.equal(labels['valid'].combine_chunks(), 1))
-            missing = pc.and_(missing, pc.is_null(pc.index_in(ids, done)))
-        return pa.array(np.flatnonzero(missing.to_numpy(zero_copy_only=False)))
+            unfinished = _absent(ids, done)
+        todo = unfinished & _absent(ids, self.store.parts('counts')['id'])
+        return pa.array(np.flatnonzero(todo)), pa.array(np.flatnonzero(unfinished))
 
-    def _footprints(self, todo: pa.Array) -> pa.Table:
-        """Footprints of the patches that have no label, and of those that have parts."""
-        before = self.store.parts('footprints')
-        wanted = self.source.ids.take(todo)
-        known = pc.is_valid(pc.index_in(wanted, before['id'].combine_chunks()))
-        if isinstance(self.source, Table):
-            # In memory already, those of the parts as well
-            todo = pa.array(np.arange(len(self.source.ids)))
-        else:
-            todo = todo.filter(pc.invert(known))
-        tables = [before]
+    def _footprints(self, todo: pa.Array, unfinished: pa.Array) -> pa.Table:
+        """Footprints of the patches that are not in the file."""
+        tables = [self.store.parts('footprints')]
         images = isinstance(self.source, Images)
-        with self._bar(len(todo) if images else 0, 'images') as bar:
-            for part in self.workers.map(read, self.source.units(todo)):
+        if images:
+            known = tables[0]['id']
+            unread = todo.filter(pa.array(_absent(self.source.ids.take(todo), known)))
+        else:
+            unread = unfinished  # they are in memory, and so are not in parts
+        with self._bar(len(unread) if images else 0, 'images') as bar:
+            for part in self.workers.map(read, self.source.units(unread)):
                 if images:
                     self.store.append('footprints', part.table)
                 tables.append(part.table)
@@ -303,12 +309,6 @@ class _Run:
             shapes = outlines(footprints.slice(start, _CHUNK))
             boxes[start : start + len(shapes)] = shapely.bounds(shapes)
         return boxes
-
-    def _uncounted(self, footprints: pa.Table) -> npt.NDArray[np.bool_]:
-        """Which footprints have no counts in the parts, of shape (N,)."""
-        counted = self.store.parts('counts')['id'].combine_chunks()
-        missing = pc.is_null(pc.index_in(footprints['id'].combine_chunks(), counted))
-        return np.array(missing.to_numpy(zero_copy_only=False))
 
     def _count(
         self, plan: Plan, footprints: pa.Table, todo: npt.NDArray[np.bool_]
