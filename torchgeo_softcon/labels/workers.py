@@ -25,6 +25,10 @@ _TRIES = 3
 _AHEAD = 2
 
 
+#: How long a scheduler has to answer.
+_TIMEOUT = '30s'
+
+
 class Workers(Protocol):
     """What runs work units."""
 
@@ -136,7 +140,9 @@ class DaskWorkers:
             return self.client.submit(function, unit, pure=False, retries=_TRIES)
 
         first = [submit() for _ in range(_AHEAD * self.count)]
-        running = as_completed([future for future in first if future is not None])
+        running = as_completed(
+            [future for future in first if future is not None], loop=self.client.loop
+        )
         for future in running:
             result = future.result()
             future.release()
@@ -171,7 +177,11 @@ def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
         raise ImportError(
             f'scheduler {scheduler} needs Dask: pip install "torchgeo-softcon[dask]"'
         ) from error
-    with Client(scheduler, timeout='30s', set_as_default=False) as client:
+    try:
+        client = Client(scheduler, timeout=_TIMEOUT, set_as_default=False)
+    except OSError as error:
+        raise OSError(f'scheduler {scheduler} does not answer ({error})') from error
+    with client:
         yield DaskWorkers(client)
 
 
