@@ -175,9 +175,7 @@ def _find_archive(
 
 
 def _check_unique(ids: pa.StringArray) -> None:
-    """Refuse ids that are missing or not unique."""
-    if ids.null_count:
-        raise ValueError(f'footprints must all have an id, {ids.null_count} have none')
+    """Refuse ids that are not unique."""
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counted = ids.value_counts()

@@ -267,11 +267,16 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     names, tables = [], []
     failures: dict[str, str] = {}
     for batch in _batches(path):
-        part = _normalize(batch, path)
         names.append(batch['id'].combine_chunks().cast(pa.string()))
+        without = pc.equal(names[-1].fill_null(''), '').sum().as_py()
+        if without:
+            raise ValueError(
+                f'footprints must all have an id, {without} have none in {path}'
+            )
+        part = _normalize(batch, path)
         tables.append(part.table)
         failures |= part.failures
-    if not names:
+    if not sum(map(len, names)):
         raise ValueError(f'footprints must have at least one row, {path} has none')
     table = pa.concat_tables(tables).unify_dictionaries()
     return Table(Read(table, failures), pa.concat_arrays(names))
