@@ -26,11 +26,8 @@ from torchgeo.samplers import GridGeoSampler, RandomGeoSampler
 from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
 from torchgeo_softcon.datasets import _mosaic
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
-from torchgeo_softcon.transforms.worldcover import (
-    WORLDCOVER_CLASSES,
-    WORLDCOVER_CODES,
-    WorldCoverMultiLabel,
-)
+from torchgeo_softcon.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
 
 REAL = Path(__file__).parents[2].parent / 'shared' / 'data' / 'worldcover_tiles'
 N00E006 = 'ESA_WorldCover_10m_2021_v200_N00E006_Map.tif'

@@ -3,10 +3,7 @@
 
 """ESA WorldCover, global land cover of 2020 and 2021 at 10 m."""
 
-import glob
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -22,21 +19,10 @@ from pyproj import CRS
 from torch import Tensor
 
 from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
-from ..transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
-from ._mosaic import Mosaic, Tile, open_tile, outline
-from .worldcover_tiles import (
-    OFFICIAL,
-    TILE_DEGREES,
-    TILE_SIZE,
-    VERSIONS,
-    Bounds,
-    check_year,
-    tile_file,
-    tiles_of,
-)
-
-#: What TorchGeo accepts as a path.
-Path = str | os.PathLike[str]
+from ..legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ._mosaic import Mosaic, open_tile, outline
+from .worldcover_files import Path, find_tiles, warn_size
+from .worldcover_tiles import Bounds, check_year, tile_file, tiles_of
 
 #: Official colour of every class code, red, green, blue and opacity in [0, 255].
 WORLDCOVER_COLORS = {
@@ -190,7 +176,8 @@ class ESAWorldCover(RasterDataset):
 
         tiles = [open_tile(path) for path in self.files]
         for tile in tiles:
-            _warn_size(tile)
+            # Of the caller of this class
+            warn_size(tile, stacklevel=2)
         self._mosaic = Mosaic(tiles, WORLDCOVER_CODES, cache)
 
         values = range(1, len(classes) + 1) if ordinal else classes
@@ -212,42 +199,10 @@ class ESAWorldCover(RasterDataset):
         Raises:
             DatasetNotFoundError: If there is none.
         """
-        paths = self.paths
-        paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-        files: set[str] = set()
-        years: set[str] = set()
-        for path in [os.fspath(path) for path in paths]:
-            if not os.path.isdir(path):
-                # Also what only GDAL can find: /vsizip/..., https://...
-                if not os.path.exists(path) and not re.match(r'/vsi|\w+://', path):
-                    raise WorldCoverNotFoundError(f'paths has {path!r}: no such file')
-                files.add(path)
-                continue
-
-            pattern = os.path.join(glob.escape(path), '**', '*')
-            for file in glob.iglob(pattern, recursive=True):
-                if not file.lower().endswith(('.tif', '.tiff')):
-                    continue
-                match = OFFICIAL.search(os.path.basename(file))
-                if match is None:
-                    files.add(file)
-                elif match['layer'] == 'Map':
-                    years.add(match['year'])
-                    if match['year'] == str(self.year):
-                        files.add(file)
-
-        if not files:
-            found = f', but tiles of {", ".join(sorted(years))}' if years else ''
-            raise WorldCoverNotFoundError(
-                f'paths={self.paths!r} has no ESA WorldCover tile of {self.year}{found}. '
-                f'Tiles are called {tile_file("N51E003", self.year)} after their south-west '
-                f'corner, every 3 degrees. They are at {self._url("N51E003")}'
-            )
-        return sorted(files, key=lambda file: (_official(file) is None, file))
-
-    def _url(self, tile: str) -> str:
-        """Address of an official tile."""
-        return self.url.format(year=self.year, version=VERSIONS[self.year], tile=tile)
+        try:
+            return find_tiles(self.paths, self.year)
+        except FileNotFoundError as error:
+            raise WorldCoverNotFoundError(str(error)) from None
 
     def tiles(self, crs: Any, bounds: Bounds) -> list[str]:
         """Names of the files that official tiles under a box have.
@@ -421,28 +376,3 @@ class ESAWorldCover(RasterDataset):
 def _moved(ground: shapely.Geometry, degrees: float) -> shapely.Geometry:
     """Move a geometry to the east."""
     return shapely.transform(ground, lambda points: np.add(points, (degrees, 0)))
-
-
-def _official(path: str) -> str | None:
-    """Name of the tile, if a file has exactly an official name."""
-    name = os.path.basename(path)
-    match = OFFICIAL.match(name)
-    if match is None or match['layer'] != 'Map':
-        return None
-    return match['tile'] if name[match.end() :].lower() in ('.tif', '.tiff') else None
-
-
-def _warn_size(tile: Tile) -> None:
-    """Warn of a tile that has an official name, but is not what ESA publishes."""
-    official = tile.width == tile.height == TILE_SIZE
-    if _official(tile.path) is not None and not official:
-        degrees = abs(tile.transform.a)
-        warnings.warn(
-            f'{tile.path} has the name of an official tile, but {tile.width} x '
-            f'{tile.height} pixels of {degrees:.3g} instead of {TILE_SIZE} x '
-            f'{TILE_SIZE} of {TILE_DEGREES / TILE_SIZE:.3g} degrees: it was '
-            'resampled, so small patches of land cover may be lost',
-            UserWarning,
-            # The caller of ESAWorldCover
-            stacklevel=3,
-        )

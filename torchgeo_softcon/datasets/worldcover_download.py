@@ -18,6 +18,7 @@ from rasterio.errors import RasterioError
 from tqdm import tqdm
 
 from .worldcover_tiles import (
+    BUCKET,
     check_official,
     check_year,
     is_readable,
@@ -28,9 +29,6 @@ from .worldcover_tiles import (
 )
 
 __all__ = ('ABSENT', 'BUCKET', 'TileDownload', 'download_tiles', 'tiles_of')
-
-#: The public bucket, which needs no account.
-BUCKET = 'https://esa-worldcover.s3.eu-central-1.amazonaws.com'
 
 #: File in the folder of the tiles with the addresses that have none, one per line: tiles
 #: of open sea. They are not asked for again, unless somebody removes the line.

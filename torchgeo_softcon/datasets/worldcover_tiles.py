@@ -15,6 +15,9 @@ from rasterio.io import DatasetReader
 #: Left, bottom, right and top.
 Bounds = tuple[float, float, float, float]
 
+#: The public bucket, which needs no account.
+BUCKET = 'https://esa-worldcover.s3.eu-central-1.amazonaws.com'
+
 #: Algorithm version of each year.
 VERSIONS = {2020: 'v100', 2021: 'v200'}
 
