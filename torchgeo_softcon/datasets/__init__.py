@@ -5,7 +5,14 @@
 
 from .image_masks import ImageMaskFolder
 from .scenes import WorldCoverScenes
+from .ssl4eo_s12_ml import SSL4EOS12ML
 from .synthetic import SyntheticScenes
 from .worldcover import ESAWorldCover
 
-__all__ = ('ESAWorldCover', 'ImageMaskFolder', 'SyntheticScenes', 'WorldCoverScenes')
+__all__ = (
+    'SSL4EOS12ML',
+    'ESAWorldCover',
+    'ImageMaskFolder',
+    'SyntheticScenes',
+    'WorldCoverScenes',
+)
