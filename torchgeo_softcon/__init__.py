@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
+    'SSL4EOS12ML',
     'CollapseMonitor',
     'DINOLoss',
     'DINOMCTask',
@@ -53,7 +54,6 @@ __all__ = (
     'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
-    'SSL4EOS12ML',
     'SSL4EOS12MLDataModule',
     'SoftConTask',
     'SoftContrastiveLoss',

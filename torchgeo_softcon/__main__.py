@@ -14,7 +14,9 @@ from torchgeo_softcon import __version__, plugin
 #: Commands in modules of their own that are slow to import.
 _WITH_DATA = {
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
+    'pack': 'write SSL4EO-S12 in large files that are fast to read',
     'report': 'show a run or an encoder on a page of pictures',
+    'unpack': 'write the GeoTIFFs of a packed SSL4EO-S12',
 }
 
 

@@ -40,9 +40,7 @@ class _OrdinalMask(nn.Module):
         return {**sample, 'mask': self.ordinals[sample['mask'].long()]}
 
 
-def target_transform(
-    target: Target, min_fraction: float, fractions: bool
-) -> nn.Module:
+def target_transform(target: Target, min_fraction: float, fractions: bool) -> nn.Module:
     """Turn a mask of codes into what a task expects.
 
     Args:

@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -100,7 +99,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         )
         bands = [band for name in split_names(split) for band in BANDS[name]]
         pairs = resolve_value_range(value_range or 'softcon', bands, len(bands), ())
-        self.aug = _Scale(pairs)
+        self.aug = self._scale = _Scale(pairs)
         self.collate_fn = collate
         self._data: SSL4EOS12ML | None = None
 
@@ -147,7 +146,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         for key in ('image', 'label'):
             if key in batch and batch[key].shape[1] == 1:
                 batch[key] = batch[key][:, 0]
-        self.aug.to(batch['image'].device)  # once
+        self._scale.to(batch['image'].device)  # once
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
 
@@ -162,4 +161,4 @@ def collate(samples: Sequence[Sample]) -> Sample:
     """
     if isinstance(samples, RecordBatch):
         return samples.collate()
-    return default_collate(samples)
+    return default_collate(list(samples))

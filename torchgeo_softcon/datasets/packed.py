@@ -61,6 +61,40 @@ def index_path(root: str | os.PathLike[str], split: str) -> Path:
     return Path(root) / split / 'index.parquet'
 
 
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where records are.
+
+    Args:
+        folder: Folder of a split.
+        shard: Number of the file.
+
+    Returns:
+        The file.
+    """
+    return folder / f'{shard:05}.npy'
+
+
+def packed_splits(root: str | os.PathLike[str]) -> list[str]:
+    """Find the splits of a packed archive.
+
+    Args:
+        root: Its folder.
+
+    Returns:
+        Names of the splits.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    splits = [name for name in BANDS if index_path(root, name).exists()]
+    if not splits:
+        raise FileNotFoundError(
+            f'{root} is no packed archive: {", ".join(BANDS)} with index.parquet are '
+            'missing'
+        )
+    return splits
+
+
 def checksum(record: npt.NDArray[Any]) -> int:
     """Checksum of a record.
 
@@ -70,7 +104,7 @@ def checksum(record: npt.NDArray[Any]) -> int:
     Returns:
         Its CRC-32.
     """
-    return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8).data)
 
 
 class PackedArchive:
@@ -104,6 +138,17 @@ class PackedArchive:
         """Number of images."""
         return len(self.location)
 
+    def name(self, row: int) -> tuple[str, str]:
+        """Name of an image.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            Its location and its own name.
+        """
+        return self.location[row].decode(), self.season[row].decode()
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open files: each process maps its own."""
         return {**self.__dict__, '_maps': {}}
@@ -116,7 +161,11 @@ class PackedArchive:
         column = pq.read_table(self.index, columns=['label'])['label'].combine_chunks()
         values = column.flatten().to_numpy().reshape(len(self), -1)
         return SeasonLabels(
-            str(self.index), self.location, self.season, values, **self.metadata['labels']
+            str(self.index),
+            self.location,
+            self.season,
+            values,
+            **self.metadata['labels'],
         )
 
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
@@ -133,7 +182,9 @@ class PackedArchive:
         for position, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
             if shard not in self._maps:
                 # As plain bytes: NumPy copies structured values field by field
-                mapped = np.asarray(np.load(self.shard_path(shard), mmap_mode='r'))
+                mapped = np.asarray(
+                    np.load(shard_path(self.root, shard), mmap_mode='r')
+                )
                 self._maps[shard] = mapped.view(np.uint8).reshape(len(mapped), -1)
             records[position] = self._maps[shard][offset]
         return records
@@ -149,34 +200,30 @@ class PackedArchive:
         """
         return georeferences(self._places.slice(row, 1))[0]
 
+    @property
+    def checksums(self) -> npt.NDArray[np.uint32]:
+        """Checksums of the records, shape (N,)."""
+        return np.asarray(pq.read_table(self.index, columns=['checksum'])['checksum'])
+
     @functools.cached_property
     def _places(self) -> pa.Table:
-        return pq.read_table(self.index, columns=['crs', 'bounds', 'transforms', 'nodata'])
-
-    def shard_path(self, shard: int) -> Path:
-        """Name of a file of records.
-
-        Args:
-            shard: Its number.
-
-        Returns:
-            The file.
-        """
-        return self.root / f'{shard:05}.npy'
+        return pq.read_table(
+            self.index, columns=['crs', 'bounds', 'transforms', 'nodata']
+        )
 
     def _check(self) -> np.dtype[Any]:
         """Find the type of the records, and look at the length of all files."""
         shards, inverse = np.unique(self._shard, return_inverse=True)
         counts = np.zeros(len(shards), np.int64)
         np.maximum.at(counts, inverse, self._offset + 1)
-        dtype = np.load(self.shard_path(int(shards[0])), mmap_mode='r').dtype
+        dtype = np.load(shard_path(self.root, int(shards[0])), mmap_mode='r').dtype
         if set(self.bands) != set(dtype.names or ()):
             raise ValueError(
                 f'records of {self.split} must have the bands {", ".join(self.bands)}, '
                 f'those in {self.root} have {", ".join(dtype.names or ())}'
             )
         for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
-            path = self.shard_path(shard)
+            path = shard_path(self.root, shard)
             if path.stat().st_size < count * dtype.itemsize:
                 raise ValueError(
                     f'{path} must have at least {count} records of {dtype.itemsize} bytes, '
@@ -218,7 +265,9 @@ def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> N
     metadata = {_METADATA: json.dumps({'format': FORMAT, 'labels': labels})}
     unfinished = path.with_suffix('.tmp')
     with open(unfinished, 'wb') as file:
-        pq.write_table(table.replace_schema_metadata(metadata), file, compression='zstd')
+        pq.write_table(
+            table.replace_schema_metadata(metadata), file, compression='zstd'
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -243,3 +292,31 @@ def georeferences(table: pa.Table) -> list[Georeference]:
         )
         for row in rows
     ]
+
+
+def write_records(path: Path, records: npt.NDArray[Any]) -> None:
+    """Write a file of records.
+
+    Args:
+        path: The file, which is there once it is complete.
+        records: Records of shape (N,).
+
+    Raises:
+        OSError: If the file can not be written. What there is of it is deleted.
+    """
+    unfinished = path.with_suffix('.tmp')
+    header = np.lib.format.header_data_from_array_1_0(records)
+    try:
+        with open(unfinished, 'wb') as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            # Not numpy.save, whose error does not tell that the disk is full
+            file.write(records.view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f'cannot write {path}: {error.strerror}. Make room, and start again to go on',
+        ) from error

@@ -34,9 +34,12 @@ def record_dtype(bands: Mapping[str, tuple[npt.DTypeLike, tuple[int, int]]]) -> 
         it.
     """
     names = sorted(
-        bands, key=lambda b: (-np.dtype(bands[b][0]).itemsize, *map(int.__neg__, bands[b][1]))
+        bands,
+        key=lambda b: (-np.dtype(bands[b][0]).itemsize, *map(int.__neg__, bands[b][1])),
     )
-    formats = [np.dtype((np.dtype(bands[b][0]).newbyteorder('<'), bands[b][1])) for b in names]
+    formats = [
+        np.dtype((np.dtype(bands[b][0]).newbyteorder('<'), bands[b][1])) for b in names
+    ]
     ends = np.cumsum([0, *(f.itemsize for f in formats)]).tolist()
     size = -(-ends[-1] // _ALIGNMENT) * _ALIGNMENT
     return np.dtype(

@@ -101,12 +101,22 @@ class TiffArchive:
         location, season = zip(*found, strict=True)
         self.location = np.array(location, dtype=np.bytes_)
         self.season = np.array(season, dtype=np.bytes_)
-        self.labels = None
         self.dtype = self._first_dtype()
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.location)
+
+    def name(self, row: int) -> tuple[str, str]:
+        """Name of an image.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            Its location and its own name.
+        """
+        return self.location[row].decode(), self.season[row].decode()
 
     def folder(self, row: int) -> Path:
         """Folder of an image.
@@ -117,7 +127,7 @@ class TiffArchive:
         Returns:
             The folder with the bands.
         """
-        return self.root / self.location[row].decode() / self.season[row].decode()
+        return self.root.joinpath(*self.name(row))
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
         """Read an image with all that its files tell.
@@ -138,7 +148,12 @@ class TiffArchive:
         for band, source, values in self._open(row):
             record[band] = values
             crs = source.crs.to_string() if source.crs else None
-            places[band] = crs, tuple(source.transform[:6]), source.nodata, source.bounds
+            places[band] = (
+                crs,
+                tuple(source.transform[:6]),
+                source.nodata,
+                source.bounds,
+            )
         systems = {crs for crs, *_ in places.values()}
         if len(systems) > 1:
             raise ValueError(

@@ -140,7 +140,9 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
                 f'none in {self.root}'
             )
         if alone.any():
-            first = ', '.join(_name(main, i) for i in np.flatnonzero(alone)[:_NAMED])
+            first = ', '.join(
+                '/'.join(main.name(i)) for i in np.flatnonzero(alone)[:_NAMED]
+            )
             warnings.warn(
                 f'{alone.sum()} of {len(rows)} images of {main.split} are left out, as '
                 f'other splits have none of their date: {first}',
@@ -165,7 +167,8 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
     ) -> npt.NDArray[np.float32] | npt.NDArray[np.int64] | None:
         """Label of each image, shape (M, K)."""
         main = self._main
-        labels = main.labels if path is None else read_labels(path)
+        packed = main.labels if isinstance(main, PackedArchive) else None
+        labels = packed if path is None else read_labels(path)
         self.codes = None if labels is None else tuple(labels.codes)
         if labels is None:
             if required or fractions:
@@ -282,7 +285,9 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
             T names ``location/image``, those of Sentinel-2 where there is a choice.
         """
         column = self.archives.index(self._main)
-        return [_name(self._main, self._rows[i, column]) for i in self._draw(index)]
+        return [
+            '/'.join(self._main.name(self._rows[i, column])) for i in self._draw(index)
+        ]
 
     def footprint(
         self, index: int
@@ -311,7 +316,8 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
             Images of shape (..., C, 264, 264).
         """
         return torch.cat(
-            [decode(records[a.split], a.dtype, a.bands, SIZE) for a in self.archives], -3
+            [decode(records[a.split], a.dtype, a.bands, SIZE) for a in self.archives],
+            -3,
         )
 
     def images(self) -> 'SSL4EOS12ML':
@@ -428,7 +434,3 @@ class RecordBatch(Sequence[Sample]):
 def _open(root: Path, split: str) -> PackedArchive | TiffArchive:
     packed = index_path(root, split).exists()
     return PackedArchive(root, split) if packed else TiffArchive(root, split)
-
-
-def _name(archive: PackedArchive | TiffArchive, row: int) -> str:
-    return f'{archive.location[row].decode()}/{archive.season[row].decode()}'
