@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .buffers import BufferPool
 from .season_labels import SeasonLabels
 from .ssl4eo_s12 import BANDS, Georeference
 
@@ -132,6 +133,7 @@ class PackedArchive:
         self._shard = table['shard'].to_numpy()
         self._offset = table['offset'].to_numpy()
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+        self._buffers = BufferPool()
         self.dtype = self._check()
 
     def __len__(self) -> int:
@@ -177,7 +179,7 @@ class PackedArchive:
         Returns:
             Their records of R bytes, shape (N, R).
         """
-        records = np.empty((len(rows), self.dtype.itemsize), np.uint8)
+        records = self._buffers.empty(len(rows), self.dtype.itemsize)
         shards, offsets = self._shard[rows].tolist(), self._offset[rows].tolist()
         for position, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
             if shard not in self._maps:
