@@ -52,7 +52,9 @@ def compare(
     reference = next(iter(medians.values()))
     print(f'\n{title}')
     for name, median in medians.items():
-        print(f'  {name:44} {median:9.0f} images/s {median / reference:8.1f}', flush=True)
+        print(
+            f'  {name:44} {median:9.0f} images/s {median / reference:8.1f}', flush=True
+        )
 
 
 def main() -> None:

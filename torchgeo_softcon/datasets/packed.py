@@ -164,6 +164,7 @@ class PackedArchive:
         values = column.flatten().to_numpy().reshape(len(self), -1)
         return SeasonLabels(
             str(self.index),
+            np.full(len(self), self.split.encode()),
             self.location,
             self.season,
             values,

@@ -3,12 +3,13 @@
 
 """Land-cover labels of the images of SSL4EO-S12, from a file."""
 
+import contextlib
 import json
 import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ DYNAMIC_WORLD_CODES = tuple(range(9))
 #: Columns of a class in a Parquet file, by its code.
 _CLASS_COLUMN = re.compile(r'(count|fraction)_(\d+)')
 
+#: Smallest share of the pixels that must have a class, else the label is unknown.
+_MIN_VALID = 0.5
+
 #: Images that a message names.
 _NAMED = 3
 
@@ -39,6 +43,7 @@ class SeasonLabels:
 
     Attributes:
         source: Where they are from, for messages.
+        split: What the images are of, shape (N,), empty where it is not said.
         location: Names of locations, shape (N,).
         season: Names of the images, shape (N,).
         values: Shares of the classes, or 0 and 1, float32 of shape (N, K). All zeros is
@@ -48,6 +53,7 @@ class SeasonLabels:
     """
 
     source: str
+    split: npt.NDArray[np.bytes_]
     location: npt.NDArray[np.bytes_]
     season: npt.NDArray[np.bytes_]
     values: npt.NDArray[np.float32]
@@ -112,8 +118,15 @@ def _read_json(path: Path) -> SeasonLabels:
     values = np.zeros((len(entries), len(kind)), np.float32)
     rows = np.repeat(np.arange(len(entries)), counts)
     values[rows, np.searchsorted(kind, codes)] = 1
+    unsaid = np.zeros(len(entries), np.bytes_)
     return SeasonLabels(
-        str(path), _bytes(locations), _bytes(seasons), values, kind, shares=False
+        str(path),
+        unsaid,
+        _bytes(locations),
+        _bytes(seasons),
+        values,
+        kind,
+        shares=False,
     )
 
 
@@ -162,13 +175,15 @@ def _read_parquet(path: Path) -> SeasonLabels:
             f'fraction_10 and so on), got {", ".join(schema.names)}'
         )
     names = [columns[code] for code in codes]
-    table = pq.read_table(path, columns=['id', *names])
+    valid = ['valid'] if 'valid' in schema.names else []
+    table = pq.read_table(path, columns=['id', *valid, *names])
     ids = pd.Series(table['id'].to_pylist(), dtype=object)
-    wrong = ids[~ids.astype(str).str.fullmatch(r'[^/]+/[^/]+')]
+    parts = ids.astype(str).str.extract(r'^(?:(?:.*/)?(s1|s2c|s2a)/)?([^/]+)/([^/]+)$')
+    wrong = ids[parts[1].isna()]
     if len(wrong):
         raise ValueError(
-            f'id in labels {path} must be location/image, as torchgeo-softcon labels '
-            f'--layout ssl4eo-s12 writes it, {len(wrong)} of {len(ids)} are not: '
+            f'id in labels {path} must be split/location/image, as `torchgeo-softcon '
+            f'labels --layout ssl4eo-s12` writes it, {len(wrong)} of {len(ids)} are not: '
             f'{", ".join(map(str, wrong[:_NAMED]))}'
         )
     twice = ids[ids.duplicated()]
@@ -178,15 +193,16 @@ def _read_parquet(path: Path) -> SeasonLabels:
             f'{", ".join(twice[:_NAMED])}'
         )
     counts = np.stack([table[name].to_numpy() for name in names], 1).astype(np.float64)
-    counts[~np.isfinite(counts).all(1)] = 0
+    known = np.isfinite(counts).all(1)
+    if valid:
+        known &= table['valid'].to_numpy() >= _MIN_VALID
+    counts[~known] = 0
     if (counts < 0).any():
         raise ValueError(f'labels {path} must not be negative, got {counts.min():g}')
     totals = counts.sum(1, keepdims=True)
     values = (counts / np.where(totals > 0, totals, 1)).astype(np.float32)
-    places, seasons = zip(*ids.str.split('/'), strict=True) if len(ids) else ((), ())
-    return SeasonLabels(
-        str(path), _bytes(places), _bytes(seasons), values, codes, shares=True
-    )
+    split, location, season = (_bytes(parts[c].fillna('')) for c in parts)
+    return SeasonLabels(str(path), split, location, season, values, codes, shares=True)
 
 
 def match_labels(
@@ -197,8 +213,9 @@ def match_labels(
 ) -> npt.NDArray[np.float32]:
     """Find the label of each image by its name.
 
-    Images of Sentinel-1 also take the labels that are made for Sentinel-2: those of the
-    image of the same location that is nearest in time, see :func:`.pair`.
+    Labels that were made for another split are as good: images of both levels of
+    Sentinel-2 have the same names, and one of Sentinel-1 takes the label of the image of
+    the same location that is nearest in time, see :func:`.pair`.
 
     Args:
         labels: The labels.
@@ -215,23 +232,22 @@ def match_labels(
     Warns:
         UserWarning: If some images are not in the labels.
     """
+    labels = _best(labels, split)
     index = pd.MultiIndex.from_arrays([labels.location, labels.season])
     if not index.is_unique:
         raise ValueError(f'{labels.source} has images that come twice')
     found = index.get_indexer(pd.MultiIndex.from_arrays([location, season]))
-    if split == 's1' and (found < 0).all() and len(labels.season):
-        try:
+    by_name = split != 's1' or bool((found >= 0).any())
+    if not by_name:
+        with contextlib.suppress(ValueError):  # names of something else
             dates = days('s2c', labels.season)
-        except ValueError:
-            pass
-        else:
             found = pair(location, days('s1', season), labels.location, dates)
 
     missing = found < 0
     # Locations that are there, but with other images: an archive of other dates
     known = np.isin(location, labels.location)
     matched = np.isin(location, location[~missing])
-    foreign = known & ~matched
+    foreign = known & ~matched & by_name
     if missing.all() or foreign.any():
         names = np.flatnonzero(missing if missing.all() else foreign)
         example = (
@@ -255,6 +271,21 @@ def match_labels(
     values = labels.values[found]
     values[missing] = 0
     return values
+
+
+def _best(labels: SeasonLabels, split: str) -> SeasonLabels:
+    """Labels of a split where there are some, else those that may stand for them."""
+    for name in (split, '', 's2c', 's2a'):
+        chosen = labels.split == name.encode()
+        if chosen.any():
+            return replace(
+                labels,
+                split=labels.split[chosen],
+                location=labels.location[chosen],
+                season=labels.season[chosen],
+                values=labels.values[chosen],
+            )
+    return labels
 
 
 def _name(location: Any, season: Any, row: int) -> str:

@@ -36,7 +36,7 @@ _LOCATION = re.compile(r'\d+')
 #: Names of images are those of Earth Engine and contain the time of acquisition:
 #: 20200604T054639_20200604T054831_T43RCP, S1A_IW_GRDH_1SDV_20200607T010800_...
 _SEASON = {
-    's1': re.compile(r'S1[A-Z]_\w{11}_(\d{8})T\d{6}\w*'),
+    's1': re.compile(r'S1[A-Z]_\w{12}_(\d{8})T\d{6}\w*'),
     's2c': re.compile(r'(\d{8})T\d{6}\w*'),
     's2a': re.compile(r'(\d{8})T\d{6}\w*'),
 }
