@@ -31,6 +31,9 @@ BANDS: dict[str, tuple[str, ...]] = {
 #: Height and width of a patch at 10 m in pixels.
 SIZE = 264
 
+#: Images that are looked at to find out what all are like.
+_TRIED = 10
+
 _LOCATION = re.compile(r'\d+')
 
 #: Names of images are those of Earth Engine and contain the time of acquisition:
@@ -81,7 +84,7 @@ class TiffArchive:
 
         Raises:
             FileNotFoundError: If there is no image.
-            OSError: If the first image can not be opened.
+            OSError: If none of the first images can be opened.
         """
         self.root = Path(root) / split
         self.split = split
@@ -215,17 +218,25 @@ class TiffArchive:
         if (dtype, shape) != (field.base.name, field.shape):
             raise ValueError(
                 f'the images of an archive must be alike: {path} is {dtype} of '
-                f'{shape[0]} x {shape[1]} pixels, {self.folder(0) / path.name} is '
+                f'{shape[0]} x {shape[1]} pixels, {self._model / path.name} is '
                 f'{field.base.name} of {field.shape[0]} x {field.shape[1]}'
             )
 
     def _first_dtype(self) -> np.dtype[Any]:
-        """Type of the records, from the files of the first image."""
-        bands = {}
-        for band in self.bands:
-            with open_raster(self.folder(0) / f'{band}.tif') as source:
-                bands[band] = source.dtypes[0], (source.height, source.width)
-        return record_dtype(bands)
+        """Type of the records, from the files of the first image that can be opened."""
+        errors = []
+        for row in range(min(len(self), _TRIED)):
+            self._model = self.folder(row)
+            bands = {}
+            try:
+                for band in self.bands:
+                    with open_raster(self._model / f'{band}.tif') as source:
+                        bands[band] = source.dtypes[0], (source.height, source.width)
+            except OSError as error:
+                errors.append(error)
+            else:
+                return record_dtype(bands)
+        raise errors[0]
 
 
 def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
