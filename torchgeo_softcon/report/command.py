@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 from lightning.pytorch import LightningDataModule
 
-from ..embed import Encoder, data_parser, parse_data, read_encoder
+from ..embed import data_parser, parse_data
 from ..models import is_vit
+from ..models.trained import Encoder, open_encoder
 from ..transforms.worldcover import WORLDCOVER_CODES
 from .curves import find_logs, plot_curves, read_logs
 from .page import Section, write_page
@@ -109,7 +110,7 @@ def main(args: Sequence[str]) -> int:
             text = 'The data are not known: give --data or --config for pictures of images.'
             sections.append(Section('pictures', 'Pictures', text))
         else:
-            encoder = read_encoder(checkpoint, options.weights, options.model)
+            encoder = open_encoder(checkpoint, options.weights, options.model)
             facts |= {
                 'encoder': f'{encoder.name}, {encoder.in_channels} bands',
                 'weights': str(checkpoint or options.weights),

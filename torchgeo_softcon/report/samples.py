@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .._compat import Sample
 from ..callbacks.features import encode, prepare
 from ..callbacks.labelled import check_label, split_samples
-from ..embed import Encoder, set_up
+from ..embed import set_up
+from ..models.trained import Encoder
 from .pictures import Array, Display
 
 #: Images that are encoded at a time.
