@@ -1,16 +1,19 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Callbacks that tell whether an encoder learns, for any task of the host."""
+"""Callbacks for any task of the host: does an encoder learn, and what does it see."""
 
 from .collapse import CollapseMonitor, effective_rank, uniformity
 from .embeddings import EmbeddingWriter
 from .knn import KNNProbe, knn_scores
+from .resize import ResizeForWeights, ResizeInput
 
 __all__ = (
     'CollapseMonitor',
     'EmbeddingWriter',
     'KNNProbe',
+    'ResizeForWeights',
+    'ResizeInput',
     'effective_rank',
     'knn_scores',
     'uniformity',
