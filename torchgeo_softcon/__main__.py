@@ -14,6 +14,7 @@ from torchgeo_softcon import __version__, plugin
 #: Commands in modules of their own that are slow to import.
 _WITH_DATA = {
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
+    'evaluate': 'k-NN and linear evaluation of frozen features',
     'report': 'show a run or an encoder on a page of pictures',
 }
 

@@ -24,6 +24,7 @@ from .callbacks.embeddings import EmbeddingWriter
 from .callbacks.features import encode, prepare
 from .callbacks.labelled import split_samples
 from .callbacks.parts import PartedFile
+from .datamodules.normalization import use_unit_range
 from .models.trained import Encoder, open_encoder
 
 #: Stage of a datamodule that has a split.
@@ -92,11 +93,17 @@ def embed(
             file of something else.
     """
     split = set_up(datamodule, split)
+    if encoder.unit_range:
+        use_unit_range(datamodule)
     torch.manual_seed(0)  # for samplers that draw
     dataset, indices = split_samples(datamodule, split)
     origin = dict(origin or {})
     origin |= {'encoder': encoder.name, 'size': size, 'pooling': pooling}
-    origin |= {'split': split, 'samples': len(indices)}
+    origin |= {
+        'unit_range': encoder.unit_range,
+        'split': split,
+        'samples': len(indices),
+    }
     file = PartedFile(Path(out), {**origin, 'processes': 1})
     file.open(overwrite)
     done = file.rows()
@@ -169,6 +176,12 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
         type=str | None,
         help='configuration of `torchgeo fit`, of which the section `data` is used. By '
         'default the one of the run that the checkpoint is from',
+    )
+    parser.add_argument(
+        '--unit-range',
+        type=bool | None,
+        help='whether to scale the images of a datamodule of TorchGeo to [0, 1], as '
+        'SoftCon did. By default true for weights of SoftCon',
     )
     parser.add_subclass_arguments(
         BaseDataModule, 'data', required=False, help='datamodule, as in `torchgeo fit`'
@@ -258,7 +271,9 @@ def main(args: Sequence[str]) -> int:
             raise ValueError(
                 f'split must be one of {", ".join(_STAGES)}, got {options.split}'
             )
-        encoder = open_encoder(options.checkpoint, options.weights, options.model)
+        encoder = open_encoder(
+            options.checkpoint, options.weights, options.model, options.unit_range
+        )
         rows = embed(
             encoder,
             datamodule,

@@ -136,6 +136,7 @@ def open_encoder(
     checkpoint: str | os.PathLike[str] | None = None,
     weights: str | None = None,
     model: str | None = None,
+    unit_range: bool | None = None,
 ) -> Encoder:
     """Build the encoder that is in a file, or that the name of its weights tells.
 
@@ -143,6 +144,8 @@ def open_encoder(
         checkpoint: See :func:`read_trained`.
         weights: Name of a weight enum member.
         model: timm name of the encoder, if the checkpoint does not have it.
+        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, if
+            *weights* do not tell.
 
     Returns:
         The encoder, in evaluation mode.
@@ -159,13 +162,13 @@ def open_encoder(
             'one of checkpoint and weights must be given, got '
             f'checkpoint = {checkpoint} and weights = {weights}'
         )
-    unit_range = None
     if weights is not None:
         member = get_weight(weights)
         state, meta = dict(member.get_state_dict(progress=True)), member.meta
         name, size, bands = meta.get('model'), meta.get('img_size'), meta.get('bands')
         # Those of DINO-MC are standardized after that
-        unit_range = meta.get('value_range') == (0, 1) and 'mean' not in meta
+        if unit_range is None:
+            unit_range = meta.get('value_range') == (0, 1) and 'mean' not in meta
         if is_torchvision_swin(state):
             state, name = swin_to_timm(state), 'swin_tiny_patch4_window7_224'
     else:

@@ -110,7 +110,9 @@ def main(args: Sequence[str]) -> int:
             text = 'The data are not known: give --data or --config for pictures of images.'
             sections.append(Section('pictures', 'Pictures', text))
         else:
-            encoder = open_encoder(checkpoint, options.weights, options.model)
+            encoder = open_encoder(
+                checkpoint, options.weights, options.model, options.unit_range
+            )
             facts |= {
                 'encoder': f'{encoder.name}, {encoder.in_channels} bands',
                 'weights': str(checkpoint or options.weights),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._compat import Sample
 from ..callbacks.features import encode, prepare
 from ..callbacks.labelled import check_label, split_samples
+from ..datamodules.normalization import use_unit_range
 from ..embed import set_up
 from ..models.trained import Encoder
 from .pictures import Array, Display
@@ -85,6 +86,8 @@ def collect(
         raise ValueError(
             f'a report needs at least 2 images, the {split} split has fewer'
         )
+    if encoder.unit_range:
+        use_unit_range(datamodule)
     torch.manual_seed(0)
     chosen = [indices[i] for i in torch.randperm(len(indices))[:count]]
     aug: Any = getattr(datamodule, 'val_aug', None) or getattr(datamodule, 'aug', None)
