@@ -4,6 +4,7 @@
 """Brings images to the values that SoftCon's encoders are trained on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -34,6 +35,14 @@ class UnitRange(Callback):
                 has.
         """
         self.bands = None if bands is None else tuple(bands)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Leave a note in checkpoints: which values the encoder was trained on.
+
+        Returns:
+            The bands.
+        """
+        return {'bands': None if self.bands is None else list(self.bands)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Change the datamodule.

@@ -175,6 +175,10 @@ def open_encoder(
         trained = read_trained(cast(str, checkpoint))
         state, hparams = trained.state_dict, trained.hparams
         name, size, bands = trained.model, hparams.get('size'), hparams.get('bands')
+        if unit_range is None and 'UnitRange' in trained.checkpoint.get(
+            'callbacks', {}
+        ):
+            unit_range = True  # a callback of this package
     name = model or name
     if not name:
         raise ValueError(
