@@ -46,7 +46,7 @@ class TestEvaluate:
     def test_multiclass(self, eurosat: Path) -> None:
         model = Spectrum()
         encoder = Encoder(model, 'spectrum', 13, 28, unit_range=True)
-        datamodule = EuroSATDataModule(root=eurosat, batch_size=7)
+        datamodule: Any = EuroSATDataModule(root=eurosat, batch_size=7)
         values = evaluate_encoder(encoder, datamodule, k=(1, 3))
         assert (values['train_images'], values['test_images']) == (40, 10)
         assert values['chance_accuracy'] == pytest.approx(0.1)

@@ -19,7 +19,7 @@ def set_up(datamodule: Any, stage: str = 'fit', **options: Any) -> Any:
     return datamodule.train_dataset
 
 
-def patches() -> PatchesDataModule:
+def patches() -> Any:
     datamodule = PatchesDataModule(length=40)
     datamodule.setup('fit')
     return datamodule
@@ -41,8 +41,7 @@ def test_only_training_samples() -> None:
     assert subset.dataset is whole
     assert subset.indices == choose_subset(40, 0.1)
     assert len(datamodule.train_dataloader()) == 1
-    assert datamodule.val_dataset is not None
-    assert len(datamodule.val_dataset) == 40  # type: ignore[arg-type]
+    assert len(datamodule.val_dataset) == 40
     assert set_up(patches(), 'test', fraction=0.1) is not None
 
 
@@ -56,6 +55,6 @@ def test_bad_data() -> None:
     with pytest.raises(ValueError, match=r'0\.001 of 40 samples is nothing'):
         set_up(patches(), fraction=0.001)
     sampled = patches()
-    sampled.train_sampler = object()  # type: ignore[attr-defined]
+    sampled.train_sampler = object()
     with pytest.raises(ValueError, match='and no sampler, got PatchesDataModule'):
         set_up(sampled, fraction=0.1)

@@ -53,7 +53,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize('split', ['train', 'val'])
     def test_eurosat(self, split: str, eurosat: Path) -> None:
-        datamodule = EuroSATDataModule(root=eurosat)
+        datamodule: Any = EuroSATDataModule(root=eurosat)
         image = seen(datamodule, split=split)
         raw = getattr(datamodule, f'{split}_dataset')[0]['image']
         expected = ToUnitRange.of(datamodule.train_dataset.bands)(raw)
@@ -63,14 +63,14 @@ class TestNumbers:
         torch.testing.assert_close(image[12], by_hand.clamp(0, 1))
 
     def test_chosen_bands(self, eurosat: Path) -> None:
-        datamodule = EuroSATDataModule(root=eurosat, bands=('B04', 'B03', 'B02'))
+        datamodule: Any = EuroSATDataModule(root=eurosat, bands=('B04', 'B03', 'B02'))
         image = seen(datamodule)
         raw = datamodule.train_dataset[0]['image']
         torch.testing.assert_close(image, ToUnitRange.of(['B4', 'B3', 'B2'])(raw))
 
     @pytest.mark.parametrize('bands', ['s1', 's2', 'all'])
     def test_bigearthnet(self, bands: str, tmp_path: Path) -> None:
-        datamodule = BigEarthNetDataModule(
+        datamodule: Any = BigEarthNetDataModule(
             root=make_bigearthnet(tmp_path, 2, 1), bands=bands
         )
         image = seen(datamodule)
@@ -98,7 +98,7 @@ class TestNumbers:
 
     def test_seasons_of_radar(self, tmp_path: Path) -> None:
         """TorchGeo divides dB by 10,000."""
-        datamodule = SSL4EOS12DataModule(
+        datamodule: Any = SSL4EOS12DataModule(
             root=make_ssl4eo_s12(tmp_path, 's1', 1), split='s1', seasons=2
         )
         image = seen(datamodule)
@@ -107,15 +107,15 @@ class TestNumbers:
         assert image.std((1, 2)) == pytest.approx(torch.full((4,), 0.25), abs=0.02)
 
     def test_own_datamodules_are_left(self) -> None:
-        datamodule = PatchesDataModule()
+        datamodule: Any = PatchesDataModule()
         datamodule.mean, datamodule.std = torch.tensor(0), torch.tensor(1)
         image = seen(datamodule)
-        assert torch.equal(image, datamodule.train_dataset[0]['image'])  # type: ignore[index]
+        assert torch.equal(image, datamodule.train_dataset[0]['image'])
 
 
 def test_random_augmentations_stay(eurosat: Path) -> None:
     kornia = import_module('kornia.augmentation')
-    datamodule = EuroSATDataModule(root=eurosat)
+    datamodule: Any = EuroSATDataModule(root=eurosat)
     datamodule.train_aug = kornia.AugmentationSequential(
         kornia.Normalize(datamodule.mean, datamodule.std),
         kornia.RandomHorizontalFlip(p=1),

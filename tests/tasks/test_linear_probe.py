@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from torchgeo_softcon import LinearProbeTask, ResNet50_Weights, ViTSmall16_Weights
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
@@ -33,8 +33,9 @@ def make_probe(**kwargs: Any) -> LinearProbeTask:
 
 def fit(task: LinearProbeTask, root: Path, kind: str = 'multiclass', **kw: Any) -> Any:
     trainer = make_trainer(root, **kw)
+    data: Any = PatchesDataModule(kind=kind)
     # No places, which no loader can stack, and labels as those of TorchGeo's data
-    data.collate_fn = lambda samples: {  # type: ignore[method-assign]
+    data.collate_fn = lambda samples: {
         'image': torch.stack([sample['image'] for sample in samples]),
         'label': torch.stack([sample['label'] for sample in samples]).long(),
     }
@@ -110,10 +111,13 @@ class TestTraining:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         task = make_probe(size=16)
-        seen: list[Any] = []
-        monkeypatch.setattr(
-            task, 'features', lambda x: seen.append(x) or x.new_zeros(4, 256)
-        )
+        seen: list[Tensor] = []
+
+        def features(image: Tensor) -> Tensor:
+            seen.append(image)
+            return image.new_zeros(len(image), 256)
+
+        monkeypatch.setattr(task, 'features', features)
         batch = {'image': torch.rand(4, 4, 32, 32), 'label': torch.zeros(4).long()}
         for step in ('training_step', 'training_step', 'predict_step', 'predict_step'):
             getattr(task, step)(batch, 0)

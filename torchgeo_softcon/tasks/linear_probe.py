@@ -3,6 +3,7 @@
 
 """Linear evaluation of a frozen encoder."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -164,8 +165,7 @@ class LinearProbeTask(ClassificationTask):
             except ValueError:  # a path
                 member = None
             if isinstance(member, EncoderWeights):
-                state_dict = member.get_state_dict(bands=bands, layout='timm')
-                return cast(dict[str, Tensor], state_dict)
+                return member.get_state_dict(bands=bands, layout='timm')
         return read_weights(cast(WeightsEnum | str, weights))
 
     def configure_metrics(self) -> None:
@@ -173,15 +173,12 @@ class LinearProbeTask(ClassificationTask):
         super().configure_metrics()
         if self.hparams['task'] == 'multilabel':
             labels = self.hparams['num_labels']
+            average = {
+                'MeanAveragePrecision': MultilabelAveragePrecision(labels, 'macro'),
+                'OverallAveragePrecision': MultilabelAveragePrecision(labels, 'micro'),
+            }
             for metrics in (self.val_metrics, self.test_metrics):
-                metrics.add_metrics(
-                    {
-                        f'{name}AveragePrecision': MultilabelAveragePrecision(
-                            labels, average
-                        )
-                        for name, average in (('Mean', 'macro'), ('Overall', 'micro'))
-                    }
-                )
+                metrics.add_metrics(copy.deepcopy(average))
 
     def configure_optimizers(self) -> Any:
         """Initialize the optimizer and the learning rate schedule.
@@ -255,7 +252,7 @@ class LinearProbeTask(ClassificationTask):
             The loss.
         """
         batch = {**batch, 'image': self.augmentations(batch['image']).to(self.dtype)}
-        return cast(Tensor, super().training_step(batch, batch_idx, dataloader_idx))
+        return super().training_step(batch, batch_idx, dataloader_idx)
 
     def validation_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
@@ -293,7 +290,7 @@ class LinearProbeTask(ClassificationTask):
             Probabilities of shape (B, K).
         """
         batch = self._centred(batch)
-        return cast(Tensor, super().predict_step(batch, batch_idx, dataloader_idx))
+        return super().predict_step(batch, batch_idx, dataloader_idx)
 
     def _centred(self, batch: Sample) -> Sample:
         return {**batch, 'image': center_view(batch['image'], self.hparams['size'])}
