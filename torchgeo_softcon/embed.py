@@ -100,6 +100,7 @@ def embed(
     origin = dict(origin or {})
     origin |= {'encoder': encoder.name, 'size': size, 'pooling': pooling}
     origin |= {
+        'bands': encoder.bands,
         'unit_range': encoder.unit_range,
         'split': split,
         'samples': len(indices),
@@ -176,6 +177,12 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
         type=str | None,
         help='configuration of `torchgeo fit`, of which the section `data` is used. By '
         'default the one of the run that the checkpoint is from',
+    )
+    parser.add_argument(
+        '--bands',
+        type=list[str] | None,
+        help='names of the bands of the images, if they are not those of --weights: '
+        '[B2,B3,B4,B8]',
     )
     parser.add_argument(
         '--unit-range',
@@ -272,7 +279,11 @@ def main(args: Sequence[str]) -> int:
                 f'split must be one of {", ".join(_STAGES)}, got {options.split}'
             )
         encoder = open_encoder(
-            options.checkpoint, options.weights, options.model, options.unit_range
+            options.checkpoint,
+            options.weights,
+            options.model,
+            options.bands,
+            options.unit_range,
         )
         rows = embed(
             encoder,

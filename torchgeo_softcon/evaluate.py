@@ -205,7 +205,11 @@ def main(args: Sequence[str]) -> int:
                 'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
             )
         encoder = open_encoder(
-            options.checkpoint, options.weights, options.model, options.unit_range
+            options.checkpoint,
+            options.weights,
+            options.model,
+            options.bands,
+            options.unit_range,
         )
         device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
         values = evaluate_encoder(

@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -120,6 +120,8 @@ class Encoder:
         in_channels: Number of bands.
         size: Side of the images that it was trained with in pixels, if it is known.
         bands: Their names, if they are known.
+        bands: Names of the bands of the images, if they are not those of *weights*, from
+            which they are chosen.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
             if that is not known.
     """
@@ -136,6 +138,7 @@ def open_encoder(
     checkpoint: str | os.PathLike[str] | None = None,
     weights: str | None = None,
     model: str | None = None,
+    bands: Sequence[str] | None = None,
     unit_range: bool | None = None,
 ) -> Encoder:
     """Build the encoder that is in a file, or that the name of its weights tells.
@@ -144,6 +147,8 @@ def open_encoder(
         checkpoint: See :func:`read_trained`.
         weights: Name of a weight enum member.
         model: timm name of the encoder, if the checkpoint does not have it.
+        bands: Names of the bands of the images, if they are not those of *weights*, from
+            which they are chosen.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, if
             *weights* do not tell.
 
@@ -152,7 +157,7 @@ def open_encoder(
 
     Raises:
         ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it
-            has no encoder.
+            has no encoder, or if *bands* are not among those of *weights*.
     """
     # Late, as it is the one that reads files by the functions above
     from .encoders import create_encoder, is_vit, load_encoder
@@ -164,8 +169,10 @@ def open_encoder(
         )
     if weights is not None:
         member = get_weight(weights)
-        state, meta = dict(member.get_state_dict(progress=True)), member.meta
-        name, size, bands = meta.get('model'), meta.get('img_size'), meta.get('bands')
+        options: Any = {} if bands is None else {'bands': bands}
+        state, meta = dict(member.get_state_dict(progress=True, **options)), member.meta
+        name, size = meta.get('model'), meta.get('img_size')
+        bands = bands or meta.get('bands')
         # Those of DINO-MC are standardized after that
         if unit_range is None:
             unit_range = meta.get('value_range') == (0, 1) and 'mean' not in meta
@@ -174,7 +181,8 @@ def open_encoder(
     else:
         trained = read_trained(cast(str, checkpoint))
         state, hparams = trained.state_dict, trained.hparams
-        name, size, bands = trained.model, hparams.get('size'), hparams.get('bands')
+        name, size = trained.model, hparams.get('size')
+        bands = bands or hparams.get('bands')
         if unit_range is None and 'UnitRange' in trained.checkpoint.get(
             'callbacks', {}
         ):

@@ -3,15 +3,19 @@
 
 """What ``torchgeo-softcon report`` does."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
+from torch import nn
 
 from ..embed import data_parser, parse_data
 from ..models import is_vit
@@ -111,7 +115,11 @@ def main(args: Sequence[str]) -> int:
             sections.append(Section('pictures', 'Pictures', text))
         else:
             encoder = open_encoder(
-                checkpoint, options.weights, options.model, options.unit_range
+                checkpoint,
+                options.weights,
+                options.model,
+                options.bands,
+                options.unit_range,
             )
             facts |= {
                 'encoder': f'{encoder.name}, {encoder.in_channels} bands',
@@ -149,8 +157,35 @@ def _last_values(log: pd.DataFrame) -> dict[str, str]:
     return facts
 
 
+def run_augmentations(config: Path) -> nn.Module | None:
+    """The augmentations of a run, which its checkpoints do not have.
+
+    Args:
+        config: Configuration of the run, as the command line has saved it.
+
+    Returns:
+        The augmentations, None if the run had those of its task or if they are no part of
+        this package.
+    """
+    if not config.is_file():
+        return None
+    content = yaml.safe_load(config.read_text())
+    model = content.get('model') if isinstance(content, dict) else None
+    options = (model or {}).get('init_args') or {}
+    chosen = options.get('augmentations')
+    # Nothing else is imported because a file says so
+    if not isinstance(chosen, dict) or not re.match(
+        r'torchgeo_softcon\.', str(chosen.get('class_path'))
+    ):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument('--augmentations', type=nn.Module)
+    parsed = parser.parse_object({'augmentations': chosen})
+    return cast(nn.Module, parser.instantiate_classes(parsed).augmentations)
+
+
 def load_task(checkpoint: str | None) -> Any:
-    """The task of a checkpoint of this package.
+    """The task of a checkpoint of this package, with the augmentations of its run.
 
     Args:
         checkpoint: Path, or None.
@@ -171,8 +206,11 @@ def load_task(checkpoint: str | None) -> Any:
     if not task:
         return None
     found = getattr(import_module('torchgeo_softcon'), name, None)
+    config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
+    augmentations = run_augmentations(config)
+    options = {} if augmentations is None else {'augmentations': augmentations}
     return found and found.load_from_checkpoint(
-        checkpoint, map_location='cpu', weights_only=True
+        checkpoint, map_location='cpu', weights_only=True, **options
     )
 
 
@@ -245,7 +283,12 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     if figure is None:
         text = 'The checkpoint is not of a task of this package that draws views.'
         return Section('views', title, text)
-    text = 'Drawn anew from the images on the left. Pink patches are masked. '
+    text = (
+        'Drawn anew from the images on the left. The frame of a view has the colour of '
+        'its box on the image. '
+    )
+    if hasattr(task, 'masking'):
+        text += 'Pink patches are masked. '
     return Section(
         'views', title, f'{text}{gallery.show.caption}, on one scale.', figure
     )

@@ -173,7 +173,7 @@ class LinearProbeTask(ClassificationTask):
         super().configure_metrics()
         if self.hparams['task'] == 'multilabel':
             labels = self.hparams['num_labels']
-            average = {
+            average: dict[str, Any] = {
                 'MeanAveragePrecision': MultilabelAveragePrecision(labels, 'macro'),
                 'OverallAveragePrecision': MultilabelAveragePrecision(labels, 'micro'),
             }
