@@ -145,7 +145,7 @@ class TestCurves:
 
 class TestPictures:
     def test_one_scale_for_all_images(self) -> None:
-        images = torch.linspace(0, 1, 101).repeat(3, 1)[None, :, :, None]
+        images = torch.linspace(1, 2, 101).repeat(3, 1)[None, :, :, None]
         show = Display(images, ('B', 'G', 'R'))
         assert show.channels == [2, 1, 0]
         colours = show(images[0])
@@ -154,6 +154,14 @@ class TestPictures:
         assert (colours[:3] == 0).all()
         assert (colours[-3:] == 1).all()
         assert show(2 * images[0])[50, 0] == pytest.approx(1)
+
+    def test_scale_is_that_of_pixels_with_data(self) -> None:
+        images = torch.linspace(0.4, 0.6, 100).view(1, 1, 10, 10).repeat(3, 4, 1, 1)
+        plain = Display(images).limits
+        images[1] = 0  # no data
+        images[2] = math.nan  # masked
+        assert Display(images).limits == plain
+        assert Display(images[1:]).limits == [(0, 1)] * 3
 
     @pytest.mark.parametrize(('bands', 'expected'), [(2, [0]), (4, [0, 1, 2])])
     def test_bands_without_names(self, bands: int, expected: list[int]) -> None:

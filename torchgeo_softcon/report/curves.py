@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 #: Columns of each figure, the first pattern that matches counts.
 _GROUPS = {
@@ -29,6 +30,7 @@ _GROUPS = {
 _LABELS = {
     'schedule/lr': 'learning rate',
     'schedule/momentum': 'momentum of the teacher',
+    'schedule/teacher_temperature': 'temperature of the teacher',
     'schedule/weight_decay': 'weight decay',
     'train_feature_std': 'feature std in the step',
     'collapse/feature_std': 'feature std',
@@ -207,6 +209,7 @@ def _draw(axis: Axes, log: pd.DataFrame, column: str, **style: Any) -> None:
     axis.plot(values['step'], values[column], marker=marker, markersize=3, **style)
     end = max(log['step'].max(), 1)
     axis.set_xlim(-0.02 * end, 1.02 * end)
+    axis.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
     bad = int((~np.isfinite(values[column])).sum())

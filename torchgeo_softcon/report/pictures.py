@@ -39,7 +39,7 @@ _COLOURS = [
     '#009e73',
     '#e69f00',
     '#0072b2',
-    '#ffffff',
+    '#882255',
     '#000000',
 ]
 
@@ -51,18 +51,21 @@ class Display:
         """Initialize a new Display instance.
 
         Args:
-            images: Images of shape (B, C, H, W) to take the scale from.
+            images: Images of shape (B, C, H, W) to take the scale from. Pixels without
+                data do not count: NaN, or 0 in all bands.
             bands: Names of the bands.
         """
         self.channels = _channels(bands, images.shape[1])
-        values = images[:, self.channels].float()
-        self.limits = [
-            (float(low), float(high))
-            for low, high in (
-                np.quantile(band.numpy(), (_CLIPPED, 1 - _CLIPPED))
-                for band in values.unbind(1)
-            )
-        ]
+        seen = ~(images.isnan().any(1) | (images == 0).all(1))  # (B, H, W)
+        quantiles = (_CLIPPED, 1 - _CLIPPED)
+        self.limits = [(0.0, 1.0)] * len(self.channels)
+        if seen.any():
+            self.limits = [
+                tuple(
+                    np.quantile(images[:, c][seen].float().numpy(), quantiles).tolist()
+                )
+                for c in self.channels
+            ]
 
     @property
     def caption(self) -> str:
@@ -161,7 +164,7 @@ def plot_views(
     images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
     images = images[:, : columns[0].shape[1]]
     side = images.shape[-1]
-    everything = [F.interpolate(c.nan_to_num(), (side, side)) for c in columns]
+    everything = [F.interpolate(c, (side, side)) for c in columns]
     show = Display(torch.cat([images, *everything]), bands)
     figure, axes = _grid(len(images), 1 + len(columns))
     colour = dict(zip(range(len(columns)), _COLOURS * len(columns), strict=False))
