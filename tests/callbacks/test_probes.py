@@ -121,3 +121,9 @@ class TestEvaluate:
         scores = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.9]])
         labels = torch.tensor([[1, 1, 0], [0, 1, 0]])
         assert evaluate(scores, labels) == 1
+
+
+def test_queries_of_one_kind() -> None:
+    labels = torch.tensor([[1, 0], [1, 0]])
+    with pytest.raises(ValueError, match='2 queries with the same classes'):
+        evaluate(torch.rand(2, 2), labels)

@@ -116,10 +116,18 @@ def evaluate(
     Returns:
         Accuracy for class indices. For multi-hot labels, average precision over the
         classes that some but not all queries have.
+
+    Raises:
+        ValueError: If there is no such class.
     """
     if labels.ndim == 1:
         return float((scores.argmax(1) == labels).float().mean())
     told_apart = (labels.amax(0) > 0) & (labels.amin(0) == 0)
+    if not told_apart.any():
+        raise ValueError(
+            'labels must have a class that some but not all queries have, got '
+            f'{len(labels)} queries with the same classes. Give more queries'
+        )
     scores, labels = scores[:, told_apart], labels[:, told_apart]
     if labels.shape[1] == 1:  # torchmetrics wants at least two
         scores, labels = scores.expand(-1, 2), labels.expand(-1, 2)
