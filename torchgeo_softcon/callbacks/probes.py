@@ -114,8 +114,8 @@ def evaluate(
             all pairs of an image and a class.
 
     Returns:
-        Accuracy for class indices. For multi-hot labels, average precision over the
-        classes that some but not all queries have.
+        Accuracy for class indices. For multi-hot labels, average precision: *macro* over
+        the classes that some but not all queries have, *micro* over all.
 
     Raises:
         ValueError: If there is no such class.
@@ -128,7 +128,8 @@ def evaluate(
             'labels must have a class that some but not all queries have, got '
             f'{len(labels)} queries with the same classes. Give more queries'
         )
-    scores, labels = scores[:, told_apart], labels[:, told_apart]
+    if average == 'macro':
+        scores, labels = scores[:, told_apart], labels[:, told_apart]
     if labels.shape[1] == 1:  # torchmetrics wants at least two
         scores, labels = scores.expand(-1, 2), labels.expand(-1, 2)
     # torchmetrics takes scores outside of [0, 1] for logits, and saturates them
