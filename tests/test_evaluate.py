@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchgeo.datamodules import BigEarthNetDataModule, EuroSATDataModule
+from torchgeo.datasets import EuroSAT
 
 from torchgeo_softcon.__main__ import main
+from torchgeo_softcon.bands import SENTINEL2_BANDS
 from torchgeo_softcon.evaluate import evaluate_encoder
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.trained import Encoder
@@ -87,6 +89,19 @@ class TestEvaluate:
         values = evaluate_encoder(encoder, PatchesDataModule(kind='unknown'), k=(2,))
         assert values['train_images'] == values['test_images'] == 12
 
+    def test_bands_in_another_order(self, eurosat: Path) -> None:
+        """The classic mistake: EuroSAT has B8A last, SoftCon has not."""
+        order = SENTINEL2_BANDS
+        encoder = Encoder(Spectrum(), 'spectrum', 13, 28, order, unit_range=True)
+        datamodule: Any = EuroSATDataModule(root=eurosat)
+        with pytest.raises(ValueError, match=r"must be those .*'B12', 'B8A'\). Choose"):
+            evaluate_encoder(encoder, datamodule)
+        spelled = [f'B0{b[1]}' if len(b) == 2 else b for b in order]
+        datamodule = EuroSATDataModule(root=eurosat, bands=spelled)
+        assert (
+            evaluate_encoder(encoder, datamodule, k=(1,))['knn1_accuracy_pooled'] == 1
+        )
+
     @pytest.mark.parametrize(
         ('data', 'options', 'match'),
         [
@@ -126,6 +141,7 @@ class TestCommand:
                     str(eurosat),
                 ),
                 *('--size', '32', '--k', '[3]', '--device', 'cpu', '--out', str(out)),
+                *('--bands', f'[{",".join(EuroSAT.all_band_names)}]'),
             ]
         )
         assert status == 0

@@ -24,7 +24,7 @@ from .callbacks.embeddings import EmbeddingWriter
 from .callbacks.features import encode, prepare
 from .callbacks.labelled import split_samples
 from .callbacks.parts import PartedFile
-from .datamodules.normalization import use_unit_range
+from .datamodules.normalization import match_images
 from .models.trained import Encoder, open_encoder
 
 #: Stage of a datamodule that has a split.
@@ -93,8 +93,7 @@ def embed(
             file of something else.
     """
     split = set_up(datamodule, split)
-    if encoder.unit_range:
-        use_unit_range(datamodule)
+    match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
     dataset, indices = split_samples(datamodule, split)
     origin = dict(origin or {})

@@ -19,12 +19,15 @@ from .callbacks.features import encode, prepare
 from .callbacks.labelled import LabelledSamples
 from .callbacks.probes import evaluate, knn_scores, linear_scores
 from .callbacks.subset import choose_subset
-from .datamodules.normalization import use_unit_range
+from .datamodules.normalization import match_images
 from .embed import data_parser, parse_data, set_up
 from .models import is_vit
 from .models.features import last_block_features
 from .models.trained import Encoder, open_encoder
 from .transforms.center import center_view
+
+#: What is no score.
+_COUNTS = ('train_images', 'test_images', 'val_images', 'image_size')
 
 #: Blocks of a Vision Transformer whose class tokens are used side by side, as in DINO.
 _BLOCKS = 4
@@ -122,8 +125,7 @@ def evaluate_encoder(
         raise ValueError(f"split must be 'test' or 'val', got {split!r}")
     for name in ('train', split):
         set_up(datamodule, name)
-    if encoder.unit_range:
-        use_unit_range(datamodule)
+    match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
     bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
     queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
@@ -242,6 +244,6 @@ def _table(values: dict[str, float]) -> str:
     """The values in lines."""
     width = max(map(len, values))
     return '\n'.join(
-        f'{name:{width}}  {value:.0f}' if value > 1 else f'{name:{width}}  {value:.4f}'
+        f'{name:{width}}  {value:{".0f" if name in _COUNTS else ".4f"}}'
         for name, value in values.items()
     )

@@ -39,6 +39,7 @@ from torchgeo_softcon.report.pictures import (
     plot_similarities,
     plot_views,
 )
+from torchgeo_softcon.report.samples import Gallery
 from torchgeo_softcon.transforms import MultiCropView, RandomView
 
 from ..tasks.helpers import make_dino, make_loader, make_task, make_trainer
@@ -380,3 +381,16 @@ def test_no_foreign_class_is_imported(tmp_path: Path) -> None:
     hparams = {'_class_path': 'antigravity.Task', 'model': 'resnet18'}
     torch.save({'hyper_parameters': hparams, 'state_dict': {}}, tmp_path / 'a.ckpt')
     assert load_task(str(tmp_path / 'a.ckpt')) is None
+
+
+def test_images_of_unknown_label_are_not_compared() -> None:
+    labels = torch.tensor([[1, 0], [0, 0], [0, 1]])
+    features = torch.arange(3.0)[:, None]
+    thumbnails = [np.full((1, 1, 3), i) for i in range(3)]
+    show = Display(torch.rand(3, 3, 2, 2))
+    gallery = Gallery('val', None, show, features, labels, thumbnails, [], None)
+    chosen, known, shown = gallery.labelled()
+    assert chosen.flatten().tolist() == [0, 2]
+    assert known is not None
+    assert known.tolist() == [[1, 0], [0, 1]]
+    assert [int(t.max()) for t in shown] == [0, 2]

@@ -1,9 +1,10 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Other values for the images of a datamodule of TorchGeo."""
+"""Bands and values of the images of a datamodule of TorchGeo."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import kornia.augmentation as K
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS
+from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, normalize_band_names
 from ..transforms import ToUnitRange
 
 #: What TorchGeo's BigEarthNet means by its bands. It reads files in the order of their
@@ -64,7 +65,13 @@ def use_unit_range(
     mean, std = (torch.as_tensor(v) for v in (plain.mean, plain.std))
     if (mean == 0).all() and (std == 1).all():
         return  # so say the datamodules of this package
-    unit = ToUnitRange.of(_bands(datamodule) if bands is None else bands)
+    bands = bands or image_bands(datamodule)
+    if bands is None:
+        raise ValueError(
+            f'{type(datamodule).__name__} does not tell its bands. Set bands to their '
+            'names, such as [B4, B3, B2]'
+        )
+    unit = ToUnitRange.of(bands)
     found = False
     for name in ('aug', *(f'{s}_aug' for s in ('train', 'val', 'test', 'predict'))):
         for parent, child in _normalizations(getattr(datamodule, name, None)):
@@ -89,8 +96,16 @@ def _normalizations(module: Any) -> Iterator[tuple[nn.Module, str]]:
                     yield parent, name
 
 
-def _bands(datamodule: LightningDataModule) -> Sequence[str]:
-    """Names of the bands that the dataset of a datamodule has."""
+def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
+    """Names of the bands of the images of a datamodule.
+
+    Args:
+        datamodule: The datamodule, set up.
+
+    Returns:
+        The names in the order of the channels, None if its dataset does not tell them or
+        if they are of an unknown sensor.
+    """
     splits = ('train', 'val', 'test', 'predict')
     for name in (*(f'{split}_dataset' for split in splits), 'dataset'):
         dataset = getattr(datamodule, name, None)
@@ -98,8 +113,35 @@ def _bands(datamodule: LightningDataModule) -> Sequence[str]:
         if isinstance(bands, str) and bands in _SETS:
             return _SETS[bands]
         if isinstance(bands, list | tuple) and all(isinstance(b, str) for b in bands):
-            return bands
-    raise ValueError(
-        f'{type(datamodule).__name__} does not tell its bands. Set bands to their names, '
-        'such as [B4, B3, B2]'
-    )
+            with suppress(ValueError):
+                return normalize_band_names(bands)
+    return None
+
+
+def match_images(
+    datamodule: LightningDataModule,
+    bands: Sequence[str] | None,
+    unit_range: bool | None,
+) -> None:
+    """Let a datamodule give what an encoder expects.
+
+    Args:
+        datamodule: The datamodule, set up.
+        bands: Names of the bands that the encoder expects, if they are known.
+        unit_range: Whether it expects them as :func:`use_unit_range` scales them.
+
+    Raises:
+        ValueError: If the images have other bands or another order, or cannot be scaled.
+    """
+    found = image_bands(datamodule)
+    if found is not None and bands is not None:
+        with suppress(ValueError):  # of an unknown sensor
+            bands = normalize_band_names(bands)
+        if tuple(bands) != found:
+            raise ValueError(
+                f'bands of the images must be those of the encoder, {tuple(bands)}, got '
+                f'{found}. Choose and order the bands of the dataset, or for weights of '
+                'this package, give bands = those of the images'
+            )
+    if unit_range:
+        use_unit_range(datamodule, found or bands)

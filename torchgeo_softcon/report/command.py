@@ -235,10 +235,11 @@ def picture_sections(
         Sections of the page.
     """
     gallery = collect(encoder, datamodule, split, count)
-    number = f'{len(gallery.features)} images of the {gallery.split} split'
     yield _views(gallery, checkpoint)
-    if gallery.labels is None:
-        text = 'The data have no labels.'
+    features, labels, thumbnails = gallery.labelled()
+    number = f'{len(features)} images of the {gallery.split} split'
+    if labels is None or len(labels) < 2:
+        text = f'The {gallery.split} split has no labels.'
         yield Section('similarities', 'Labels and embeddings', text)
     else:
         yield Section(
@@ -248,7 +249,7 @@ def picture_sections(
             'whether classes are the same), embedding similarity the cosine of features '
             'minus their mean. Blocks that are in both matrices, and medians that rise, '
             'mean that the encoder finds the labels.',
-            plot_similarities(gallery.features, gallery.labels),
+            plot_similarities(features, labels),
         )
         yield Section(
             'neighbours',
@@ -256,7 +257,7 @@ def picture_sections(
             f'Ten of {number}, and the five most similar among all. Below each: '
             'similarity of the embedding | of the label. '
             f'{gallery.show.caption}, all images on one scale.',
-            plot_neighbours(gallery.thumbnails, gallery.features, gallery.labels),
+            plot_neighbours(thumbnails, features, labels),
         )
     yield _components(gallery, encoder)
     yield _classes(gallery)
