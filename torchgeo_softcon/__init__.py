@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         ViTSmall16_Weights,
         WideResNet50_2_Weights,
     )
-    from .tasks import DINOMCTask, SoftConTask
+    from .tasks import DINOMCTask, LinearProbeTask, SoftConTask
     from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
@@ -52,6 +52,7 @@ __all__ = (
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
     'KNNProbe',
+    'LinearProbeTask',
     'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
@@ -86,6 +87,7 @@ _MODULES = {
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
     'KNNProbe': 'callbacks',
+    'LinearProbeTask': 'tasks',
     'MultiCropView': 'transforms',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',

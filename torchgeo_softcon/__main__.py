@@ -14,6 +14,7 @@ from torchgeo_softcon import __version__, plugin
 #: Commands in modules of their own.
 _IN_MODULES = {
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
+    'evaluate': 'k-NN and linear evaluation of frozen features',
     'labels': 'label an archive of patches with their land cover',
     'pack': 'write SSL4EO-S12 in large files that are fast to read',
     'report': 'show a run or an encoder on a page of pictures',

@@ -7,6 +7,8 @@ from .collapse import CollapseMonitor, effective_rank, uniformity
 from .embeddings import EmbeddingWriter
 from .knn import KNNProbe, knn_scores
 from .resize import ResizeForWeights, ResizeInput
+from .subset import TrainSubset
+from .unit_range import UnitRange
 
 __all__ = (
     'CollapseMonitor',
@@ -14,6 +16,8 @@ __all__ = (
     'KNNProbe',
     'ResizeForWeights',
     'ResizeInput',
+    'TrainSubset',
+    'UnitRange',
     'effective_rank',
     'knn_scores',
     'uniformity',
