@@ -44,6 +44,9 @@ _TOLERANCE = 1e-5
 #: Largest part of a grid or of a tile, in pixels, that is looked at at once.
 _MAX_PIXELS = 2**22
 
+#: Pixels of a grid that are looked up at once.
+_STRIP = 24_000
+
 #: Edges of outlines that are longer, in degrees and other units, are bent where a
 #: straight line in one CRS is not straight in another. Shorter ones, within 0.05 pixels
 #: of WorldCover, are not, as in GeoPandas' ``to_crs``.
@@ -253,9 +256,6 @@ class _Counter:
         self.totals = np.zeros(len(codes), np.int64)
         self.order = list(range(len(codes)))
         self.since = 0
-        # Filled again and again: memory that is asked for anew costs as much as the sums
-        self.position = np.empty((2, 0, 0))
-        self.whole = np.empty((2, 0, 0), np.int32)
 
     def of_placed(self, grids: _Grids, row: int) -> tuple[Counts, int] | None:
         """Count a grid that lies in one tile, None if it does not or has odd codes."""
@@ -273,16 +273,18 @@ class _Counter:
         weights = np.matmul(_vandermonde(height), grids.coefficients[row])
         weights[0, :, 0] -= top
         weights[1, :, 0] -= left
-        if self.position.shape != (2, height, width):
-            self.position = np.empty((2, height, width))
-            self.whole = np.empty((2, height, width), np.int32)
-        np.matmul(weights, _vandermonde(width).T, out=self.position)
-        # They are positive, so this is the floor
-        np.copyto(self.whole, self.position, casting='unsafe')
-        index = self.whole[0]
-        index *= stride
-        index += self.whole[1]
-        counts = self._histogram(pixels[first:].take(index))
+        columns = _vandermonde(width).T
+        values = np.empty((height, width), np.uint8)
+        # Strips that stay in the cache of the processor
+        strip = max(_STRIP // width, 1)
+        for start in range(0, height, strip):
+            position = weights[:, start : start + strip] @ columns
+            # They are positive, so this is the floor
+            index, col = position.astype(np.int32)
+            index *= stride
+            index += col
+            values[start : start + strip] = pixels[first:].take(index)
+        counts = self._histogram(values)
         return None if counts is None else (counts, height * width)
 
     def of_any(self, table: pa.Table, row: int) -> tuple[Counts, int]:
