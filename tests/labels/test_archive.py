@@ -435,7 +435,7 @@ class TestBadInput:
         options = {'images': images, 'worldcover': tiles, 'out': out}
         first = store.LabelStore(out, archive.LEGENDS['worldcover'], 2021, 'any')
         with (
-            first.open(f'images {images}', False),
+            first.open(f'images {os.path.abspath(images)}', False),
             pytest.raises(
                 BlockingIOError, match=r'another run is writing .*a\.parquet'
             ),
