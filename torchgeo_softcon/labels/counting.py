@@ -139,6 +139,8 @@ class _Grids:
         self.tile = np.full(count, -1)
         #: Coefficients of row and column in the tile, (N, 2, nodes, nodes).
         self.coefficients = np.zeros((count, 2, _NODES, _NODES))
+        #: Whether rows and columns of the grid are parallel to those of the tile.
+        self.parallel = np.zeros(count, np.bool_)
         #: First and last row, first and last column in the tile that may be met.
         self.windows = np.zeros((count, 2, 2), np.int64)
         if len({tile.crs for tile in tiles}) != 1:
@@ -220,6 +222,9 @@ class _Grids:
         alone = self.tile[rows] == -1
         self.tile[rows] = np.where(sound & alone, number, -2)
         self.coefficients[rows] = coefficients
+        across = abs(coefficients[:, 0, :, 1:]).sum((1, 2))
+        down = abs(coefficients[:, 1, 1:]).sum((1, 2))
+        self.parallel[rows] = across + down < 0.1 * EDGE
         self.windows[rows[sound]] = np.stack([low, high + 1], 2)[sound]
 
     def _errors(
@@ -253,9 +258,7 @@ class _Counter:
         self.codes = np.array(codes, np.uint8)
         self.plain = [tile.nodata in (None, 0) for tile in mosaic.tiles]
         # The most frequent first: once all pixels are found, no other code has any
-        self.totals = np.zeros(len(codes), np.int64)
         self.order = list(range(len(codes)))
-        self.since = 0
 
     def of_placed(self, grids: _Grids, row: int) -> tuple[Counts, int] | None:
         """Count a grid that lies in one tile, None if it does not or has odd codes."""
@@ -274,6 +277,14 @@ class _Counter:
         weights[0, :, 0] -= top
         weights[1, :, 0] -= left
         columns = _vandermonde(width).T
+        if grids.parallel[row]:
+            # One row of the tile for each row of the grid, and so the columns
+            rows = weights[0, :, 0].astype(np.intp) + first // stride
+            cols = (weights[1, :1] @ columns)[0].astype(np.intp) + first % stride
+            block = pixels.reshape(-1, stride)
+            values = _steps(block, rows, 0)
+            counts = self._histogram(_steps(values, cols, 1))
+            return None if counts is None else (counts, height * width)
         values = np.empty((height, width), np.uint8)
         # Strips that stay in the cache of the processor
         strip = max(_STRIP // width, 1)
@@ -308,10 +319,8 @@ class _Counter:
                 break
         if left and left != values.size - np.count_nonzero(values):
             return None
-        self.totals += counts
-        self.since += 1
-        if self.since % 64 == 1:
-            self.order = np.argsort(-self.totals, kind='stable').tolist()
+        # The next footprint is a neighbour
+        self.order = np.argsort(-counts, kind='stable').tolist()
         return counts
 
     def _grid(self, crs: CRS, transform: Affine, height: int, width: int) -> Counts:
@@ -403,6 +412,17 @@ def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geome
         return np.column_stack([x, y])
 
     return shapely.transform(polygon, move)
+
+
+def _steps(
+    values: npt.NDArray[Any], numbers: npt.NDArray[np.intp], axis: int
+) -> npt.NDArray[Any]:
+    """Some rows or columns, not copied if they are neighbours."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first == len(numbers) - 1 and (np.diff(numbers) == 1).all():
+        part = slice(first, last + 1)
+        return values[part] if axis == 0 else values[:, part]
+    return values.take(numbers, axis)
 
 
 def _pieces(transform: Affine, height: int, width: int) -> Any:
