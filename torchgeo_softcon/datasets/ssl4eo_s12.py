@@ -3,7 +3,6 @@
 
 """The folders of SSL4EO-S12: which images are there, and how one is read."""
 
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -212,7 +211,6 @@ class TiffArchive:
                 with open_raster(path) as source:
                     actual = source.dtypes[0], (source.height, source.width)
                     self._check(path, band, *actual)
-                    _check_length(source, path)
                     yield band, source, read_raster(source, path, [1])[0]
 
     def _check(self, path: Path, band: str, dtype: str, shape: tuple[int, int]) -> None:
@@ -239,19 +237,6 @@ class TiffArchive:
             else:
                 return record_dtype(bands)
         raise errors[0]
-
-
-def _check_length(source: Any, path: Path) -> None:
-    """Raise an error if the only block of a file is cut off.
-
-    GDAL finds that out where blocks are compressed, or there are several. Otherwise it
-    gives zeros for what is missing.
-    """
-    if source.compression is None and source.block_shapes[0] == source.shape:
-        start = source.get_tag_item('BLOCK_OFFSET_0_0', 'TIFF', 1)
-        size = math.prod(source.shape) * np.dtype(source.dtypes[0]).itemsize
-        if start is not None and path.stat().st_size < int(start) + size:
-            raise OSError(f'cannot read {path}, it is truncated')
 
 
 def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
