@@ -391,7 +391,7 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon pack',
         description='Write the images of SSL4EO-S12 in few large files, which are read '
-        'some hundred times faster. Nothing is lost: `torchgeo-softcon unpack` gives the '
+        'a hundred times faster. Nothing is lost: `torchgeo-softcon unpack` gives the '
         'GeoTIFFs back. An interrupted run goes on when started again.',
     )
     parser.add_argument('root', help='folder with s1, s2c or s2a')
