@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -248,13 +249,15 @@ def train(task: LightningModule, windows: Windows, steps: int) -> float:
 
 @torch.no_grad()
 def encode(encoder: nn.Module, windows: Windows) -> tuple[Tensor, Tensor]:
-    """Features (N, F) and labels (N, K) of all windows."""
+    """Features (N, F) and labels (N, K) of the windows whose label is known."""
     encoder.eval()
     parts = []
     for batch in DataLoader(windows, BATCH, collate_fn=collate):
         parts.append((encoder(batch['image']), batch['label']))
     features, labels = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(labels)
+    label = torch.cat(labels)
+    known = label.any(1)
+    return torch.cat(features)[known], label[known]
 
 
 def run(
@@ -291,18 +294,14 @@ def run(
     # Other windows than those of the training, the same for every method and seed
     bank, labels = encode(encoder, Windows(train_on, windows, 2**31))
     queries, answers = encode(encoder, Windows(test_on, windows // 2, 2**31 + 1))
-    if not bank.isfinite().all():
-        # A frequent end of a learning rate that is too high
-        bank, queries = torch.zeros_like(bank), torch.zeros_like(queries)
+    scores = [float('nan')] * 2
+    if bank.isfinite().all():  # not so after a learning rate that is too high
+        scores = [
+            evaluate(probe(queries, bank, labels), answers)
+            for probe in (knn_scores, linear_scores)
+        ]
     rate = steps * BATCH / seconds if seconds else float('nan')
-    return Result(
-        method,
-        seed,
-        evaluate(knn_scores(queries, bank, labels), answers),
-        evaluate(linear_scores(queries, bank, labels), answers),
-        seconds,
-        rate,
-    )
+    return Result(method, seed, *scores, seconds, rate)
 
 
 def table(results: Iterable[Result]) -> str:
@@ -311,6 +310,8 @@ def table(results: Iterable[Result]) -> str:
     seeds = sorted({seed for _, seed in runs})
 
     def spread(values: Sequence[float], sign: str = '') -> str:
+        if isnan(sum(values)):
+            return 'diverged'
         deviation = f' ± {stdev(values):.3f}' if len(values) > 1 else ''
         return f'{mean(values):{sign}.3f}{deviation}'
 

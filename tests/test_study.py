@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,12 +92,23 @@ def test_table(study: ModuleType) -> None:
         study.Result('contrast only', 1, 0.5, 0.7, 10, 64),
         study.Result('SoftCon', 0, 0.6, 0.65, 20, 32),
         study.Result('SoftCon', 1, 0.8, 0.77, 20, 32),
+        study.Result('DINO-MC', 0, nan, nan, 20, 32),
     ]
     lines = study.table(results).splitlines()
     assert lines[2] == '| contrast only | 0.500 ± 0.000 | 0.650 ± 0.071 |  | 64 | 10 |'
     assert lines[3] == (
         '| SoftCon | 0.700 ± 0.141 | 0.710 ± 0.085 | +0.060 ± 0.014 | 32 | 20 |'
     )
+    assert lines[4] == '| DINO-MC | diverged | diverged | diverged | 32 | 20 |'
+
+
+def test_unknown_labels_are_left_out(study: ModuleType) -> None:
+    ground = make_ground(study, 0)
+    ground.masks[0][:] = 0
+    windows = study.Windows(ground, 80, 0)
+    features, labels = study.encode(study.Statistics(), windows)
+    assert len(features) == len(labels) < 80
+    assert labels.any(1).all()
 
 
 @pytest.mark.parametrize(
