@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SyntheticScenes,
         WorldCoverScenes,
     )
+    from .labels import label_archive
     from .losses import DINOLoss, SoftContrastiveLoss, soft_contrastive_loss
     from .models import (
         ResNet50_Weights,
@@ -67,6 +68,7 @@ __all__ = (
     'WorldCoverMultiLabel',
     'WorldCoverScenes',
     'WorldCoverScenesDataModule',
+    'label_archive',
     'soft_contrastive_loss',
 )
 
@@ -100,6 +102,7 @@ _MODULES = {
     'WorldCoverMultiLabel': 'transforms',
     'WorldCoverScenes': 'datasets',
     'WorldCoverScenesDataModule': 'datamodules',
+    'label_archive': 'labels',
     'soft_contrastive_loss': 'losses',
 }
 

@@ -292,7 +292,7 @@ class TestTrainingStep:
             views, labels = task.draw_views(batch)
         one, _ = task.compare_views(views, labels)
         two, _ = task.compare_views(views[::-1], labels[::-1])
-        weight = torch.tensor([1, 20])
+        weight = torch.tensor([1, 30])
         torch.testing.assert_close(loss, ((one + two) * weight).sum() / 2)
 
     @pytest.mark.parametrize('mode', ['drop', 'token', 'pixel'])

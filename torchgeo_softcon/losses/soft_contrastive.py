@@ -256,7 +256,7 @@ def soft_contrastive_loss(
     batch: with random embeddings (D = 256, 11 classes), its gradient has 9 % of the
     norm of the contrastive one for B = 16 and 3 % for B = 128 (``'cross_entropy'``:
     27 % and 9 %). At :math:`\lambda = 1`, the default of this function, training hardly
-    notices it. :class:`~torchgeo_softcon.SoftConTask` has a default of 20.
+    notices it. :class:`~torchgeo_softcon.SoftConTask` has a default of 30.
 
     * ``'bce'``: binary cross entropy between :math:`s_{ij}` and the sigmoid of
       :math:`q_i^\top k_j / \tau_s`,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..bands import rgb_indices
 from ..datasets.worldcover import WORLDCOVER_COLORS
+from ..legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
 from ..modules.masking import mask_pixels, masked_patches, random_visible
-from ..transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
 
 Array = npt.NDArray[Any]
 
