@@ -4,6 +4,7 @@
 """What a user does: the stock command line, from rasters to a fine-tuned encoder."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -12,12 +13,19 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import rasterio
 import torch
 from PIL import Image
-from torchgeo.datasets import SeasonalContrastS2
+from torch.utils.data import DataLoader
+from torchgeo.datasets import BigEarthNetV2, SeasonalContrastS2
 from torchgeo.main import main
 
+from tests.datamodules.helpers import write_raster
+from tests.datasets import ssl4eo
+from tests.tasks.helpers import make_task, make_trainer
+from torchgeo_softcon.__main__ import main as softcon_main
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.datasets import SyntheticScenes
 
@@ -208,6 +216,163 @@ def test_seco(example: str, seco: Path) -> None:
     assert np.isfinite(losses(log)).all()
     hparams = torch.load(checkpoint, weights_only=True)['hyper_parameters']
     assert hparams['views'] == ('temporal' if example == 'dino_tp' else 'multi_crop')
+
+
+#: Two dates of each of four locations.
+SEASONS = {f'{place:07}': ['20200604', '20200902'] for place in range(4)}
+
+
+@pytest.mark.parametrize('form', ['folders', 'packed'])
+def test_ssl4eo_s12_ml(form: str) -> None:
+    ssl4eo.write_archive(Path('data'), {'s2c': SEASONS})
+    labels = {
+        place: {ssl4eo.season('s2c', day): [int(place)] for day in days}
+        for place, days in SEASONS.items()
+    }
+    Path('labels.json').write_text(json.dumps(labels))
+    data = ['--data.root', 'data', '--data.labels', 'labels.json']
+    if form == 'packed':
+        pack = ['pack', 'data', 'packed', '--labels', 'labels.json', '--verify']
+        assert softcon_main(pack) == 0
+        data = ['--data.root', 'packed']
+    _, log = fit(
+        *('--model', 'SoftConTask', '--data', 'SSL4EOS12MLDataModule', *data),
+        *('--data.seasons', '2', '--model.seasons', 'different'),
+        *('--model.model', 'test_vit', '--trainer.logger', 'CSVLogger', *SMALL),
+    )
+    assert len(losses(log)) == 1
+    assert np.isfinite(losses(log)).all()
+    assert all(float(row['train_unknown_share']) == 0 for row in log)
+
+
+def test_real_ssl4eo_s12(shared: Path) -> None:
+    """Two locations with one date each, in the published folders."""
+    root = shared / 'ssl4eo_s12_layout'
+    labels = {
+        place.name: {image.name: [number] for image in place.iterdir()}
+        for number, place in enumerate(sorted((root / 's2c').iterdir()))
+    }
+    Path('labels.json').write_text(json.dumps(labels))
+    assert softcon_main(['pack', str(root), 'packed', '--labels', 'labels.json']) == 0
+    assert softcon_main(['unpack', 'packed', 'back']) == 0
+    for path in sorted((root / 's2c').rglob('*.tif')):
+        with (
+            rasterio.open(path) as old,
+            rasterio.open(Path('back', path.relative_to(root))) as new,
+        ):
+            assert np.array_equal(old.read(), new.read())
+            assert (old.crs, old.transform) == (new.crs, new.transform)
+    rows = []
+    for data in (['--data.root', str(root), '--data.labels', 'labels.json'], []):
+        _, log = fit(
+            *('--model', 'SoftConTask', '--data', 'SSL4EOS12MLDataModule'),
+            *('--seed_everything', '0', '--trainer.logger', 'CSVLogger', *SMALL),
+            *(*(data or ['--data.root', 'packed']), '--data.batch_size', '2'),
+            *('--model.model', 'test_vit'),
+        )
+        rows.append(losses(log))
+    # The same numbers from the folders and from the packed form
+    assert len(rows[0]) == 1
+    assert rows[0] == rows[1]
+
+
+LABELS = ['Pastures', 'Sea and ocean', 'Mixed forest', 'Vineyards']
+
+
+def write_bigearthnet(root: Path, count: int = 4) -> None:
+    """Patches of BigEarthNet 1.0 as TorchGeo wants them, with small files."""
+    rng = np.random.default_rng(0)
+    patches = [(f'S2A_{i}', f'S1A_{i}') for i in range(count)]
+    for i, (s2, s1) in enumerate(patches):
+        for folder, name, bands in (
+            ('BigEarthNet-v1.0', s2, [f'B{b:02}' for b in (*range(1, 10), 11, 12)]),
+            ('BigEarthNet-S1-v1.0', s1, ['VV', 'VH']),
+        ):
+            path = root / folder / name
+            path.mkdir(parents=True)
+            for band in [*bands, *(['B8A'] if name == s2 else [])]:
+                values = rng.integers(1, 9000, (1, 12, 12), dtype=np.uint16)
+                write_raster(path / f'{name}_{band}.tif', values)
+            labels = {'labels': [LABELS[i % 4]], 'corresponding_s2_patch': s2}
+            (path / f'{name}_labels_metadata.json').write_text(json.dumps(labels))
+    write_splits(root, patches)
+
+
+def write_splits(root: Path, patches: list[tuple[str, str]]) -> None:
+    lines = '\n'.join(','.join(pair) for pair in patches)
+    for split in ('train', 'val', 'test'):
+        (root / f'bigearthnet-{split}.csv').write_text(lines)
+
+
+def fit_bigearthnet(root: Path, bands: str, in_channels: int) -> list[dict[str, str]]:
+    """The host's datamodule with our task, as it is."""
+    _, log = fit(
+        *('--model', 'SoftConTask', '--model.model', 'test_vit'),
+        *('--model.in_channels', str(in_channels)),
+        *('--data', 'BigEarthNetDataModule', '--data.dict_kwargs.root', str(root)),
+        *('--data.dict_kwargs.bands', bands, '--trainer.logger', 'CSVLogger', *SMALL),
+    )
+    assert all(float(row['train_unknown_share']) == 0 for row in log)
+    assert np.isfinite(losses(log)).all()
+    return log
+
+
+@pytest.mark.parametrize(('bands', 'count'), [('s1', 2), ('s2', 12), ('all', 14)])
+def test_bigearthnet(bands: str, count: int) -> None:
+    write_bigearthnet(Path('data'))
+    assert len(losses(fit_bigearthnet(Path('data'), bands, count))) == 1
+
+
+def test_real_bigearthnet(shared: Path) -> None:
+    """Fourteen patches of Sentinel-2, six of them with Sentinel-1."""
+    source = shared / 'bigearthnet_tiny'
+    Path('data').mkdir()
+    Path('data', 'BigEarthNet-v1.0').symlink_to(source / 'S2')
+    Path('data', 'BigEarthNet-S1-v1.0').symlink_to(source / 'S1')
+    with open(source / 'labels.csv') as file:
+        rows = list(csv.DictReader(file))
+    optical = [row['patch'] for row in rows if row['sensor'] == 'S2']
+    write_splits(Path('data'), [(patch, '') for patch in optical])
+    assert len(losses(fit_bigearthnet(Path('data'), 's2', 12))) == len(optical) // 4
+    both = [(r['corresponding_s2'], r['patch']) for r in rows if r['sensor'] == 'S1']
+    write_splits(Path('data'), [pair for pair in both if pair[0] in optical])
+    assert len(losses(fit_bigearthnet(Path('data'), 'all', 14))) == 1
+
+
+def test_bigearthnet_v2() -> None:
+    """The host has no datamodule for it. Its samples have a mask, too."""
+    rng = np.random.default_rng(0)
+    names = [f'S2A_MSIL2A_T33UUP_{i:02}_00' for i in range(4)]
+    for name in names:
+        for folder, bands in (
+            ('BigEarthNet-S2', ('B02', 'B03')),
+            ('Reference_Maps', ()),
+        ):
+            path = Path('data', folder, 'S2A_MSIL2A_T33UUP', name)
+            path.mkdir(parents=True)
+            for band in bands:
+                values = rng.integers(1, 9000, (1, 12, 12), dtype=np.uint16)
+                write_raster(path / f'{name}_{band}.tif', values)
+        forest = np.full((1, 120, 120), 313, np.uint16)
+        write_raster(path / f'{name}_reference_map.tif', forest)
+    Path('data', 'BigEarthNet-S1').mkdir()
+    pd.DataFrame(
+        {
+            'patch_id': names,
+            's1_name': names,
+            'split': 'train',
+            'labels': [['Mixed forest'], ['Pastures']] * 2,
+        }
+    ).to_parquet('data/metadata.parquet')
+    loader = DataLoader(BigEarthNetV2('data', bands='s2'), batch_size=4)
+    batch = next(iter(loader))
+    assert set(batch) == {'image', 'label', 'mask'}
+    task = make_task(in_channels=2)
+    make_trainer(Path(), max_epochs=1).fit(task, loader)
+    assert task.global_step == 1
+    _, labels = task.draw_views(batch)
+    assert labels[0] is not None
+    assert torch.equal(labels[0], batch['label'].float())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from torchgeo_softcon.datamodules import SyntheticScenesDataModule
 from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.datasets.records import decode, record_dtype
 from torchgeo_softcon.tasks.guard import NonFiniteLossError
 from torchgeo_softcon.transforms import MultiCropView, RandomView, WorldCoverMultiLabel
 
@@ -217,3 +219,16 @@ def test_scenes_train_in_bfloat16(scenes: SyntheticScenes, tmp_path: Path) -> No
     trainer.fit(make_task(in_channels=13), datamodule=data)
     assert trainer.callback_metrics['train_loss'].isfinite()
     assert trainer.optimizers[0].defaults['fused'] is True
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'float32'])
+def test_records_become_the_same_images(dtype: str) -> None:
+    sides = {'a': (4, 4), 'b': (24, 24), 'c': (7, 7)}
+    records = np.zeros(5, record_dtype({k: (dtype, v) for k, v in sides.items()}))
+    rng = np.random.default_rng(0)
+    for band, shape in sides.items():
+        records[band] = rng.integers(0, 65535, (5, *shape))
+    raw = torch.from_numpy(records.view(np.uint8).reshape(5, -1))
+    expected = decode(raw, records.dtype, list(sides), 24)
+    actual = decode(raw.cuda(), records.dtype, list(sides), 24)
+    assert torch.equal(actual.cpu(), expected)

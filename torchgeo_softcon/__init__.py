@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from .callbacks import CollapseMonitor, EmbeddingWriter, KNNProbe
     from .datamodules import (
         ImageMaskFolderDataModule,
+        SSL4EOS12MLDataModule,
         SyntheticScenesDataModule,
         WorldCoverScenesDataModule,
     )
     from .datasets import (
+        SSL4EOS12ML,
         ESAWorldCover,
         ImageMaskFolder,
         SyntheticScenes,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
+    'SSL4EOS12ML',
     'CollapseMonitor',
     'DINOLoss',
     'DINOMCTask',
@@ -53,6 +56,7 @@ __all__ = (
     'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
+    'SSL4EOS12MLDataModule',
     'SoftConTask',
     'SoftContrastiveLoss',
     'Swin_T_Weights',
@@ -87,6 +91,8 @@ _MODULES = {
     'MultiCropView': 'transforms',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',
+    'SSL4EOS12ML': 'datasets',
+    'SSL4EOS12MLDataModule': 'datamodules',
     'SoftConTask': 'tasks',
     'SoftContrastiveLoss': 'losses',
     'Swin_T_Weights': 'models',

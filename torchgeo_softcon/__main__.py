@@ -16,7 +16,9 @@ _IN_MODULES = {
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
     'evaluate': 'k-NN and linear evaluation of frozen features',
     'labels': 'label an archive of patches with their land cover',
+    'pack': 'write SSL4EO-S12 in large files that are fast to read',
     'report': 'show a run or an encoder on a page of pictures',
+    'unpack': 'write the GeoTIFFs of a packed SSL4EO-S12',
 }
 
 

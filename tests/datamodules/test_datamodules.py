@@ -21,7 +21,7 @@ from torchgeo_softcon.datamodules import (
     SyntheticScenesDataModule,
     WorldCoverScenesDataModule,
 )
-from torchgeo_softcon.datamodules.base import DrawDataModule, _target_transform
+from torchgeo_softcon.datamodules.base import DrawDataModule, target_transform
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES
 
 
@@ -90,7 +90,7 @@ class TestWorldCoverScenesDataModule:
         ],
     )
     def test_masks_that_hold_no_codes(self, value: float, message: str) -> None:
-        transform = _target_transform('mask', 0.05, False)
+        transform = target_transform('mask', 0.05, False)
         with pytest.raises(ValueError, match=message):
             transform({'mask': torch.full((4, 4), value)})
         ordinals = transform({'mask': torch.tensor([[0.0, 10.0, 100.0]])})['mask']

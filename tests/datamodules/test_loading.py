@@ -38,9 +38,6 @@ class NumbersDataModule(DrawDataModule):
             Numbers,  # type: ignore[arg-type]
             batch_size,
             num_workers,
-            target='label',
-            min_fraction=0.05,
-            fractions=False,
             val_fraction=0,
             seed=0,
         )

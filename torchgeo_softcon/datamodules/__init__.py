@@ -5,10 +5,12 @@
 
 from .image_masks import ImageMaskFolderDataModule
 from .scenes import WorldCoverScenesDataModule
+from .ssl4eo_s12_ml import SSL4EOS12MLDataModule
 from .synthetic import SyntheticScenesDataModule
 
 __all__ = (
     'ImageMaskFolderDataModule',
+    'SSL4EOS12MLDataModule',
     'SyntheticScenesDataModule',
     'WorldCoverScenesDataModule',
 )

@@ -40,10 +40,20 @@ class _OrdinalMask(nn.Module):
         return {**sample, 'mask': self.ordinals[sample['mask'].long()]}
 
 
-def _target_transform(
-    target: Target, min_fraction: float, fractions: bool
-) -> nn.Module:
-    """Turn a mask of codes into what a task expects."""
+def target_transform(target: Target, min_fraction: float, fractions: bool) -> nn.Module:
+    """Turn a mask of codes into what a task expects.
+
+    Args:
+        target: What a sample has next to the image.
+        min_fraction: Smallest share of a class in a label.
+        fractions: Whether labels are shares.
+
+    Returns:
+        A transform of samples.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
     if target not in ('label', 'mask'):
         raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
     if target == 'mask':
@@ -72,9 +82,6 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         dataset_class: type[NonGeoDataset],
         batch_size: int,
         num_workers: int,
-        target: Target,
-        min_fraction: float,
-        fractions: bool,
         val_fraction: float,
         seed: int,
         **kwargs: Any,
@@ -85,9 +92,6 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             dataset_class: Class used to instantiate a new dataset.
             batch_size: Number of samples in a batch on one device.
             num_workers: Number of processes that read, per device.
-            target: What a sample has next to the image.
-            min_fraction: Smallest share of a class in a label.
-            fractions: Whether labels are shares.
             val_fraction: Part that is kept for validation, and again for testing.
             seed: Seed of all random choices.
             **kwargs: Additional keyword arguments passed to ``dataset_class``.
@@ -108,7 +112,6 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
                 'for testing'
             )
 
-        kwargs['transforms'] = _target_transform(target, min_fraction, fractions)
         super().__init__(dataset_class, batch_size, num_workers, seed=seed, **kwargs)
         self.val_fraction = val_fraction
         self.seed = seed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..datasets.image_masks import ImageMaskFolder
 from ..datasets.scaling import ValueRange
-from .base import DrawDataModule, Target
+from .base import DrawDataModule, Target, target_transform
 
 
 class ImageMaskFolderDataModule(DrawDataModule):
@@ -82,11 +82,9 @@ class ImageMaskFolderDataModule(DrawDataModule):
             ImageMaskFolder,
             batch_size,
             num_workers,
-            target,
-            min_fraction,
-            fractions,
             val_fraction,
             seed,
+            transforms=target_transform(target, min_fraction, fractions),
             root=root,
             images=images,
             masks=masks,

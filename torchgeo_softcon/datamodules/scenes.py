@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..datasets.scaling import ValueRange
 from ..datasets.scenes import SceneGrid, WorldCoverScenes, overlapping
-from .base import DrawDataModule, Target
+from .base import DrawDataModule, Target, target_transform
 
 #: Streams of the fixed windows, 0 is that for training.
 _VAL_STREAM, _TEST_STREAM = 1, 2
@@ -99,11 +99,9 @@ class WorldCoverScenesDataModule(DrawDataModule):
             WorldCoverScenes,
             batch_size,
             num_workers,
-            target,
-            min_fraction,
-            fractions,
             val_fraction,
             seed,
+            transforms=target_transform(target, min_fraction, fractions),
             images=images,
             worldcover=worldcover,
             year=year,

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .image_masks import ImageMaskFolder
     from .scenes import WorldCoverScenes
+    from .ssl4eo_s12_ml import SSL4EOS12ML
     from .synthetic import SyntheticScenes
     from .worldcover import ESAWorldCover
 
-__all__ = ('ESAWorldCover', 'ImageMaskFolder', 'SyntheticScenes', 'WorldCoverScenes')
+__all__ = (
+    'SSL4EOS12ML',
+    'ESAWorldCover',
+    'ImageMaskFolder',
+    'SyntheticScenes',
+    'WorldCoverScenes',
+)
 
 _MODULES = {
     'ESAWorldCover': 'worldcover',
     'ImageMaskFolder': 'image_masks',
+    'SSL4EOS12ML': 'ssl4eo_s12_ml',
     'SyntheticScenes': 'synthetic',
     'WorldCoverScenes': 'scenes',
 }

@@ -76,6 +76,21 @@ class ToUnitRange(nn.Module):
         mean, std = zip(*(BAND_STATISTICS[name] for name in names), strict=True)
         return cls(mean, std)
 
+    @classmethod
+    def between(cls, pairs: Sequence[tuple[float, float]]) -> 'ToUnitRange':
+        """The transform that makes given values 0 and 1.
+
+        Args:
+            pairs: The value that becomes 0 and the one that becomes 1, for each band.
+
+        Returns:
+            A transform.
+        """
+        return cls(
+            [(low + high) / 2 for low, high in pairs],
+            [(high - low) / 4 for low, high in pairs],
+        )
+
     def forward(self, sample: Any) -> Any:
         """Scale an image, or the image of a sample.
 

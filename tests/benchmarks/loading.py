@@ -1,0 +1,146 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Images of SSL4EO-S12 per second: TorchGeo's reader, ours, and the packed form.
+
+    python -m tests.benchmarks.loading
+
+Makes an archive of patches with the published sizes (264, 132 and 44 pixels), so that
+all files are in memory, and reads it in turns in one process with one thread. Printed
+are medians and their ratio to TorchGeo. Without workers, seconds are those of the CPU.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset, default_collate
+from torchgeo.datasets import SSL4EOS12
+
+from tests.datasets.ssl4eo import write_archive
+from torchgeo_softcon.datamodules.ssl4eo_s12_ml import collate
+from torchgeo_softcon.datasets import SSL4EOS12ML
+from torchgeo_softcon.pack import pack
+
+
+def per_second(run: Callable[[], int], clock: Callable[[], float]) -> float:
+    """Images per second of a function that returns how many it read."""
+    start = clock()
+    images = run()
+    return images / (clock() - start)
+
+
+def compare(
+    title: str,
+    runs: dict[str, Callable[[], int]],
+    rounds: int,
+    clock: Callable[[], float],
+) -> None:
+    """Print one line per form, the first is the reference."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            rate = per_second(run, clock)
+            if turn:  # the first is a warm-up
+                rates[name].append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    reference = next(iter(medians.values()))
+    print(f'\n{title}')
+    for name, median in medians.items():
+        print(
+            f'  {name:44} {median:9.0f} images/s {median / reference:8.1f}', flush=True
+        )
+
+
+def main() -> None:
+    """Print the rates."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--images', type=int, default=256)
+    parser.add_argument('--batch', type=int, default=64)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--epochs', type=int, default=4, help='of packed forms')
+    parser.add_argument('--workers', type=int, nargs='+', default=(0, 1))
+    parser.add_argument('--folder', help='for the files, by default a temporary one')
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        root, packed = Path(folder, 'tiff'), Path(folder, 'packed')
+        names = [f'{i:07}' for i in range(args.images)]
+        write_archive(root, {'s2c': {name: ['20200604'] for name in names}})
+        start = time.process_time()
+        pack(root, packed)
+        seconds = time.process_time() - start
+        print(f'{args.images} images, packed at {args.images / seconds:.0f} images/s')
+        run(args, root, packed)
+
+
+def run(args: argparse.Namespace, root: Path, packed: Path) -> None:
+    """Read in all ways."""
+    theirs: Any = SSL4EOS12(root, 's2c')
+    ours, fast = SSL4EOS12ML(root), SSL4EOS12ML(packed)
+    assert torch.equal(theirs[3]['image'], fast[3]['image'][0])
+    few = range(min(args.images, 32))
+    order = torch.randperm(args.images * args.epochs).tolist()
+    batches = [order[i : i + args.batch] for i in range(0, len(order), args.batch)]
+
+    def one_by_one(dataset: Any) -> Callable[[], int]:
+        return lambda: len([dataset[i]['image'] for i in few])
+
+    def at_once(dataset: Any, decode: bool) -> Callable[[], int]:
+        def read() -> int:
+            for batch in batches:
+                records = dataset.__getitems__(batch).collate()['records']
+                if decode:
+                    dataset.decode(records)
+            return len(order)
+
+        return read
+
+    compare(
+        f'direct, batch {args.batch}',
+        {
+            "TorchGeo's SSL4EOS12, 13 files": one_by_one(theirs),
+            'ours, 13 files': one_by_one(ours),
+            'ours, packed, as it is': at_once(fast, decode=False),
+            'ours, packed, float32 at 10 m on the CPU': at_once(fast, decode=True),
+        },
+        args.rounds,
+        time.process_time,
+    )
+    for workers in args.workers:
+
+        def loaded(
+            dataset: Any, indices: Any, collate_fn: Any, workers: int = workers
+        ) -> Callable[[], int]:
+            # Workers stay alive, and their start is in the warm-up
+            loader = DataLoader(
+                Subset(dataset, indices),
+                args.batch,
+                collate_fn=collate_fn,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+            )
+            return lambda: sum(args.batch for _ in loader)
+
+        compare(
+            f'DataLoader, batch {args.batch}, {workers} workers',
+            {
+                "TorchGeo's SSL4EOS12, 13 files": loaded(
+                    theirs, range(args.images), default_collate
+                ),
+                'ours, 13 files': loaded(ours, range(args.images), collate),
+                'ours, packed, as it is': loaded(fast, order, collate),
+            },
+            args.rounds,
+            time.perf_counter if workers else time.process_time,
+        )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,164 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Datamodule for SSL4EO-S12 with land-cover labels."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from .._compat import Sample
+from ..datasets.scaling import ValueRange, resolve_value_range
+from ..datasets.ssl4eo_s12 import BANDS, Split, split_names
+from ..datasets.ssl4eo_s12_ml import SSL4EOS12ML, RecordBatch
+from ..transforms.unit_range import ToUnitRange
+from .base import DrawDataModule
+
+
+class _Scale(nn.Module):
+    """Scale images to [0, 1], where values that are missing (not finite) become 0."""
+
+    def __init__(self, pairs: Sequence[tuple[float, float]]) -> None:
+        super().__init__()
+        self.unit_range = ToUnitRange.between(pairs)
+
+    def forward(self, sample: Sample) -> Sample:
+        image: Tensor = self.unit_range(sample['image'])
+        return {**sample, 'image': image.nan_to_num_(0)}
+
+
+class SSL4EOS12MLDataModule(DrawDataModule):
+    """Locations of SSL4EO-S12 with multi-labels, from the published or from packed files.
+
+    See :class:`.SSL4EOS12ML`. Images move to the device as they are in the files. There,
+    the bands of 20 and 60 m come to 10 m, and all bands to [0, 1].
+
+    Without *val_fraction*, all locations are used for training, validation and testing
+    alike. With it, images of one location are never in two of them. Predictions are of
+    single images.
+
+    .. versionadded:: 0.1
+    """
+
+    shuffle = True
+
+    def __init__(
+        self,
+        root: str = 'data',
+        split: Split | Sequence[Split] = 's2c',
+        labels: str | None = None,
+        batch_size: int = 64,
+        seasons: int = 1,
+        num_workers: int = 0,
+        require_labels: bool = False,
+        min_fraction: float = 0.05,
+        fractions: bool = False,
+        value_range: ValueRange = None,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Initialize a new SSL4EOS12MLDataModule instance.
+
+        Args:
+            root: Folder with the folders ``s1``, ``s2c`` or ``s2a``, as they are published
+                or packed.
+            split: One of them, or several to stack the bands of images of one season.
+            labels: The JSON file of SSL4EO-S12-ML, or a Parquet file of
+                ``torchgeo-softcon labels``. None for the labels that are packed, if any.
+            batch_size: Number of locations in a batch on one device.
+            seasons: Number of different images per location.
+            num_workers: Number of processes that read, per device.
+            require_labels: Leave out images whose label is unknown.
+            min_fraction: Smallest share of an image that a class must cover to be in its
+                label, where shares are known.
+            fractions: Give the share of every class instead of 0 and 1.
+            value_range: What becomes 0 and 1: a pair ``[low, high]``, or one pair per
+                band. By default (``softcon``) the mean of SSL4EO-S12 -2 and +2 standard
+                deviations, those of Level-1C also for Level-2A.
+            val_fraction: Part of the locations for validation only, and as much for
+                testing only. With 0, all are for all three.
+            seed: Seed of the order, the seasons and the parts.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        super().__init__(
+            SSL4EOS12ML,
+            batch_size,
+            num_workers,
+            val_fraction,
+            seed,
+            root=root,
+            split=split,
+            labels=labels,
+            seasons=seasons,
+            require_labels=require_labels,
+            min_fraction=min_fraction,
+            fractions=fractions,
+        )
+        bands = [band for name in split_names(split) for band in BANDS[name]]
+        pairs = resolve_value_range(value_range or 'softcon', bands, len(bands), ())
+        self.aug = self._scale = _Scale(pairs)
+        self.collate_fn = collate
+        self._data: SSL4EOS12ML | None = None
+
+    def setup(self, stage: str) -> None:
+        """Find the images and divide them.
+
+        Args:
+            stage: Either 'fit', 'validate', 'test', or 'predict'.
+
+        Raises:
+            FileNotFoundError: If there are no images, or no file of labels.
+            ValueError: If labels do not belong to the images, or if there are too few
+                locations to divide.
+        """
+        if self._data is None:
+            self._data = SSL4EOS12ML(**self.kwargs)
+        train = val = test = self._data
+        if self.val_fraction > 0:
+            train, val, test = self._data.divide(self.val_fraction)
+
+        if stage == 'fit':
+            self.train_dataset = train
+        if stage in ('fit', 'validate'):
+            self.val_dataset = val
+        if stage == 'test':
+            self.test_dataset = test
+        if stage == 'predict':
+            self.predict_dataset = self._data.images()
+
+    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Make images of the bytes that were read, on the device.
+
+        Args:
+            batch: Batch with *records* and *label*.
+            dataloader_idx: Index of the data loader.
+
+        Returns:
+            Batch with *image* of shape (B, T, C, 264, 264) and *label* of shape (B, T, K),
+            without T if it is 1.
+        """
+        if self._data is not None and 'records' in batch:
+            batch = dict(batch)
+            batch['image'] = self._data.decode(batch.pop('records'))
+        for key in ('image', 'label'):
+            if key in batch and batch[key].shape[1] == 1:
+                batch[key] = batch[key][:, 0]
+        self._scale.to(batch['image'].device)  # once
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """Put a batch together.
+
+    Args:
+        samples: What the dataset gives for the indices of a batch.
+
+    Returns:
+        The batch, with *records* instead of *image* where it was read at once.
+    """
+    if isinstance(samples, RecordBatch):
+        return samples.collate()
+    return default_collate(list(samples))

@@ -1,0 +1,436 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""SSL4EO-S12 with land-cover labels."""
+
+import copy
+import datetime
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import shapely
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .._compat import NonGeoDataset, Sample
+from ..transforms.unit_range import ToUnitRange
+from .packed import PackedArchive, index_path
+from .plotting import plot_sample
+from .records import decode
+from .scaling import resolve_value_range
+from .season_labels import match_labels, read_labels
+from .ssl4eo_s12 import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
+
+#: Locations that a message names.
+_NAMED = 3
+
+
+class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
+    """SSL4EO-S12-ML: patches of Sentinel-1 and Sentinel-2 in four seasons, with labels.
+
+    The images are those of TorchGeo's ``SSL4EOS12``, in the same folders and with the same
+    values. There may be fewer of them: what counts is what is on disk. They come with
+    the multi-labels of SoftCon, or those of ``torchgeo-softcon labels``. A folder
+    that ``torchgeo-softcon pack`` wrote is read in the same way, some hundred times faster.
+
+    A sample is a location, and *seasons* of its images in random order. The choice is a
+    pure function of *seed* and the index. Indices beyond the length start again with the
+    first location and make new choices.
+
+    Dataset features:
+
+    * *image*: float32 of shape (T, C, 264, 264), digital numbers (Sentinel-2) and dB
+      (Sentinel-1). Bands of 20 and 60 m have their pixels repeated, as by TorchGeo
+    * *label*: of shape (T, K), multi-hot (int64) or shares of the classes (float32). All
+      zeros is unknown. Only with *labels*
+
+    If you use this dataset in your research, please cite the following papers:
+
+    * https://arxiv.org/abs/2211.07044
+    * https://arxiv.org/abs/2405.20462
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] = 'data',
+        split: Split | Sequence[Split] = 's2c',
+        labels: str | os.PathLike[str] | None = None,
+        seasons: int = 1,
+        require_labels: bool = False,
+        min_fraction: float = 0.05,
+        fractions: bool = False,
+        transforms: Callable[[Sample], Sample] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Initialize a new SSL4EOS12ML instance.
+
+        Args:
+            root: Folder with the folders ``s1``, ``s2c`` or ``s2a``, as they are published
+                or packed.
+            split: One of them, or several to stack the bands of images of one season:
+                those of the same name (``s2c`` and ``s2a``) or nearest in time (``s1``).
+            labels: The JSON file of SSL4EO-S12-ML, or a Parquet file of
+                ``torchgeo-softcon labels``. None for the labels that are packed, if any.
+            seasons: Number of images per sample.
+            require_labels: Leave out images whose label is unknown.
+            min_fraction: Smallest share of an image that a class must cover to be in its
+                label, where shares are known.
+            fractions: Give the share of every class instead of 0 and 1.
+            transforms: Function of a sample.
+            seed: Seed of the choice of seasons.
+
+        Raises:
+            FileNotFoundError: If there are no images, or no file of labels.
+            OSError: If a file can not be opened, or later, if it can not be read.
+            ValueError: If an argument is out of range, if labels do not belong to the
+                images, or if no location has enough images.
+
+        Warns:
+            UserWarning: If images are not in the labels, or locations are left out.
+        """
+        splits = split_names(split)
+        if seasons < 1 or seed < 0:
+            raise ValueError(
+                f'seasons must be at least 1 and seed at least 0, got {seasons} and {seed}'
+            )
+        if not 0 < min_fraction <= 1:
+            raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
+
+        self.root = Path(root)
+        self.splits = splits
+        self.seasons = seasons
+        self.transforms = transforms
+        self.seed = seed
+        self.archives = [_open(self.root, name) for name in splits]
+        self.bands = tuple(band for name in splits for band in BANDS[name])
+
+        rows = self._align()
+        label = self._label(rows, labels, min_fraction, fractions, require_labels)
+        if label is not None and require_labels:
+            rows, label = rows[label.any(1)], label[label.any(1)]
+        self._group(rows, label)
+
+    def _align(self) -> npt.NDArray[np.int64]:
+        """Number of each image in every split, shape (M, S), -1 where there is none."""
+        main = self._main
+        rows = np.full((len(main), len(self.archives)), -1)
+        for column, other in enumerate(self.archives):
+            if other is main:
+                rows[:, column] = np.arange(len(main))
+            elif 's1' in (main.split, other.split):
+                ours, theirs = (days(a.split, a.season) for a in (main, other))
+                rows[:, column] = pair(main.location, ours, other.location, theirs)
+            else:
+                index = pd.MultiIndex.from_arrays([other.location, other.season])
+                names = pd.MultiIndex.from_arrays([main.location, main.season])
+                rows[:, column] = index.get_indexer(names)
+        alone = (rows < 0).any(1)
+        if alone.all():
+            raise ValueError(
+                f'split={self.splits} needs images of the same locations and dates, found '
+                f'none in {self.root}'
+            )
+        if alone.any():
+            first = ', '.join(
+                '/'.join(main.name(i)) for i in np.flatnonzero(alone)[:_NAMED]
+            )
+            warnings.warn(
+                f'{alone.sum()} of {len(rows)} images of {main.split} are left out, as '
+                f'other splits have none of their date: {first}',
+                UserWarning,
+                stacklevel=3,
+            )
+        return rows[~alone]
+
+    @property
+    def _main(self) -> PackedArchive | TiffArchive:
+        """The split that images are named by: Sentinel-2 where there is a choice."""
+        optical = [a for a in self.archives if a.split != 's1']
+        return (optical or self.archives)[0]
+
+    def _label(
+        self,
+        rows: npt.NDArray[np.int64],
+        path: str | os.PathLike[str] | None,
+        min_fraction: float,
+        fractions: bool,
+        required: bool,
+    ) -> npt.NDArray[np.float32] | npt.NDArray[np.int64] | None:
+        """Label of each image, shape (M, K)."""
+        main = self._main
+        packed = main.labels if isinstance(main, PackedArchive) else None
+        labels = packed if path is None else read_labels(path)
+        self.codes = None if labels is None else tuple(labels.codes)
+        if labels is None:
+            if required or fractions:
+                raise ValueError(
+                    'labels must be given for require_labels and fractions: the JSON file '
+                    'of SSL4EO-S12-ML, or a Parquet file of `torchgeo-softcon labels`'
+                )
+            return None
+        if fractions and not labels.shares:
+            raise ValueError(
+                f'fractions needs labels with shares of the classes, {labels.source} tells '
+                'which classes there are only'
+            )
+        images = rows[:, self.archives.index(main)]
+        values = match_labels(
+            labels, main.split, main.location[images], main.season[images]
+        )
+        return values if fractions else (values >= min_fraction).astype(np.int64)
+
+    def _group(
+        self,
+        rows: npt.NDArray[np.int64],
+        label: npt.NDArray[np.float32] | npt.NDArray[np.int64] | None,
+    ) -> None:
+        """Put the images of each location together."""
+        location = self._main.location[rows[:, self.archives.index(self._main)]]
+        # Sorted, as archives are
+        names, start, count = np.unique(location, return_index=True, return_counts=True)
+        enough = count >= self.seasons
+        if not enough.any():
+            raise ValueError(
+                f'seasons={self.seasons} needs a location with as many images'
+                f'{" that are labelled" if label is not None else ""}, the most there are '
+                f'is {count.max(initial=0)}'
+            )
+        if not enough.all():
+            few = b', '.join(names[~enough][:_NAMED]).decode()
+            warnings.warn(
+                f'{(~enough).sum()} of {len(names)} locations have fewer than '
+                f'{self.seasons} images and are left out: {few}',
+                UserWarning,
+                stacklevel=3,
+            )
+        self._rows, self._labels = rows, label
+        self._start, self._count = start[enough], count[enough]
+
+    def __len__(self) -> int:
+        """Number of locations."""
+        return len(self._start)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples of the first epoch."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample.
+
+        Args:
+            index: Number of the draw, from 0 on and without an upper end.
+
+        Returns:
+            A sample.
+
+        Raises:
+            IndexError: If *index* is negative.
+            OSError: If a file can not be read, it is named.
+        """
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> 'RecordBatch':
+        """Read a batch of samples at once.
+
+        Args:
+            indices: Numbers of B draws.
+
+        Returns:
+            B samples. They are not made before they are asked for: see
+            :meth:`.RecordBatch.collate` for a faster way.
+
+        Raises:
+            IndexError: If an index is negative.
+            OSError: If a file can not be read, it is named.
+        """
+        images = np.concatenate([self._draw(index) for index in indices])
+        shape = len(indices), self.seasons
+        records = {}
+        for column, archive in enumerate(self.archives):
+            read = archive.read(self._rows[images, column])
+            records[archive.split] = torch.from_numpy(read).view(*shape, -1)
+        label = None
+        if self._labels is not None:
+            label = torch.from_numpy(self._labels[images]).view(*shape, -1)
+        return RecordBatch(self, records, label)
+
+    def _draw(self, index: int) -> npt.NDArray[np.int64]:
+        """Numbers of the images of a sample, shape (T,)."""
+        if index < 0:
+            raise IndexError(f'index must be at least 0, got {index}')
+        location = index % len(self)
+        count = self._count[location]
+        if count == 1:
+            return self._start[location : location + 1]
+        # Counter based: no state that order, workers or ranks could change
+        rng = np.random.Generator(np.random.Philox([self.seed, index]))
+        return self._start[location] + rng.permutation(count)[: self.seasons]
+
+    def names(self, index: int) -> list[str]:
+        """Names of the images of a sample, in their order.
+
+        Args:
+            index: Number of the draw.
+
+        Returns:
+            T names ``location/image``, those of Sentinel-2 where there is a choice.
+        """
+        column = self.archives.index(self._main)
+        return [
+            '/'.join(self._main.name(self._rows[i, column])) for i in self._draw(index)
+        ]
+
+    def footprint(
+        self, index: int
+    ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
+        """Where and when the first image of a sample was taken.
+
+        Args:
+            index: Number of the draw.
+
+        Returns:
+            Outline, its coordinate reference system, and the day if it is the only image.
+        """
+        main = self._main
+        row = self._rows[self._draw(index)[0], self.archives.index(main)]
+        place = main.georeference(int(row))
+        (day,) = days(main.split, main.season[row : row + 1]).tolist()
+        return shapely.box(*place.bounds), place.crs, day if self.seasons == 1 else None
+
+    def decode(self, records: Mapping[str, Tensor]) -> Tensor:
+        """Make images of records, on whatever device they are.
+
+        Args:
+            records: Bytes of each split, shape (..., R).
+
+        Returns:
+            Images of shape (..., C, 264, 264).
+        """
+        return torch.cat(
+            [decode(records[a.split], a.dtype, a.bands, SIZE) for a in self.archives],
+            -3,
+        )
+
+    def images(self) -> 'SSL4EOS12ML':
+        """Every image as a sample of its own, in order.
+
+        Returns:
+            The same images with one season per sample.
+        """
+        other = copy.copy(self)
+        parts = zip(self._start, self._count, strict=True)
+        other._start = np.concatenate([np.arange(s, s + n) for s, n in parts])
+        other._count = np.ones_like(other._start)
+        other.seasons = 1
+        return other
+
+    def divide(
+        self, fraction: float
+    ) -> tuple['SSL4EOS12ML', 'SSL4EOS12ML', 'SSL4EOS12ML']:
+        """Divide by location, at random.
+
+        Args:
+            fraction: Part of the locations in the second and in the third dataset.
+
+        Returns:
+            Three datasets that have no location in common.
+
+        Raises:
+            ValueError: If one of them would be empty.
+        """
+        count = round(fraction * len(self))
+        if not 0 < count < len(self) / 2:
+            raise ValueError(
+                f'{len(self)} locations can not be divided into parts of {fraction}'
+            )
+        order = np.random.default_rng(self.seed).permutation(len(self))
+        cuts = np.split(order, [len(self) - 2 * count, len(self) - count])
+        first, second, third = (self._only(np.sort(cut)) for cut in cuts)
+        return first, second, third
+
+    def _only(self, locations: npt.NDArray[np.int64]) -> 'SSL4EOS12ML':
+        other = copy.copy(self)
+        other._start, other._count = self._start[locations], self._count[locations]
+        return other
+
+    def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
+        """Plot a sample.
+
+        Args:
+            sample: A sample of this dataset.
+            suptitle: Title of the figure.
+
+        Returns:
+            A figure with a row of one image per season.
+        """
+        pairs = resolve_value_range('softcon', self.bands, len(self.bands), ())
+        return plot_sample(ToUnitRange.between(pairs)(sample), self.bands, suptitle)
+
+
+class RecordBatch(Sequence[Sample]):
+    """A batch of samples whose bands still have their own resolutions.
+
+    As a sequence, it gives finished samples one by one, so that it goes through any
+    function that collates samples. :meth:`collate` leaves the work to the device.
+    """
+
+    def __init__(
+        self, dataset: SSL4EOS12ML, records: dict[str, Tensor], label: Tensor | None
+    ) -> None:
+        """Initialize a new RecordBatch instance.
+
+        Args:
+            dataset: The dataset that it is from.
+            records: Bytes of each split, shape (B, T, R).
+            label: Labels of shape (B, T, K), if there are any.
+        """
+        self.dataset = dataset
+        self.records = records
+        self.label = label
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(next(iter(self.records.values())))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Make a sample.
+
+        Args:
+            index: Its number in the batch.
+
+        Returns:
+            The sample.
+
+        Raises:
+            IndexError: If there are fewer.
+        """
+        sample: Sample = {
+            'image': self.dataset.decode({k: v[index] for k, v in self.records.items()})
+        }
+        if self.label is not None:
+            sample['label'] = self.label[index]
+        transforms = self.dataset.transforms
+        return sample if transforms is None else transforms(sample)
+
+    def collate(self) -> Sample:
+        """The batch as it is, for :meth:`.SSL4EOS12ML.decode` on the device.
+
+        Returns:
+            *records* and *label*.
+        """
+        label = {} if self.label is None else {'label': self.label}
+        return {'records': self.records, **label}
+
+
+def _open(root: Path, split: str) -> PackedArchive | TiffArchive:
+    packed = index_path(root, split).exists()
+    return PackedArchive(root, split) if packed else TiffArchive(root, split)
