@@ -351,7 +351,7 @@ def main() -> None:
         '--model', default='test_resnet', help='timm name of the encoder'
     )
     parser.add_argument(
-        '--steps', type=int, default=300, help='optimizer steps per run'
+        '--steps', type=int, default=200, help='optimizer steps per run'
     )
     parser.add_argument(
         '--windows', type=int, default=2000, help='of the bank; half as many queries'

@@ -211,14 +211,13 @@ def _pack_split(
 
     _write_failures(folder / 'failures.csv', failures)
     parts = _parts(folder)
+    if not parts and not len(indexed):
+        raise ValueError(
+            f'none of the {len(ours)} images of {archive.root} can be read, the first one '
+            f'because: {failures[0].reason}'
+        )
     if parts or table is not None:
-        tables = [_read_part(part) for part in parts]
-        joined = pa.concat_tables([indexed, *tables])
-        if not len(joined):
-            raise ValueError(
-                f'none of the {len(ours)} images of {archive.root} can be read, the first '
-                f'because: {failures[0].reason}'
-            )
+        joined = pa.concat_tables([indexed, *map(_read_part, parts)])
         # The order of the images does not depend on which were packed first
         joined = joined.sort_by([('id', 'ascending'), ('season', 'ascending')])
         if table is not None:
@@ -392,7 +391,7 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon pack',
         description='Write the images of SSL4EO-S12 in few large files, which are read '
-        'some hundred times faster. Nothing is lost: `torchgeo-softcon unpack` gives the '
+        'a hundred times faster. Nothing is lost: `torchgeo-softcon unpack` gives the '
         'GeoTIFFs back. An interrupted run goes on when started again.',
     )
     parser.add_argument('root', help='folder with s1, s2c or s2a')

@@ -391,6 +391,27 @@ class TestBadInput:
         assert 'cannot be opened as a raster' in reasons['d.tif']
         assert len(pq.read_table(out)) == 12
 
+    def test_interrupted_by_the_keyboard(
+        self, tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        table, out = boxes(tmp_path / 'a.csv', 3000), tmp_path / 'a.parquet'
+        code = (
+            'import sys; from torchgeo_softcon.labels import main, plan; '
+            'plan._SMALLEST = plan._LARGEST = 32; sys.exit(main(sys.argv[1:]))'
+        )
+        command = [sys.executable, '-W', 'ignore', '-c', code, '--quiet']
+        command += ['--footprints', str(table), '--worldcover', str(tiles)]
+        process = subprocess.Popen(
+            [*command, '--out', str(out), '--workers', '2'], start_new_session=True
+        )
+        while not list(tmp_path.glob('a.parquet.parts/counts-*.parquet')):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+        assert capfd.readouterr().err == 'interrupted, start again to go on\n'
+        assert not out.exists()
+
     def test_a_corrupt_tile_in_the_middle_of_a_run(
         self, tiles: Path, tmp_path: Path
     ) -> None:
@@ -435,7 +456,7 @@ class TestBadInput:
         options = {'images': images, 'worldcover': tiles, 'out': out}
         first = store.LabelStore(out, archive.LEGENDS['worldcover'], 2021, 'any')
         with (
-            first.open(f'images {images}', False),
+            first.open(f'images {os.path.abspath(images)}', False),
             pytest.raises(
                 BlockingIOError, match=r'another run is writing .*a\.parquet'
             ),

@@ -12,15 +12,15 @@ import pytest
 import shapely
 from affine import Affine
 
-from torchgeo_softcon.labels import sources
-from torchgeo_softcon.labels.footprints import SCHEMA, outlines, transforms_of
-from torchgeo_softcon.labels.sources import (
-    Read,
-    find_images,
-    find_layout,
-    read,
-    read_footprints,
+from torchgeo_softcon.labels import sources, tables
+from torchgeo_softcon.labels.footprints import (
+    SCHEMA,
+    make_footprints,
+    outlines,
+    transforms_of,
 )
+from torchgeo_softcon.labels.sources import Read, find_images, find_layout, read
+from torchgeo_softcon.labels.tables import read_footprints
 
 from .helpers import grid, write_image
 
@@ -102,7 +102,7 @@ class TestTables:
     def test_polygons(
         self, tmp_path: Path, suffix: str, crs: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sources, '_ROWS', 2)
+        monkeypatch.setattr(tables, '_ROWS', 2)
         path = tmp_path / f'a.{suffix}'
         table = frame().to_crs(crs)
         if suffix == 'csv':
@@ -218,13 +218,13 @@ class TestTables:
 
 
 def test_outlines_of_grids() -> None:
-    tables = [
+    grids = [
         ('EPSG:32632', grid('EPSG:32632', 7, 46), (100, 200)),
         ('EPSG:32660', grid('EPSG:32660', 179.99, 66), (100, 200)),
         ('EPSG:4326', Affine(0.001, 0, 179.95, 0, -0.001, 10), (100, 100)),
     ]
-    for crs, transform, shape in tables:
-        table = sources.make_footprints(['a'], [crs], [transform[:6]], [shape])
+    for crs, transform, shape in grids:
+        table = make_footprints(['a'], [crs], [transform[:6]], [shape])
         (polygon,) = outlines(table)
         left, _, right, _ = polygon.bounds
         assert right - left < 1

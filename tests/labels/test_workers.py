@@ -91,15 +91,16 @@ def slow_count_unit(unit: Any) -> Any:
     return count_unit(unit)
 
 
-class TestDask:
-    @pytest.fixture(scope='class')
-    def cluster(self) -> Iterator[Any]:
-        distributed = pytest.importorskip('distributed')
-        with distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None
-        ) as cluster:
-            yield cluster
+@pytest.fixture(scope='module')
+def cluster() -> Iterator[Any]:
+    distributed = pytest.importorskip('distributed')
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        yield cluster
 
+
+class TestDask:
     def test_every_unit_once(self, cluster: Any) -> None:
         with open_workers(9, cluster.scheduler_address) as pool:
             assert pool.count == 2

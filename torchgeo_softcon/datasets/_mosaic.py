@@ -360,12 +360,15 @@ class Mosaic:
         return block
 
     def _stored(
-        self, tile: Tile, window: tuple[tuple[int, int], tuple[int, int]]
+        self,
+        tile: Tile,
+        window: tuple[tuple[int, int], tuple[int, int]],
+        out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """Read a part of a tile as it is stored."""
+        """Read a part of a tile as it is stored, into *out* if it is given."""
         try:
             with self.files.use(tile.path) as source:
-                return np.asarray(source.read(1, window=window))
+                return np.asarray(source.read(1, window=window, out=out))
         except RasterioError as error:
             raise OSError(
                 f'{tile.path} cannot be read at rows and columns {window}, it is '

@@ -219,7 +219,7 @@ class PackedArchive:
         shards, inverse = np.unique(self._shard, return_inverse=True)
         counts = np.zeros(len(shards), np.int64)
         np.maximum.at(counts, inverse, self._offset + 1)
-        dtype = np.load(shard_path(self.root, int(shards[0])), mmap_mode='r').dtype
+        dtype, start = _read_header(shard_path(self.root, int(shards[0])))
         if set(self.bands) != set(dtype.names or ()):
             raise ValueError(
                 f'records of {self.split} must have the bands {", ".join(self.bands)}, '
@@ -227,13 +227,21 @@ class PackedArchive:
             )
         for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
             path = shard_path(self.root, shard)
-            if path.stat().st_size < count * dtype.itemsize:
+            if path.stat().st_size < start + count * dtype.itemsize:
                 raise ValueError(
-                    f'{path} must have at least {count} records of {dtype.itemsize} bytes, '
-                    f'it has {path.stat().st_size} bytes in all. Delete it and the index, '
+                    f'{path} must have {count} records of {dtype.itemsize} bytes, it is '
+                    f'cut off after {path.stat().st_size} bytes. Delete it and the index, '
                     'and pack again'
                 )
         return dtype
+
+
+def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
+    """Type of the records in a file, and where they begin."""
+    with open(path, 'rb') as file:
+        np.lib.format.read_magic(file)
+        _, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return dtype, file.tell()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class TiffArchive:
         if not found:
             raise FileNotFoundError(
                 f'root must be a folder of SSL4EO-S12 with images such as '
-                f'{split}/0000200/DATE_.../B1.tif, or of one that is packed, found none '
+                f'{split}/0000200/DATE_.../B1.tif, or one that is packed to the end, found none '
                 f'in {self.root}'
             )
         # Bytes, not text: a million names in 50 MB that processes share

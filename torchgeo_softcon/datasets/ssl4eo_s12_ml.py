@@ -38,7 +38,7 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
     The images are those of TorchGeo's ``SSL4EOS12``, in the same folders and with the same
     values. There may be fewer of them: what counts is what is on disk. They come with
     the multi-labels of SoftCon, or those of ``torchgeo-softcon labels``. A folder
-    that ``torchgeo-softcon pack`` wrote is read in the same way, some hundred times faster.
+    that ``torchgeo-softcon pack`` wrote is read in the same way, a hundred times faster.
 
     A sample is a location, and *seasons* of its images in random order. The choice is a
     pure function of *seed* and the index. Indices beyond the length start again with the

@@ -25,8 +25,9 @@ from .cover import download_folder, find_cover, reasons, remote_bucket
 from .export import write_json
 from .footprints import Floats, outlines
 from .plan import Plan, Unit
-from .sources import Images, Table, find_images, find_layout, read, read_footprints
+from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table
+from .tables import Table, read_footprints
 from .workers import Workers, open_workers
 
 #: Footprints whose outlines are made at once.
@@ -143,8 +144,9 @@ def label_archive(
     _check_unique(source.ids)
     product = f'ESA WorldCover 10 m {year} {VERSIONS[year]}'
     # The counts are kept beside the JSON, so that other thresholds take no second run
-    store = LabelStore(path.with_suffix('.parquet'), LEGENDS[classes], year, product)
-    count = workers or len(os.sched_getaffinity(0))
+    file = path.with_suffix('.parquet') if format == 'json' else path
+    store = LabelStore(file, LEGENDS[classes], year, product)
+    count = workers or _cores()
     with store.open(name, overwrite), open_workers(count, scheduler) as pool:
         labelled = _Run(source, store, pool, year, progress).run(
             worldcover, base_url if download else None
@@ -152,6 +154,13 @@ def label_archive(
     if format == 'json':
         write_json(store.path, path.with_suffix('.json'), min_fraction, min_valid)
     return labelled
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def _find_archive(
@@ -164,9 +173,9 @@ def _find_archive(
             f'images = {images}, footprints = {footprints}, layout = {layout}'
         )
     if images is not None:
-        return find_images(images), f'images {images}'
+        return find_images(images), f'images {os.path.abspath(images)}'
     if layout is not None:
-        return find_layout(*layout), f'{layout[0]} {layout[1]}'
+        return find_layout(*layout), f'{layout[0]} {os.path.abspath(layout[1])}'
     assert footprints is not None
     table = read_footprints(footprints)
     with open(footprints, 'rb') as file:

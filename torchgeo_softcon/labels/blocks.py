@@ -67,6 +67,11 @@ class BlockMosaic(Mosaic):
         super().__init__(tiles, codes, cache=True)
         self._cells: OrderedDict[tuple[str, int, int], npt.NDArray[Any]] = OrderedDict()
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._dtypes: dict[str, npt.DTypeLike] = {}
+        # Memory of cells that are not needed any more. New memory costs more time than
+        # the decoding, as the system has to clear it
+        self._spare: list[npt.NDArray[Any]] = []
+        self._top = ('', 0)
         self._bytes = 0
         #: How many cells were decoded.
         self.decoded = 0
@@ -88,17 +93,31 @@ class BlockMosaic(Mosaic):
         (top, bottom), (left, right) = window
         height, width = self._shape(tile)
         row, col = top // height, left // width
+        if self._top != (tile.path, row):
+            self._forget(tile, row)
         if (bottom - 1) // height == row and (right - 1) // width == col:
             cell = self._cell(tile, row, col)
             first = (top - row * height) * cell.shape[1] + left - col * width
             return cell.reshape(-1), first, cell.shape[1]
         return self._stored(tile, window).reshape(-1), 0, right - left
 
-    def _stored(self, tile: Tile, window: Window) -> npt.NDArray[Any]:
+    def _forget(self, tile: Tile, row: int) -> None:
+        """Give up the cells above a row of cells."""
+        self._top = (tile.path, row)
+        for key in [k for k in self._cells if k[0] == tile.path and k[1] < row]:
+            self._drop(key)
+
+    def _drop(self, key: tuple[str, int, int]) -> None:
+        cell = self._cells.pop(key)
+        self._bytes -= cell.nbytes
+        self._spare.append(cell)
+
+    def _stored(
+        self, tile: Tile, window: Window, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
         """Put a part of a tile together from its cells."""
         (top, bottom), (left, right) = window
         height, width = self._shape(tile)
-        out: npt.NDArray[Any] | None = None
         for i in range(top // height, (bottom - 1) // height + 1):
             for j in range(left // width, (right - 1) // width + 1):
                 cell = self._cell(tile, i, j)
@@ -122,12 +141,18 @@ class BlockMosaic(Mosaic):
             height, width = self._shape(tile)
             rows = (row * height, min((row + 1) * height, tile.height))
             cols = (col * width, min((col + 1) * width, tile.width))
-            cell = super()._stored(tile, (rows, cols))
+            shape = (rows[1] - rows[0], cols[1] - cols[0])
+            spare = self._spare.pop() if self._spare else None
+            if spare is not None and (
+                spare.shape != shape or spare.dtype != self._dtypes[tile.path]
+            ):
+                spare = None
+            cell = super()._stored(tile, (rows, cols), spare)
             self.decoded += 1
             self._cells[key] = cell
             self._bytes += cell.nbytes
             while self._bytes > _MAX_BYTES and len(self._cells) > 1:
-                self._bytes -= self._cells.popitem(last=False)[1].nbytes
+                self._drop(next(iter(self._cells)))
         else:
             self._cells.move_to_end(key)
         return cell
@@ -137,6 +162,7 @@ class BlockMosaic(Mosaic):
         if tile.path not in self._shapes:
             with self.files.use(tile.path) as source:
                 height, width = source.block_shapes[0]
+                self._dtypes[tile.path] = np.dtype(source.dtypes[0])
             width = min(-(-_CELL // width) * width, tile.width)
             rows = max(min(_CELL, _MAX_CELL // width), 1)
             self._shapes[tile.path] = (-(-rows // height) * height, width)

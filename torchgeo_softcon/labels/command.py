@@ -26,7 +26,8 @@ _EPILOG = """\
 exit status:
   0  every patch has a label
   1  some have none: they are in a table beside the file, *.failed.csv, with the reason
-  2  nothing was finished; what is done is kept for the next run
+  2  nothing was finished; what is done is kept for the next run, as it is when the run
+     is interrupted (130)
 """
 
 
@@ -137,7 +138,7 @@ def main(args: Sequence[str]) -> int:
         args: Command-line arguments.
 
     Returns:
-        Exit status: 0, 1 if patches failed, 2 if the run did.
+        Exit status: 0, 1 if patches failed, 2 if the run did, 130 if interrupted.
     """
     options = vars(parser().parse_args(list(args)))
     # Not before: help must not wait for it
@@ -151,6 +152,9 @@ def main(args: Sequence[str]) -> int:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'torchgeo-softcon labels: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('interrupted, start again to go on', file=sys.stderr)
+        return 130
     before = labelled.rows - labelled.new
     print(
         f'{labelled.path} has {labelled.rows} labels'

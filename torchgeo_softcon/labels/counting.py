@@ -44,6 +44,9 @@ _TOLERANCE = 1e-5
 #: Largest part of a grid or of a tile, in pixels, that is looked at at once.
 _MAX_PIXELS = 2**22
 
+#: Pixels of a grid that are looked up at once.
+_STRIP = 24_000
+
 #: Edges of outlines that are longer, in degrees and other units, are bent where a
 #: straight line in one CRS is not straight in another. Shorter ones, within 0.05 pixels
 #: of WorldCover, are not, as in GeoPandas' ``to_crs``.
@@ -136,6 +139,8 @@ class _Grids:
         self.tile = np.full(count, -1)
         #: Coefficients of row and column in the tile, (N, 2, nodes, nodes).
         self.coefficients = np.zeros((count, 2, _NODES, _NODES))
+        #: Whether rows and columns of the grid are parallel to those of the tile.
+        self.parallel = np.zeros(count, np.bool_)
         #: First and last row, first and last column in the tile that may be met.
         self.windows = np.zeros((count, 2, 2), np.int64)
         if len({tile.crs for tile in tiles}) != 1:
@@ -217,6 +222,9 @@ class _Grids:
         alone = self.tile[rows] == -1
         self.tile[rows] = np.where(sound & alone, number, -2)
         self.coefficients[rows] = coefficients
+        across = abs(coefficients[:, 0, :, 1:]).sum((1, 2))
+        down = abs(coefficients[:, 1, 1:]).sum((1, 2))
+        self.parallel[rows] = across + down < 0.1 * EDGE
         self.windows[rows[sound]] = np.stack([low, high + 1], 2)[sound]
 
     def _errors(
@@ -250,12 +258,7 @@ class _Counter:
         self.codes = np.array(codes, np.uint8)
         self.plain = [tile.nodata in (None, 0) for tile in mosaic.tiles]
         # The most frequent first: once all pixels are found, no other code has any
-        self.totals = np.zeros(len(codes), np.int64)
         self.order = list(range(len(codes)))
-        self.since = 0
-        # Filled again and again: memory that is asked for anew costs as much as the sums
-        self.position = np.empty((2, 0, 0))
-        self.whole = np.empty((2, 0, 0), np.int32)
 
     def of_placed(self, grids: _Grids, row: int) -> tuple[Counts, int] | None:
         """Count a grid that lies in one tile, None if it does not or has odd codes."""
@@ -273,16 +276,26 @@ class _Counter:
         weights = np.matmul(_vandermonde(height), grids.coefficients[row])
         weights[0, :, 0] -= top
         weights[1, :, 0] -= left
-        if self.position.shape != (2, height, width):
-            self.position = np.empty((2, height, width))
-            self.whole = np.empty((2, height, width), np.int32)
-        np.matmul(weights, _vandermonde(width).T, out=self.position)
-        # They are positive, so this is the floor
-        np.copyto(self.whole, self.position, casting='unsafe')
-        index = self.whole[0]
-        index *= stride
-        index += self.whole[1]
-        counts = self._histogram(pixels[first:].take(index))
+        columns = _vandermonde(width).T
+        if grids.parallel[row]:
+            # One row of the tile for each row of the grid, and so the columns
+            rows = weights[0, :, 0].astype(np.intp) + first // stride
+            cols = (weights[1, :1] @ columns)[0].astype(np.intp) + first % stride
+            block = pixels.reshape(-1, stride)
+            values = _steps(block, rows, 0)
+            counts = self._histogram(_steps(values, cols, 1))
+            return None if counts is None else (counts, height * width)
+        values = np.empty((height, width), np.uint8)
+        # Strips that stay in the cache of the processor
+        strip = max(_STRIP // width, 1)
+        for start in range(0, height, strip):
+            position = weights[:, start : start + strip] @ columns
+            # They are positive, so this is the floor
+            index, col = position.astype(np.int32)
+            index *= stride
+            index += col
+            values[start : start + strip] = pixels[first:].take(index)
+        counts = self._histogram(values)
         return None if counts is None else (counts, height * width)
 
     def of_any(self, table: pa.Table, row: int) -> tuple[Counts, int]:
@@ -306,10 +319,8 @@ class _Counter:
                 break
         if left and left != values.size - np.count_nonzero(values):
             return None
-        self.totals += counts
-        self.since += 1
-        if self.since % 64 == 1:
-            self.order = np.argsort(-self.totals, kind='stable').tolist()
+        # The next footprint is a neighbour
+        self.order = np.argsort(-counts, kind='stable').tolist()
         return counts
 
     def _grid(self, crs: CRS, transform: Affine, height: int, width: int) -> Counts:
@@ -401,6 +412,17 @@ def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geome
         return np.column_stack([x, y])
 
     return shapely.transform(polygon, move)
+
+
+def _steps(
+    values: npt.NDArray[Any], numbers: npt.NDArray[np.intp], axis: int
+) -> npt.NDArray[Any]:
+    """Some rows or columns, not copied if they are neighbours."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first == len(numbers) - 1 and (np.diff(numbers) == 1).all():
+        part = slice(first, last + 1)
+        return values[part] if axis == 0 else values[:, part]
+    return values.take(numbers, axis)
 
 
 def _pieces(transform: Affine, height: int, width: int) -> Any:

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
@@ -194,6 +195,8 @@ def _next(source: Iterator[Unit]) -> tuple[Unit, int] | None:
 
 def _end_with_parent() -> None:
     """Do not outlive the process that waits for the results, not even a killed one."""
+    # Ctrl-C reaches all processes of a terminal, and the parent ends these
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
