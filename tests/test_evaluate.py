@@ -14,13 +14,16 @@ from torchgeo.datasets import EuroSAT
 
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.bands import SENTINEL2_BANDS
-from torchgeo_softcon.evaluate import evaluate_encoder
+from torchgeo_softcon.callbacks.features import encode
+from torchgeo_softcon.callbacks.labelled import LabelledSamples
+from torchgeo_softcon.evaluate import evaluate_encoder, extract_features
 from torchgeo_softcon.models import create_encoder
+from torchgeo_softcon.models.features import last_block_features
 from torchgeo_softcon.models.trained import Encoder
 from torchgeo_softcon.transforms import ToUnitRange
 from torchgeo_softcon.transforms.center import center_view
 
-from .callbacks.helpers import PatchesDataModule
+from .callbacks.helpers import Patches, PatchesDataModule
 from .datamodules.host_data import make_bigearthnet, make_eurosat
 from .models.helpers import WeightsFolder
 
@@ -84,6 +87,26 @@ class TestEvaluate:
             *(f'linear_accuracy_{name}' for name in ('cls', 'mean', 'blocks')),
         }
 
+    def test_images_are_encoded_once(self) -> None:
+        model: Any = create_encoder('test_vit', 4).eval()
+        sizes: list[int] = []
+        model.patch_embed.register_forward_pre_hook(
+            lambda module, args: sizes.append(len(args[0]))
+        )
+        samples = LabelledSamples(Patches(7), range(7), 'seven')
+        encoder = Encoder(model, 'test_vit', 4, 32)
+        features, _ = extract_features(encoder, samples, 32, torch.device('cpu'))
+        assert sizes == [7]
+        image = torch.stack([Patches(7)[i]['image'] for i in range(7)])
+        image = center_view(image, 32)
+        depth = min(4, len(model.blocks))
+        with torch.inference_mode():
+            expected = encode(model, image)
+            expected['blocks'] = last_block_features(model, image, depth)
+        assert list(features) == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(features[name], value)
+
     def test_unlabelled_images_are_left_out(self) -> None:
         encoder = Encoder(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
         values = evaluate_encoder(encoder, PatchesDataModule(kind='unknown'), k=(2,))
@@ -106,7 +129,7 @@ class TestEvaluate:
         ('data', 'options', 'match'),
         [
             ({}, {'split': 'train'}, "split must be 'test' or 'val', got 'train'"),
-            ({}, {'k': (25,)}, 'k must be from 1 to .* 24, got 25'),
+            ({}, {'k': (25,)}, r'k must be from 1 to .* 24, got \(25,\)'),
             ({}, {'fraction': 0}, 'fraction must be'),
             ({'kind': 'mask'}, {}, 'training split must have samples with image and'),
             ({'bad': math.nan}, {}, 'features of the training split .* are NaN'),
@@ -118,6 +141,14 @@ class TestEvaluate:
         encoder = Encoder(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
         with pytest.raises(ValueError, match=match):
             evaluate_encoder(encoder, PatchesDataModule(**data), **options)
+
+    def test_training_images_are_no_test(self) -> None:
+        encoder = Encoder(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
+        data: Any = PatchesDataModule()
+        data.train_dataset = data.test_dataset = Patches()
+        data.setup = lambda stage: None
+        with pytest.raises(ValueError, match='PatchesDataModule has the images of its'):
+            evaluate_encoder(encoder, data)
 
 
 class TestCommand:
@@ -151,6 +182,9 @@ class TestCommand:
         assert result['weights'] == 'ResNet50_Weights.SENTINEL2_SOFTCON'
         assert result['data']['class_path'].endswith('EuroSATDataModule')
         assert 0 <= result['linear_accuracy_pooled'] <= 1
+        how = ('split', 'fraction', 'seed', 'temperature', 'unit_range')
+        assert [result[name] for name in how] == ['test', 1, 42, 0.07, True]
+        assert result['bands'][-1] == 'B8A'
 
     @pytest.mark.parametrize(
         ('args', 'message'),
@@ -158,6 +192,8 @@ class TestCommand:
             (['--weights', 'ResNet50_Weights.SENTINEL2_SOFTCON'], 'data must be given'),
             (['--data', PATCHES], 'one of checkpoint and weights must be given'),
             (['--data', PATCHES, '--checkpoint', 'none.ckpt'], 'does not exist'),
+            (['--data', PATCHES, '--out', 'none/a.json'], 'the folder of out = none/a'),
+            (['--data', PATCHES, '--out', __file__], 'exists already. Set overwrite'),
         ],
     )
     def test_bad_input(
@@ -165,3 +201,22 @@ class TestCommand:
     ) -> None:
         assert main(['evaluate', *args]) == 1
         assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize('command', ['evaluate', 'embed', 'report'])
+    def test_no_network(
+        self,
+        command: str,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+        monkeypatch.delenv('TORCHGEO_SOFTCON_WEIGHTS', raising=False)
+
+        def refused(*args: Any, **kwargs: Any) -> None:
+            raise ConnectionRefusedError('no network')
+
+        monkeypatch.setattr('torch.hub.download_url_to_file', refused)
+        weights = ('--weights', 'ResNet50_Weights.SENTINEL2_SOFTCON')
+        assert main([command, *weights, '--data', PATCHES]) == 1
+        assert 'could not be downloaded' in capsys.readouterr().err

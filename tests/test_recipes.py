@@ -3,6 +3,7 @@
 
 """The recipes for data that nobody has at hand here, on small data of their layout."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +15,19 @@ import timm
 import torch
 import yaml
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchgeo.datasets import SSL4EOS12
 from torchgeo.main import main
 
-import torchgeo_softcon
 from torchgeo_softcon.__main__ import main as command
 from torchgeo_softcon._compat import HAS_TASKS
+from torchgeo_softcon.callbacks import KNNProbe
+from torchgeo_softcon.callbacks.subset import choose_subset
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
 
 from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
+from .datasets.ssl4eo import season, write_archive
 from .models.helpers import WeightsFolder
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
@@ -65,8 +69,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What reaches encoders: images of the first batches."""
     images: list[Tensor] = []
-    for family in (timm.models.VisionTransformer, timm.models.ResNet):
-        forward = family.forward_features
+    vit, resnet = timm.models.VisionTransformer, timm.models.ResNet
+    for family, name in (
+        (vit, 'forward_features'),
+        (vit, 'forward_intermediates'),
+        (resnet, 'forward_features'),
+    ):
+        forward = getattr(family, name)
 
         def watched(
             self: Any, x: Tensor, *args: Any, f: Any = forward, **kw: Any
@@ -74,13 +83,30 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             images.append(x.detach().clone())
             return f(self, x, *args, **kw)
 
-        monkeypatch.setattr(family, 'forward_features', watched)
+        monkeypatch.setattr(family, name, watched)
     return images
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What probes find during the training."""
+    values: list[dict[str, float]] = []
+    probe = KNNProbe.probe
+
+    def watched(self: Any, *args: Any) -> dict[str, float]:
+        values.append(probe(self, *args))
+        return values[-1]
+
+    monkeypatch.setattr(KNNProbe, 'probe', watched)
+    return values
 
 
 def fit(recipe: str, *args: str) -> None:
     """Run a recipe. TorchGeo 0.10 has another name for one of the tasks."""
     text = (EXAMPLES / f'{recipe}.yaml').read_text()
+    # There are few images here
+    probe = '- class_path: torchgeo_softcon.callbacks.KNNProbe\n'
+    text = text.replace(probe, f'{probe}      init_args:\n        k: 1\n')
     if HAS_TASKS:
         old = 'torchgeo.trainers.ClassificationTask'
         text = text.replace(old, 'torchgeo.tasks.Classification')
@@ -90,15 +116,24 @@ def fit(recipe: str, *args: str) -> None:
 
 class TestEuroSAT:
     def test_finetune(self, data: dict[str, str], seen: list[Tensor]) -> None:
+        optimizers: list[Any] = []
+        handle = register_optimizer_step_post_hook(
+            lambda optimizer, *args: optimizers.append(optimizer)
+        )
         fit('eurosat_finetune', '--data.dict_kwargs.root', data['eurosat'])
+        handle.remove()
+        assert {type(optimizer) for optimizer in optimizers} == {torch.optim.SGD}
         assert {x.shape for x in seen} == {(2, 13, 224, 224)}
         assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
 
-    def test_linear(self, data: dict[str, str]) -> None:
+    def test_linear(self, data: dict[str, str], seen: list[Tensor]) -> None:
         fit(
             'eurosat_linear',
             *('--data.dict_kwargs.root', data['eurosat'], '--model.size', '28'),
         )
+        images = [x for x in seen if x.any()]  # one is empty, to count features
+        assert images
+        assert all(x.min() >= 0 and x.max() <= 1 for x in images)
 
     def test_knn(self, data: dict[str, str], seen: list[Tensor], capsys: Any) -> None:
         status = command(
@@ -120,11 +155,25 @@ class TestEuroSAT:
 
 
 class TestBigEarthNet:
-    def test_linear(self, data: dict[str, str]) -> None:
+    def test_linear(
+        self, data: dict[str, str], seen: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parts: list[tuple[int, int]] = []
+        choose = choose_subset
+
+        def watched(count: int, *args: Any) -> list[int]:
+            chosen = choose(count, *args)
+            parts.append((count, len(chosen)))
+            return chosen
+
+        monkeypatch.setattr('torchgeo_softcon.callbacks.subset.choose_subset', watched)
         fit(
             'bigearthnet_linear',
             *('--data.dict_kwargs.root', data['bigearthnet'], '--model.size', '28'),
         )
+        images = [x for x in seen if x.any()]  # one is empty, to count features
+        assert all(x.min() >= 0 and x.max() <= 1 for x in images)
+        assert parts[-1] == (20, 2)
 
     def test_finetune(self, data: dict[str, str], seen: list[Tensor]) -> None:
         fit('bigearthnet_finetune', '--data.dict_kwargs.root', data['bigearthnet'])
@@ -177,24 +226,22 @@ def test_ssl4eo_s12(
     assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
 
 
-@pytest.mark.skipif(
-    not hasattr(torchgeo_softcon, 'SSL4EOS12MLDataModule'), reason='no such datamodule'
-)
-def test_ssl4eo_s12_ml(data: dict[str, str]) -> None:
+def test_ssl4eo_s12_ml(tmp_path: Path, probed: list[dict[str, float]]) -> None:
+    day, places = '20200604', [f'{place:07}' for place in range(8)]
+    write_archive(tmp_path, {'s2c': {place: [day] for place in places}})
+    labels = {
+        place: {season('s2c', day): [number]} for number, place in enumerate(places)
+    }
+    Path('labels.json').write_text(json.dumps(labels))
     fit(
         'ssl4eo_s12_ml',
-        *('--data.root', data['ssl4eo'], '--data.labels', 'null'),
-        *(
-            '--model.model',
-            'test_vit',
-            '--model.size',
-            '32',
-            '--model.soft_weight',
-            '0',
-        ),
+        *('--data.root', str(tmp_path), '--data.labels', 'labels.json'),
+        *('--data.val_fraction', '0.25'),
+        *('--model.model', 'test_vit', '--model.size', '32'),
         *('--model.hidden_dim', '16', '--model.output_dim', '8'),
-        *('--trainer.callbacks', 'null'),
     )
+    assert all('knn_map_cls' in values for values in probed)
+    assert len(probed) == 2
 
 
 def test_sar(scenes: SyntheticScenes, tmp_path: Path, seen: list[Tensor]) -> None:
@@ -227,7 +274,11 @@ def write_radar(like: Path, path: Path, rng: np.random.Generator) -> None:
         file.write(rng.normal(means, 3, (2, *shape)).astype('float32'))
 
 
-def test_continual(scenes: SyntheticScenes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continual(
+    scenes: SyntheticScenes,
+    monkeypatch: pytest.MonkeyPatch,
+    probed: list[dict[str, float]],
+) -> None:
     """With weights of DINOv2's shapes: all but the input layer are kept."""
     state = ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON.get_state_dict()
     published = {**state, 'patch_embed.proj.weight': torch.ones(384, 3, 14, 14)}
@@ -238,10 +289,12 @@ def test_continual(scenes: SyntheticScenes, monkeypatch: pytest.MonkeyPatch) -> 
         'continual_dinov2',
         *('--data.images', str(scenes.images)),
         *('--data.worldcover', str(scenes.worldcover)),
-        *('--data.patch_size', '48', '--data.length', '4', '--model.size', '28'),
+        *('--data.patch_size', '28', '--data.length', '4', '--model.size', '28'),
         *('--model.hidden_dim', '16', '--model.output_dim', '8'),
-        *('--trainer.callbacks', 'null'),
+        *('--data.val_fraction', '0.3'),
     )
+    assert all('knn_map_cls' in values for values in probed)
+    assert len(probed) == 2
 
 
 @pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.yaml')), ids=lambda p: p.stem)

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .callbacks.features import encode, prepare
+from .callbacks.features import encode, pool, prepare
 from .callbacks.labelled import LabelledSamples
 from .callbacks.probes import evaluate, knn_scores, linear_scores
 from .callbacks.subset import choose_subset
 from .datamodules.normalization import match_images
 from .embed import data_parser, parse_data, set_up
 from .models import is_vit
-from .models.features import last_block_features
 from .models.trained import Encoder, open_encoder
 from .transforms.center import center_view
 
@@ -58,10 +57,7 @@ def extract_features(
             batch = samples.transform(batch)
         image, seasons = prepare(batch['image'], encoder.in_channels, None)
         image = center_view(image, size)
-        features = encode(encoder.model, image)
-        if 'cls' in features and is_vit(encoder.model):
-            depth = min(_BLOCKS, len(encoder.model.blocks))  # type: ignore[arg-type]
-            features['blocks'] = last_block_features(encoder.model, image, depth)
+        features = _encode(encoder.model, image)
         batches.append(
             {
                 name: value.unflatten(0, (-1, seasons)).mean(1).float().cpu()
@@ -84,6 +80,19 @@ def extract_features(
                 'NaN pixels in the images'
             )
     return whole, label[known]
+
+
+def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """All features of images, from one pass."""
+    model: Any = encoder
+    if not is_vit(encoder) or model.cls_token is None:
+        return encode(encoder, image)
+    depth = min(_BLOCKS, len(model.blocks))
+    tokens, layers = model.forward_intermediates(
+        image, depth, return_prefix_tokens=True, norm=True, output_fmt='NLC'
+    )  # per block: patch tokens (B, N, F), class token and registers (B, P, F)
+    blocks = torch.cat([prefix[:, 0] for _, prefix in layers], 1)
+    return {**pool(encoder, tokens), 'blocks': blocks}
 
 
 def evaluate_encoder(
@@ -129,8 +138,19 @@ def evaluate_encoder(
     torch.manual_seed(0)  # for samplers that draw
     bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
     queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
+    if bank.is_same(queries):
+        raise ValueError(
+            f'split = {split} of {type(datamodule).__name__} has the images of its training '
+            'split, so that scores would mean nothing. Keep images apart, for datamodules '
+            'of this package by val_fraction = 0.1'
+        )
     chosen = choose_subset(len(bank.indices), fraction, seed)
     bank.indices = [bank.indices[i] for i in chosen]
+    if min(k) < 1 or max(k) > len(chosen):
+        raise ValueError(
+            f'k must be from 1 to the number of training images that are used, '
+            f'{len(chosen)}, got {tuple(k)}'
+        )
     size = size or encoder.size or 224
     device = torch.device(device)
     encoder.model.to(device)
@@ -200,8 +220,14 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument('--device', type=str | None, help='cpu, cuda, ...')
     parser.add_argument('--out', type=str | None, help='JSON file for the result')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file')
     options, datamodule = parse_data(parser, args)
     try:
+        out = None if options.out is None else Path(options.out)
+        if out is not None and not out.absolute().parent.is_dir():
+            raise FileNotFoundError(f'the folder of out = {out} does not exist')
+        if out is not None and out.exists() and not options.overwrite:
+            raise FileExistsError(f'out = {out} exists already. Set overwrite')
         if datamodule is None:
             raise ValueError(
                 'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
@@ -229,14 +255,20 @@ def main(args: Sequence[str]) -> int:
         print(f'torchgeo-softcon evaluate: {error}', file=sys.stderr)
         return 1
     print(_table(values))
-    if options.out:
+    if out is not None:
         origin: dict[str, Any] = {
             'checkpoint': options.checkpoint,
             'weights': options.weights,
             'data': options.data.as_dict(),
+            'split': options.split,
+            'fraction': options.fraction,
+            'seed': options.seed,
+            'temperature': options.temperature,
+            'bands': encoder.bands,
+            'unit_range': encoder.unit_range,
         }
         text = json.dumps({**origin, **values}, indent=2, default=str)
-        Path(options.out).write_text(f'{text}\n')
+        out.write_text(f'{text}\n')
     return 0
 
 

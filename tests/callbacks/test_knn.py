@@ -178,6 +178,26 @@ class TestMetrics:
         assert reads[:96] == reads[96:192] == sorted(set(reads))
         assert len(queries.read[1:]) == 3 * 32
 
+    @pytest.mark.parametrize('endless', [False, True])
+    @pytest.mark.parametrize('length', [1000, 20])
+    def test_no_image_is_its_own_neighbour(
+        self, length: int, endless: bool, tmp_path: Path
+    ) -> None:
+        """Of datamodules that train and validate with all images."""
+        data: Any = PatchesDataModule()
+        both = Patches(length)
+        both.endless = endless  # type: ignore[attr-defined]
+        data.train_dataset = data.val_dataset = both
+        data.setup = lambda stage: None
+        run(tmp_path, [KNNProbe(data, k=3, every_n_epochs=1)], max_epochs=1)
+        reads = both.read[2:]  # two are looked at
+        probed = reads[: len(reads) // 2]
+        many = endless or length == 1000
+        assert len(set(probed)) == len(probed) == (128 if many else 20)
+        # The bank comes first, in order
+        bank = probed[: 96 if many else 15]
+        assert bank == sorted(bank)
+
     def test_resizes_to_the_size_of_the_task(self, tmp_path: Path) -> None:
         sizes: list[tuple[int, ...]] = []
         task = make_task(size=16)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from torch.utils.data import Subset
 
+from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.callbacks import TrainSubset
 from torchgeo_softcon.callbacks.subset import choose_subset
+from torchgeo_softcon.datasets import SyntheticScenes
 
 from .helpers import PatchesDataModule
 
@@ -42,7 +44,7 @@ def test_only_training_samples() -> None:
     assert subset.indices == choose_subset(40, 0.1)
     assert len(datamodule.train_dataloader()) == 1
     assert len(datamodule.val_dataset) == 40
-    assert set_up(patches(), 'test', fraction=0.1) is not None
+    assert not isinstance(set_up(patches(), 'test', fraction=0.1), Subset)
 
 
 @pytest.mark.parametrize('fraction', [0, -1, 1.1])
@@ -58,3 +60,10 @@ def test_bad_data() -> None:
     sampled.train_sampler = object()
     with pytest.raises(ValueError, match='and no sampler, got PatchesDataModule'):
         set_up(sampled, fraction=0.1)
+
+
+def test_draws_without_an_end(scenes: SyntheticScenes) -> None:
+    """Their second epoch would ask a subset for more than it has."""
+    datamodule = SyntheticScenesDataModule(str(scenes.root), patch_size=48)
+    with pytest.raises(ValueError, match='SyntheticScenesDataModule are draws without'):
+        set_up(datamodule, fraction=0.5)

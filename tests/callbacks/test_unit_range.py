@@ -1,6 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torchgeo.datamodules import (
 
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.callbacks import UnitRange
+from torchgeo_softcon.datamodules.normalization import match_images
 from torchgeo_softcon.models.trained import open_encoder
 from torchgeo_softcon.transforms import ToUnitRange
 
@@ -141,6 +143,17 @@ def test_the_run_remembers(eurosat: Path, tmp_path: Path) -> None:
         assert open_encoder(tmp_path / 'run.ckpt').unit_range is expected
 
 
+def test_an_encoder_that_does_not_tell(eurosat: Path) -> None:
+    datamodule: Any = EuroSATDataModule(root=eurosat)
+    datamodule.setup('fit')
+    with pytest.warns(UserWarning, match='as EuroSATDataModule normalizes them'):
+        match_images(datamodule, None, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        match_images(datamodule, None, False)
+        match_images(PatchesDataModule(), None, None)  # not normalized
+
+
 class TestBadInput:
     def test_no_datamodule(self) -> None:
         trainer: Any = SimpleNamespace()
@@ -152,6 +165,19 @@ class TestBadInput:
             ValueError, match=r'PatchesDataModule does not tell its bands'
         ):
             seen(PatchesDataModule())
+
+    def test_several_steps(self) -> None:
+        """SeasonalContrastS2DataModule: 8-bit images, whatever they mean."""
+        kornia = import_module('kornia.augmentation')
+        datamodule: Any = PatchesDataModule()
+        datamodule.aug = kornia.AugmentationSequential(
+            kornia.Normalize(torch.tensor(0), torch.tensor(255)),
+            kornia.Normalize(torch.tensor(0.4), torch.tensor(0.2)),
+            data_keys=None,
+            keepdim=True,
+        )
+        with pytest.raises(ValueError, match='normalizes images in several steps'):
+            seen(datamodule, ['B2', 'B3', 'B4', 'B8'])
 
     def test_no_normalization(self) -> None:
         with pytest.raises(ValueError, match=r'no normalization .*ToUnitRange'):

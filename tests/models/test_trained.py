@@ -10,8 +10,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from torchgeo_softcon import WorldCoverScenesDataModule
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.callbacks.features import encode
+from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import create_encoder, read_weights
 from torchgeo_softcon.models.trained import open_encoder, read_trained
 
@@ -132,6 +134,40 @@ class TestOpenEncoder:
         (tmp_path / 'text.ckpt').write_text('no checkpoint')
         with pytest.raises(ValueError, match='PyTorch can load safely'):
             open_encoder(tmp_path / 'text.ckpt')
+
+    def test_bands_of_a_checkpoint(self, tmp_path: Path) -> None:
+        state = create_encoder('resnet18', 2).state_dict()
+        hparams = {'model': 'resnet18', 'bands': ['B2', 'B3']}
+        torch.save({'state_dict': state, 'hyper_parameters': hparams}, tmp_path / 'a')
+        assert open_encoder(tmp_path / 'a', bands=['B02', 'B03']).in_channels == 2
+        with pytest.raises(
+            ValueError, match=r"with, \('B2', 'B3'\), got \('B3', 'B2'\)"
+        ):
+            open_encoder(tmp_path / 'a', bands=['B3', 'B2'])
+
+    def test_bands_of_weights_of_the_host(self) -> None:
+        name = 'ResNet18_Weights.SENTINEL2_RGB_MOCO'
+        with pytest.raises(ValueError, match=r'weights of this package only, got .*B2'):
+            open_encoder(weights=name, bands=['B2'])
+
+    @pytest.mark.parametrize('value_range', ['softcon', (0, 10000)])
+    def test_range_of_a_run_on_data_of_this_package(
+        self, value_range: Any, scenes: SyntheticScenes, tmp_path: Path
+    ) -> None:
+        """What a frozen encoder needs when it sees other data."""
+        data = WorldCoverScenesDataModule(
+            str(scenes.images),
+            str(scenes.worldcover),
+            patch_size=48,
+            batch_size=4,
+            length=4,
+            value_range=value_range,
+        )
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(make_task(in_channels=13), data)
+        trainer.save_checkpoint(tmp_path / 'run.ckpt')
+        expected = True if value_range == 'softcon' else None
+        assert open_encoder(tmp_path / 'run.ckpt').unit_range is expected
 
     @pytest.mark.parametrize(
         ('weights', 'bands', 'unit'),

@@ -26,7 +26,7 @@ from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.report.command import load_task
+from torchgeo_softcon.report.command import has_other_augmentations, load_task
 from torchgeo_softcon.report.curves import find_logs, plot_curves, read_logs
 from torchgeo_softcon.report.page import Section, write_page
 from torchgeo_softcon.report.pictures import (
@@ -40,6 +40,7 @@ from torchgeo_softcon.report.pictures import (
     plot_views,
 )
 from torchgeo_softcon.report.samples import Gallery
+from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.transforms import MultiCropView, RandomView
 
 from ..tasks.helpers import make_dino, make_loader, make_task, make_trainer
@@ -367,6 +368,7 @@ class TestAugmentations:
             warnings.filterwarnings('error', 'The checkpoint was made')
             task = load_task(str(checkpoint))
         assert tuple(task.augmentations.scale) == (0.9, 1)
+        assert not has_other_augmentations(str(checkpoint), task)
 
     @pytest.mark.parametrize(
         'chosen', [None, {'class_path': 'antigravity.View', 'init_args': {}}]
@@ -374,7 +376,26 @@ class TestAugmentations:
     def test_of_the_task(self, chosen: Any, checkpoint: Path, tmp_path: Path) -> None:
         self.configure(tmp_path, chosen)
         with pytest.warns(UserWarning, match='was made with augmentations'):
-            assert load_task(str(checkpoint)).augmentations.scale == (0.2, 1.0)
+            task = load_task(str(checkpoint))
+        assert task.augmentations.scale == (0.2, 1.0)
+        assert has_other_augmentations(str(checkpoint), task)
+
+    @pytest.mark.usefixtures('quiet')
+    def test_the_page_says_so(self, checkpoint: Path, tmp_path: Path) -> None:
+        args = ['--checkpoint', str(checkpoint), '--data', PATCHES]
+        with pytest.warns(UserWarning, match='was made with augmentations'):
+            assert main(['report', *args]) == 0
+        (page,) = tmp_path.rglob('report.html')
+        assert 'default augmentations of the task: the run had others' in (
+            page.read_text()
+        )
+
+
+def test_dino_without_a_configuration(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(make_dino(), make_loader())
+    trainer.save_checkpoint(tmp_path / 'last.ckpt')
+    assert isinstance(load_task(str(tmp_path / 'last.ckpt')), DINOMCTask)
 
 
 def test_no_foreign_class_is_imported(tmp_path: Path) -> None:

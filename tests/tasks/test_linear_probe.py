@@ -12,8 +12,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from torchgeo_softcon import LinearProbeTask, ResNet50_Weights, ViTSmall16_Weights
-from torchgeo_softcon._compat import HAS_TASKS, BaseTask
+from torchgeo_softcon._compat import HAS_TASKS, BaseTask, get_weight
 from torchgeo_softcon.bands import SENTINEL2_SUBSETS
+from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.features import last_block_features
 
 from ..callbacks.helpers import PatchesDataModule
@@ -152,6 +153,41 @@ class TestWeights:
             for i, band in enumerate(bands):
                 index = SENTINEL2_SUBSETS[13].index(band)
                 assert torch.equal(loaded[:, i], whole[:, index])
+
+    @pytest.mark.parametrize('host', [False, True])
+    def test_bands_by_name_of_others(
+        self, host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Checkpoints, and weights of TorchGeo."""
+        weights: Any = tmp_path / 'run.ckpt'
+        state = create_encoder('resnet18', 3).state_dict()
+        bands = ['B2', 'B3', 'B4']
+        hparams = {'model': 'resnet18', 'bands': bands}
+        if host:
+            weights = 'ResNet18_Weights.SENTINEL2_RGB_MOCO'
+            bands = list(get_weight(weights).meta['bands'])
+            monkeypatch.setattr(
+                'torchvision.models.WeightsEnum.get_state_dict', lambda *a, **k: state
+            )
+        else:
+            content = {'state_dict': state, 'hyper_parameters': hparams}
+            torch.save(content, weights)
+        options = {'model': 'resnet18', 'in_channels': 3, 'weights': str(weights)}
+        task = make_probe(**options, bands=bands[::-1])
+        loaded = task.model.state_dict()['conv1.weight']
+        assert torch.equal(loaded, state['conv1.weight'].flip(1))
+        with pytest.raises(ValueError, match='bands must be among those of'):
+            make_probe(**options, bands=['B2', 'B3', 'B8'])
+
+    def test_bands_of_weights_that_do_not_tell(self, tmp_path: Path) -> None:
+        torch.save(create_encoder('resnet18', 3).state_dict(), tmp_path / 'a.pth')
+        with pytest.raises(ValueError, match='do not tell their bands'):
+            make_probe(
+                model='resnet18',
+                in_channels=3,
+                weights=str(tmp_path / 'a.pth'),
+                bands=['B2', 'B3', 'B4'],
+            )
 
     def test_weights_of_a_model_of_ours(self) -> None:
         task = make_probe(

@@ -74,7 +74,20 @@ def encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
     if not hasattr(model, 'forward_features'):
         return {'pooled': model(image).flatten(1)}
 
-    tokens = model.forward_features(image)
+    return pool(encoder, model.forward_features(image))
+
+
+def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """Pool what an encoder makes of images, by all poolings that it knows.
+
+    Args:
+        encoder: A timm model.
+        tokens: From its ``forward_features``.
+
+    Returns:
+        See :func:`encode`.
+    """
+    model: Any = encoder
     pooled = model.forward_head(tokens, pre_logits=True).flatten(1)
     if not isinstance(model, VisionTransformer) or model.cls_token is None:
         return {'pooled': pooled}

@@ -66,7 +66,8 @@ class KNNProbe(Callback):
         Args:
             data: Labelled data: a datamodule, of which the training split becomes the
                 bank of features and the validation split the queries, or a dataset for
-                the bank. Defaults to the datamodule of the training.
+                the bank. Where both splits are the same images, bank and queries share
+                them out. Defaults to the datamodule of the training.
             queries: Labelled dataset for the queries, if *data* is a dataset.
             k: Number of neighbours.
             temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
@@ -280,8 +281,13 @@ class KNNProbe(Callback):
 
         count = max(self._images_between(trainer) // _SHARE, _MIN_SAMPLES)
         most = self.max_bank or max(count * 3 // 4, self.k)
-        bank.limit(most)
-        queries.limit(self.max_queries or max(most // 3, 1))
+        fewer = self.max_queries or max(most // 3, 1)
+        if bank.is_same(queries):
+            # An image that is its own neighbour would tell nothing
+            bank.limit_apart(queries, most, fewer)
+        else:
+            bank.limit(most)
+            queries.limit(fewer)
         if self.k > len(bank.indices):
             raise ValueError(
                 f'k must be at most the number of labelled samples in the bank, '

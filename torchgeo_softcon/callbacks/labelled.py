@@ -132,6 +132,43 @@ class LabelledSamples:
         order = torch.randperm(len(self.indices), generator=generator)
         self.indices = [self.indices[i] for i in order[:count].sort().values]
 
+    def is_same(self, other: 'LabelledSamples') -> bool:
+        """Whether these are the samples of another split, too.
+
+        Datamodules that keep nothing for validation or testing use all samples for all
+        splits.
+
+        Args:
+            other: The other split, not limited.
+
+        Returns:
+            True if both ask the same dataset for the same.
+        """
+        return other.dataset is self.dataset and list(other.indices) == list(
+            self.indices
+        )
+
+    def limit_apart(self, other: 'LabelledSamples', count: int, others: int) -> None:
+        """Choose some of the samples at random, and different ones for another split.
+
+        Where there are too few, these get three quarters.
+
+        Args:
+            other: A split of the same samples, see :meth:`is_same`.
+            count: Largest number of samples.
+            others: Largest number of samples of *other*.
+        """
+        if getattr(self.dataset, 'endless', False):
+            self.indices = range(count + others)
+        number = len(self.indices)
+        count = min(count, number * 3 // 4)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(number, generator=generator)
+        chosen, rest = order[:count], order[count : count + others]
+        draws = self.indices
+        self.indices = [draws[i] for i in chosen.sort().values]
+        other.indices = [draws[i] for i in rest.sort().values]
+
     def check(self) -> None:
         """Look at the first sample.
 

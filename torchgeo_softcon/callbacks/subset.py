@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset, Subset
 
+from ..datamodules.base import DrawDataModule
+
 
 def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
     """Choose some of a number of samples, always the same.
@@ -44,7 +46,8 @@ class TrainSubset(Callback):
 
     Papers evaluate on 10 % of BigEarthNet. (Lightning's ``limit_train_batches`` takes
     others in each epoch.) Validation and testing are on all samples. For datamodules of
-    samples that can be counted, not for those with samplers.
+    samples that can be counted: not for those with samplers, and not for this package's,
+    whose samples are draws that differ from epoch to epoch.
 
     .. code-block:: yaml
 
@@ -80,11 +83,18 @@ class TrainSubset(Callback):
             stage: What the trainer is about to do.
 
         Raises:
-            ValueError: If the datamodule has no training set of its own, or a sampler.
+            ValueError: If the datamodule has no training set of its own, or a sampler, or
+                is one of this package.
         """
         if stage != 'fit':
             return
         datamodule: Any = getattr(trainer, 'datamodule', None)
+        if isinstance(datamodule, DrawDataModule):
+            raise ValueError(  # noqa: TRY004
+                f'TrainSubset is for data of fixed samples, but those of '
+                f'{type(datamodule).__name__} are draws without an end. Give it fewer '
+                'images instead'
+            )
         dataset: Dataset[Any] | None = getattr(datamodule, 'train_dataset', None)
         samplers = ('train_sampler', 'train_batch_sampler', 'sampler', 'batch_sampler')
         if dataset is None or any(getattr(datamodule, s, None) for s in samplers):

@@ -12,10 +12,11 @@ from ..datamodules.normalization import use_unit_range
 
 
 class UnitRange(Callback):
-    """Lets any datamodule of TorchGeo give images in [0, 1], as SoftCon's authors do.
+    """Lets a datamodule of TorchGeo give images in [0, 1], as SoftCon's authors do.
 
     TorchGeo's datamodules scale images each in its own way, such as EuroSAT's to zero
-    mean. A frozen encoder needs the values that it was trained on.
+    mean. A frozen encoder needs the values that it was trained on. For datasets in digital
+    numbers (Sentinel-2) or dB (Sentinel-1), normalized in one step.
 
     .. code-block:: yaml
 

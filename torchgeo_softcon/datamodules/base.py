@@ -3,13 +3,17 @@
 
 """What the datamodules of this package share."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._compat import NonGeoDataModule, NonGeoDataset, Sample
+from ..bands import BAND_STATISTICS
+from ..datasets.scaling import resolve_value_range
 from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, check_values
 from .loading import DrawSampler, ResumableDataLoader
 
@@ -77,6 +81,9 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     #: Whether the draws of an epoch are permuted.
     shuffle = False
 
+    #: What becomes 0 and 1, a pair per band, if the dataset does not know.
+    value_range: Sequence[tuple[float, float]] | None = None
+
     def __init__(
         self,
         dataset_class: type[NonGeoDataset],
@@ -119,6 +126,20 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         self.aug = nn.Identity()
         self._train_loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
+
+    @property
+    def unit_range(self) -> bool:
+        """Whether training images are known to be scaled as :class:`.ToUnitRange` does.
+
+        Tasks of this package note it in checkpoints.
+        """
+        dataset = getattr(self, 'train_dataset', None)
+        bands = getattr(dataset, 'bands', None)
+        pairs = self.value_range or getattr(dataset, 'value_range', None)
+        if not bands or pairs is None or any(b not in BAND_STATISTICS for b in bands):
+            return False
+        expected = resolve_value_range('softcon', bands, len(bands), ())
+        return bool(np.allclose(pairs, expected))
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Data loader for training.

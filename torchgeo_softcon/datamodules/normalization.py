@@ -3,8 +3,10 @@
 
 """Bands and values of the images of a datamodule of TorchGeo."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import kornia.augmentation as K
@@ -22,6 +24,10 @@ _SETS = {
     's2': SENTINEL2_SUBSETS[12],
     'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
 }
+
+
+#: A part of a sequence: the parent, and the name in it.
+_Place = tuple[nn.Module, str]
 
 
 class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
@@ -50,8 +56,9 @@ def use_unit_range(
 
     Datamodules of TorchGeo scale each in its own way: EuroSAT to zero mean, BigEarthNet
     by percentiles, SSL4EO-S12 by 10,000, also dB. Their last step is replaced by
-    :class:`.ToUnitRange`, for all splits; random crops and flips stay. Datamodules of
-    this package have such images already, and are left as they are.
+    :class:`.ToUnitRange`, for all splits; random crops and flips stay. Datasets must give
+    digital numbers of Sentinel-2 or dB of Sentinel-1. Datamodules of this package have
+    such images already, and are left as they are.
 
     Args:
         datamodule: The datamodule, set up.
@@ -59,7 +66,7 @@ def use_unit_range(
 
     Raises:
         ValueError: If the bands are not known, or the datamodule has no normalization
-            that could be replaced.
+            that could be replaced, or one of several steps.
     """
     plain: Any = datamodule
     mean, std = (torch.as_tensor(v) for v in (plain.mean, plain.std))
@@ -72,12 +79,15 @@ def use_unit_range(
             'names, such as [B4, B3, B2]'
         )
     unit = ToUnitRange.of(bands)
-    found = False
-    for name in ('aug', *(f'{s}_aug' for s in ('train', 'val', 'test', 'predict'))):
-        for parent, child in _normalizations(getattr(datamodule, name, None)):
-            setattr(parent, child, _UnitRange(unit))
-            found = True
-    if not found:
+    found = _normalizations(datamodule)
+    if max(map(len, found)) > 1:
+        raise ValueError(
+            f'{type(datamodule).__name__} normalizes images in several steps, so they are '
+            'not digital numbers or dB, which unit_range is for. Leave it out'
+        )
+    for parent, child in chain(*found):
+        setattr(parent, child, _UnitRange(unit))
+    if not any(found):
         raise ValueError(
             f'{type(datamodule).__name__} has no normalization (kornia.augmentation.'
             'Normalize) that could be replaced. Scale its images by transforms of the '
@@ -87,8 +97,13 @@ def use_unit_range(
     plain.mean, plain.std = unit.low, unit.extent
 
 
-def _normalizations(module: Any) -> Iterator[tuple[nn.Module, str]]:
-    """Where the normalizations of a sequence are: the parent, and the name in it."""
+def _normalizations(datamodule: LightningDataModule) -> list[list[_Place]]:
+    """Where the normalizations of each of the sequences of a datamodule are."""
+    names = ('aug', *(f'{s}_aug' for s in ('train', 'val', 'test', 'predict')))
+    return [list(_places(getattr(datamodule, name, None))) for name in names]
+
+
+def _places(module: Any) -> Iterator[_Place]:
     if isinstance(module, nn.Module):
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
@@ -128,10 +143,14 @@ def match_images(
     Args:
         datamodule: The datamodule, set up.
         bands: Names of the bands that the encoder expects, if they are known.
-        unit_range: Whether it expects them as :func:`use_unit_range` scales them.
+        unit_range: Whether it expects them as :func:`use_unit_range` scales them, None
+            if that is not known.
 
     Raises:
         ValueError: If the images have other bands or another order, or cannot be scaled.
+
+    Warns:
+        UserWarning: If *unit_range* is None, and the datamodule normalizes images.
     """
     found = image_bands(datamodule)
     if found is not None and bands is not None:
@@ -145,3 +164,11 @@ def match_images(
             )
     if unit_range:
         use_unit_range(datamodule, found or bands)
+    elif unit_range is None and any(_normalizations(datamodule)):
+        warnings.warn(
+            f'the values that the encoder was trained on are not known: images come as '
+            f'{type(datamodule).__name__} normalizes them. Set unit_range to True for an '
+            'encoder of images in [0, 1] as SoftCon scales them, else to False',
+            UserWarning,
+            stacklevel=2,
+        )

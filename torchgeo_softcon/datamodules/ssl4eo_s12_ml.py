@@ -98,8 +98,10 @@ class SSL4EOS12MLDataModule(DrawDataModule):
             fractions=fractions,
         )
         bands = [band for name in split_names(split) for band in BANDS[name]]
-        pairs = resolve_value_range(value_range or 'softcon', bands, len(bands), ())
-        self.aug = self._scale = _Scale(pairs)
+        self.value_range = resolve_value_range(
+            value_range or 'softcon', bands, len(bands), ()
+        )
+        self.aug = self._scale = _Scale(self.value_range)
         self.collate_fn = collate
         self._data: SSL4EOS12ML | None = None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from .._compat import get_weight
+from ..bands import spell_band_name
 from ..modules.patch_embed import input_layer
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
@@ -120,8 +121,6 @@ class Encoder:
         in_channels: Number of bands.
         size: Side of the images that it was trained with in pixels, if it is known.
         bands: Their names, if they are known.
-        bands: Names of the bands of the images, if they are not those of *weights*, from
-            which they are chosen.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
             if that is not known.
     """
@@ -132,6 +131,10 @@ class Encoder:
     size: int | None
     bands: tuple[str, ...] | None = None
     unit_range: bool | None = None
+
+
+def _spelled(bands: Sequence[str]) -> list[str]:
+    return [spell_band_name(band) for band in bands]
 
 
 def open_encoder(
@@ -147,20 +150,23 @@ def open_encoder(
         checkpoint: See :func:`read_trained`.
         weights: Name of a weight enum member.
         model: timm name of the encoder, if the checkpoint does not have it.
-        bands: Names of the bands of the images, if they are not those of *weights*, from
-            which they are chosen.
+        bands: Names of the bands of the images: chosen from those of *weights* of this
+            package, and of a *checkpoint* that does not tell them, all in its order.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, if
-            *weights* do not tell.
+            *weights* or *checkpoint* do not tell.
 
     Returns:
         The encoder, in evaluation mode.
 
     Raises:
         ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it
-            has no encoder, or if *bands* are not among those of *weights*.
+            has no encoder, or if *bands* are not among those of *weights*, or not those
+            that *checkpoint* was trained with.
+        OSError: If there is no such file, or *weights* cannot be downloaded.
     """
     # Late, as it is the one that reads files by the functions above
     from .encoders import create_encoder, is_vit, load_encoder
+    from .weights import EncoderWeights
 
     if (checkpoint is None) == (weights is None):
         raise ValueError(
@@ -169,8 +175,18 @@ def open_encoder(
         )
     if weights is not None:
         member = get_weight(weights)
+        if bands is not None and not isinstance(member, EncoderWeights):
+            raise ValueError(
+                f'bands are chosen from weights of this package only, got bands = '
+                f'{tuple(bands)} and weights = {weights}. Leave bands out, and choose and '
+                'order those of the dataset'
+            )
         options: Any = {} if bands is None else {'bands': bands}
-        state, meta = dict(member.get_state_dict(progress=True, **options)), member.meta
+        try:
+            state = dict(member.get_state_dict(progress=True, **options))
+        except RuntimeError as error:  # no network, or another hash
+            raise OSError(str(error)) from error
+        meta = member.meta
         name, size = meta.get('model'), meta.get('img_size')
         bands = bands or meta.get('bands')
         # Those of DINO-MC are standardized after that
@@ -182,11 +198,19 @@ def open_encoder(
         trained = read_trained(cast(str, checkpoint))
         state, hparams = trained.state_dict, trained.hparams
         name, size = trained.model, hparams.get('size')
-        bands = bands or hparams.get('bands')
-        if unit_range is None and 'UnitRange' in trained.checkpoint.get(
-            'callbacks', {}
-        ):
-            unit_range = True  # a callback of this package
+        known = hparams.get('bands')
+        if bands and known and _spelled(bands) != _spelled(known):
+            raise ValueError(
+                f'bands must be those that {checkpoint} was trained with, '
+                f'{tuple(known)}, got {tuple(bands)}. Leave bands out, and choose and '
+                'order those of the dataset'
+            )
+        bands = bands or known
+        if unit_range is None:
+            # What a callback and the tasks of this package note
+            content = trained.checkpoint
+            noted = 'UnitRange' in content.get('callbacks', {})
+            unit_range = True if noted or content.get('unit_range') else None
     name = model or name
     if not name:
         raise ValueError(

@@ -199,7 +199,8 @@ def load_task(checkpoint: str | None) -> Any:
     hparams = content.get('hyper_parameters', {})
     package, _, name = str(hparams.get('_class_path', '')).rpartition('.')
     if not name:  # not made by the command line
-        name = 'SoftConTask' if 'soft_weight' in hparams else ''
+        marks = {'soft_weight': 'SoftConTask', 'local_sizes': 'DINOMCTask'}
+        name = next((marks[key] for key in marks if key in hparams), '')
         package = 'torchgeo_softcon'
     # Nothing else is imported because a file says so
     task = package.partition('.')[0] == 'torchgeo_softcon' and name.endswith('Task')
@@ -212,6 +213,21 @@ def load_task(checkpoint: str | None) -> Any:
     return found and found.load_from_checkpoint(
         checkpoint, map_location='cpu', weights_only=True, **options
     )
+
+
+def has_other_augmentations(checkpoint: str, task: Any) -> bool:
+    """Whether a run had other augmentations than the task that was made of it.
+
+    Args:
+        checkpoint: Path of the checkpoint of the run.
+        task: From :func:`load_task`.
+
+    Returns:
+        True if the checkpoint tells so.
+    """
+    content = torch.load(checkpoint, 'cpu', weights_only=True, mmap=True)
+    own = task.unsaved()['augmentations']
+    return bool(content.get('unsaved', {}).get('augmentations', own) != own)
 
 
 @torch.no_grad()
@@ -288,6 +304,11 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         'Drawn anew from the images on the left. The frame of a view has the colour of '
         'its box on the image. '
     )
+    if has_other_augmentations(str(checkpoint), task):
+        text += (
+            'These are the default augmentations of the task: the run had others, which '
+            'neither its checkpoint nor a config.yaml beside it has. '
+        )
     if hasattr(task, 'masking'):
         text += 'Pink patches are masked. '
     return Section(

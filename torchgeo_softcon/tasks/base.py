@@ -213,6 +213,9 @@ class EMATask(BaseTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out augmentations, and refuse to overwrite a good checkpoint.
 
+        Whether images were scaled as :class:`.ToUnitRange` does is noted, if the datamodule
+        tells.
+
         Args:
             checkpoint: The checkpoint.
 
@@ -224,6 +227,9 @@ class EMATask(BaseTask):
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
         checkpoint['unsaved'] = self.unsaved()
+        # For those who use the encoder with other data
+        datamodule = getattr(self._trainer, 'datamodule', None)
+        checkpoint['unit_range'] = getattr(datamodule, 'unit_range', False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint does not hold from this task.

@@ -16,7 +16,9 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
 from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
+from ..models.convert import choose_bands
 from ..models.features import last_block_features
+from ..models.trained import read_trained
 from ..models.weights import EncoderWeights
 from ..modules import input_layer
 from ..schedules import cosine_warmup
@@ -75,7 +77,8 @@ class LinearProbeTask(ClassificationTask):
                 checkpoint, or True for the weights that *model* stands for.
             in_channels: Number of bands of the images.
             bands: Their names, in the order of the channels, if they are not those of
-                *weights*. They are chosen from the weights by name.
+                *weights*. They are chosen from the weights by name, which must tell
+                theirs, as weight enums and checkpoints of tasks with *bands* do.
             task: One of 'binary', 'multiclass', or 'multilabel'.
             num_classes: Number of classes (only for ``task='multiclass'``).
             num_labels: Number of labels (only for ``task='multilabel'``).
@@ -166,6 +169,18 @@ class LinearProbeTask(ClassificationTask):
                 member = None
             if isinstance(member, EncoderWeights):
                 return member.get_state_dict(bands=bands, layout='timm')
+            if member is None:
+                known = read_trained(cast(str, weights)).hparams.get('bands')
+            else:
+                known = member.meta.get('bands')
+            if not known:
+                raise ValueError(
+                    f'weights = {weights} do not tell their bands, so bands cannot be '
+                    'chosen from them. Leave bands out, and give images the bands of the '
+                    'weights in their order'
+                )
+            state_dict = read_weights(cast(WeightsEnum | str, weights))
+            return choose_bands(state_dict, known, bands)
         return read_weights(cast(WeightsEnum | str, weights))
 
     def configure_metrics(self) -> None:
