@@ -172,7 +172,7 @@ class LinearProbeTask(ClassificationTask):
             if member is None:
                 known = read_trained(cast(str, weights)).hparams.get('bands')
             else:
-                known = member.meta.get('bands')
+                known = cast(WeightsEnum, member).meta.get('bands')
             if not known:
                 raise ValueError(
                     f'weights = {weights} do not tell their bands, so bands cannot be '
