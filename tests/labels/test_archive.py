@@ -22,7 +22,7 @@ from affine import Affine
 
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
-from torchgeo_softcon.labels import archive, plan, store
+from torchgeo_softcon.labels import archive, plan, store, write_json
 from torchgeo_softcon.legends import (
     DYNAMICWORLD_CLASSES,
     WORLDCOVER_CODES,
@@ -123,6 +123,21 @@ class TestFile:
         expected = np.roll(histogram(codes_at(lon, lat)), 1).tolist()
         assert table[COUNTS].iloc[0].tolist() == expected
 
+    def test_named_tiles_of_other_years_are_left_out(
+        self, images: Path, tiles: Path, tmp_path: Path
+    ) -> None:
+        named = sorted(tiles.glob('*.tif'))
+        assert '_2020_' in named[0].name
+        for out, worldcover in (('a', named), ('b', tiles)):
+            out = tmp_path / f'{out}.parquet'
+            run(images=images, worldcover=worldcover, out=out)
+        ours, theirs = (tmp_path / f'{name}.parquet' for name in 'ab')
+        assert ours.read_bytes() == theirs.read_bytes()
+        with pytest.raises(
+            FileNotFoundError, match='must have tiles of 2021, got only'
+        ):
+            run(images=images, worldcover=named[:1], out=tmp_path / 'c.parquet')
+
     def test_dynamic_world(self, images: Path, tiles: Path, tmp_path: Path) -> None:
         for classes in ('worldcover', 'dynamicworld'):
             run(
@@ -166,6 +181,47 @@ class TestFile:
         # Other thresholds need no counting
         assert run(**options, min_fraction=0.001).new == 0
         assert json.loads(out.read_text())['0000007']['20210101'] == [*WORLDCOVER_CODES]
+
+    def test_json_that_is_something_else(
+        self, images: Path, tiles: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / 'ml.json'
+        out.write_text('published')
+        options = {'images': images, 'worldcover': tiles, 'out': out}
+        with pytest.raises(
+            ValueError, match=r'ml\.json is there, but not .*ml\.parquet'
+        ):
+            run(**options)
+        assert [*tmp_path.glob('ml.*')] == [out]
+        assert out.read_text() == 'published'
+        run(**options, overwrite=True)
+        assert set(json.loads(out.read_text())) == {'0', '1', '2'}
+
+    def test_json_loses_no_patch(self, tiles: Path, tmp_path: Path) -> None:
+        for number, folder in enumerate('abcde'):
+            transform = grid('EPSG:32632', 6.5 + number, 46, 100)
+            name = 'y' if folder == 'e' else 'x'
+            write_image(tmp_path / folder / name / '1.tif', 'EPSG:32632', transform)
+        options = {'images': tmp_path / '*' / '*' / '1.tif', 'worldcover': tiles}
+        match = (
+            r'3 do not, such as b/x/1.tif \(as a/x/1.tif\), c/x.*, d/x/1.tif \(as a/'
+        )
+        with pytest.raises(ValueError, match=match):
+            run(**options, out=tmp_path / 'ml.json')
+        assert not [*tmp_path.glob('ml*')]
+        run(**options, out=tmp_path / 'ml.parquet')
+        with pytest.raises(ValueError, match='different classes for x'):
+            write_json(tmp_path / 'ml.parquet', tmp_path / 'ml.json', 0.09)
+
+    def test_json_of_two_products_of_an_image(
+        self, tiles: Path, tmp_path: Path
+    ) -> None:
+        for product in ('s2a', 's2c'):
+            path = tmp_path / product / '07' / '20210101' / 'B2.tif'
+            write_image(path, 'EPSG:32632', grid('EPSG:32632', 7, 46, 100))
+        out = tmp_path / 'ml.json'
+        run(layout=('ssl4eo-s12', tmp_path), worldcover=tiles, out=out)
+        assert list(json.loads(out.read_text())['07']) == ['20210101']
 
     def test_delhi(self, shared: Path, tmp_path: Path) -> None:
         expected = pd.read_csv(

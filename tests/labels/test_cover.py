@@ -16,7 +16,7 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.datasets import worldcover_download
 from torchgeo_softcon.datasets.worldcover_tiles import tile_path
-from torchgeo_softcon.labels.cover import remote_bucket
+from torchgeo_softcon.labels.cover import find_files, remote_bucket
 
 from .helpers import CODES, grid, write_image
 
@@ -213,6 +213,19 @@ class TestRemote:
         labelled, _ = run(images, f'/vsicurl/{bucket.url}')
         assert list(labelled.failures) == ['two.tif']
         assert '501' in labelled.failures['two.tif']
+
+    def test_404_in_the_address_is_not_sea(self, bucket: Bucket, images: Path) -> None:
+        bucket.broken = 'N45E009'
+        labelled, _ = run(images, f'/vsicurl/{bucket.url}/404')
+        assert list(labelled.failures) == ['two.tif']
+
+    def test_a_tile_of_another_year(self) -> None:
+        tiles = [f'/vsicurl/https://a/{tile_path("N45E006", y)}' for y in (2020, 2021)]
+        assert find_files(tiles, 2020) == tiles[:1]
+        with pytest.raises(
+            FileNotFoundError, match='only those of other years, such as'
+        ):
+            find_files(tiles[:1], 2021)
 
     @pytest.mark.parametrize(
         ('path', 'expected'),

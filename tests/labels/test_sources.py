@@ -125,6 +125,24 @@ class TestTables:
         theirs = frame().geometry.to_numpy()
         assert shapely.equals_exact(ours, theirs, 1e-5).all()
 
+    def test_ids_are_text(self, tmp_path: Path) -> None:
+        path = tmp_path / 'a.csv'
+        names = ['0000001', '1', '1e5', 'NA']
+        rows = [f'{name},1,2,3,4\n' for name in names]
+        path.write_text(f'id,left,bottom,right,top\n{"".join(rows)}')
+        source = read_footprints(path)
+        assert source.ids.to_pylist() == names
+        assert read_all(source).table['id'].to_pylist() == names
+
+    def test_types_do_not_depend_on_the_first_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / 'a.csv'
+        # More than what pyarrow looks at to guess types
+        first = ''.join(f'{number:0600000},1,2,3,4\n' for number in range(3))
+        path.write_text(f'ID,Left,bottom,right,top\n{first}a,1.5,2.5,3.5,4.5\n')
+        whole = read_all(read_footprints(path))
+        bounds = shapely.bounds(shapely.from_wkb(whole.table['polygon'].to_numpy()))
+        assert bounds[-1].tolist() == [1.5, 2.5, 3.5, 4.5]
+
     @pytest.mark.parametrize('suffix', ['csv', 'parquet'])
     def test_grids(self, tmp_path: Path, suffix: str) -> None:
         path = tmp_path / f'a.{suffix}'
