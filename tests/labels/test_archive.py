@@ -74,6 +74,10 @@ def run(**options: Any) -> archive.Labelled:
     return label_archive(**{'workers': 1, 'progress': False, **options})
 
 
+def _interrupt(*args: Any) -> int:
+    raise KeyboardInterrupt
+
+
 class TestFile:
     def test_a_row_per_image(self, images: Path, tiles: Path, tmp_path: Path) -> None:
         out = tmp_path / 'labels.parquet'
@@ -305,6 +309,58 @@ class TestAgain:
         assert run(**options, worldcover=tiles).new == 2
         assert pd.read_parquet(tmp_path / 'a.parquet').valid.tolist() == [1, 1]
 
+    def test_more_tiles_fill_what_an_interrupted_run_did_not_find(
+        self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / 'few'
+        folder.mkdir()
+        for path in tiles.glob('*2021*N45E006*'):
+            shutil.copy(path, folder)
+        for name, lon in (('inside', 7), ('seam', 8.99)):
+            transform = grid('EPSG:32632', lon, 46, 100)
+            write_image(tmp_path / 'images' / f'{name}.tif', 'EPSG:32632', transform)
+        options = {'images': tmp_path / 'images', 'out': tmp_path / 'a.parquet'}
+        with monkeypatch.context() as context:
+            context.setattr(store.LabelStore, 'finish', _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(**options, worldcover=folder)
+        # What the tiles that were there covered is kept
+        assert run(**options, worldcover=tiles).new == 1
+        assert pd.read_parquet(tmp_path / 'a.parquet').valid.tolist() == [1, 1]
+
+    def test_a_wrong_archive_does_no_harm(
+        self, images: Path, tiles: Path, tmp_path: Path
+    ) -> None:
+        options = {'worldcover': tiles, 'out': tmp_path / 'a.parquet'}
+        run(**options, images=images)
+        with pytest.raises(ValueError, match='has 12 ids that the archive has not'):
+            run(**options, footprints=boxes(tmp_path / 'a.csv', 3))
+        labelled = run(**options, images=images)
+        assert (labelled.rows, labelled.new) == (12, 0)
+
+    def test_overwrite_keeps_the_file_until_there_is_another(
+        self, images: Path, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / 'a.parquet'
+        options = {'images': images, 'out': out}
+        run(**options, worldcover=tiles)
+        before = out.read_bytes()
+        (tmp_path / 'bad.tif').write_text('no raster')
+        with pytest.raises(OSError, match='truncated or no raster'):
+            run(**options, worldcover=[tiles, tmp_path / 'bad.tif'], overwrite=True)
+        assert out.read_bytes() == before
+
+        other = {**options, 'worldcover': tiles, 'classes': 'dynamicworld'}
+        with monkeypatch.context() as context:
+            context.setattr(store.LabelStore, 'finish', _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(**other, overwrite=True)
+        assert out.read_bytes() == before
+        # It goes on as it was started
+        labelled = run(**other)
+        assert (labelled.rows, labelled.new) == (12, 0)
+        assert 'count_8' in pq.read_schema(out).names
+
     def test_an_interrupted_run_goes_on(
         self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -336,11 +392,8 @@ class TestAgain:
         options = {'footprints': boxes(tmp_path / 'a.csv', 20), 'worldcover': tiles}
         run(**options, out=tmp_path / 'whole.parquet')
 
-        def stop(*args: Any) -> int:
-            raise KeyboardInterrupt
-
         with monkeypatch.context() as context:
-            context.setattr(store.LabelStore, 'finish', stop)
+            context.setattr(store.LabelStore, 'finish', _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 run(**options, out=tmp_path / 'a.parquet')
         (part,) = (tmp_path / 'a.parquet.parts').glob('counts-*')
@@ -569,6 +622,7 @@ class TestBadInput:
         (parts / 'origin.json').write_text(
             '{"year": 2021, "version": 1, "archive": "x"}'
         )
+        (parts / 'counts-00000000.parquet').touch()
         with pytest.raises(ValueError, match='interrupted run with archive = x, this'):
             run(
                 footprints=boxes(tmp_path / 'a.csv', 3),

@@ -260,7 +260,10 @@ class _Run:
         ids = footprints['id']
         lost = reasons(cover, boxes, np.flatnonzero(plan.first < 0).tolist(), self.year)
         self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
-        uncounted = ~_absent(ids.combine_chunks(), self.source.ids.take(todo))
+        self.store.start_counting(self._names(worldcover))
+        names = ids.combine_chunks()
+        uncounted = ~_absent(names, self.source.ids.take(unfinished))
+        uncounted &= _absent(names, self.store.parts('counts')['id'])
         uncounted[list(lost)] = False
         done = self._count(plan, footprints, uncounted)
         rows = self.store.finish(
