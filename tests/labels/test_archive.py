@@ -483,6 +483,8 @@ class TestBadInput:
         write_image(images / 'b.tif', 'EPSG:32632', Affine.identity())
         write_image(images / 'c.tif', 'EPSG:32632', grid('EPSG:32632', 20, 46, 100))
         (images / 'd.tif').write_text('no image')
+        local = 'LOCAL_CS["here",UNIT["metre",1]]'
+        write_image(images / 'e.tif', local, Affine(10, 0, 0, 0, -10, 0))
         out = tmp_path / 'labels.parquet'
         args = ['--images', f'{images}/**/*.tif', '--worldcover', str(tiles)]
         assert (
@@ -490,14 +492,15 @@ class TestBadInput:
         )
         captured = capsys.readouterr()
         assert '12 labels' in captured.out
-        assert '4 patches have none' in captured.err
+        assert '5 patches have none' in captured.err
         with (tmp_path / 'labels.failed.csv').open() as file:
             reasons = {row['id']: row['reason'] for row in csv.DictReader(file)}
-        assert list(reasons) == ['a.tif', 'b.tif', 'c.tif', 'd.tif']
+        assert list(reasons) == ['a.tif', 'b.tif', 'c.tif', 'd.tif', 'e.tif']
         assert reasons['a.tif'] == 'has no coordinate reference system'
         assert 'no georeference' in reasons['b.tif']
         assert 'N45E018_Map.tif' in reasons['c.tif']
         assert 'cannot be opened as a raster' in reasons['d.tif']
+        assert 'has no place' in reasons['e.tif']
         assert len(pq.read_table(out)) == 12
 
     def test_interrupted_by_the_keyboard(

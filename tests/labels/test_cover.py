@@ -187,6 +187,24 @@ class TestDownload:
         assert (labelled.new, labelled.failures) == (1, {})
         assert table.valid['two.tif'] == 1
 
+    def test_a_place_that_is_not_on_earth_stops_nothing(
+        self, bucket: Bucket, tmp_path: Path
+    ) -> None:
+        table = tmp_path / 'a.csv'
+        edges = ['a,6.1,45.1,6.11,45.11', 'b,6.1,100,6.11,101', 'c,600,45,601,46']
+        table.write_text('\n'.join(['id,left,bottom,right,top', *edges]))
+        labelled = label_archive(
+            footprints=table,
+            worldcover=tmp_path / 'tiles',
+            out=tmp_path / 'a.parquet',
+            workers=1,
+            download=True,
+            base_url=bucket.url,
+            progress=False,
+        )
+        reason = 'has no place in longitude and latitude'
+        assert (labelled.rows, labelled.failures) == (1, {'b': reason, 'c': reason})
+
     def test_one_folder(self, images: Path, root: Path) -> None:
         with pytest.raises(ValueError, match='worldcover must be one folder'):
             run(images, [root, images], download=True)

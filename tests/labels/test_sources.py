@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import shapely
 from affine import Affine
+from pyproj import Transformer
 
 from torchgeo_softcon.labels import sources, tables
 from torchgeo_softcon.labels.footprints import (
@@ -248,3 +249,25 @@ def test_outlines_of_grids() -> None:
         assert right - left < 1
         assert (right > 180) == (crs != 'EPSG:32632')
         assert polygon.exterior.is_ccw
+
+
+@pytest.mark.parametrize('pixels', [True, False])
+def test_outlines_have_the_bends_of_long_edges(pixels: bool) -> None:
+    # 100 km: in the middle, the upper edge is farther north than at its corners
+    transform = Affine(100, 0, 450_000, 0, -100, 6_651_000)
+    table = make_footprints(['a'], ['EPSG:32632'], [transform[:6]], [(1000, 1000)])
+    if not pixels:
+        box = shapely.box(450_000, 6_551_000, 550_000, 6_651_000)
+        table = make_footprints(['a'], ['EPSG:32632'], polygons=[shapely.to_wkb(box)])
+    (polygon,) = outlines(table)
+    to_degrees = Transformer.from_crs('EPSG:32632', 'EPSG:4326', always_xy=True)
+    _, top = to_degrees.transform(500_000, 6_651_000)
+    _, corner = to_degrees.transform(450_000, 6_651_000)
+    assert polygon.bounds[3] == pytest.approx(top, abs=1e-6)
+    assert top - corner > 1e-3
+
+
+def test_outlines_of_small_grids_are_their_corners() -> None:
+    transform = grid('EPSG:32632', 7, 46)
+    table = make_footprints(['a'], ['EPSG:32632'], [transform[:6]], [(500, 500)])
+    assert shapely.get_num_coordinates(outlines(table)).tolist() == [5]
