@@ -22,7 +22,7 @@ from affine import Affine
 
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
-from torchgeo_softcon.labels import archive, plan, store
+from torchgeo_softcon.labels import archive, plan, store, write_json
 from torchgeo_softcon.legends import (
     DYNAMICWORLD_CLASSES,
     WORLDCOVER_CODES,
@@ -74,6 +74,10 @@ def run(**options: Any) -> archive.Labelled:
     return label_archive(**{'workers': 1, 'progress': False, **options})
 
 
+def _interrupt(*args: Any) -> int:
+    raise KeyboardInterrupt
+
+
 class TestFile:
     def test_a_row_per_image(self, images: Path, tiles: Path, tmp_path: Path) -> None:
         out = tmp_path / 'labels.parquet'
@@ -123,6 +127,21 @@ class TestFile:
         expected = np.roll(histogram(codes_at(lon, lat)), 1).tolist()
         assert table[COUNTS].iloc[0].tolist() == expected
 
+    def test_named_tiles_of_other_years_are_left_out(
+        self, images: Path, tiles: Path, tmp_path: Path
+    ) -> None:
+        named = sorted(tiles.glob('*.tif'))
+        assert '_2020_' in named[0].name
+        for out, worldcover in (('a', named), ('b', tiles)):
+            out = tmp_path / f'{out}.parquet'
+            run(images=images, worldcover=worldcover, out=out)
+        ours, theirs = (tmp_path / f'{name}.parquet' for name in 'ab')
+        assert ours.read_bytes() == theirs.read_bytes()
+        with pytest.raises(
+            FileNotFoundError, match='must have tiles of 2021, got only'
+        ):
+            run(images=images, worldcover=named[:1], out=tmp_path / 'c.parquet')
+
     def test_dynamic_world(self, images: Path, tiles: Path, tmp_path: Path) -> None:
         for classes in ('worldcover', 'dynamicworld'):
             run(
@@ -166,6 +185,47 @@ class TestFile:
         # Other thresholds need no counting
         assert run(**options, min_fraction=0.001).new == 0
         assert json.loads(out.read_text())['0000007']['20210101'] == [*WORLDCOVER_CODES]
+
+    def test_json_that_is_something_else(
+        self, images: Path, tiles: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / 'ml.json'
+        out.write_text('published')
+        options = {'images': images, 'worldcover': tiles, 'out': out}
+        with pytest.raises(
+            ValueError, match=r'ml\.json is there, but not .*ml\.parquet'
+        ):
+            run(**options)
+        assert [*tmp_path.glob('ml.*')] == [out]
+        assert out.read_text() == 'published'
+        run(**options, overwrite=True)
+        assert set(json.loads(out.read_text())) == {'0', '1', '2'}
+
+    def test_json_loses_no_patch(self, tiles: Path, tmp_path: Path) -> None:
+        for number, folder in enumerate('abcde'):
+            transform = grid('EPSG:32632', 6.5 + number, 46, 100)
+            name = 'y' if folder == 'e' else 'x'
+            write_image(tmp_path / folder / name / '1.tif', 'EPSG:32632', transform)
+        options = {'images': tmp_path / '*' / '*' / '1.tif', 'worldcover': tiles}
+        match = (
+            r'3 do not, such as b/x/1.tif \(as a/x/1.tif\), c/x.*, d/x/1.tif \(as a/'
+        )
+        with pytest.raises(ValueError, match=match):
+            run(**options, out=tmp_path / 'ml.json')
+        assert not [*tmp_path.glob('ml*')]
+        run(**options, out=tmp_path / 'ml.parquet')
+        with pytest.raises(ValueError, match='different classes for x'):
+            write_json(tmp_path / 'ml.parquet', tmp_path / 'ml.json', 0.09)
+
+    def test_json_of_two_products_of_an_image(
+        self, tiles: Path, tmp_path: Path
+    ) -> None:
+        for product in ('s2a', 's2c'):
+            path = tmp_path / product / '07' / '20210101' / 'B2.tif'
+            write_image(path, 'EPSG:32632', grid('EPSG:32632', 7, 46, 100))
+        out = tmp_path / 'ml.json'
+        run(layout=('ssl4eo-s12', tmp_path), worldcover=tiles, out=out)
+        assert list(json.loads(out.read_text())['07']) == ['20210101']
 
     def test_delhi(self, shared: Path, tmp_path: Path) -> None:
         expected = pd.read_csv(
@@ -249,6 +309,58 @@ class TestAgain:
         assert run(**options, worldcover=tiles).new == 2
         assert pd.read_parquet(tmp_path / 'a.parquet').valid.tolist() == [1, 1]
 
+    def test_more_tiles_fill_what_an_interrupted_run_did_not_find(
+        self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / 'few'
+        folder.mkdir()
+        for path in tiles.glob('*2021*N45E006*'):
+            shutil.copy(path, folder)
+        for name, lon in (('inside', 7), ('seam', 8.99)):
+            transform = grid('EPSG:32632', lon, 46, 100)
+            write_image(tmp_path / 'images' / f'{name}.tif', 'EPSG:32632', transform)
+        options = {'images': tmp_path / 'images', 'out': tmp_path / 'a.parquet'}
+        with monkeypatch.context() as context:
+            context.setattr(store.LabelStore, 'finish', _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(**options, worldcover=folder)
+        # What the tiles that were there covered is kept
+        assert run(**options, worldcover=tiles).new == 1
+        assert pd.read_parquet(tmp_path / 'a.parquet').valid.tolist() == [1, 1]
+
+    def test_a_wrong_archive_does_no_harm(
+        self, images: Path, tiles: Path, tmp_path: Path
+    ) -> None:
+        options = {'worldcover': tiles, 'out': tmp_path / 'a.parquet'}
+        run(**options, images=images)
+        with pytest.raises(ValueError, match='has 12 ids that the archive has not'):
+            run(**options, footprints=boxes(tmp_path / 'a.csv', 3))
+        labelled = run(**options, images=images)
+        assert (labelled.rows, labelled.new) == (12, 0)
+
+    def test_overwrite_keeps_the_file_until_there_is_another(
+        self, images: Path, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / 'a.parquet'
+        options = {'images': images, 'out': out}
+        run(**options, worldcover=tiles)
+        before = out.read_bytes()
+        (tmp_path / 'bad.tif').write_text('no raster')
+        with pytest.raises(OSError, match='truncated or no raster'):
+            run(**options, worldcover=[tiles, tmp_path / 'bad.tif'], overwrite=True)
+        assert out.read_bytes() == before
+
+        other = {**options, 'worldcover': tiles, 'classes': 'dynamicworld'}
+        with monkeypatch.context() as context:
+            context.setattr(store.LabelStore, 'finish', _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(**other, overwrite=True)
+        assert out.read_bytes() == before
+        # It goes on as it was started
+        labelled = run(**other)
+        assert (labelled.rows, labelled.new) == (12, 0)
+        assert 'count_8' in pq.read_schema(out).names
+
     def test_an_interrupted_run_goes_on(
         self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -280,11 +392,8 @@ class TestAgain:
         options = {'footprints': boxes(tmp_path / 'a.csv', 20), 'worldcover': tiles}
         run(**options, out=tmp_path / 'whole.parquet')
 
-        def stop(*args: Any) -> int:
-            raise KeyboardInterrupt
-
         with monkeypatch.context() as context:
-            context.setattr(store.LabelStore, 'finish', stop)
+            context.setattr(store.LabelStore, 'finish', _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 run(**options, out=tmp_path / 'a.parquet')
         (part,) = (tmp_path / 'a.parquet.parts').glob('counts-*')
@@ -374,6 +483,8 @@ class TestBadInput:
         write_image(images / 'b.tif', 'EPSG:32632', Affine.identity())
         write_image(images / 'c.tif', 'EPSG:32632', grid('EPSG:32632', 20, 46, 100))
         (images / 'd.tif').write_text('no image')
+        local = 'LOCAL_CS["here",UNIT["metre",1]]'
+        write_image(images / 'e.tif', local, Affine(10, 0, 0, 0, -10, 0))
         out = tmp_path / 'labels.parquet'
         args = ['--images', f'{images}/**/*.tif', '--worldcover', str(tiles)]
         assert (
@@ -381,14 +492,15 @@ class TestBadInput:
         )
         captured = capsys.readouterr()
         assert '12 labels' in captured.out
-        assert '4 patches have none' in captured.err
+        assert '5 patches have none' in captured.err
         with (tmp_path / 'labels.failed.csv').open() as file:
             reasons = {row['id']: row['reason'] for row in csv.DictReader(file)}
-        assert list(reasons) == ['a.tif', 'b.tif', 'c.tif', 'd.tif']
+        assert list(reasons) == ['a.tif', 'b.tif', 'c.tif', 'd.tif', 'e.tif']
         assert reasons['a.tif'] == 'has no coordinate reference system'
         assert 'no georeference' in reasons['b.tif']
         assert 'N45E018_Map.tif' in reasons['c.tif']
         assert 'cannot be opened as a raster' in reasons['d.tif']
+        assert 'has no place' in reasons['e.tif']
         assert len(pq.read_table(out)) == 12
 
     def test_interrupted_by_the_keyboard(
@@ -513,6 +625,7 @@ class TestBadInput:
         (parts / 'origin.json').write_text(
             '{"year": 2021, "version": 1, "archive": "x"}'
         )
+        (parts / 'counts-00000000.parquet').touch()
         with pytest.raises(ValueError, match='interrupted run with archive = x, this'):
             run(
                 footprints=boxes(tmp_path / 'a.csv', 3),

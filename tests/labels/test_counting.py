@@ -126,6 +126,20 @@ class TestGrid:
         lon, lat = centres('EPSG:4326', inside, 30, 60)
         assert counted.counts[0].tolist() == histogram(codes_at(lon, lat))
 
+    @pytest.mark.parametrize('rotation', [-45, 45, 135])
+    def test_rotated_degrees_across_the_antimeridian(
+        self, world: Path, rotation: float
+    ) -> None:
+        # At -45, two opposite corners are on one side, and another is on the other
+        transform = (
+            Affine.translation(179.98, 67)
+            @ Affine.rotation(rotation)
+            @ Affine.scale(0.004, -0.004)
+        )
+        counted = count(world, table_of('EPSG:4326', transform, 32, 32))
+        lon, lat = centres('EPSG:4326', transform, 32, 32)
+        assert counted.counts[0].tolist() == histogram(codes_at(lon, lat))
+
     def test_large_grids_are_counted_in_pieces(
         self, world: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -355,6 +369,18 @@ class TestBadTiles:
         assert list(counted.reasons) == [0]
         assert 'truncated or damaged' in counted.reasons[0]
         assert path.name in counted.reasons[0]
+        assert counted.counts[1].sum() == 400
+
+    def test_a_crs_that_is_not_on_earth(self, tmp_path: Path) -> None:
+        write_tile(tmp_path, 6, 45)
+        table = make_footprints(
+            ['a', 'b'],
+            ['LOCAL_CS["here",UNIT["metre",1]]', 'EPSG:4326'],
+            [(RES, 0, 6.1, 0, -RES, 47)] * 2,
+            [(20, 20)] * 2,
+        )
+        counted = count_pixels(table, open_tiles(tmp_path), WORLDCOVER_CODES)
+        assert list(counted.reasons) == [0]
         assert counted.counts[1].sum() == 400
 
     def test_foreign_codes(self, tmp_path: Path) -> None:

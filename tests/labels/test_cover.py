@@ -16,7 +16,7 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.datasets import worldcover_download
 from torchgeo_softcon.datasets.worldcover_tiles import tile_path
-from torchgeo_softcon.labels.cover import remote_bucket
+from torchgeo_softcon.labels.cover import find_files, remote_bucket
 
 from .helpers import CODES, grid, write_image
 
@@ -187,6 +187,24 @@ class TestDownload:
         assert (labelled.new, labelled.failures) == (1, {})
         assert table.valid['two.tif'] == 1
 
+    def test_a_place_that_is_not_on_earth_stops_nothing(
+        self, bucket: Bucket, tmp_path: Path
+    ) -> None:
+        table = tmp_path / 'a.csv'
+        edges = ['a,6.1,45.1,6.11,45.11', 'b,6.1,100,6.11,101', 'c,600,45,601,46']
+        table.write_text('\n'.join(['id,left,bottom,right,top', *edges]))
+        labelled = label_archive(
+            footprints=table,
+            worldcover=tmp_path / 'tiles',
+            out=tmp_path / 'a.parquet',
+            workers=1,
+            download=True,
+            base_url=bucket.url,
+            progress=False,
+        )
+        reason = 'has no place in longitude and latitude'
+        assert (labelled.rows, labelled.failures) == (1, {'b': reason, 'c': reason})
+
     def test_one_folder(self, images: Path, root: Path) -> None:
         with pytest.raises(ValueError, match='worldcover must be one folder'):
             run(images, [root, images], download=True)
@@ -213,6 +231,19 @@ class TestRemote:
         labelled, _ = run(images, f'/vsicurl/{bucket.url}')
         assert list(labelled.failures) == ['two.tif']
         assert '501' in labelled.failures['two.tif']
+
+    def test_404_in_the_address_is_not_sea(self, bucket: Bucket, images: Path) -> None:
+        bucket.broken = 'N45E009'
+        labelled, _ = run(images, f'/vsicurl/{bucket.url}/404')
+        assert list(labelled.failures) == ['two.tif']
+
+    def test_a_tile_of_another_year(self) -> None:
+        tiles = [f'/vsicurl/https://a/{tile_path("N45E006", y)}' for y in (2020, 2021)]
+        assert find_files(tiles, 2020) == tiles[:1]
+        with pytest.raises(
+            FileNotFoundError, match='only those of other years, such as'
+        ):
+            find_files(tiles[:1], 2021)
 
     @pytest.mark.parametrize(
         ('path', 'expected'),

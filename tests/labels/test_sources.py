@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import shapely
 from affine import Affine
+from pyproj import Transformer
 
 from torchgeo_softcon.labels import sources, tables
 from torchgeo_softcon.labels.footprints import (
@@ -125,6 +126,24 @@ class TestTables:
         theirs = frame().geometry.to_numpy()
         assert shapely.equals_exact(ours, theirs, 1e-5).all()
 
+    def test_ids_are_text(self, tmp_path: Path) -> None:
+        path = tmp_path / 'a.csv'
+        names = ['0000001', '1', '1e5', 'NA']
+        rows = [f'{name},1,2,3,4\n' for name in names]
+        path.write_text(f'id,left,bottom,right,top\n{"".join(rows)}')
+        source = read_footprints(path)
+        assert source.ids.to_pylist() == names
+        assert read_all(source).table['id'].to_pylist() == names
+
+    def test_types_do_not_depend_on_the_first_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / 'a.csv'
+        # More than what pyarrow looks at to guess types
+        first = ''.join(f'{number:0600000},1,2,3,4\n' for number in range(3))
+        path.write_text(f'ID,Left,bottom,right,top\n{first}a,1.5,2.5,3.5,4.5\n')
+        whole = read_all(read_footprints(path))
+        bounds = shapely.bounds(shapely.from_wkb(whole.table['polygon'].to_numpy()))
+        assert bounds[-1].tolist() == [1.5, 2.5, 3.5, 4.5]
+
     @pytest.mark.parametrize('suffix', ['csv', 'parquet'])
     def test_grids(self, tmp_path: Path, suffix: str) -> None:
         path = tmp_path / f'a.{suffix}'
@@ -230,3 +249,25 @@ def test_outlines_of_grids() -> None:
         assert right - left < 1
         assert (right > 180) == (crs != 'EPSG:32632')
         assert polygon.exterior.is_ccw
+
+
+@pytest.mark.parametrize('pixels', [True, False])
+def test_outlines_have_the_bends_of_long_edges(pixels: bool) -> None:
+    # 100 km: in the middle, the upper edge is farther north than at its corners
+    transform = Affine(100, 0, 450_000, 0, -100, 6_651_000)
+    table = make_footprints(['a'], ['EPSG:32632'], [transform[:6]], [(1000, 1000)])
+    if not pixels:
+        box = shapely.box(450_000, 6_551_000, 550_000, 6_651_000)
+        table = make_footprints(['a'], ['EPSG:32632'], polygons=[shapely.to_wkb(box)])
+    (polygon,) = outlines(table)
+    to_degrees = Transformer.from_crs('EPSG:32632', 'EPSG:4326', always_xy=True)
+    _, top = to_degrees.transform(500_000, 6_651_000)
+    _, corner = to_degrees.transform(450_000, 6_651_000)
+    assert polygon.bounds[3] == pytest.approx(top, abs=1e-6)
+    assert top - corner > 1e-3
+
+
+def test_outlines_of_small_grids_are_their_corners() -> None:
+    transform = grid('EPSG:32632', 7, 46)
+    table = make_footprints(['a'], ['EPSG:32632'], [transform[:6]], [(500, 500)])
+    assert shapely.get_num_coordinates(outlines(table)).tolist() == [5]

@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 import shapely
 from tqdm import tqdm
 
-from ..datasets.worldcover_files import Path, find_tiles
+from ..datasets.worldcover_files import Path
 from ..datasets.worldcover_tiles import BUCKET, VERSIONS, check_year
 from ..legends import LEGENDS, WORLDCOVER_CODES
 from .counting import Counted, count_pixels
-from .cover import download_folder, find_cover, reasons, remote_bucket
-from .export import write_json
+from .cover import download_folder, find_cover, find_files, reasons, remote_bucket
+from .export import check_places, write_json
 from .footprints import Floats, outlines
 from .plan import Plan, Unit
 from .sources import Images, find_images, find_layout, read
@@ -115,8 +115,9 @@ def label_archive(
         ImportError: If there is a *scheduler*, but no Dask.
         OSError: If there are no images or no tiles, if a tile cannot be opened, or if the
             file cannot be written.
-        ValueError: If not exactly one archive is given, ids are not unique, other options
-            are out of range, or if the file has labels of another map, legend or archive.
+        ValueError: If not exactly one archive is given, ids are not unique (for JSON, in
+            their last folder and name), other options are out of range, or if the file has
+            labels of another map, legend or archive, or is none of labels.
     """
     check_year(year)
     if classes not in LEGENDS:
@@ -139,12 +140,21 @@ def label_archive(
     if download:
         download_folder(worldcover)
     elif remote_bucket(worldcover) is None:
-        find_tiles(worldcover, year)
+        find_files(worldcover, year)
     source, name = _find_archive(images, footprints, layout)
     _check_unique(source.ids)
+    if format == 'json' and layout is None:
+        # The products of an image in a layout are at one place
+        check_places(source.ids.to_pylist())
     product = f'ESA WorldCover 10 m {year} {VERSIONS[year]}'
     # The counts are kept beside the JSON, so that other thresholds take no second run
     file = path.with_suffix('.parquet') if format == 'json' else path
+    json = path.with_suffix('.json')
+    if format == 'json' and json.exists() and not (file.exists() or overwrite):
+        raise ValueError(
+            f'{json} is there, but not {file} of which it would be made: it may not be of '
+            'this command. Choose another file, or set overwrite to replace it'
+        )
     store = LabelStore(file, LEGENDS[classes], year, product)
     count = workers or _cores()
     with store.open(name, overwrite), open_workers(count, scheduler) as pool:
@@ -152,7 +162,7 @@ def label_archive(
             worldcover, base_url if download else None
         )
     if format == 'json':
-        write_json(store.path, path.with_suffix('.json'), min_fraction, min_valid)
+        write_json(store.path, json, min_fraction, min_valid)
     return labelled
 
 
@@ -237,7 +247,8 @@ class _Run:
         todo, unfinished = self._missing(self._names(worldcover))
         footprints = self._footprints(todo, unfinished)
         boxes = self._boxes(footprints)
-        placed = np.isfinite(boxes).all(1)
+        # Not a number where there is no place
+        placed = (abs(boxes) <= (540, 90, 540, 90)).all(1)
         if not placed.all():
             for name in footprints['id'].filter(pa.array(~placed)).to_pylist():
                 self.failures[name] = 'has no place in longitude and latitude'
@@ -250,7 +261,10 @@ class _Run:
         ids = footprints['id']
         lost = reasons(cover, boxes, np.flatnonzero(plan.first < 0).tolist(), self.year)
         self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
-        uncounted = ~_absent(ids.combine_chunks(), self.source.ids.take(todo))
+        self.store.start_counting(self._names(worldcover))
+        names = ids.combine_chunks()
+        uncounted = ~_absent(names, self.source.ids.take(unfinished))
+        uncounted &= _absent(names, self.store.parts('counts')['id'])
         uncounted[list(lost)] = False
         done = self._count(plan, footprints, uncounted)
         rows = self.store.finish(
@@ -266,7 +280,7 @@ class _Run:
         if remote_bucket(worldcover) is not None:
             return []
         try:
-            return sorted(map(os.path.basename, find_tiles(worldcover, self.year)))
+            return sorted(map(os.path.basename, find_files(worldcover, self.year)))
         except FileNotFoundError:
             return []
 

@@ -30,7 +30,15 @@ from rasterio.features import geometry_mask
 
 from ..datasets._mosaic import EDGE, Tile, projection
 from .blocks import BlockMosaic, gdal_options
-from .footprints import Floats, by_crs, parse_crs, transforms_of, unwrap
+from .footprints import (
+    EDGE_DEGREES,
+    EDGE_UNITS,
+    Floats,
+    by_crs,
+    parse_crs,
+    transforms_of,
+    unwrap,
+)
 
 Counts = npt.NDArray[np.int64]
 
@@ -46,12 +54,6 @@ _MAX_PIXELS = 2**22
 
 #: Pixels of a grid that are looked up at once.
 _STRIP = 24_000
-
-#: Edges of outlines that are longer, in degrees and other units, are bent where a
-#: straight line in one CRS is not straight in another. Shorter ones, within 0.05 pixels
-#: of WorldCover, are not, as in GeoPandas' ``to_crs``.
-_EDGE_DEGREES, _EDGE_UNITS = 0.05, 5000.0
-
 
 #: Pixels of all official tiles together, for outlines where no tile is.
 _LATTICE = Tile(
@@ -156,7 +158,7 @@ class _Grids:
         target = self.tiles[0].crs
         try:
             to_tile = projection(parse_crs(crs), target)
-        except ValueError:
+        except (ProjError, ValueError):
             return
         nodes = (chebyshev.chebpts1(_NODES) + 1) / 2
         height, width = self.shapes[rows, :1], self.shapes[rows, 1:]
@@ -337,10 +339,10 @@ class _Counter:
         """Codes of a grid, also of one that goes on beyond the antimeridian."""
         if not crs.is_geographic:
             return self.mosaic.read(crs, transform, height, width)
-        x = [transform @ corner for corner in ((0, 0), (width, height))]
+        corners = [transform @ (col, row) for col in (0, width) for row in (0, height)]
+        turns = [round(lon / 360) for lon, _ in corners]
         out = np.zeros((height, width), np.uint8)
-        turns = {round(lon / 360) for lon, _ in x}
-        for turn in sorted(turns):
+        for turn in range(min(turns), max(turns) + 1):
             moved = Affine.translation(-360 * turn, 0) @ transform
             values = self.mosaic.read(crs, moved, height, width)
             np.copyto(out, values, where=out == 0)
@@ -398,7 +400,7 @@ def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geome
     """
     transformer = projection(source, target)
     if transformer is not None:
-        longest = _EDGE_DEGREES if source.is_geographic else _EDGE_UNITS
+        longest = EDGE_DEGREES if source.is_geographic else EDGE_UNITS
         polygon = shapely.segmentize(polygon, longest)
 
     def move(points: Floats) -> Floats:

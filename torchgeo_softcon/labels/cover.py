@@ -16,6 +16,7 @@ from ..datasets._mosaic import Tile, open_tile
 from ..datasets.worldcover_download import download_tiles
 from ..datasets.worldcover_files import Path, find_tiles, warn_size
 from ..datasets.worldcover_tiles import (
+    OFFICIAL,
     TILE_DEGREES,
     tile_corner,
     tile_file,
@@ -73,10 +74,11 @@ def find_cover(
         names = tiles_of(boxes)
         paths = [f'{bucket}/{tile_path(name, year)}' for name in names]
         cover = Cover()
-        for name, opened in zip(names, _open(paths, workers), strict=True):
+        for name, path, opened in zip(names, paths, _open(paths, workers), strict=True):
             if isinstance(opened, Tile):
                 cover.tiles.append(opened)
-            elif '404' in opened:
+            # The address itself may have the number, too
+            elif 'HTTP response code: 404' in opened.replace(path, ''):
                 cover.absent.add(name)
             else:
                 cover.failed[name] = opened
@@ -91,7 +93,7 @@ def find_cover(
         cover.absent, cover.failed = set(result.absent), result.failed
         if not (result.downloaded or result.kept) and not _any_tiles(folder, year):
             return cover
-    files = find_tiles(worldcover, year)
+    files = find_files(worldcover, year)
     for file, opened in zip(files, _open(files, workers), strict=True):
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
@@ -99,6 +101,37 @@ def find_cover(
         warn_size(opened, stacklevel=4)
         cover.tiles.append(opened)
     return cover
+
+
+def find_files(worldcover: Path | Iterable[Path], year: int) -> list[str]:
+    """Find the tiles of a year, also among files that are named one by one.
+
+    A dataset takes every file that is named. Labels are said to be those of one map, so
+    here the year of an official name counts, wherever the file is.
+
+    Args:
+        worldcover: Folders and files.
+        year: Year of the map.
+
+    Returns:
+        The files, as :func:`.find_tiles` sorts them.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    files = find_tiles(worldcover, year)
+    names = [OFFICIAL.search(os.path.basename(file)) for file in files]
+    chosen = [
+        file
+        for file, name in zip(files, names, strict=True)
+        if name is None or name['year'] == str(year)
+    ]
+    if not chosen:
+        raise FileNotFoundError(
+            f'worldcover must have tiles of {year}, got only those of other years, such '
+            f'as {files[0]}: choose their year, or name files of {year}'
+        )
+    return chosen
 
 
 def remote_bucket(worldcover: Path | Iterable[Path]) -> str | None:
@@ -173,7 +206,7 @@ def reasons(
 
 def _any_tiles(folder: str, year: int) -> bool:
     try:
-        return bool(find_tiles(folder, year))
+        return bool(find_files(folder, year))
     except FileNotFoundError:
         return False
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ def write_json(
         out: The file to write.
         min_fraction: Smallest share of the valid pixels that a class must cover.
         min_valid: Smallest share of the pixels that must be valid.
+
+    Raises:
+        ValueError: If patches of one location and season have different classes.
     """
     locations: dict[str, dict[str, list[int]]] = {}
     with pq.ParquetFile(labels) as file:
@@ -42,9 +46,45 @@ def write_json(
                 batch['valid'].to_numpy() >= np.float32(min_valid)
             )[:, None]
             for name, row in zip(batch['id'].to_pylist(), present, strict=True):
-                folders, _, season = name.rpartition('/')
-                location = folders.rpartition('/')[2] or season
+                location, season = _place(name)
                 classes = codes[row].tolist()
-                locations.setdefault(location, {})[season] = classes
+                # Products of one image have the same classes, and are one
+                if locations.setdefault(location, {}).setdefault(season, classes) != (
+                    classes
+                ):
+                    raise ValueError(
+                        f'labels have different classes for {location}/{season}, the '
+                        f'last folder and the name of {name} and of another patch: '
+                        f'JSON cannot have both, use the Parquet file {labels}'
+                    )
     with _whole(Path(out)) as unfinished:
         unfinished.write_text(json.dumps(locations))
+
+
+def check_places(ids: Iterable[str]) -> None:
+    """Refuse ids that are one location and season in JSON, where one would be lost.
+
+    Args:
+        ids: Names of the patches.
+
+    Raises:
+        ValueError: If there are such ids.
+    """
+    first: dict[tuple[str, str], str] = {}
+    twice = [
+        (name, other)
+        for name in ids
+        if (other := first.setdefault(_place(name), name)) != name
+    ]
+    if twice:
+        examples = ', '.join(f'{name} (as {other})' for name, other in twice[:3])
+        raise ValueError(
+            'ids must differ in their last folder or name, which are the location and the '
+            f'season in JSON, {len(twice)} do not, such as {examples}: write Parquet'
+        )
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Location and season id of a patch."""
+    folders, _, season = name.rpartition('/')
+    return folders.rpartition('/')[2] or season, season

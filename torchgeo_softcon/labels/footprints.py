@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import shapely
 from pyproj import CRS
-from pyproj.exceptions import CRSError
+from pyproj.exceptions import CRSError, ProjError
 
 from ..datasets._mosaic import projection
 
@@ -38,6 +38,14 @@ SCHEMA = pa.schema(
         'polygon': pa.binary(),
     }
 )
+
+#: Edges of outlines that are longer, in degrees and other units, are bent where a
+#: straight line in one CRS is not straight in another. Shorter ones, within 0.05 pixels
+#: of WorldCover, are not, as in GeoPandas' ``to_crs``.
+EDGE_DEGREES, EDGE_UNITS = 0.05, 5000.0
+
+#: Most pieces of one of four edges: wrong coordinates may be as far away as they like.
+_PIECES = 128
 
 #: Longitude and latitude.
 LONLAT = 'OGC:CRS84'
@@ -134,38 +142,56 @@ def outlines(table: pa.Table) -> npt.NDArray[Any]:
     transforms = transforms_of(table)
     for crs, rows in by_crs(table):
         try:
-            to_degrees = projection(parse_crs(crs), parse_crs(LONLAT))
-        except ValueError:
+            source = parse_crs(crs)
+            to_degrees = projection(source, parse_crs(LONLAT))
+        except (ProjError, ValueError):
             continue
         grid = shapes[rows, 0] > 0
-        if grid.any():
-            chosen = rows[grid]
-            x, y = corners(transforms[chosen], shapes[chosen])
+        bent = not source.is_geographic
+        pieces = _pieces(transforms[rows], shapes[rows]) if bent else np.ones(len(rows))
+        for number in np.unique(pieces[grid]):
+            chosen = rows[grid & (pieces == number)]
+            x, y = ring(transforms[chosen], shapes[chosen], int(number))
             if to_degrees is not None:
                 x, y = to_degrees.transform(x, y)
             x = unwrap(x)
             sound = np.isfinite(x).all(1) & np.isfinite(y).all(1)
-            rings = np.stack([x, y], -1)[sound]  # (N, 5, 2)
+            rings = np.stack([x, y], -1)[sound]  # (N, 4 * number + 1, 2)
             out[chosen[sound]] = shapely.polygons(rings)
         for row in rows[~grid]:
             polygon = shapely.from_wkb(table['polygon'][row].as_py())
+            if bent and np.isfinite(polygon.length):
+                longest = max(EDGE_UNITS, polygon.length / (4 * _PIECES))
+                polygon = shapely.segmentize(polygon, longest)
             out[row] = _to_degrees(polygon, to_degrees)
     return out
 
 
-def corners(transforms: Floats, shapes: npt.NDArray[np.int32]) -> tuple[Floats, Floats]:
+def _pieces(transforms: Floats, shapes: npt.NDArray[np.int32]) -> Floats:
+    """Into how many pieces the edges of pixel grids are cut, of shape (N,)."""
+    a, b, _, d, e, _ = transforms.T
+    height, width = shapes.T
+    edges = np.maximum(np.hypot(a, d) * width, np.hypot(b, e) * height)
+    return np.asarray(np.nan_to_num(np.ceil(edges / EDGE_UNITS)).clip(1, _PIECES))
+
+
+def ring(
+    transforms: Floats, shapes: npt.NDArray[np.int32], pieces: int = 1
+) -> tuple[Floats, Floats]:
     """Closed rings around pixel grids in their own coordinates.
 
     Args:
         transforms: Transforms of shape (N, 6).
         shapes: Heights and widths of shape (N, 2).
+        pieces: Into how many pieces every edge is cut.
 
     Returns:
-        x and y of shape (N, 5) each.
+        x and y of shape (N, 4 * *pieces* + 1) each.
     """
     height, width = shapes[:, :1].astype(np.float64), shapes[:, 1:].astype(np.float64)
-    cols = np.array([0, 0, 1, 1, 0]) * width
-    rows = np.array([0, 1, 1, 0, 0]) * height
+    along = np.arange(4 * pieces + 1) / pieces
+    cols = np.interp(along, range(5), [0, 0, 1, 1, 0]) * width
+    rows = np.interp(along, range(5), [0, 1, 1, 0, 0]) * height
     a, b, c, d, e, f = transforms.T[:, :, None]
     return a * cols + b * rows + c, d * cols + e * rows + f
 

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ import shapely
 from pyproj import CRS
 
 from ..legends import WORLDCOVER_CODES, Legend
-from .counting import Counted
+from .counting import Counted, Counts
 from .footprints import LONLAT, SCHEMA, outlines
 
 #: Rows of a row group of the file.
@@ -60,6 +60,9 @@ class LabelStore:
         self.folder = path.with_name(f'{path.name}.parts')
         self.failures = path.with_name(f'{path.stem}.failed.csv')
         self.legend, self.year, self.product = legend, year, product
+        self._manifest = self.folder / 'origin.json'
+        #: Whether the file is to be replaced: until that is done, it is as if not there.
+        self._replaced = False
 
     @contextlib.contextmanager
     def open(self, archive: str, overwrite: bool) -> Iterator[None]:
@@ -67,7 +70,7 @@ class LabelStore:
 
         Args:
             archive: What the archive is, to tell whether parts belong to it.
-            overwrite: Whether to delete what is there.
+            overwrite: Whether to replace what is there.
 
         Raises:
             BlockingIOError: If another run writes the file.
@@ -82,28 +85,18 @@ class LabelStore:
             except BlockingIOError as error:
                 raise BlockingIOError(f'another run is writing {self.path}') from error
             if overwrite:
-                self.path.unlink(missing_ok=True)
                 for part in self.folder.glob('*.parquet'):
                     part.unlink()
-                (self.folder / 'origin.json').unlink(missing_ok=True)
-            self._check(archive)
+            self._check(archive, overwrite)
             yield
 
-    def _check(self, archive: str) -> None:
+    def _check(self, archive: str, overwrite: bool) -> None:
         """Raise an error if what is there is something else."""
         remedy = 'Choose another file, or set overwrite to replace it'
-        if self.path.exists():
-            there = self.about()
-            for key, value in self._origin().items():
-                if there.get(key) != value:
-                    raise ValueError(
-                        f'{self.path} has labels with {key} = {there.get(key)}, this run '
-                        f'has {value}. {remedy}'
-                    )
-        manifest = self.folder / 'origin.json'
         origin = {'archive': archive, 'year': self.year, 'version': _VERSION}
-        if manifest.exists():
-            there = json.loads(manifest.read_text())
+        # Without parts, it is left over from a run that did nothing: a wrong command
+        if any(self.folder.glob('*.parquet')) and self._manifest.exists():
+            there = json.loads(self._manifest.read_text())
             for key, value in origin.items():
                 if there.get(key) != value:
                     raise ValueError(
@@ -111,7 +104,21 @@ class LabelStore:
                         f'{there.get(key)}, this one has {value}. {remedy}'
                     )
         else:
-            _write(manifest, json.dumps(origin).encode())
+            there = {**origin, 'overwrite': overwrite, 'tiles': []}
+            _write(self._manifest, json.dumps(there).encode())
+        self._replaced = there.get('overwrite', False)
+        if self._there():
+            there = self.about()
+            for key, value in self._origin().items():
+                if there.get(key) != value:
+                    raise ValueError(
+                        f'{self.path} has labels with {key} = {there.get(key)}, this run '
+                        f'has {value}. {remedy}'
+                    )
+
+    def _there(self) -> bool:
+        """Whether there is a file that is not to be replaced."""
+        return self.path.exists() and not self._replaced
 
     def about(self) -> dict[str, Any]:
         """What the file says about itself.
@@ -140,7 +147,7 @@ class LabelStore:
 
     def labels(self) -> pa.Table | None:
         """The file, None if there is none."""
-        return pq.read_table(self.path) if self.path.exists() else None
+        return pq.read_table(self.path) if self._there() else None
 
     def parts(self, kind: Literal['counts', 'footprints']) -> pa.Table:
         """Rows of all parts of a kind, those that were written last first."""
@@ -152,6 +159,25 @@ class LabelStore:
             except (pa.ArrowInvalid, OSError):
                 path.unlink()  # cut off by a power failure, so it is done again
         return pa.concat_tables(tables).unify_dictionaries()
+
+    def start_counting(self, tiles: Sequence[str]) -> None:
+        """Drop counts that lack data, if there are tiles they were not made with.
+
+        Args:
+            tiles: Names of the tiles that are there.
+        """
+        origin = json.loads(self._manifest.read_text())
+        if not set(tiles) <= set(origin.get('tiles', ())):
+            for path in self.folder.glob('counts-*.parquet'):
+                part = pq.read_table(path)
+                whole = _by_code(part).sum(1) == part['pixels'].to_numpy()
+                if not whole.all():
+                    with _whole(path) as unfinished:
+                        pq.write_table(
+                            part.filter(pa.array(whole)), unfinished, compression='zstd'
+                        )
+        # Not before: a run that is killed in between drops them once more
+        _write(self._manifest, json.dumps({**origin, 'tiles': [*tiles]}).encode())
 
     def append(self, kind: Literal['counts', 'footprints'], table: pa.Table) -> None:
         """Write a part.
@@ -245,11 +271,8 @@ class LabelStore:
 
     def _to_legend(self, counts: pa.Table) -> Any:
         """Counts of the legend's classes, of shape (N, K)."""
-        flat = counts['counts'].combine_chunks().flatten().to_numpy()
         values = np.zeros((len(counts), len(self.legend.codes)), np.int64)
-        for code, column in zip(
-            WORLDCOVER_CODES, flat.reshape(-1, len(WORLDCOVER_CODES)).T, strict=True
-        ):
+        for code, column in zip(WORLDCOVER_CODES, _by_code(counts).T, strict=True):
             target = self.legend.of_worldcover[code]
             values[:, self.legend.codes.index(target)] += column
         return values
@@ -319,6 +342,12 @@ def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
         ],
         schema=_COUNTS,
     )
+
+
+def _by_code(counts: pa.Table) -> Counts:
+    """Counts of a part, of shape (N, 11)."""
+    flat = counts['counts'].combine_chunks().flatten().to_numpy()
+    return np.asarray(flat).reshape(-1, len(WORLDCOVER_CODES))
 
 
 @contextlib.contextmanager

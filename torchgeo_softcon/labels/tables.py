@@ -23,6 +23,12 @@ from .sources import Read
 #: Columns of a table that has boxes instead of geometries.
 _BOX = ('left', 'bottom', 'right', 'top')
 
+#: Types of the columns of CSV files, the others are as they look like.
+_CSV_TYPES = {
+    **dict.fromkeys(('id', 'crs', 'geometry', 'wkt'), pa.string()),
+    **dict.fromkeys(_BOX, pa.float64()),
+}
+
 #: Rows that are read at once.
 _ROWS = 2**16
 
@@ -99,6 +105,13 @@ def _batches(path: str) -> Iterator[pa.Table]:
     suffix = Path(path).suffix.lower()
     if suffix == '.csv':
         with pa.csv.open_csv(path) as reader:
+            names = reader.schema.names
+        # Not guessed: 0007 is a name, and the boxes of the first rows may be whole numbers
+        types = {name: _CSV_TYPES.get(name.lower()) for name in names}
+        options = pa.csv.ConvertOptions(
+            column_types={name: kind for name, kind in types.items() if kind}
+        )
+        with pa.csv.open_csv(path, convert_options=options) as reader:
             for batch in reader:
                 yield _rename(pa.Table.from_batches([batch]), path)
     elif suffix in ('.parquet', '.geoparquet', '.pq'):
