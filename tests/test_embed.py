@@ -12,18 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
-import timm
 import torch
 from pyproj import CRS
 
 from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS
-from torchgeo_softcon.callbacks.features import encode
 from torchgeo_softcon.callbacks.parts import PartedFile
 from torchgeo_softcon.datasets import SyntheticScenes
-from torchgeo_softcon.embed import embed, read_encoder
-from torchgeo_softcon.models import create_encoder
+from torchgeo_softcon.embed import embed
+from torchgeo_softcon.models.trained import open_encoder
 
 from .callbacks.helpers import PatchesDataModule
 from .datamodules.helpers import write_raster
@@ -37,7 +35,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torchgeo_softcon.callbacks.embeddings as embeddings
-from torchgeo_softcon.embed import embed, read_encoder
+from torchgeo_softcon.embed import embed
+from torchgeo_softcon.models.trained import open_encoder
 from tests.callbacks.helpers import Patches, PatchesDataModule
 
 embeddings.ROWS = 4
@@ -48,7 +47,7 @@ def get(self, index):
     Path('reads').open('a').write(f'{index}\\n')
     return read(self, index)
 Patches.__getitem__ = get
-embed(read_encoder('run.ckpt'), PatchesDataModule(), 'e.parquet', 'test', accelerator='cpu')
+embed(open_encoder('run.ckpt'), PatchesDataModule(), 'e.parquet', 'test', accelerator='cpu')
 """
 
 
@@ -64,60 +63,6 @@ def vectors(path: Path) -> Any:
     return np.stack(pd.read_parquet(path)['embedding'])
 
 
-class TestReadEncoder:
-    def test_task(self, checkpoint: Path) -> None:
-        encoder = read_encoder(checkpoint)
-        assert (encoder.name, encoder.in_channels, encoder.size) == ('test_vit', 4, 32)
-        state = torch.load(checkpoint, weights_only=True)['state_dict']
-        for key, value in encoder.model.state_dict().items():
-            assert torch.equal(value, state[f'model.{key}'])
-        assert not encoder.model.training
-
-    @pytest.mark.parametrize('name', ['MoCo', 'SimCLR', 'BYOL'])
-    def test_tasks_of_the_host(self, name: str, tmp_path: Path) -> None:
-        tasks = import_module('torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers')
-        task = getattr(tasks, name if HAS_TASKS else f'{name}Task')(
-            'resnet18', in_channels=4
-        )
-        path = tmp_path / 'run.ckpt'
-        hparams = {**task.hparams, 'augmentation1': None, 'augmentation2': None}
-        hparams = {k: v for k, v in hparams.items() if isinstance(v, int | str)}
-        torch.save({'state_dict': task.state_dict(), 'hyper_parameters': hparams}, path)
-        encoder = read_encoder(path)
-        image = torch.rand(2, 4, 64, 64)
-        own = task.model.backbone.model if name == 'BYOL' else task.backbone
-        expected = encode(own.eval(), image)['pooled']
-        torch.testing.assert_close(encoder.model(image), expected)
-
-    def test_state_dict_needs_a_name(self, tmp_path: Path) -> None:
-        path = tmp_path / 'encoder.pth'
-        torch.save(create_encoder('resnet18', 2).state_dict(), path)
-        assert read_encoder(path, model='resnet18').in_channels == 2
-        with pytest.raises(ValueError, match='Set model to the name'):
-            read_encoder(path)
-        with pytest.raises(
-            ValueError, match=r'no parameters of a test_vit: patch_embed'
-        ):
-            read_encoder(path, model='test_vit')
-
-    def test_positions_of_another_size_are_not_resampled(self, tmp_path: Path) -> None:
-        vit = timm.create_model('vit_tiny_patch16_384', img_size=224, num_classes=0)
-        path = tmp_path / 'encoder.pth'
-        torch.save(vit.state_dict(), path)
-        encoder = read_encoder(path, model='vit_tiny_patch16_384')
-        image = torch.rand(1, 3, 224, 224)
-        torch.testing.assert_close(encoder.model(image), vit.eval()(image))
-
-    def test_bad_input(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match='one of checkpoint and weights'):
-            read_encoder()
-        with pytest.raises(FileNotFoundError, match='does not exist'):
-            read_encoder(tmp_path / 'none.ckpt')
-        (tmp_path / 'text.ckpt').write_text('no checkpoint')
-        with pytest.raises(ValueError, match='cannot be loaded safely'):
-            read_encoder(tmp_path / 'text.ckpt')
-
-
 class TestEmbed:
     def test_geoparquet_of_scenes(
         self, scenes: SyntheticScenes, checkpoint: Path, tmp_path: Path
@@ -129,7 +74,7 @@ class TestEmbed:
         args: dict[str, Any] = {'root': scenes.root, 'size': 96, 'dates': 2}
         data = SyntheticScenesDataModule(**args, patch_size=48, batch_size=4)
         path = tmp_path / 'e.parquet'
-        rows = embed(read_encoder(checkpoint), data, path, accelerator='cpu', **QUIET)
+        rows = embed(open_encoder(checkpoint), data, path, accelerator='cpu', **QUIET)
         frame = geopandas.read_parquet(path)
         # Two places of two dates, four windows each
         assert rows == len(frame) == 16
@@ -148,7 +93,7 @@ class TestEmbed:
         assert (frame['stop'] - frame['start']).dt.days.eq(0).all()
         with torch.no_grad():
             image = torch.stack([grid[i]['image'] for i in range(16)])
-            expected = read_encoder(checkpoint).model(image)
+            expected = open_encoder(checkpoint).model(image)
         np.testing.assert_allclose(vectors(path), expected, rtol=1e-3, atol=1e-5)
 
     def test_killed_in_the_middle(self, checkpoint: Path, tmp_path: Path) -> None:
@@ -170,7 +115,7 @@ class TestEmbed:
         frame = pd.read_parquet(tmp_path / 'e.parquet')
         assert frame['index'].tolist() == list(range(24))
         data = PatchesDataModule()
-        encoder = read_encoder(checkpoint)
+        encoder = open_encoder(checkpoint)
         embed(
             encoder,
             data,
@@ -194,7 +139,7 @@ class TestEmbed:
         self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / 'e.parquet'
-        encoder, data = read_encoder(checkpoint), PatchesDataModule()
+        encoder, data = open_encoder(checkpoint), PatchesDataModule()
         options: dict[str, Any] = {'accelerator': 'cpu', **QUIET}
         close = PartedFile.close
         monkeypatch.setattr(PartedFile, 'close', _disk_full)
@@ -205,7 +150,7 @@ class TestEmbed:
         assert len(pd.read_parquet(path)) == 24
 
     def test_pooling(self, checkpoint: Path, tmp_path: Path) -> None:
-        encoder, data = read_encoder(checkpoint), PatchesDataModule()
+        encoder, data = open_encoder(checkpoint), PatchesDataModule()
         options: dict[str, Any] = {'accelerator': 'cpu', **QUIET}
         for pooling in ('cls', 'mean'):
             embed(encoder, data, tmp_path / pooling, pooling=pooling, **options)
@@ -248,7 +193,7 @@ class TestEmbed:
                 self.predict_sampler = sampler(self.predict_dataset, size=32, stride=32)
 
         path = tmp_path / 'e.parquet'
-        encoder = read_encoder(checkpoint)
+        encoder = open_encoder(checkpoint)
         rows = embed(encoder, Module(), path, accelerator='cpu', **QUIET)
         frame = geopandas.read_parquet(path)
         # The samplers of the two versions treat the rim differently

@@ -113,7 +113,8 @@ class TestBranch:
             export(file, 'timm')
 
     def test_other_file(self, tmp_path: Path) -> None:
-        torch.save(dino_checkpoint({}, {}, False), tmp_path / 'a.ckpt')
+        state = {'conv1.weight': torch.ones(1)}
+        torch.save(dino_checkpoint(state, state, False), tmp_path / 'a.ckpt')
         with pytest.raises(ValueError, match=r'SoftConTask or DINOMCTask, got .*args'):
             read_encoder(tmp_path / 'a.ckpt')
 

@@ -17,12 +17,12 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
     ('_version',),
-    ('bands', 'losses', 'modules', 'schedules', 'transforms'),
+    ('bands', 'legends', 'losses', 'modules', 'schedules', 'transforms'),
     ('_compat',),
     ('datasets', 'models'),
     ('datamodules', 'export', 'labels', 'pack', 'tasks', 'unpack'),
     ('callbacks',),
-    ('embed', 'report'),
+    ('embed', 'evaluate', 'report'),
     ('__main__', 'plugin'),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -33,6 +33,7 @@ from torchgeo_softcon import (
 )
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.bands import SENTINEL2_SUBSETS
+from torchgeo_softcon.callbacks import resize
 from torchgeo_softcon.datasets import SyntheticScenes
 
 from .models.helpers import WeightsFolder
@@ -64,11 +65,11 @@ def own_folder(
     os.environ.update(before)
 
 
-@pytest.fixture(scope='module', params=[224, 64])
-def eurosat(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, int]:
-    """EuroSAT with one image per class and split, of its own size and a larger one."""
+@pytest.fixture(scope='module')
+def eurosat(tmp_path_factory: Any) -> str:
+    """EuroSAT with one image per class and split."""
     root = tmp_path_factory.mktemp('eurosat')
-    size = request.param
+    size = 64
     for split in ('train', 'val', 'test'):
         names = [f'Class{label}_{split}' for label in range(10)]
         (root / f'eurosat-{split}.txt').write_text('\n'.join(f'{n}.jpg' for n in names))
@@ -83,7 +84,7 @@ def eurosat(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str,
                 compress='deflate',
             ) as file:
                 file.write(np.full((13, size, size), 200 * number, dtype=np.uint16))
-    return str(root), size
+    return str(root)
 
 
 def configure(**model: Any) -> str:
@@ -94,10 +95,31 @@ def configure(**model: Any) -> str:
 
 
 class TestClassification:
+    @pytest.fixture
+    def said(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """What is said about resized images."""
+        said: list[str] = []
+        monkeypatch.setattr(resize, 'rank_zero_info', said.append)
+        return said
+
+    def test_name_on_the_command_line(self, eurosat: str, said: list[str]) -> None:
+        """The model is timm's, which takes 224 px only; the tiles have 64."""
+        main(
+            [
+                *('fit', '--model', host('Classification')),
+                *('--model.model', 'vit_small_patch16_224'),
+                *('--model.weights', 'ViTSmall16_Weights.SENTINEL2_SOFTCON'),
+                *('--model.in_channels', '13', '--model.num_classes', '10'),
+                *('--data', 'EuroSATDataModule', '--data.dict_kwargs.root', eurosat),
+                *QUIET,
+            ]
+        )
+        assert len(said) == 1
+        assert 'resizes the images of (64, 64) pixels to (224, 224)' in said[0]
+
     @pytest.mark.parametrize(
         ('model', 'weights', 'bands'),
         [
-            ('vit_small_patch16_224', 'ViTSmall16_Weights.SENTINEL2_SOFTCON', None),
             (
                 'softcon_vit_small_patch14_224',
                 'ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON',
@@ -107,19 +129,15 @@ class TestClassification:
             ('dinomc_swin_tiny_patch4_window7_224', True, 3),
         ],
     )
-    def test_command_line(
-        self, model: str, weights: Any, bands: int | None, eurosat: tuple[str, int]
+    def test_our_models(
+        self, model: str, weights: Any, bands: int, eurosat: str, said: list[str]
     ) -> None:
-        root, size = eurosat
-        # The host builds timm's own Vision Transformers for 224 pixels
-        if (bands is None) != (size == 224):
-            pytest.skip('takes the other size')
-        names = SENTINEL2_SUBSETS[bands or 13]
+        names = SENTINEL2_SUBSETS[bands]
         args = [
             *('--model.model', model, '--model.in_channels', str(len(names))),
             *('--model.num_classes', '10', '--data', 'EuroSATDataModule'),
             # EuroSAT has another order
-            f'--data.dict_kwargs={{"root": "{root}", "bands": {json.dumps(spell(names))}}}',
+            f'--data.dict_kwargs={{"root": "{eurosat}", "bands": {json.dumps(spell(names))}}}',
         ]
         if weights is True:
             # On the command line, TorchGeo takes this for a name
@@ -129,6 +147,7 @@ class TestClassification:
             chosen = ['--model', host('Classification'), '--model.weights', weights]
             args = [*chosen, *args]
         main(['fit', *args, *QUIET])
+        assert said == []
 
 
 def spell(names: tuple[str, ...]) -> list[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SyntheticScenes,
         WorldCoverScenes,
     )
+    from .labels import label_archive
     from .losses import DINOLoss, SoftContrastiveLoss, soft_contrastive_loss
     from .models import (
         ResNet50_Weights,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         ViTSmall16_Weights,
         WideResNet50_2_Weights,
     )
-    from .tasks import DINOMCTask, SoftConTask
+    from .tasks import DINOMCTask, LinearProbeTask, SoftConTask
     from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
 
 __all__ = (
@@ -51,6 +52,7 @@ __all__ = (
     'ImageMaskFolder',
     'ImageMaskFolderDataModule',
     'KNNProbe',
+    'LinearProbeTask',
     'MultiCropView',
     'RandomView',
     'ResNet50_Weights',
@@ -70,6 +72,7 @@ __all__ = (
     'WorldCoverMultiLabel',
     'WorldCoverScenes',
     'WorldCoverScenesDataModule',
+    'label_archive',
     'soft_contrastive_loss',
 )
 
@@ -84,6 +87,7 @@ _MODULES = {
     'ImageMaskFolder': 'datasets',
     'ImageMaskFolderDataModule': 'datamodules',
     'KNNProbe': 'callbacks',
+    'LinearProbeTask': 'tasks',
     'MultiCropView': 'transforms',
     'RandomView': 'transforms',
     'ResNet50_Weights': 'models',
@@ -104,6 +108,7 @@ _MODULES = {
     'WorldCoverMultiLabel': 'transforms',
     'WorldCoverScenes': 'datasets',
     'WorldCoverScenesDataModule': 'datamodules',
+    'label_archive': 'labels',
     'soft_contrastive_loss': 'losses',
 }
 

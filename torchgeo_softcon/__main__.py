@@ -11,9 +11,11 @@ from importlib import import_module
 
 from torchgeo_softcon import __version__, plugin
 
-#: Commands in modules of their own that are slow to import.
-_WITH_DATA = {
+#: Commands in modules of their own.
+_IN_MODULES = {
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
+    'evaluate': 'k-NN and linear evaluation of frozen features',
+    'labels': 'label an archive of patches with their land cover',
     'pack': 'write SSL4EO-S12 in large files that are fast to read',
     'report': 'show a run or an encoder on a page of pictures',
     'unpack': 'write the GeoTIFFs of a packed SSL4EO-S12',
@@ -75,11 +77,11 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=export_encoder)
 
-    # They have the options of a datamodule, and a parser of their own
+    # They have a parser of their own
     rest = list(sys.argv[1:] if args is None else args)
-    for name, text in _WITH_DATA.items():
+    for name, text in _IN_MODULES.items():
         commands.add_parser(name, help=text, add_help=False)
-    if rest and rest[0] in _WITH_DATA:
+    if rest and rest[0] in _IN_MODULES:
         run = import_module(f'torchgeo_softcon.{rest[0]}').main
         return int(run(rest[1:]))
 

@@ -33,6 +33,7 @@ _TASKS = 'torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers'
 _LAZY = {
     'BaseDataModule': 'torchgeo.datamodules',
     'BaseTask': _TASKS,
+    'ClassificationTask': _TASKS,
     'DatasetNotFoundError': 'torchgeo.datasets',
     'NonGeoDataModule': 'torchgeo.datamodules',
     'NonGeoDataset': 'torchgeo.datasets',
@@ -44,12 +45,13 @@ if TYPE_CHECKING:
     from torchgeo.datamodules import BaseDataModule, NonGeoDataModule
     from torchgeo.datasets import DatasetNotFoundError, NonGeoDataset, RasterDataset
     from torchgeo.models import get_weight
-    from torchgeo.trainers import BaseTask
+    from torchgeo.trainers import BaseTask, ClassificationTask
 
 __all__ = (
     'HAS_TASKS',
     'BaseDataModule',
     'BaseTask',
+    'ClassificationTask',
     'DatasetNotFoundError',
     'NonGeoDataModule',
     'NonGeoDataset',
@@ -69,7 +71,8 @@ def __getattr__(name: str) -> Any:
     """Load a class of the host."""
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = getattr(import_module(_LAZY[name]), name)
+    host = 'Classification' if name == 'ClassificationTask' and HAS_TASKS else name
+    value = getattr(import_module(_LAZY[name]), host)
     globals()[name] = value
     return value
 

@@ -5,11 +5,9 @@
 
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,41 +15,20 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from . import datamodules  # noqa: F401, for the short names of its classes
-from ._compat import BaseDataModule, Sample, get_weight
+from ._compat import BaseDataModule, Sample
 from .callbacks.embeddings import EmbeddingWriter
 from .callbacks.features import encode, prepare
 from .callbacks.labelled import split_samples
 from .callbacks.parts import PartedFile
-from .models import create_encoder, is_vit, load_encoder
-from .modules import input_layer
-
-#: Where the encoder is in the checkpoints of tasks: BYOL, MAE, MoCo and SimCLR, others,
-#: and a plain state dict.
-_PREFIXES = ('model.backbone.model.', 'backbone.vit.', 'backbone.', 'model.', '')
+from .datamodules.normalization import match_images
+from .models.trained import Encoder, open_encoder
 
 #: Stage of a datamodule that has a split.
 _STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A trained encoder.
-
-    Attributes:
-        model: A timm model that pools its features.
-        name: Its timm name.
-        in_channels: Number of bands.
-        size: Side of the images that it was trained with in pixels, if it is known.
-    """
-
-    model: nn.Module
-    name: str
-    in_channels: int
-    size: int | None
 
 
 class _Embedder(LightningModule):
@@ -78,84 +55,6 @@ class _Embedder(LightningModule):
         return pooled.unflatten(0, (-1, seasons)).mean(1)
 
 
-def read_encoder(
-    checkpoint: str | os.PathLike[str] | None = None,
-    weights: str | None = None,
-    model: str | None = None,
-) -> Encoder:
-    """Read an encoder from a checkpoint or by the name of its weights.
-
-    Args:
-        checkpoint: Checkpoint of a task of this package or of TorchGeo, or a state dict.
-        weights: Name of a weight enum member.
-        model: timm name of the encoder, if the checkpoint does not have it.
-
-    Returns:
-        The encoder, in evaluation mode.
-
-    Raises:
-        ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it
-            has no encoder.
-    """
-    if (checkpoint is None) == (weights is None):
-        raise ValueError(
-            'one of checkpoint and weights must be given, got '
-            f'checkpoint = {checkpoint} and weights = {weights}'
-        )
-    if weights is not None:
-        member = get_weight(weights)
-        state = dict(member.get_state_dict(progress=True))
-        hparams = {'model': member.meta.get('model')}
-    else:
-        state, hparams = _read_checkpoint(Path(cast(str, checkpoint)))
-    name = model or hparams.get('model')
-    if not name:
-        raise ValueError(
-            f'{checkpoint or weights} does not tell its architecture. Set model to the '
-            'name of a timm model'
-        )
-
-    layer = input_layer(create_encoder(name))[0]
-    weight = state.get(f'{layer}.weight')
-    if weight is None:
-        raise ValueError(
-            f'{checkpoint or weights} has no parameters of a {name}: {layer}.weight is '
-            'not among them. Set model to the name of its architecture'
-        )
-    in_channels = int(weight.shape[1])
-    encoder: Any = create_encoder(name, in_channels)
-    positions = state.get('pos_embed')
-    if is_vit(encoder) and positions is not None:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-        side = math.isqrt(positions.shape[1] - prefix)
-        if side != encoder.patch_embed.grid_size[0]:
-            # Not resampled to timm's native size and back
-            encoder.set_input_size(side * encoder.patch_embed.patch_size[0])
-    load_encoder(encoder, state)
-    size = hparams.get('size')
-    return Encoder(encoder.eval(), name, in_channels, size if size else None)
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Parameters of the encoder of a checkpoint, and the hyperparameters of its task."""
-    if not path.exists():
-        raise FileNotFoundError(f'checkpoint {path} does not exist')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f'checkpoint {path} cannot be loaded safely ({error})'
-        ) from error
-    state = checkpoint.get('state_dict', checkpoint)
-    prefix = next(p for p in _PREFIXES if any(key.startswith(p) for key in state))
-    encoder = {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix)
-    }
-    return encoder, dict(checkpoint.get('hyper_parameters', {}))
-
-
 def embed(
     encoder: Encoder,
     datamodule: LightningDataModule,
@@ -172,7 +71,7 @@ def embed(
     If a file is there that is not complete, the run goes on where that one ended.
 
     Args:
-        encoder: From :func:`read_encoder`.
+        encoder: From :func:`.open_encoder`.
         datamodule: A TorchGeo datamodule.
         out: The file, see :class:`.EmbeddingWriter`.
         split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
@@ -194,11 +93,17 @@ def embed(
             file of something else.
     """
     split = set_up(datamodule, split)
+    match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
     dataset, indices = split_samples(datamodule, split)
     origin = dict(origin or {})
     origin |= {'encoder': encoder.name, 'size': size, 'pooling': pooling}
-    origin |= {'split': split, 'samples': len(indices)}
+    origin |= {
+        'bands': encoder.bands,
+        'unit_range': encoder.unit_range,
+        'split': split,
+        'samples': len(indices),
+    }
     file = PartedFile(Path(out), {**origin, 'processes': 1})
     file.open(overwrite)
     done = file.rows()
@@ -271,6 +176,18 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
         type=str | None,
         help='configuration of `torchgeo fit`, of which the section `data` is used. By '
         'default the one of the run that the checkpoint is from',
+    )
+    parser.add_argument(
+        '--bands',
+        type=list[str] | None,
+        help='names of the bands of the images, if they are not those of --weights: '
+        '[B2,B3,B4,B8]',
+    )
+    parser.add_argument(
+        '--unit-range',
+        type=bool | None,
+        help='whether to scale the images of a datamodule of TorchGeo to [0, 1], as '
+        'SoftCon did. By default true for weights of SoftCon',
     )
     parser.add_subclass_arguments(
         BaseDataModule, 'data', required=False, help='datamodule, as in `torchgeo fit`'
@@ -360,7 +277,13 @@ def main(args: Sequence[str]) -> int:
             raise ValueError(
                 f'split must be one of {", ".join(_STAGES)}, got {options.split}'
             )
-        encoder = read_encoder(options.checkpoint, options.weights, options.model)
+        encoder = open_encoder(
+            options.checkpoint,
+            options.weights,
+            options.model,
+            options.bands,
+            options.unit_range,
+        )
         rows = embed(
             encoder,
             datamodule,

@@ -23,8 +23,9 @@ from segmentation_models_pytorch.encoders import encoders
 from torch import Tensor, nn
 
 from .models.builders import timm_name
-from .models.checkpoints import Branch, check_architecture, read_checkpoint
+from .models.checkpoints import Branch, check_architecture
 from .models.convert import fresh, resample_positions, to_patch_size, to_smp
+from .models.trained import read_trained
 
 Format = Literal['torchgeo', 'timm', 'safetensors', 'smp']
 
@@ -60,37 +61,18 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
     Raises:
         ValueError: If the file is not such a checkpoint or has no such branch.
     """
-    checkpoint = read_checkpoint(str(path))
-    hparams, state = checkpoint.get('hyper_parameters'), checkpoint.get('state_dict')
+    trained = read_trained(path, branch)
     # Exports and checkpoints of other tasks have one branch only
-    if (
-        not isinstance(hparams, Mapping)
-        or not isinstance(state, Mapping)
-        or 'model' not in hparams
-        or not any(str(key).startswith(('student.', 'teacher.')) for key in state)
-    ):
-        content = state if isinstance(state, Mapping) else checkpoint
+    if trained.branch is None or trained.model is None:
+        content = trained.checkpoint.get('state_dict', trained.checkpoint)
         parts = {str(key).partition('.')[0] for key in content}
         raise ValueError(
             f'{path} must be a checkpoint of SoftConTask or DINOMCTask, got a file with '
             f'{sorted(parts)[:6]}. Weights of others need no export'
         )
-    # `model` is the encoder to use; beside it is the other branch
-    names: dict[Branch, str] = {'student': 'model.', 'teacher': 'teacher.'}
-    default: Branch = 'student'
-    if any(key.startswith('student.') for key in state):
-        names, default = {'teacher': 'model.', 'student': 'student.'}, 'teacher'
-    branch = default if branch is None else branch
-    if branch not in names:
-        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
-    prefix = names[branch]
-    encoder = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    if not encoder:
-        found = sorted({key.partition('.')[0] for key in state})
-        raise ValueError(
-            f'branch={branch!r} is not in {path}, which has {found}. Choose another branch'
-        )
-    return Encoder(hparams['model'], encoder, branch, checkpoint, {})
+    return Encoder(
+        trained.model, trained.state_dict, trained.branch, trained.checkpoint, {}
+    )
 
 
 def convert_encoder(

@@ -26,6 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -190,6 +191,26 @@ def install_unless_silenced() -> None:
     silenced = os.environ.get(AUTOLOAD_VARIABLE) == '0'
     if not (silenced and _is_half_imported('torch')):
         install()
+
+
+def callbacks() -> list[Any]:
+    """Callbacks for each trainer of TorchGeo's tasks. Lightning asks for them.
+
+    Lightning, unlike TorchGeo, reads entry points of its own: those of the group
+    ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
+
+    Returns:
+        One callback, for TorchGeo's tasks with weights of this package. None if there
+        are no such tasks, or the user has opted out of the plugin. Never raises.
+    """
+    tasks = [name for name, group in _TRIGGERS.items() if group == 'torchgeo.tasks']
+    if os.environ.get(AUTOLOAD_VARIABLE) == '0' or sys.modules.keys().isdisjoint(tasks):
+        return []
+    try:
+        return [import_module(f'{_PACKAGE}.callbacks').ResizeForWeights()]
+    except Exception as error:  # noqa: BLE001, trainers must not fail because of this
+        _report(error)
+        return []
 
 
 def declared() -> 'list[tuple[EntryPoint, str | None]]':

@@ -15,12 +15,14 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+from torchgeo.datamodules import EuroSATDataModule
 
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.callbacks.features import encode, find_encoder
 from torchgeo_softcon.models import create_encoder
 
+from ..datamodules.host_data import make_eurosat
 from ..tasks.helpers import make_task, make_trainer
 from .helpers import Patches, PatchesDataModule, fingerprint, run
 
@@ -205,6 +207,21 @@ class TestMetrics:
         run(tmp_path, [KNNProbe(data, k=3)], task, max_epochs=1)
         assert seen[0] >= 7
 
+    @pytest.mark.parametrize('unit_range', [False, True])
+    def test_a_datamodule_of_the_host_in_the_range_of_softcon(
+        self, unit_range: bool, tmp_path: Path
+    ) -> None:
+        bands = ('B02', 'B03', 'B04', 'B08')
+        data: Any = EuroSATDataModule(root=make_eurosat(tmp_path, 2, 1), bands=bands)
+        seen: list[Tensor] = []
+        task = make_task()
+        task.model.patch_embed.register_forward_pre_hook(  # type: ignore[union-attr]
+            lambda module, args: seen.append(args[0])
+        )
+        run(tmp_path, [KNNProbe(data, k=3, unit_range=unit_range)], task, max_epochs=1)
+        probed = seen[0]
+        assert (bool(probed.min() >= 0) and bool(probed.max() <= 1)) == unit_range
+
 
 class TestHostTasks:
     @pytest.mark.parametrize(
@@ -304,6 +321,7 @@ class TestBadInput:
             ({'k': 9, 'max_bank': 8}, 'k must be at most max_bank = 8, got 9'),
             ({'data': Patches()}, 'queries must be given if'),
             ({'queries': Patches()}, 'queries must be given if'),
+            ({'unit_range': True}, 'unit_range is for a datamodule in data'),
         ],
     )
     def test_arguments(self, kwargs: dict[str, Any], message: str) -> None:

@@ -117,7 +117,23 @@ class TestEvaluate:
         # Ranks 1 and 3 are right: (1 / 1 + 2 / 3) / 2. The other one is a guess.
         assert evaluate(scores, labels) == pytest.approx((5 / 6 + 1 / 4) / 2)
 
+    def test_micro_average_by_hand(self) -> None:
+        scores = torch.tensor([[0.9, 0.8], [0.4, 0.7]])
+        labels = torch.tensor([[1, 0], [0, 1]])
+        # Of all four pairs, ranks 1 and 3 are right: (1 / 1 + 2 / 3) / 2
+        assert evaluate(scores, labels, 'micro') == pytest.approx(5 / 6)
+        # A class that nothing has counts, too: it comes in between
+        scores = torch.tensor([[0.9, 0.8, 0.85], [0.4, 0.7, 0.1]])
+        labels = torch.tensor([[1, 0, 0], [0, 1, 0]])
+        assert evaluate(scores, labels, 'micro') == pytest.approx((1 + 2 / 4) / 2)
+
     def test_classes_that_tell_nothing_apart_do_not_count(self) -> None:
         scores = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.9]])
         labels = torch.tensor([[1, 1, 0], [0, 1, 0]])
         assert evaluate(scores, labels) == 1
+
+
+def test_queries_of_one_kind() -> None:
+    labels = torch.tensor([[1, 0], [1, 0]])
+    with pytest.raises(ValueError, match='2 queries with the same classes'):
+        evaluate(torch.rand(2, 2), labels)

@@ -25,12 +25,9 @@ from torchgeo.samplers import GridGeoSampler, RandomGeoSampler
 
 from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
 from torchgeo_softcon.datasets import _mosaic
-from torchgeo_softcon.datasets.worldcover import ESAWorldCover, tile_names
-from torchgeo_softcon.transforms.worldcover import (
-    WORLDCOVER_CLASSES,
-    WORLDCOVER_CODES,
-    WorldCoverMultiLabel,
-)
+from torchgeo_softcon.datasets.worldcover import ESAWorldCover
+from torchgeo_softcon.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
 
 REAL = Path(__file__).parents[2].parent / 'shared' / 'data' / 'worldcover_tiles'
 N00E006 = 'ESA_WorldCover_10m_2021_v200_N00E006_Map.tif'
@@ -584,25 +581,6 @@ class TestHost:
 
 
 class TestNames:
-    @pytest.mark.parametrize(
-        ('bounds', 'expected'),
-        [
-            ((3.1, 51.1, 5.9, 53.9), ['N51E003']),
-            ((3, 51, 6, 54), ['N51E003']),
-            ((77.2, 28.6, 77.3, 28.7), ['N27E075']),
-            ((-0.1, -0.1, 0.1, 0.1), ['S03W003', 'S03E000', 'N00W003', 'N00E000']),
-            ((-78.4, -0.2, -78, 0), ['S03W081']),
-            ((179.9, 66.5, -179.9, 66.6), ['N66E177', 'N66W180']),
-            ((179.9, 66.5, 180.1, 66.6), ['N66E177', 'N66W180']),
-            ((-180.1, 66.5, -179.9, 66.6), ['N66E177', 'N66W180']),
-            ((5, 50, 5, 50), ['N48E003']),
-        ],
-    )
-    def test_tile_names(
-        self, bounds: tuple[float, float, float, float], expected: list[str]
-    ) -> None:
-        assert tile_names(bounds) == expected
-
     def test_tiles_and_covers(self, folder: Path) -> None:
         dataset = ESAWorldCover(folder)
         left, bottom, right, top = 9.0, 48 - 300 * RES, 9 + 400 * RES, 48.0

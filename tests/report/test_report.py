@@ -2,9 +2,12 @@
 # Licensed under the MIT License.
 
 import base64
+import json
 import math
 import os
 import re
+import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from torchgeo_softcon import SyntheticScenesDataModule
@@ -33,9 +37,12 @@ from torchgeo_softcon.report.pictures import (
     patch_tokens,
     plot_neighbours,
     plot_similarities,
+    plot_views,
 )
+from torchgeo_softcon.report.samples import Gallery
+from torchgeo_softcon.transforms import MultiCropView, RandomView
 
-from ..tasks.helpers import make_loader, make_task, make_trainer
+from ..tasks.helpers import make_dino, make_loader, make_task, make_trainer
 
 PATCHES = 'tests.callbacks.helpers.PatchesDataModule'
 
@@ -107,6 +114,26 @@ class TestCurves:
         (axis,) = plot_curves(log)['spread'].axes
         assert '2 values are not finite' in [t.get_text() for t in axis.texts]
 
+    def test_tensorboard(self, tmp_path: Path) -> None:
+        pytest.importorskip('tensorboard')
+        trainer = make_trainer(
+            tmp_path, logger=TensorBoardLogger(tmp_path), log_every_n_steps=1
+        )
+        trainer.fit(make_task(), make_loader())
+        log = read_logs(find_logs(tmp_path))
+        assert log['step'].tolist() == list(range(12))
+        assert log['train_loss'].notna().all()
+        assert 'schedule/lr' in log
+        assert 'losses' in plot_curves(log)
+
+    def test_tensorboard_is_not_installed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / 'events.out.tfevents.1.host.1.0').touch()
+        monkeypatch.setitem(sys.modules, 'tensorboard', None)
+        with pytest.raises(FileNotFoundError, match=r'TensorBoard only\. Install'):
+            find_logs(tmp_path)
+
     def test_no_logs(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r'has no logs.*CSVLogger'):
             find_logs(tmp_path)
@@ -119,7 +146,7 @@ class TestCurves:
 
 class TestPictures:
     def test_one_scale_for_all_images(self) -> None:
-        images = torch.linspace(0, 1, 101).repeat(3, 1)[None, :, :, None]
+        images = torch.linspace(1, 2, 101).repeat(3, 1)[None, :, :, None]
         show = Display(images, ('B', 'G', 'R'))
         assert show.channels == [2, 1, 0]
         colours = show(images[0])
@@ -128,6 +155,14 @@ class TestPictures:
         assert (colours[:3] == 0).all()
         assert (colours[-3:] == 1).all()
         assert show(2 * images[0])[50, 0] == pytest.approx(1)
+
+    def test_scale_is_that_of_pixels_with_data(self) -> None:
+        images = torch.linspace(0.4, 0.6, 100).view(1, 1, 10, 10).repeat(3, 4, 1, 1)
+        plain = Display(images).limits
+        images[1] = 0  # no data
+        images[2] = math.nan  # masked
+        assert Display(images).limits == plain
+        assert Display(images[1:]).limits == [(0, 1)] * 3
 
     @pytest.mark.parametrize(('bands', 'expected'), [(2, [0]), (4, [0, 1, 2])])
     def test_bands_without_names(self, bands: int, expected: list[int]) -> None:
@@ -177,6 +212,29 @@ class TestPictures:
         patches = hidden.unfold(2, 16, 16).unfold(3, 16, 16).float().mean((1, 4, 5))
         assert set(patches.unique().tolist()) == {0, 1}
         assert (patches.flatten(1).sum(1) == 12).all()
+
+    @pytest.mark.parametrize('dino', [False, True])
+    def test_boxes_are_where_the_views_are_from(self, dino: bool) -> None:
+        task = (
+            make_dino(augmentations=MultiCropView(32, (16,))) if dino else make_task()
+        )
+        # Brightness tells the row and the column
+        ramp = torch.arange(48.0).expand(2, 1, 48, 48)
+        image = torch.cat([ramp, ramp.mT, ramp, ramp], 1)
+        batch = {'image': image, 'label': torch.ones(2, 3)}
+        figure = plot_views(task, batch)
+        assert figure is not None
+        columns = 4 if dino else 3
+        assert len(figure.axes) == 2 * columns
+        for row in range(2):
+            axis, *views = figure.axes[row * columns : (row + 1) * columns]
+            boxes = [p for p in axis.patches if isinstance(p, Rectangle)]
+            assert len(boxes) == len(views)
+            for box, view in zip(boxes, views, strict=True):
+                frame = view.spines['left'].get_edgecolor()
+                assert frame == pytest.approx(box.get_edgecolor())
+                assert -0.5 <= box.get_x() < box.get_x() + box.get_width() <= 47.5
+                assert -0.5 <= box.get_y() < box.get_y() + box.get_height() <= 47.5
 
     def test_patch_tokens(self) -> None:
         image = torch.rand(1, 3, 96, 64)
@@ -280,7 +338,59 @@ class TestCommand:
         assert message in capsys.readouterr().err
 
 
+class TestAugmentations:
+    """Checkpoints do not have them, the configuration of the run does."""
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Path:
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(
+            make_task(augmentations=RandomView(32, scale=(0.9, 1.0))), make_loader()
+        )
+        trainer.save_checkpoint(tmp_path / 'checkpoints' / 'last.ckpt')
+        return tmp_path / 'checkpoints' / 'last.ckpt'
+
+    def configure(self, folder: Path, augmentations: Any) -> None:
+        model = {'class_path': 'torchgeo_softcon.SoftConTask'}
+        model['init_args'] = {'augmentations': augmentations}  # type: ignore[assignment]
+        (folder / 'config.yaml').write_text(json.dumps({'model': model}))
+
+    def test_of_the_run(self, checkpoint: Path, tmp_path: Path) -> None:
+        self.configure(
+            tmp_path,
+            {
+                'class_path': 'torchgeo_softcon.RandomView',
+                'init_args': {'size': 32, 'scale': [0.9, 1]},
+            },
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', 'The checkpoint was made')
+            task = load_task(str(checkpoint))
+        assert tuple(task.augmentations.scale) == (0.9, 1)
+
+    @pytest.mark.parametrize(
+        'chosen', [None, {'class_path': 'antigravity.View', 'init_args': {}}]
+    )
+    def test_of_the_task(self, chosen: Any, checkpoint: Path, tmp_path: Path) -> None:
+        self.configure(tmp_path, chosen)
+        with pytest.warns(UserWarning, match='was made with augmentations'):
+            assert load_task(str(checkpoint)).augmentations.scale == (0.2, 1.0)
+
+
 def test_no_foreign_class_is_imported(tmp_path: Path) -> None:
     hparams = {'_class_path': 'antigravity.Task', 'model': 'resnet18'}
     torch.save({'hyper_parameters': hparams, 'state_dict': {}}, tmp_path / 'a.ckpt')
     assert load_task(str(tmp_path / 'a.ckpt')) is None
+
+
+def test_images_of_unknown_label_are_not_compared() -> None:
+    labels = torch.tensor([[1, 0], [0, 0], [0, 1]])
+    features = torch.arange(3.0)[:, None]
+    thumbnails = [np.full((1, 1, 3), i) for i in range(3)]
+    show = Display(torch.rand(3, 3, 2, 2))
+    gallery = Gallery('val', None, show, features, labels, thumbnails, [], None)
+    chosen, known, shown = gallery.labelled()
+    assert chosen.flatten().tolist() == [0, 2]
+    assert known is not None
+    assert known.tolist() == [[1, 0], [0, 1]]
+    assert [int(t.max()) for t in shown] == [0, 2]

@@ -22,7 +22,11 @@ from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
 from torchgeo_softcon.tasks.base import split_seasons
 from torchgeo_softcon.tasks.guard import NonFiniteLossError
-from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
+from torchgeo_softcon.tasks.optimizers import (
+    create_optimizer,
+    images_per_step,
+    parameter_groups,
+)
 
 from ..models.helpers import WeightsFolder
 from .helpers import Scenes, make_batch, make_dino, make_loader, make_task, make_trainer
@@ -394,7 +398,7 @@ def test_learning_rate_counts_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None
         train_dataloader=loader, world_size=3, accumulate_grad_batches=2
     )
     monkeypatch.setattr(SoftConTask, 'trainer', trainer)
-    assert task._global_batch_size() == 4 * 3 * 2
+    assert images_per_step(task.trainer) == 4 * 3 * 2
 
 
 def test_seasons_in_channels_are_told(caplog: pytest.LogCaptureFixture) -> None:

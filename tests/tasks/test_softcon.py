@@ -292,7 +292,8 @@ class TestTrainingStep:
             views, labels = task.draw_views(batch)
         one, _ = task.compare_views(views, labels)
         two, _ = task.compare_views(views[::-1], labels[::-1])
-        torch.testing.assert_close(loss, (one.sum() + two.sum()) / 2)
+        weight = torch.tensor([1, 30])
+        torch.testing.assert_close(loss, ((one + two) * weight).sum() / 2)
 
     @pytest.mark.parametrize('mode', ['drop', 'token', 'pixel'])
     @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
@@ -361,7 +362,7 @@ class TestTrainingStep:
         )
         loader = torch.utils.data.DataLoader(Scenes(32), batch_size=8)
         make_trainer(tmp_path, max_epochs=14).fit(task, loader)
-        assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+        assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
 
 
 class TestPredict:

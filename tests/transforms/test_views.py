@@ -182,3 +182,26 @@ def test_jitter_is_brightness_then_contrast_about_each_bands_mean() -> None:
             band = image[b, c] * brightness[b]
             expected = (band - band.mean()) * contrast[b] + band.mean()
             torch.testing.assert_close(actual[b, c], expected)
+
+
+def test_boxes_are_what_the_views_show() -> None:
+    """The image says where its pixels are: their centres."""
+    x = torch.arange(40.0).expand(8, 1, 30, 40) + 0.5
+    y = torch.arange(30.0).expand(8, 1, 40, 30).mT + 0.5
+    view = RandomView(
+        (16, 8),
+        vertical_flip=0.5,
+        jitter_probability=0,
+        grey_probability=0,
+        blur_probability=0,
+    )
+    assert view.boxes is None
+    shown = view(torch.cat([x, y], 1))
+    assert view.boxes is not None
+    assert view.boxes.shape == (8, 4)
+    for (left, top, right, bottom), pixels in zip(view.boxes, shown, strict=True):
+        inside = pixels[:, 4:-4, 2:-2]  # off the border, where pixels repeat
+        centre = torch.stack([left + right, top + bottom]) / 2
+        torch.testing.assert_close(inside.mean((1, 2)), centre, rtol=0, atol=1e-3)
+        width = (pixels[0, 8, -3] - pixels[0, 8, 2]).abs() / 3 * 8
+        torch.testing.assert_close(width, right - left, rtol=0, atol=1e-3)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..datamodules.normalization import use_unit_range
 from .features import encode, find_encoder, gather, prepare, quietly
 from .labelled import LabelledSamples
 from .probes import evaluate, knn_scores, linear_scores
@@ -56,6 +57,7 @@ class KNNProbe(Callback):
         max_bank: int | None = None,
         max_queries: int | None = None,
         size: int | None = None,
+        unit_range: bool = False,
         encoder: str | None = None,
         prefix: str = '',
     ) -> None:
@@ -80,6 +82,9 @@ class KNNProbe(Callback):
             max_queries: Largest number of queries, by default a third of *max_bank*.
             size: Side in pixels to resize images to. Defaults to the *size* of the
                 task, if it has one.
+            unit_range: Whether to scale the images of *data*, a datamodule of TorchGeo, to
+                [0, 1] as SoftCon's authors do, see :class:`.UnitRange`. For encoders that
+                are trained on such images, as those of this package's datamodules.
             encoder: Name of the encoder in the task, such as ``backbone_momentum``.
                 Defaults to the one that is exported.
             prefix: What the names of the metrics start with. Needed to tell several
@@ -108,6 +113,12 @@ class KNNProbe(Callback):
                 'queries must be given if, and only if, data is a dataset, got data = '
                 f'{type(data).__name__} and queries = {type(queries).__name__}'
             )
+        if unit_range and not isinstance(data, LightningDataModule):
+            raise ValueError(
+                'unit_range is for a datamodule in data, got data = '
+                f'{type(data).__name__}. Scale a dataset by transforms, and the datamodule '
+                'of the training by UnitRange'
+            )
 
         super().__init__()
         self.data = data
@@ -120,6 +131,7 @@ class KNNProbe(Callback):
         self.max_bank = max_bank
         self.max_queries = max_queries
         self.size = size
+        self.unit_range = unit_range
         self.encoder = encoder
         self.prefix = prefix
 
@@ -137,6 +149,8 @@ class KNNProbe(Callback):
                     self.data.prepare_data()
                 trainer.strategy.barrier('KNNProbe')
                 self.data.setup('fit')
+                if self.unit_range:
+                    use_unit_range(self.data)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the data, and probe the encoder before it learns.

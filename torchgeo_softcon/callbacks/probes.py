@@ -3,6 +3,8 @@
 
 """How well frozen features tell labels: weighted k-NN and a linear probe."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,21 +102,34 @@ def linear_scores(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
     return (queries @ weight + offset).float()
 
 
-def evaluate(scores: Tensor, labels: Tensor) -> float:
+def evaluate(
+    scores: Tensor, labels: Tensor, average: Literal['macro', 'micro'] = 'macro'
+) -> float:
     """Score predictions by the metric that fits the labels.
 
     Args:
         scores: Scores of shape (Q, K).
         labels: Class indices of shape (Q,), or multi-hot labels of shape (Q, K).
+        average: Whether average precision is that of each class, averaged (mAP), or of
+            all pairs of an image and a class.
 
     Returns:
-        Accuracy for class indices. For multi-hot labels, mean average precision (mAP)
-        over the classes that some but not all queries have.
+        Accuracy for class indices. For multi-hot labels, average precision: *macro* over
+        the classes that some but not all queries have, *micro* over all.
+
+    Raises:
+        ValueError: If there is no such class.
     """
     if labels.ndim == 1:
         return float((scores.argmax(1) == labels).float().mean())
     told_apart = (labels.amax(0) > 0) & (labels.amin(0) == 0)
-    scores, labels = scores[:, told_apart], labels[:, told_apart]
+    if not told_apart.any():
+        raise ValueError(
+            'labels must have a class that some but not all queries have, got '
+            f'{len(labels)} queries with the same classes. Give more queries'
+        )
+    if average == 'macro':
+        scores, labels = scores[:, told_apart], labels[:, told_apart]
     if labels.shape[1] == 1:  # torchmetrics wants at least two
         scores, labels = scores.expand(-1, 2), labels.expand(-1, 2)
     # torchmetrics takes scores outside of [0, 1] for logits, and saturates them
@@ -123,6 +138,6 @@ def evaluate(scores: Tensor, labels: Tensor) -> float:
         scores / scores.amax().clamp_min(1e-12),
         labels.long(),
         num_labels=labels.shape[1],
-        average='macro',
+        average=average,
     )
     return float(precision)

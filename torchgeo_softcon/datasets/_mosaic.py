@@ -31,7 +31,7 @@ _TOLERANCE = 1e-3
 
 #: Pixel centres this close to an edge, in pixels, belong to the next pixel: without it,
 #: rounding would decide, differently from pixel to pixel.
-_EDGE = 1e-6
+EDGE = 1e-6
 
 #: Largest part of a raster, in pixels, that is in memory at once (16 MiB of bytes).
 _MAX_SOURCE = 2**24
@@ -232,7 +232,7 @@ class Window:
             ]
 
         for position in positions:
-            position += _EDGE
+            position += EDGE
             np.floor(position, out=position)
         col, row = (position.astype(np.int32) for position in positions)
         return row, col
@@ -343,16 +343,8 @@ class Mosaic:
     def _block(
         self, tile: Tile, window: tuple[tuple[int, int], tuple[int, int]]
     ) -> Codes:
-        """Read a part of a tile as it is stored, no data as 0."""
-        try:
-            with self.files.use(tile.path) as source:
-                block: npt.NDArray[Any] = source.read(1, window=window)
-        except RasterioError as error:
-            raise OSError(
-                f'{tile.path} cannot be read at rows and columns {window}, it is '
-                f'truncated or damaged: fetch it again ({error})'
-            ) from error
-
+        """Read a part of a tile, no data as 0."""
+        block = self._stored(tile, window)
         if tile.nodata:  # neither None nor 0
             block[block == tile.nodata] = 0
         if block.dtype != np.uint8:
@@ -366,6 +358,22 @@ class Mosaic:
             self._check(tile, foreign[foreign != 255])
             block[~known] = 0
         return block
+
+    def _stored(
+        self,
+        tile: Tile,
+        window: tuple[tuple[int, int], tuple[int, int]],
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """Read a part of a tile as it is stored, into *out* if it is given."""
+        try:
+            with self.files.use(tile.path) as source:
+                return np.asarray(source.read(1, window=window, out=out))
+        except RasterioError as error:
+            raise OSError(
+                f'{tile.path} cannot be read at rows and columns {window}, it is '
+                f'truncated or damaged: fetch it again ({error})'
+            ) from error
 
     def _check(self, tile: Tile, foreign: npt.NDArray[Any]) -> None:
         """Raise an error if there are foreign codes."""

@@ -3,11 +3,7 @@
 
 """ESA WorldCover, global land cover of 2020 and 2021 at 10 m."""
 
-import glob
-import math
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -23,27 +19,10 @@ from pyproj import CRS
 from torch import Tensor
 
 from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
-from ..transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
-from ._mosaic import Mosaic, Tile, open_tile, outline
-
-#: What TorchGeo accepts as a path.
-Path = str | os.PathLike[str]
-
-#: Left, bottom, right and top.
-Bounds = tuple[float, float, float, float]
-
-#: Algorithm version of each year.
-_VERSIONS = {2020: 'v100', 2021: 'v200'}
-
-#: Official names, with whatever somebody added to them.
-_OFFICIAL = re.compile(
-    r'ESA_WorldCover_10m_(?P<year>\d{4})_v\d{3}_(?P<tile>[NS]\d{2}[EW]\d{3})'
-    r'_(?P<layer>[A-Za-z0-9]+)'
-)
-
-#: Width and height of an official tile, in pixels and in degrees.
-_TILE_SIZE, _TILE_DEGREES = 36000, 3
-
+from ..legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ._mosaic import Mosaic, open_tile, outline
+from .worldcover_files import Path, find_tiles, warn_size
+from .worldcover_tiles import Bounds, check_year, tile_file, tiles_of
 
 #: Official colour of every class code, red, green, blue and opacity in [0, 255].
 WORLDCOVER_COLORS = {
@@ -81,39 +60,6 @@ class WorldCoverNotFoundError(DatasetNotFoundError):
             message: What was looked for, where, and what is there instead.
         """
         FileNotFoundError.__init__(self, message)
-
-
-def tile_names(bounds: Bounds) -> list[str]:
-    """Names of the official tiles under a box, like N51E003 for its south-west corner.
-
-    Args:
-        bounds: Left, bottom, right and top in degrees of longitude and latitude. A box
-            across the antimeridian has its left edge east of its right edge, or one
-            edge outside of [-180, 180].
-
-    Returns:
-        Names from west to east and from south to north. Tiles without land are
-        named, too, but do not exist.
-    """
-    left, bottom, right, top = bounds
-    if right < left:
-        right += 360
-
-    # A box that only touches a tile does not need it
-    def corners(low: float, high: float) -> range:
-        start = math.floor(low / _TILE_DEGREES + 1e-9)
-        return range(start, max(math.ceil(high / _TILE_DEGREES - 1e-9), start + 1))
-
-    names = []
-    for row in corners(bottom, top):
-        for col in corners(left, right):
-            lat = row * _TILE_DEGREES
-            lon = (col * _TILE_DEGREES + 180) % 360 - 180
-            names.append(
-                f'{"N" if lat >= 0 else "S"}{abs(lat):02}'
-                f'{"E" if lon >= 0 else "W"}{abs(lon):03}'
-            )
-    return list(dict.fromkeys(names))
 
 
 class ESAWorldCover(RasterDataset):
@@ -211,8 +157,7 @@ class ESAWorldCover(RasterDataset):
         Warns:
             UserWarning: If a tile with an official name is not of the official size.
         """
-        if year not in _VERSIONS:
-            raise ValueError(f'year must be 2020 or 2021, got {year!r}')
+        check_year(year)
         classes = tuple(classes)
         if (
             not classes
@@ -231,7 +176,8 @@ class ESAWorldCover(RasterDataset):
 
         tiles = [open_tile(path) for path in self.files]
         for tile in tiles:
-            _warn_size(tile)
+            # Of the caller of this class
+            warn_size(tile, stacklevel=2)
         self._mosaic = Mosaic(tiles, WORLDCOVER_CODES, cache)
 
         values = range(1, len(classes) + 1) if ordinal else classes
@@ -253,46 +199,10 @@ class ESAWorldCover(RasterDataset):
         Raises:
             DatasetNotFoundError: If there is none.
         """
-        paths = self.paths
-        paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-        files: set[str] = set()
-        years: set[str] = set()
-        for path in [os.fspath(path) for path in paths]:
-            if not os.path.isdir(path):
-                # Also what only GDAL can find: /vsizip/..., https://...
-                if not os.path.exists(path) and not re.match(r'/vsi|\w+://', path):
-                    raise WorldCoverNotFoundError(f'paths has {path!r}: no such file')
-                files.add(path)
-                continue
-
-            pattern = os.path.join(glob.escape(path), '**', '*')
-            for file in glob.iglob(pattern, recursive=True):
-                if not file.lower().endswith(('.tif', '.tiff')):
-                    continue
-                match = _OFFICIAL.search(os.path.basename(file))
-                if match is None:
-                    files.add(file)
-                elif match['layer'] == 'Map':
-                    years.add(match['year'])
-                    if match['year'] == str(self.year):
-                        files.add(file)
-
-        if not files:
-            found = f', but tiles of {", ".join(sorted(years))}' if years else ''
-            raise WorldCoverNotFoundError(
-                f'paths={self.paths!r} has no ESA WorldCover tile of {self.year}{found}. '
-                f'Tiles are called {self._filename("N51E003")} after their south-west '
-                f'corner, every 3 degrees. They are at {self._url("N51E003")}'
-            )
-        return sorted(files, key=lambda file: (_official(file) is None, file))
-
-    def _url(self, tile: str) -> str:
-        """Address of an official tile."""
-        return self.url.format(year=self.year, version=_VERSIONS[self.year], tile=tile)
-
-    def _filename(self, tile: str) -> str:
-        """Name of the file of an official tile."""
-        return self._url(tile).rpartition('/')[2]
+        try:
+            return find_tiles(self.paths, self.year)
+        except FileNotFoundError as error:
+            raise WorldCoverNotFoundError(str(error)) from None
 
     def tiles(self, crs: Any, bounds: Bounds) -> list[str]:
         """Names of the files that official tiles under a box have.
@@ -305,7 +215,7 @@ class ESAWorldCover(RasterDataset):
             Names of files of the year of the dataset, whether they are there or not.
         """
         box = outline(CRS.from_user_input(crs), CRS.from_epsg(4326), bounds)
-        return [self._filename(tile) for tile in tile_names(box.bounds)]
+        return [tile_file(tile, self.year) for tile in tiles_of(box.bounds)]
 
     def covers(self, crs: Any, bounds: Bounds, wholly: bool = False) -> bool:
         """Whether there is a tile under a box.
@@ -466,28 +376,3 @@ class ESAWorldCover(RasterDataset):
 def _moved(ground: shapely.Geometry, degrees: float) -> shapely.Geometry:
     """Move a geometry to the east."""
     return shapely.transform(ground, lambda points: np.add(points, (degrees, 0)))
-
-
-def _official(path: str) -> str | None:
-    """Name of the tile, if a file has exactly an official name."""
-    name = os.path.basename(path)
-    match = _OFFICIAL.match(name)
-    if match is None or match['layer'] != 'Map':
-        return None
-    return match['tile'] if name[match.end() :].lower() in ('.tif', '.tiff') else None
-
-
-def _warn_size(tile: Tile) -> None:
-    """Warn of a tile that has an official name, but is not what ESA publishes."""
-    official = tile.width == tile.height == _TILE_SIZE
-    if _official(tile.path) is not None and not official:
-        degrees = abs(tile.transform.a)
-        warnings.warn(
-            f'{tile.path} has the name of an official tile, but {tile.width} x '
-            f'{tile.height} pixels of {degrees:.3g} instead of {_TILE_SIZE} x '
-            f'{_TILE_SIZE} of {_TILE_DEGREES / _TILE_SIZE:.3g} degrees: it was '
-            'resampled, so small patches of land cover may be lost',
-            UserWarning,
-            # The caller of ESAWorldCover
-            stacklevel=3,
-        )

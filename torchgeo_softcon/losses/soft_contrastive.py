@@ -250,13 +250,13 @@ def soft_contrastive_loss(
     The figure in the authors' repository shows the two terms and the label similarities
     in [0, 1]; that the latter are cosines is stated by others who describe the paper.
     The pretraining code was never released, and the form of :math:`\ell`,
-    :math:`\lambda` and both temperatures could not be recovered. ``'bce'`` with
-    :math:`\lambda = 1` is our choice: its targets are probabilities as the label
-    similarities are. 0.2 is the temperature of the same authors' MoCo runs on
+    :math:`\lambda` and both temperatures could not be recovered. ``'bce'`` is our
+    choice: its targets are probabilities as the label similarities are. 0.2 is the temperature of the same authors' MoCo runs on
     SSL4EO-S12. Because it is a mean over pairs, the soft term weighs less the larger the
     batch: with random embeddings (D = 256, 11 classes), its gradient has 9 % of the
     norm of the contrastive one for B = 16 and 3 % for B = 128 (``'cross_entropy'``:
-    27 % and 9 %), so raise *soft_weight* with the batch if labels should guide more.
+    27 % and 9 %). At :math:`\lambda = 1`, the default of this function, training hardly
+    notices it. :class:`~torchgeo_softcon.SoftConTask` has a default of 30.
 
     * ``'bce'``: binary cross entropy between :math:`s_{ij}` and the sigmoid of
       :math:`q_i^\top k_j / \tau_s`,

@@ -15,11 +15,11 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .._compat import WeightsEnum, extract_backbone, get_weight
+from .._compat import WeightsEnum, get_weight
 from ..modules.patch_embed import InputLayerInit, adapt_input_weight, input_layer
 from .builders import timm_name
-from .checkpoints import dino_mc_encoder, read_checkpoint
 from .convert import drop_head, has_layer_scale, is_torchvision_swin, swin_to_timm
+from .trained import read_trained
 
 
 def create_encoder(
@@ -116,16 +116,6 @@ def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
     return int(out.shape[1])
 
 
-def _read_file(path: str) -> dict[str, Tensor]:
-    """Read the encoder in a checkpoint of a task or of DINO-MC, or a state dict."""
-    checkpoint = read_checkpoint(path)
-    if 'hyper_parameters' in checkpoint:
-        return extract_backbone(path)[1]
-    if {'student', 'teacher'} <= checkpoint.keys():
-        return dino_mc_encoder(checkpoint)
-    return dict(checkpoint.get('state_dict', checkpoint))
-
-
 def read_pretrained(
     model: str, in_channels: int, bands: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
@@ -151,9 +141,8 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
     """Read the parameters of an encoder.
 
     Args:
-        weights: A weight enum, the name of one, or the path of a checkpoint: of a
-            TorchGeo task, a training checkpoint of DINO-MC (its teacher), or a plain
-            state dict.
+        weights: A weight enum, the name of one, or the path of a file, see
+            :func:`~torchgeo_softcon.models.trained.read_trained`.
 
     Returns:
         A state dict in timm's layout.
@@ -164,7 +153,7 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
     if isinstance(weights, WeightsEnum):
         state_dict = weights.get_state_dict(progress=True)
     elif os.path.exists(weights):
-        state_dict = _read_file(weights)
+        state_dict = read_trained(weights).state_dict
     else:
         try:
             member = get_weight(weights)

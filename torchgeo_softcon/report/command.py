@@ -3,18 +3,23 @@
 
 """What ``torchgeo-softcon report`` does."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
+from torch import nn
 
-from ..embed import Encoder, data_parser, parse_data, read_encoder
+from ..embed import data_parser, parse_data
 from ..models import is_vit
+from ..models.trained import Encoder, open_encoder
 from ..transforms.worldcover import WORLDCOVER_CODES
 from .curves import find_logs, plot_curves, read_logs
 from .page import Section, write_page
@@ -109,7 +114,13 @@ def main(args: Sequence[str]) -> int:
             text = 'The data are not known: give --data or --config for pictures of images.'
             sections.append(Section('pictures', 'Pictures', text))
         else:
-            encoder = read_encoder(checkpoint, options.weights, options.model)
+            encoder = open_encoder(
+                checkpoint,
+                options.weights,
+                options.model,
+                options.bands,
+                options.unit_range,
+            )
             facts |= {
                 'encoder': f'{encoder.name}, {encoder.in_channels} bands',
                 'weights': str(checkpoint or options.weights),
@@ -146,8 +157,35 @@ def _last_values(log: pd.DataFrame) -> dict[str, str]:
     return facts
 
 
+def run_augmentations(config: Path) -> nn.Module | None:
+    """The augmentations of a run, which its checkpoints do not have.
+
+    Args:
+        config: Configuration of the run, as the command line has saved it.
+
+    Returns:
+        The augmentations, None if the run had those of its task or if they are no part of
+        this package.
+    """
+    if not config.is_file():
+        return None
+    content = yaml.safe_load(config.read_text())
+    model = content.get('model') if isinstance(content, dict) else None
+    options = (model or {}).get('init_args') or {}
+    chosen = options.get('augmentations')
+    # Nothing else is imported because a file says so
+    if not isinstance(chosen, dict) or not re.match(
+        r'torchgeo_softcon\.', str(chosen.get('class_path'))
+    ):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument('--augmentations', type=nn.Module)
+    parsed = parser.parse_object({'augmentations': chosen})
+    return cast(nn.Module, parser.instantiate_classes(parsed).augmentations)
+
+
 def load_task(checkpoint: str | None) -> Any:
-    """The task of a checkpoint of this package.
+    """The task of a checkpoint of this package, with the augmentations of its run.
 
     Args:
         checkpoint: Path, or None.
@@ -168,8 +206,11 @@ def load_task(checkpoint: str | None) -> Any:
     if not task:
         return None
     found = getattr(import_module('torchgeo_softcon'), name, None)
+    config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
+    augmentations = run_augmentations(config)
+    options = {} if augmentations is None else {'augmentations': augmentations}
     return found and found.load_from_checkpoint(
-        checkpoint, map_location='cpu', weights_only=True
+        checkpoint, map_location='cpu', weights_only=True, **options
     )
 
 
@@ -194,10 +235,11 @@ def picture_sections(
         Sections of the page.
     """
     gallery = collect(encoder, datamodule, split, count)
-    number = f'{len(gallery.features)} images of the {gallery.split} split'
     yield _views(gallery, checkpoint)
-    if gallery.labels is None:
-        text = 'The data have no labels.'
+    features, labels, thumbnails = gallery.labelled()
+    number = f'{len(features)} images of the {gallery.split} split'
+    if labels is None or len(labels) < 2:
+        text = f'The {gallery.split} split has no labels.'
         yield Section('similarities', 'Labels and embeddings', text)
     else:
         yield Section(
@@ -207,7 +249,7 @@ def picture_sections(
             'whether classes are the same), embedding similarity the cosine of features '
             'minus their mean. Blocks that are in both matrices, and medians that rise, '
             'mean that the encoder finds the labels.',
-            plot_similarities(gallery.features, gallery.labels),
+            plot_similarities(features, labels),
         )
         yield Section(
             'neighbours',
@@ -215,7 +257,7 @@ def picture_sections(
             f'Ten of {number}, and the five most similar among all. Below each: '
             'similarity of the embedding | of the label. '
             f'{gallery.show.caption}, all images on one scale.',
-            plot_neighbours(gallery.thumbnails, gallery.features, gallery.labels),
+            plot_neighbours(thumbnails, features, labels),
         )
     yield _components(gallery, encoder)
     yield _classes(gallery)
@@ -242,7 +284,12 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     if figure is None:
         text = 'The checkpoint is not of a task of this package that draws views.'
         return Section('views', title, text)
-    text = 'Drawn anew from the images on the left. Pink patches are masked. '
+    text = (
+        'Drawn anew from the images on the left. The frame of a view has the colour of '
+        'its box on the image. '
+    )
+    if hasattr(task, 'masking'):
+        text += 'Pink patches are masked. '
     return Section(
         'views', title, f'{text}{gallery.show.caption}, on one scale.', figure
     )

@@ -6,6 +6,8 @@
 import math
 import re
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 #: Columns of each figure, the first pattern that matches counts.
 _GROUPS = {
@@ -27,6 +30,7 @@ _GROUPS = {
 _LABELS = {
     'schedule/lr': 'learning rate',
     'schedule/momentum': 'momentum of the teacher',
+    'schedule/teacher_temperature': 'temperature of the teacher',
     'schedule/weight_decay': 'weight decay',
     'train_feature_std': 'feature std in the step',
     'collapse/feature_std': 'feature std',
@@ -39,24 +43,32 @@ _WIDTH, _HEIGHT, _COLUMNS = 3.6, 2.5, 3
 
 
 def find_logs(run: Path) -> list[Path]:
-    """CSV files of the loggers of a run.
+    """Files of the loggers of a run.
 
     Args:
         run: Folder of the run, or one with folders of runs, of which the last is taken.
 
     Returns:
-        Files with a column *step*, ``metrics.csv`` first.
+        CSV files with a column *step*, ``metrics.csv`` first, or if there are none, files
+        of TensorBoard.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If there are none, or some of TensorBoard, which is not installed.
     """
     if not run.is_dir():
         raise FileNotFoundError(f'the run {run} does not exist, or is not a folder')
     files = [f for f in run.rglob('*.csv') if _has_steps(f)]
+    files = files or list(run.rglob('*.tfevents.*'))
     if not files:
         raise FileNotFoundError(
-            f'{run} has no logs: no CSV file with a column step. Train with '
-            '--trainer.logger CSVLogger, or give a checkpoint and data instead of a run'
+            f'{run} has no logs: no CSV file with a column step, and none of TensorBoard. '
+            'Train with --trainer.logger CSVLogger, or give a checkpoint and data instead '
+            'of a run'
+        )
+    if files[0].suffix != '.csv' and find_spec('tensorboard') is None:
+        raise FileNotFoundError(
+            f'{run} has logs of TensorBoard only. Install tensorboard to read them, or train '
+            'with --trainer.logger CSVLogger'
         )
     newest = max(files, key=lambda f: f.stat().st_mtime).parent
     return sorted(f for f in files if f.parent == newest)
@@ -79,7 +91,10 @@ def read_logs(files: Sequence[Path]) -> pd.DataFrame:
     Raises:
         ValueError: If nothing was logged.
     """
-    frames = [pd.read_csv(file) for file in files]
+    frames = [
+        pd.read_csv(file) if file.suffix == '.csv' else _read_events(file)
+        for file in files
+    ]
     log = (
         pd.concat(frames).select_dtypes('number').groupby('step', as_index=False).last()
     )
@@ -90,6 +105,24 @@ def read_logs(files: Sequence[Path]) -> pd.DataFrame:
             'for longer'
         )
     return log
+
+
+def _read_events(path: Path) -> pd.DataFrame:
+    """Numbers in a file of TensorBoard."""
+    accumulator = import_module(
+        'tensorboard.backend.event_processing.event_accumulator'
+    )
+    # All values, not a sample of 10,000
+    events = accumulator.EventAccumulator(str(path), size_guidance={'scalars': 0})
+    events.Reload()
+    columns = [
+        pd.DataFrame(
+            {'step': [e.step for e in scalars], name: [e.value for e in scalars]}
+        )
+        for name in events.Tags()['scalars']
+        for scalars in [events.Scalars(name)]
+    ]
+    return pd.concat(columns) if columns else pd.DataFrame({'step': []})
 
 
 def plot_curves(log: pd.DataFrame) -> dict[str, Figure]:
@@ -176,6 +209,7 @@ def _draw(axis: Axes, log: pd.DataFrame, column: str, **style: Any) -> None:
     axis.plot(values['step'], values[column], marker=marker, markersize=3, **style)
     end = max(log['step'].max(), 1)
     axis.set_xlim(-0.02 * end, 1.02 * end)
+    axis.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
     bad = int((~np.isfinite(values[column])).sum())

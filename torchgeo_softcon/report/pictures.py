@@ -4,7 +4,8 @@
 """Pictures of what an encoder makes of images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,33 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
 from ..bands import rgb_indices
 from ..datasets.worldcover import WORLDCOVER_COLORS
+from ..legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
 from ..modules.masking import mask_pixels, masked_patches, random_visible
-from ..transforms.worldcover import WORLDCOVER_CLASSES, WORLDCOVER_CODES
 
 Array = npt.NDArray[Any]
 
 #: Share of the pixels that are darker than black and brighter than white.
 _CLIPPED = 0.02
+
+
+#: Colours of boxes, told apart also by those who see no red or no green, and on land.
+#: https://jfly.uni-koeln.de/color/
+_COLOURS = [
+    '#d55e00',
+    '#56b4e9',
+    '#f0e442',
+    '#cc79a7',
+    '#009e73',
+    '#e69f00',
+    '#0072b2',
+    '#882255',
+    '#000000',
+]
 
 
 class Display:
@@ -35,18 +51,21 @@ class Display:
         """Initialize a new Display instance.
 
         Args:
-            images: Images of shape (B, C, H, W) to take the scale from.
+            images: Images of shape (B, C, H, W) to take the scale from. Pixels without
+                data do not count: NaN, or 0 in all bands.
             bands: Names of the bands.
         """
         self.channels = _channels(bands, images.shape[1])
-        values = images[:, self.channels].float()
-        self.limits = [
-            (float(low), float(high))
-            for low, high in (
-                np.quantile(band.numpy(), (_CLIPPED, 1 - _CLIPPED))
-                for band in values.unbind(1)
-            )
-        ]
+        seen = ~(images.isnan().any(1) | (images == 0).all(1))  # (B, H, W)
+        quantiles = (_CLIPPED, 1 - _CLIPPED)
+        self.limits = [(0.0, 1.0)] * len(self.channels)
+        if seen.any():
+            self.limits = [
+                tuple(
+                    np.quantile(images[:, c][seen].float().numpy(), quantiles).tolist()
+                )
+                for c in self.channels
+            ]
 
     @property
     def caption(self) -> str:
@@ -118,34 +137,75 @@ def plot_views(
     Returns:
         A row per image, or None if the task does not draw views.
     """
+    boxes: list[Tensor] = []
+
+    def keep_boxes(module: Any, args: Any, output: Any) -> None:
+        found = getattr(module, 'boxes', [])
+        boxes.extend(found if isinstance(found, list) else [found])
+
     if hasattr(task, 'draw_crops'):
-        crops = [c for c in task.draw_crops(batch) if c.ndim == 4]
-        names = [f'crop {i + 1}, {c.shape[-1]} px' for i, c in enumerate(crops)]
-        columns: list[Tensor] = crops
+        with _hook(task.augmentations, keep_boxes):
+            columns = list(task.draw_crops(batch))
+        names = [
+            f'{"global" if i < task.num_global else "local"}, {c.shape[-1]} px'
+            for i, c in enumerate(columns)
+        ]
     elif hasattr(task, 'draw_views'):
-        views, _ = task.draw_views(batch)
+        with _hook(task.augmentations, keep_boxes):
+            views, _ = task.draw_views(batch)
         columns = [mask_view(task, views[0]), views[1]]
         share = task.hparams['mask_ratio']
         names = [f'trained, {share:.0%} masked', 'teacher']
     else:
         return None
+    if len(boxes) != len(columns):
+        boxes = []
 
     images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
     images = images[:, : columns[0].shape[1]]
     side = images.shape[-1]
-    everything = [F.interpolate(c.nan_to_num(), (side, side)) for c in columns]
+    everything = [F.interpolate(c, (side, side)) for c in columns]
     show = Display(torch.cat([images, *everything]), bands)
     figure, axes = _grid(len(images), 1 + len(columns))
+    colour = dict(zip(range(len(columns)), _COLOURS * len(columns), strict=False))
     for row, image in enumerate(images):
         axes[row, 0].imshow(show(image))
+        for number, box in enumerate(boxes):
+            left, top, right, bottom = (box[row] - 0.5).tolist()
+            outline = Rectangle(
+                (left, top),
+                right - left,
+                bottom - top,
+                fill=False,
+                edgecolor=colour[number],
+                linewidth=1.5,
+                clip_on=False,
+            )
+            axes[row, 0].add_patch(outline)
         for axis, view in zip(axes[row, 1:], columns, strict=True):
             hidden = view[row].isnan().any(0)
             colours = show(view[row].nan_to_num())
             colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
             axis.imshow(colours)
-    for axis, name in zip(axes[0], ['image', *names], strict=True):
-        axis.set_title(name, fontsize='small')
+    axes[0, 0].set_title('image', fontsize='small')
+    for number, name in enumerate(names):
+        text = axes[0, 1 + number].set_title(name, fontsize='small')
+        if boxes:  # a frame of the colour of its box on the image
+            text.set_fontweight('bold')
+            for axis in axes[:, 1 + number]:
+                for spine in axis.spines.values():
+                    spine.set(visible=True, color=colour[number], linewidth=2)
     return figure
+
+
+@contextmanager
+def _hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    """Call something after each forward pass of a module."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def mask_view(task: Any, view: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from .._compat import Sample
 from ..callbacks.features import encode, prepare
 from ..callbacks.labelled import check_label, split_samples
-from ..embed import Encoder, set_up
+from ..datamodules.normalization import match_images
+from ..embed import set_up
+from ..models.trained import Encoder
 from .pictures import Array, Display
 
 #: Images that are encoded at a time.
@@ -56,6 +58,14 @@ class Gallery:
     samples: list[Sample]
     masks: list[Tensor] | None
 
+    def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
+        """Features, labels and thumbnails of the images whose label is known."""
+        if self.labels is None or self.labels.ndim == 1:
+            return self.features, self.labels, self.thumbnails
+        known = self.labels.any(1)
+        shown = [t for t, k in zip(self.thumbnails, known, strict=True) if k]
+        return self.features[known], self.labels[known], shown
+
 
 @torch.no_grad()
 def collect(
@@ -84,6 +94,7 @@ def collect(
         raise ValueError(
             f'a report needs at least 2 images, the {split} split has fewer'
         )
+    match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)
     chosen = [indices[i] for i in torch.randperm(len(indices))[:count]]
     aug: Any = getattr(datamodule, 'val_aug', None) or getattr(datamodule, 'aug', None)

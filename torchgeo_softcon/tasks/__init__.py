@@ -1,9 +1,10 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Pretraining tasks."""
+"""Pretraining tasks, and the linear evaluation of what they train."""
 
 from .dino_mc import DINOMCTask
+from .linear_probe import LinearProbeTask
 from .softcon import SoftConTask
 
-__all__ = ('DINOMCTask', 'SoftConTask')
+__all__ = ('DINOMCTask', 'LinearProbeTask', 'SoftConTask')

@@ -30,7 +30,7 @@ from ..models import (
 from ..modules import input_layer, update_ema
 from ..schedules import cosine_warmup
 from .guard import NonFiniteGuard
-from .optimizers import create_optimizer, parameter_groups
+from .optimizers import create_optimizer, images_per_step, parameter_groups
 
 
 @functools.cache
@@ -263,18 +263,6 @@ class EMATask(BaseTask):
         """
         self.guard.check()
 
-    def _global_batch_size(self) -> int | None:
-        """Images per optimizer step over all ranks, if the loader tells."""
-        loader = self.trainer.train_dataloader
-        size = getattr(loader, 'batch_size', None)
-        if size is None:  # so it is with a batch sampler
-            size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
-        if size is None:
-            return None
-        return int(
-            size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        )
-
     def _steps(self) -> tuple[int, int]:
         """Number of optimizer steps of the run, and of an epoch.
 
@@ -336,7 +324,7 @@ class EMATask(BaseTask):
             )
         self.total_steps, self.epoch_steps = self._steps()
         warmup = self.warmup_steps('warmup_epochs')
-        batch_size = self._global_batch_size()
+        batch_size = images_per_step(self.trainer)
         if batch_size is None:
             rank_zero_warn(
                 'The batch size cannot be read from the data loader, so lr is used as '

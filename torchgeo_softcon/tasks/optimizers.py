@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightly.utils.lars import LARS
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -68,6 +69,25 @@ def create_optimizer(
     if name == 'lars':
         return LARS(groups, lr=lr, momentum=0.9)
     raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {name!r}")
+
+
+def images_per_step(trainer: Trainer) -> int | None:
+    """Number of images per optimizer step, which learning rates are scaled by.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The number over all ranks and accumulated batches, None if the loader does not
+        tell.
+    """
+    loader = trainer.train_dataloader
+    size = getattr(loader, 'batch_size', None)
+    if size is None:  # so it is with a batch sampler
+        size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
+    if size is None:
+        return None
+    return int(size * trainer.world_size * trainer.accumulate_grad_batches)
 
 
 @torch.no_grad()

@@ -203,6 +203,10 @@ class RandomView(nn.Module):
     of SoftCon itself are not published. Crops are sampled bilinearly without
     antialiasing, which matters only where the crop is much larger than *size*.
 
+    Attributes:
+        boxes: What the views of the last call show: left, top, right and bottom in pixels,
+            shape (B, 4). None before the first call.
+
     .. versionadded:: 0.1
     """
 
@@ -272,6 +276,20 @@ class RandomView(nn.Module):
         self.blur_probability = blur_probability
         self.blur_sigma = blur_sigma
         self.value_range = value_range
+        self._corners: Tensor | None = None
+        self._image_size = (0, 0)
+
+    @property
+    def boxes(self) -> Tensor | None:
+        """What the views of the last call show."""
+        if self._corners is None:
+            return None
+        # From the centres of the outer pixels of a view to their outer edges
+        steps = self._corners.new_tensor([max(side - 1, 1) for side in self.size[::-1]])
+        low, high = self._corners.amin(1), self._corners.amax(1)  # (B, 2)
+        edge = (high - low) / steps / 2
+        sides = self._corners.new_tensor(self._image_size[::-1])
+        return torch.cat([(low - edge + 1) * sides, (high + edge + 1) * sides], 1) / 2
 
     def extra_repr(self) -> str:
         """Parameters for the module's representation."""
@@ -307,6 +325,9 @@ class RandomView(nn.Module):
                 self.horizontal_flip,
                 self.vertical_flip,
             )
+            # Copies: a view of the grid would keep all of it in memory
+            self._corners = torch.stack([grid[:, 0, 0], grid[:, -1, -1]], 1)
+            self._image_size = (image.shape[-2], image.shape[-1])
             # 'border': crops end at the outer edge of the outer pixels, half a pixel
             # beyond their centres
             view = F.grid_sample(

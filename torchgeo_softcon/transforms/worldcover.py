@@ -10,24 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-#: Class codes of ESA WorldCover v100 and v200 in ordinal order, 0 is no data.
-#: https://worldcover2021.esa.int/data/docs/WorldCover_PUM_V2.0.pdf
-WORLDCOVER_CODES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 100)
-
-#: Class names, in the order of :data:`WORLDCOVER_CODES`.
-WORLDCOVER_CLASSES = (
-    'Tree cover',
-    'Shrubland',
-    'Grassland',
-    'Cropland',
-    'Built-up',
-    'Bare / sparse vegetation',
-    'Snow and ice',
-    'Permanent water bodies',
-    'Herbaceous wetland',
-    'Mangroves',
-    'Moss and lichen',
-)
+from ..legends import WORLDCOVER_CODES
 
 #: Class codes are bytes.
 _BINS = 256

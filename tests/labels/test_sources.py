@@ -1,0 +1,232 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import shapely
+from affine import Affine
+
+from torchgeo_softcon.labels import sources, tables
+from torchgeo_softcon.labels.footprints import (
+    SCHEMA,
+    make_footprints,
+    outlines,
+    transforms_of,
+)
+from torchgeo_softcon.labels.sources import Read, find_images, find_layout, read
+from torchgeo_softcon.labels.tables import read_footprints
+
+from .helpers import grid, write_image
+
+
+def read_all(source: Any) -> Read:
+    rows = pa.array(np.arange(len(source.ids)))
+    parts = [read(unit) for unit in source.units(rows)]
+    failures: dict[str, str] = {}
+    for part in parts:
+        assert part.table.schema.equals(SCHEMA)
+        failures |= part.failures
+    return Read(pa.concat_tables(part.table for part in parts), failures)
+
+
+class TestImages:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ('b/c/1.tif', 'b/2.tif', 'a.tiff'):
+            write_image(tmp_path / name, 'EPSG:32632', grid('EPSG:32632', 7, 46))
+        (tmp_path / 'b' / 'notes.txt').write_text('no image')
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ('pattern', 'expected'),
+        [
+            ('', ['a.tiff', 'b/2.tif', 'b/c/1.tif']),
+            ('**/*.tif', ['b/2.tif', 'b/c/1.tif']),
+            ('b/**/*.tif', ['2.tif', 'c/1.tif']),
+            ('b/c/1.tif', ['1.tif']),
+        ],
+    )
+    def test_ids_are_paths_below_where_the_pattern_begins(
+        self, folder: Path, pattern: str, expected: list[str]
+    ) -> None:
+        assert find_images(folder / pattern).ids.to_pylist() == expected
+
+    def test_georeference(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sources, '_FILES', 2)
+        whole = read_all(find_images(folder))
+        assert whole.failures == {}
+        assert whole.table['crs'].to_pylist() == ['EPSG:32632'] * 3
+        expected = grid('EPSG:32632', 7, 46)[:6]
+        np.testing.assert_array_equal(transforms_of(whole.table), [expected] * 3)
+        assert whole.table['height'].to_pylist() == [32] * 3
+
+    def test_some_rows(self, folder: Path) -> None:
+        (unit,) = find_images(folder).units(pa.array([2, 0]))
+        assert read(unit).table['id'].to_pylist() == ['b/c/1.tif', 'a.tiff']
+
+    def test_layout(self, shared: Path) -> None:
+        source = find_layout('ssl4eo-s12', shared / 'ssl4eo_s12_layout')
+        assert source.ids.to_pylist() == [
+            's2c/000000/20180710T125311_20180710T125627_T24KVE',
+            's2c/000001/20180302T125301_20180302T125304_T24KUF',
+        ]
+        table = read_all(source).table
+        assert table['height'].to_pylist() == [264, 264]
+
+    def test_empty_layout(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match='root must have s2c, s2a, s1'):
+            find_layout('ssl4eo-s12', tmp_path)
+
+    def test_a_date_without_its_band(self, tmp_path: Path) -> None:
+        (tmp_path / 's1' / '0000001' / '20210101').mkdir(parents=True)
+        whole = read_all(find_layout('ssl4eo-s12', tmp_path))
+        assert list(whole.failures) == ['s1/0000001/20210101']
+
+
+def frame() -> geopandas.GeoDataFrame:
+    shapes = [shapely.box(i, 46, i + 0.5, 46.25) for i in range(3)]
+    shapes[1] = shapely.Point(1, 46).buffer(0.1)
+    names = ['a', 'b', 'c']
+    return geopandas.GeoDataFrame({'id': names}, geometry=shapes, crs='EPSG:4326')
+
+
+class TestTables:
+    @pytest.mark.parametrize('suffix', ['gpkg', 'geojson', 'parquet', 'csv'])
+    @pytest.mark.parametrize('crs', ['EPSG:4326', 'EPSG:32632'])
+    def test_polygons(
+        self, tmp_path: Path, suffix: str, crs: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tables, '_ROWS', 2)
+        path = tmp_path / f'a.{suffix}'
+        table = frame().to_crs(crs)
+        if suffix == 'csv':
+            text = pd.DataFrame(
+                {'ID': table.id, 'WKT': table.geometry.to_wkt(), 'crs': crs}
+            )
+            text.to_csv(path, index=False)
+        elif suffix == 'parquet':
+            table.to_parquet(path)
+        else:
+            table.to_file(path)
+        if suffix == 'geojson' and crs != 'EPSG:4326':
+            pytest.skip('GeoJSON is in degrees')
+        source = read_footprints(path)
+        whole = read_all(source)
+        assert source.ids.to_pylist() == ['a', 'b', 'c']
+        assert set(whole.table['crs'].to_pylist()) == {crs}
+        assert whole.table['height'].to_pylist() == [0, 0, 0]
+        ours = outlines(whole.table)
+        theirs = frame().geometry.to_numpy()
+        assert shapely.equals_exact(ours, theirs, 1e-5).all()
+
+    @pytest.mark.parametrize('suffix', ['csv', 'parquet'])
+    def test_grids(self, tmp_path: Path, suffix: str) -> None:
+        path = tmp_path / f'a.{suffix}'
+        edges = {'left': 3e5, 'bottom': 5e6, 'right': 3e5 + 640, 'top': 5e6 + 480}
+        table = pd.DataFrame(
+            {
+                'id': [7, 8],
+                'crs': ['EPSG:32632', 'EPSG:32633'],
+                **edges,
+                'height': 24,
+                'width': 64,
+            }
+        )
+        getattr(table, f'to_{suffix}')(path, index=False)
+        whole = read_all(read_footprints(path))
+        assert whole.table['id'].to_pylist() == ['7', '8']
+        assert whole.table['crs'].to_pylist() == ['EPSG:32632', 'EPSG:32633']
+        expected = Affine(10, 0, 3e5, 0, -20, 5e6 + 480)[:6]
+        np.testing.assert_array_equal(transforms_of(whole.table), [expected] * 2)
+
+    def test_rows_that_are_no_footprints(self, tmp_path: Path) -> None:
+        shapes = ['POINT (1 1)', 'POLYGON EMPTY', 'POLYGON ((0 0, 1 0, 1 1, 0 0))']
+        names = ['a', 'b', 'c', 'd']
+        shapes.append(shapes[-1])
+        table = pd.DataFrame({'id': names, 'geometry': shapes})
+        table['crs'] = ['EPSG:4326'] * 3 + ['EPSG:1']
+        table.to_csv(tmp_path / 'a.csv', index=False)
+        whole = read_all(read_footprints(tmp_path / 'a.csv'))
+        assert whole.table['id'].to_pylist() == ['c']
+        assert whole.failures == {
+            'a': 'is no polygon',
+            'b': 'is no polygon',
+            'd': "unknown coordinate reference system 'EPSG:1'",
+        }
+
+    @pytest.mark.parametrize(
+        ('columns', 'message'),
+        [
+            ({'name': ['a']}, 'must have the columns id, and geometry or left'),
+            (
+                {'id': ['a'], 'left': [1]},
+                'must have the columns id, and geometry or left',
+            ),
+            (
+                {'id': ['a'], 'wkt': ['POINT (1 1)'], 'height': [1]},
+                'both of height and width',
+            ),
+            ({'id': ['a'], 'wkt': ['here']}, 'footprints must be geometries'),
+            (
+                {
+                    'id': ['a'],
+                    'wkt': ['POLYGON ((0 0, 1 0, 1 1, 0 0))'],
+                    'height': 9,
+                    'width': 9,
+                },
+                'with height and width must be boxes',
+            ),
+            (
+                {
+                    'id': ['a'],
+                    'left': 0,
+                    'bottom': 0,
+                    'right': 1,
+                    'top': 1,
+                    'height': 0,
+                    'width': 9,
+                },
+                'height and width of 1 or more',
+            ),
+            (
+                {'id': [None, 'b'], 'wkt': 'POINT (1 1)'},
+                'must all have an id, 1 have none',
+            ),
+        ],
+    )
+    def test_columns(
+        self, tmp_path: Path, columns: dict[str, Any], message: str
+    ) -> None:
+        pd.DataFrame(columns).to_csv(tmp_path / 'a.csv', index=False)
+        with pytest.raises(ValueError, match=message):
+            read_footprints(tmp_path / 'a.csv')
+
+    def test_no_rows(self, tmp_path: Path) -> None:
+        (tmp_path / 'a.csv').write_text('id,geometry\n')
+        with pytest.raises(ValueError, match='at least one row'):
+            read_footprints(tmp_path / 'a.csv')
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match='footprints must be a file'):
+            read_footprints(tmp_path / 'a.gpkg')
+
+
+def test_outlines_of_grids() -> None:
+    grids = [
+        ('EPSG:32632', grid('EPSG:32632', 7, 46), (100, 200)),
+        ('EPSG:32660', grid('EPSG:32660', 179.99, 66), (100, 200)),
+        ('EPSG:4326', Affine(0.001, 0, 179.95, 0, -0.001, 10), (100, 100)),
+    ]
+    for crs, transform, shape in grids:
+        table = make_footprints(['a'], [crs], [transform[:6]], [shape])
+        (polygon,) = outlines(table)
+        left, _, right, _ = polygon.bounds
+        assert right - left < 1
+        assert (right > 180) == (crs != 'EPSG:32632')
+        assert polygon.exterior.is_ccw

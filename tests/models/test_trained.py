@@ -1,0 +1,156 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from torchgeo_softcon._compat import HAS_TASKS, BaseTask
+from torchgeo_softcon.callbacks.features import encode
+from torchgeo_softcon.models import create_encoder, read_weights
+from torchgeo_softcon.models.trained import open_encoder, read_trained
+
+from ..tasks.helpers import make_loader, make_task, make_trainer
+from .helpers import WeightsFolder, dino_checkpoint, torchvision_backbone
+
+TASKS = import_module(BaseTask.__module__.rpartition('.')[0])
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('run')
+    trainer = make_trainer(folder, max_epochs=1)
+    trainer.fit(make_task(), make_loader())
+    trainer.save_checkpoint(folder / 'run.ckpt')
+    return folder / 'run.ckpt'
+
+
+def save_host_task(name: str, path: Path, **options: Any) -> nn.Module:
+    """A checkpoint of one of TorchGeo's own tasks."""
+    task = getattr(TASKS, name if HAS_TASKS else f'{name}Task')(**options)
+    hparams = {k: v for k, v in task.hparams.items() if isinstance(v, int | str)}
+    torch.save({'state_dict': task.state_dict(), 'hyper_parameters': hparams}, path)
+    return task
+
+
+class TestReadTrained:
+    """One reader for all who open a file."""
+
+    @pytest.mark.parametrize(
+        ('beside', 'default'), [('teacher', 'student'), ('student', 'teacher')]
+    )
+    def test_branches(self, beside: Any, default: str, tmp_path: Path) -> None:
+        state = {'model.a': torch.zeros(1), f'{beside}.a': torch.ones(1)}
+        hparams = {'model': 'resnet18'}
+        torch.save({'state_dict': state, 'hyper_parameters': hparams}, tmp_path / 'a')
+        trained = read_trained(tmp_path / 'a')
+        assert (trained.branch, trained.model) == (default, 'resnet18')
+        assert trained.state_dict == {'a': torch.zeros(1)}
+        assert read_trained(tmp_path / 'a', beside).state_dict == {'a': torch.ones(1)}
+
+    def test_training_checkpoint_of_dino_mc(self, tmp_path: Path) -> None:
+        student, teacher = ({'conv1.weight': torch.full((1,), i)} for i in (1.0, 2.0))
+        path = tmp_path / 'run.pth'
+        torch.save(dino_checkpoint(student, teacher, False), path)
+        assert read_trained(path).state_dict == teacher
+        assert read_trained(path).branch == 'teacher'
+        assert read_trained(path, 'student').state_dict == student
+        assert read_weights(str(path)) == teacher
+
+    def test_swin_of_torchvision(self, tmp_path: Path) -> None:
+        torch.save(torchvision_backbone('swin_t').state_dict(), tmp_path / 'a')
+        encoder = open_encoder(tmp_path / 'a', model='swin_tiny_patch4_window7_224')
+        own = torchvision_backbone('swin_t').eval()
+        own.load_state_dict(torch.load(tmp_path / 'a', weights_only=True))
+        image = torch.rand(1, 3, 224, 224)
+        torch.testing.assert_close(encoder.model(image), own(image))
+
+    def test_initial_weights_from_tasks_of_the_host(self, tmp_path: Path) -> None:
+        """TorchGeo itself does not open checkpoints of its self-supervised tasks."""
+        path = tmp_path / 'run.ckpt'
+        task: Any = save_host_task('MoCo', path, model='resnet18', in_channels=4)
+        own: dict[str, Tensor] = task.backbone.state_dict()
+        for key, value in read_weights(str(path)).items():
+            assert torch.equal(value, own[key])
+
+    def test_bad_input(self, tmp_path: Path) -> None:
+        torch.save({'model.a': torch.ones(1)}, tmp_path / 'a')
+        with pytest.raises(ValueError, match=r"branch='teacher' is for files with two"):
+            read_trained(tmp_path / 'a', 'teacher')
+        with pytest.raises(ValueError, match="must be 'student' or 'teacher', got 'x'"):
+            read_trained(tmp_path / 'a', 'x')  # type: ignore[arg-type]
+
+
+class TestOpenEncoder:
+    def test_task(self, checkpoint: Path) -> None:
+        encoder = open_encoder(checkpoint)
+        assert (encoder.name, encoder.in_channels, encoder.size) == ('test_vit', 4, 32)
+        state = torch.load(checkpoint, weights_only=True)['state_dict']
+        for key, value in encoder.model.state_dict().items():
+            assert torch.equal(value, state[f'model.{key}'])
+        assert not encoder.model.training
+
+    @pytest.mark.parametrize('name', ['MoCo', 'SimCLR', 'BYOL'])
+    def test_tasks_of_the_host(self, name: str, tmp_path: Path) -> None:
+        path = tmp_path / 'run.ckpt'
+        task: Any = save_host_task(name, path, model='resnet18', in_channels=4)
+        encoder = open_encoder(path)
+        image = torch.rand(2, 4, 64, 64)
+        own = task.model.backbone.model if name == 'BYOL' else task.backbone
+        expected = encode(own.eval(), image)['pooled']
+        torch.testing.assert_close(encoder.model(image), expected)
+
+    def test_state_dict_needs_a_name(self, tmp_path: Path) -> None:
+        path = tmp_path / 'encoder.pth'
+        torch.save(create_encoder('resnet18', 2).state_dict(), path)
+        assert open_encoder(path, model='resnet18').in_channels == 2
+        with pytest.raises(ValueError, match='Set model to the name'):
+            open_encoder(path)
+        with pytest.raises(
+            ValueError, match=r'no parameters of a test_vit: patch_embed'
+        ):
+            open_encoder(path, model='test_vit')
+
+    def test_positions_of_another_size_are_not_resampled(self, tmp_path: Path) -> None:
+        vit = timm.create_model('vit_tiny_patch16_384', img_size=224, num_classes=0)
+        path = tmp_path / 'encoder.pth'
+        torch.save(vit.state_dict(), path)
+        encoder = open_encoder(path, model='vit_tiny_patch16_384')
+        image = torch.rand(1, 3, 224, 224)
+        torch.testing.assert_close(encoder.model(image), vit.eval()(image))
+
+    def test_bad_input(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match='one of checkpoint and weights'):
+            open_encoder()
+        with pytest.raises(FileNotFoundError, match='does not exist'):
+            open_encoder(tmp_path / 'none.ckpt')
+        (tmp_path / 'text.ckpt').write_text('no checkpoint')
+        with pytest.raises(ValueError, match='PyTorch can load safely'):
+            open_encoder(tmp_path / 'text.ckpt')
+
+    @pytest.mark.parametrize(
+        ('weights', 'bands', 'unit'),
+        [
+            ('ViTSmall16_Weights.SENTINEL2_SOFTCON', 13, True),
+            ('ResNet50_Weights.SENTINEL1_SOFTCON', 2, True),
+            ('Swin_T_Weights.SENTINEL2_RGB_DINOMC', 3, False),
+        ],
+    )
+    def test_published_weights(
+        self,
+        weights: str,
+        bands: int,
+        unit: bool,
+        weights_folder: WeightsFolder,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        weights_folder.use(monkeypatch)
+        encoder = open_encoder(weights=weights)
+        assert encoder.bands is not None
+        assert (encoder.in_channels, len(encoder.bands)) == (bands, bands)
+        assert (encoder.size, encoder.unit_range) == (224, unit)

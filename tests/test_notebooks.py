@@ -1,0 +1,88 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nbmake.nb_run import NotebookRun
+
+from .models.helpers import WeightsFolder
+
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob('*.ipynb'))
+
+
+@pytest.fixture(autouse=True)
+def offline(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network, no weights, and scenes in a folder that all notebooks share."""
+    root = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv('TORCHGEO_SOFTCON_CACHE', str(root / 'notebooks'))
+    monkeypatch.setenv('TORCH_HOME', str(root / 'no_weights'))
+    monkeypatch.delenv('TORCHGEO_SOFTCON_WEIGHTS', raising=False)
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    for name in ('http_proxy', 'https_proxy'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+
+
+def cells(notebook: Any, kind: str = 'code') -> list[Any]:
+    return [cell for cell in notebook['cells'] if cell['cell_type'] == kind]
+
+
+def run(name: str) -> str:
+    """Run a notebook with the small settings of its metadata.
+
+    Args:
+        name: Name of the file.
+
+    Returns:
+        What it has printed.
+    """
+    before = sorted(EXAMPLES.iterdir())
+    result = NotebookRun(EXAMPLES / name, default_timeout=300).execute()
+    assert result.error is None, result.error.trace
+    assert sorted(EXAMPLES.iterdir()) == before
+
+    first, *_ = cells(result.nb)
+    assert not any('ERROR' in output.get('text', '') for output in first.outputs)
+    return ''.join(_printed(result.nb))
+
+
+def _printed(notebook: Any) -> Iterator[str]:
+    for cell in cells(notebook):
+        for output in cell.outputs:
+            if output.output_type == 'stream' and output.name == 'stdout':
+                yield output.text
+
+
+@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n != 'finetune.ipynb'])
+def test_runs(name: str) -> None:
+    run(name)
+
+
+def test_finetune_without_the_published_weights_says_so() -> None:
+    printed = run('finetune.ipynb')
+    assert 'The published weights cannot be had here. Instead: a ResNet-18' in printed
+
+
+def test_finetune_with_the_published_weights(
+    weights_folder: WeightsFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TORCHGEO_SOFTCON_WEIGHTS', str(weights_folder.root))
+    printed = run('finetune.ipynb')
+    assert 'Published weights: ViTSmall16_Weights.SENTINEL2_SOFTCON' in printed
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_is_small_and_clean(name: str) -> None:
+    content = (EXAMPLES / name).read_bytes()
+    assert len(content) < 300_000
+    notebook = json.loads(content)
+    assert '%pip install' in ''.join(cells(notebook)[0]['source'])
+    # Warnings tell the paths of the machine they come from
+    outputs = [output for cell in cells(notebook) for output in cell['outputs']]
+    assert not [output for output in outputs if output.get('name') == 'stderr']

@@ -1,0 +1,257 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The recipes for data that nobody has at hand here, on small data of their layout."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from torch import Tensor
+from torchgeo.datasets import SSL4EOS12
+from torchgeo.main import main
+
+import torchgeo_softcon
+from torchgeo_softcon.__main__ import main as command
+from torchgeo_softcon._compat import HAS_TASKS
+from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
+
+from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
+from .models.helpers import WeightsFolder
+
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+
+SMALL = [
+    *('--data.batch_size', '2', '--data.num_workers', '0'),
+    *('--trainer.fast_dev_run', 'true', '--trainer.accelerator', 'cpu'),
+    *('--trainer.precision', '32-true', '--trainer.enable_progress_bar', 'false'),
+    *('--trainer.enable_model_summary', 'false'),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_folder: WeightsFolder
+) -> Iterator[None]:
+    """An empty folder, files of weights at hand, and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['torchgeo'])
+    weights_folder.use(monkeypatch)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of data sets of the host."""
+    root = tmp_path_factory.mktemp('data')
+    return {
+        'eurosat': str(make_eurosat(root / 'eurosat', 2, 1)),
+        'bigearthnet': str(make_bigearthnet(root / 'bigearthnet', 20, 2)),
+        'ssl4eo': str(make_ssl4eo_s12(root / 'ssl4eo', 's2c', 2)),
+    }
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What reaches encoders: images of the first batches."""
+    images: list[Tensor] = []
+    for family in (timm.models.VisionTransformer, timm.models.ResNet):
+        forward = family.forward_features
+
+        def watched(
+            self: Any, x: Tensor, *args: Any, f: Any = forward, **kw: Any
+        ) -> Any:
+            images.append(x.detach().clone())
+            return f(self, x, *args, **kw)
+
+        monkeypatch.setattr(family, 'forward_features', watched)
+    return images
+
+
+def fit(recipe: str, *args: str) -> None:
+    """Run a recipe. TorchGeo 0.10 has another name for one of the tasks."""
+    text = (EXAMPLES / f'{recipe}.yaml').read_text()
+    if HAS_TASKS:
+        old = 'torchgeo.trainers.ClassificationTask'
+        text = text.replace(old, 'torchgeo.tasks.Classification')
+    Path('recipe.yaml').write_text(text)
+    main(['fit', '--config', 'recipe.yaml', *SMALL, *args])
+
+
+class TestEuroSAT:
+    def test_finetune(self, data: dict[str, str], seen: list[Tensor]) -> None:
+        fit('eurosat_finetune', '--data.dict_kwargs.root', data['eurosat'])
+        assert {x.shape for x in seen} == {(2, 13, 224, 224)}
+        assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
+
+    def test_linear(self, data: dict[str, str]) -> None:
+        fit(
+            'eurosat_linear',
+            *('--data.dict_kwargs.root', data['eurosat'], '--model.size', '28'),
+        )
+
+    def test_knn(self, data: dict[str, str], seen: list[Tensor], capsys: Any) -> None:
+        status = command(
+            [
+                *('evaluate', '--config', str(EXAMPLES / 'eurosat_linear.yaml')),
+                *('--data.dict_kwargs.root', data['eurosat']),
+                *('--data.num_workers', '0', '--data.batch_size', '20'),
+                *('--weights', 'ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON'),
+                *('--size', '28', '--device', 'cpu'),
+            ]
+        )
+        assert status == 0
+        out = capsys.readouterr().out
+        for name in ('knn20_accuracy_cls', 'linear_accuracy_blocks'):
+            assert name in out
+        # B8A in its place, in the range of the pretraining: made around the mean
+        assert seen[0].shape == (20, 13, 28, 28)
+        assert (seen[0].mean((0, 2, 3)) - 0.5).abs().max() < 0.25
+
+
+class TestBigEarthNet:
+    def test_linear(self, data: dict[str, str]) -> None:
+        fit(
+            'bigearthnet_linear',
+            *('--data.dict_kwargs.root', data['bigearthnet'], '--model.size', '28'),
+        )
+
+    def test_finetune(self, data: dict[str, str], seen: list[Tensor]) -> None:
+        fit('bigearthnet_finetune', '--data.dict_kwargs.root', data['bigearthnet'])
+        assert {x.shape for x in seen} == {(2, 12, 224, 224)}
+        assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
+
+    def test_radar(self, data: dict[str, str]) -> None:
+        """As the header says."""
+        fit(
+            'bigearthnet_linear',
+            *('--data.dict_kwargs.root', data['bigearthnet'], '--model.size', '28'),
+            *('--data.dict_kwargs.bands', 's1', '--model.in_channels', '2'),
+            *('--model.weights', 'ViTSmall14_DINOv2_Weights.SENTINEL1_SOFTCON'),
+            *('--model.bands', '[VH, VV]'),
+        )
+
+    def test_knn(self, data: dict[str, str], seen: list[Tensor], capsys: Any) -> None:
+        """As the header says."""
+        lines = (EXAMPLES / 'bigearthnet_linear.yaml').read_text()
+        bands = "'[B1,B2,B3,B4,B5,B6,B7,B8,B8A,B9,B11,B12]'"
+        assert f'--bands {bands}' in lines
+        status = command(
+            [
+                *('evaluate', '--config', str(EXAMPLES / 'bigearthnet_linear.yaml')),
+                *('--data.dict_kwargs.root', data['bigearthnet'], '--k', '[1]'),
+                *('--data.num_workers', '0', '--fraction', '0.1', '--split', 'val'),
+                *('--weights', 'ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON'),
+                *('--bands', bands.strip("'"), '--size', '28', '--device', 'cpu'),
+            ]
+        )
+        assert status == 0
+        assert 'knn1_micro_map_cls' in capsys.readouterr().out
+        assert seen[0].shape == (2, 12, 28, 28)
+
+
+def test_ssl4eo_s12(
+    data: dict[str, str], seen: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SSL4EOS12, '__len__', lambda self: 2)
+    sizes = ['[32, 28, 24]', '32']
+    options = '--model.augmentations.init_args'
+    fit(
+        'ssl4eo_s12',
+        *('--data.dict_kwargs.root', data['ssl4eo'], '--model.model', 'test_resnet'),
+        *('--model.size', sizes[1], '--model.local_sizes', sizes[0]),
+        *(f'{options}.global_size', sizes[1], f'{options}.local_sizes', sizes[0]),
+        *('--model.output_dim', '16', '--model.hidden_dim', '16'),
+    )
+    assert seen
+    assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
+
+
+@pytest.mark.skipif(
+    not hasattr(torchgeo_softcon, 'SSL4EOS12MLDataModule'), reason='no such datamodule'
+)
+def test_ssl4eo_s12_ml(data: dict[str, str]) -> None:
+    fit(
+        'ssl4eo_s12_ml',
+        *('--data.root', data['ssl4eo'], '--data.labels', 'null'),
+        *(
+            '--model.model',
+            'test_vit',
+            '--model.size',
+            '32',
+            '--model.soft_weight',
+            '0',
+        ),
+        *('--model.hidden_dim', '16', '--model.output_dim', '8'),
+        *('--trainer.callbacks', 'null'),
+    )
+
+
+def test_sar(scenes: SyntheticScenes, tmp_path: Path, seen: list[Tensor]) -> None:
+    rng = np.random.default_rng(0)
+    for place in scenes.images.rglob('*.tif'):
+        write_radar(place, tmp_path / 's1' / place.name, rng)
+    fit(
+        'sar',
+        *('--data.images', 's1', '--data.worldcover', str(scenes.worldcover)),
+        *('--data.patch_size', '48', '--data.length', '4', '--model.model', 'resnet18'),
+        *('--model.size', '32', '--model.augmentations.init_args.size', '32'),
+        *('--model.hidden_dim', '16', '--model.output_dim', '8'),
+    )
+    # Means of SSL4EO-S12 are in the middle
+    teacher = seen[-1]
+    assert teacher.shape == (2, 2, 32, 32)
+    assert (teacher.mean((0, 2, 3)) - 0.5).abs().max() < 0.15
+
+
+def write_radar(like: Path, path: Path, rng: np.random.Generator) -> None:
+    """A Sentinel-1 scene on the grid of another one."""
+    import rasterio
+
+    with rasterio.open(like) as file:
+        profile = {**file.profile, 'count': 2, 'dtype': 'float32', 'nodata': None}
+        shape = file.shape
+    path.parent.mkdir(exist_ok=True)
+    means = np.array([-12.59, -20.26])[:, None, None]
+    with rasterio.open(path, 'w', **profile) as file:
+        file.write(rng.normal(means, 3, (2, *shape)).astype('float32'))
+
+
+def test_continual(scenes: SyntheticScenes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights of DINOv2's shapes: all but the input layer are kept."""
+    state = ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON.get_state_dict()
+    published = {**state, 'patch_embed.proj.weight': torch.ones(384, 3, 14, 14)}
+    monkeypatch.setattr(
+        'torchgeo_softcon.tasks.base.read_pretrained', lambda *args: dict(published)
+    )
+    fit(
+        'continual_dinov2',
+        *('--data.images', str(scenes.images)),
+        *('--data.worldcover', str(scenes.worldcover)),
+        *('--data.patch_size', '48', '--data.length', '4', '--model.size', '28'),
+        *('--model.hidden_dim', '16', '--model.output_dim', '8'),
+        *('--trainer.callbacks', 'null'),
+    )
+
+
+@pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.yaml')), ids=lambda p: p.stem)
+def test_headers(path: Path) -> None:
+    """Every recipe says what it does, how it is run, and what to expect."""
+    text = path.read_text()
+    assert f'--config examples/{path.name}' in text
+    header = [line for line in text.splitlines() if line.startswith('#')]
+    assert text.splitlines()[: len(header)] == header
+    for word in ('# What:', '# Data:', '# Expect:'):
+        assert any(line.startswith(word) for line in header), word
+    assert max(map(len, text.splitlines())) <= 96
+    assert yaml.safe_load(text).keys() >= {'model', 'data', 'trainer'}

@@ -1,0 +1,207 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Brings images to the size that a model takes."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._compat import get_weight
+from ..models.weights import EncoderWeights
+
+
+class ResizeInput(Callback):
+    """Resizes ``batch['image']`` on its way into any task of whole images.
+
+    EuroSAT's tiles have 64 pixels, those of BigEarthNet 120. The papers evaluate their
+    encoders at 224 pixels (see the README of `SoftCon
+    <https://github.com/zhu-xlab/softcon>`__), and timm's Vision Transformers refuse
+    any other size than the one they are built for.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: torchgeo_softcon.callbacks.ResizeInput
+              init_args:
+                size: 224
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        """Initialize a new ResizeInput instance.
+
+        Args:
+            size: Side of the square images in pixels. Defaults to the one that the model
+                is built for.
+
+        Raises:
+            ValueError: If the size is not positive.
+        """
+        if size is not None and size < 1:
+            raise ValueError(f'size must be a number of pixels, got {size}')
+        self.size = size
+        self._target: tuple[int, int] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the size of the images.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            stage: What the trainer is about to do.
+
+        Raises:
+            ValueError: If the model takes images of another size only, or has none that
+                could be the default.
+        """
+        fixed = fixed_size(pl_module)
+        asked = None if self.size is None else (self.size, self.size)
+        if asked is None and fixed is None:
+            raise ValueError(
+                f'size must be given to ResizeInput: the model of '
+                f'{type(pl_module).__name__} has no input size of its own'
+            )
+        if None not in (asked, fixed) and asked != fixed:
+            raise ValueError(
+                f'size must be {fixed}, the size that the model is built for, or be left '
+                f'out, got {self.size}'
+            )
+        self._target = asked or fixed
+
+    def _resize(self, batch: Any) -> None:
+        """Resize the images of a mini-batch in place."""
+        if self._target is None or _shape(batch) in (None, self._target):
+            return
+        image: Tensor = batch['image']
+        if 'mask' in batch:
+            raise ValueError(
+                "batch['mask'] would keep its size: ResizeInput is for tasks with labels "
+                'of whole images. Resize both in the transforms of the dataset'
+            )
+        flat = image.reshape(-1, *image.shape[-3:]).float()
+        # As torchvision's Resize does for tensors
+        flat = F.interpolate(flat, self._target, mode='bilinear', antialias=True)
+        batch['image'] = flat.to(image.dtype).reshape(*image.shape[:-2], *self._target)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Resize the images.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            batch: Mini-batch with *image* of shape (..., C, H, W).
+            batch_idx: Number of the mini-batch.
+
+        Raises:
+            ValueError: If the mini-batch has a mask as well.
+        """
+        self._resize(batch)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Resize the images.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            batch: Mini-batch with *image* of shape (..., C, H, W).
+            batch_idx: Number of the mini-batch.
+            dataloader_idx: Number of the data loader.
+        """
+        self._resize(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+
+class ResizeForWeights(ResizeInput):
+    """A :class:`ResizeInput` that acts only where a task would fail without it.
+
+    The plugin adds it to every trainer of TorchGeo's tasks. It acts on tasks that start
+    from weights of this package, in a model that refuses the size of the images, and
+    says so.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(self) -> None:
+        """Initialize a new ResizeForWeights instance."""
+        super().__init__()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out whether there may be something to do.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            stage: What the trainer is about to do.
+        """
+        self._target = fixed_size(pl_module) if has_our_weights(pl_module) else None
+        self._reported = False
+
+    def _resize(self, batch: Any) -> None:
+        """Resize the images of a mini-batch in place, and say so once."""
+        before = _shape(batch)
+        super()._resize(batch)
+        after = _shape(batch)
+        if before != after and not self._reported:
+            self._reported = True
+            rank_zero_info(
+                f'torchgeo-softcon resizes the images of {before} pixels to {after}, the '
+                'only size that this model takes. The models softcon_* and dinomc_* of '
+                'timm take any size'
+            )
+
+
+def fixed_size(task: LightningModule) -> tuple[int, int] | None:
+    """The only size of images that the model of a task takes.
+
+    Args:
+        task: Any task.
+
+    Returns:
+        Height and width in pixels, None if the model takes several.
+    """
+    embed = getattr(getattr(task, 'model', None), 'patch_embed', None)
+    if not getattr(embed, 'strict_img_size', False):
+        return None
+    size = getattr(embed, 'img_size', None)
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
+def has_our_weights(task: LightningModule) -> bool:
+    """Whether a task of the host started from weights of this package.
+
+    Args:
+        task: Any task.
+
+    Returns:
+        Whether its *weights* are a member of one of our enums or the name of one.
+    """
+    weights = getattr(task, 'weights', None)
+    if isinstance(weights, str):
+        try:
+            weights = get_weight(weights)
+        except ValueError:  # a path
+            return False
+    return isinstance(weights, EncoderWeights)
+
+
+def _shape(batch: Any) -> tuple[int, ...] | None:
+    """Height and width of the images of a mini-batch, if it has any."""
+    image = batch.get('image') if isinstance(batch, dict) else None
+    return tuple(image.shape[-2:]) if isinstance(image, Tensor) else None

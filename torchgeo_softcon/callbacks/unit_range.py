@@ -1,0 +1,65 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Brings images to the values that SoftCon's encoders are trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..datamodules.normalization import use_unit_range
+
+
+class UnitRange(Callback):
+    """Lets any datamodule of TorchGeo give images in [0, 1], as SoftCon's authors do.
+
+    TorchGeo's datamodules scale images each in its own way, such as EuroSAT's to zero
+    mean. A frozen encoder needs the values that it was trained on.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: torchgeo_softcon.callbacks.UnitRange
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(self, bands: Sequence[str] | None = None) -> None:
+        """Initialize a new UnitRange instance.
+
+        Args:
+            bands: Names of the bands of Sentinel-2 (in digital numbers) or Sentinel-1
+                (in dB) in the order of the channels. Defaults to those that the dataset
+                has.
+        """
+        self.bands = None if bands is None else tuple(bands)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Leave a note in checkpoints: which values the encoder was trained on.
+
+        Returns:
+            The bands.
+        """
+        return {'bands': None if self.bands is None else list(self.bands)}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Change the datamodule.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            stage: What the trainer is about to do.
+
+        Raises:
+            ValueError: See
+                :func:`~torchgeo_softcon.datamodules.normalization.use_unit_range`.
+        """
+        datamodule = getattr(trainer, 'datamodule', None)
+        if datamodule is None:
+            raise ValueError(
+                'UnitRange changes a datamodule, but the trainer has data loaders only. '
+                'Train with a datamodule, or scale the images in the dataset'
+            )
+        use_unit_range(datamodule, self.bands)

@@ -1,0 +1,147 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Bands and values of the images of a datamodule of TorchGeo."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import kornia.augmentation as K
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+
+from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, normalize_band_names
+from ..transforms import ToUnitRange
+
+#: What TorchGeo's BigEarthNet means by its bands. It reads files in the order of their
+#: names, so that VH comes before VV.
+_SETS = {
+    's1': SENTINEL1_BANDS[::-1],
+    's2': SENTINEL2_SUBSETS[12],
+    'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
+}
+
+
+class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
+    """:class:`.ToUnitRange` as a part of kornia's sequences."""
+
+    def __init__(self, unit: ToUnitRange) -> None:
+        super().__init__(p=1, same_on_batch=True, keepdim=True)
+        self.unit = unit
+
+    def apply_transform(
+        self,
+        input: Tensor,
+        params: dict[str, Tensor],
+        flags: dict[str, Any],
+        transform: Tensor | None = None,
+    ) -> Tensor:
+        # Seasons are stacked in channels
+        bands = input.unflatten(1, (-1, len(self.unit.low)))
+        return self.unit(bands).flatten(1, 2)
+
+
+def use_unit_range(
+    datamodule: LightningDataModule, bands: Sequence[str] | None = None
+) -> None:
+    """Let a datamodule of TorchGeo scale its images to [0, 1] as SoftCon's authors do.
+
+    Datamodules of TorchGeo scale each in its own way: EuroSAT to zero mean, BigEarthNet
+    by percentiles, SSL4EO-S12 by 10,000, also dB. Their last step is replaced by
+    :class:`.ToUnitRange`, for all splits; random crops and flips stay. Datamodules of
+    this package have such images already, and are left as they are.
+
+    Args:
+        datamodule: The datamodule, set up.
+        bands: Names of the bands of its images. Defaults to those that its dataset has.
+
+    Raises:
+        ValueError: If the bands are not known, or the datamodule has no normalization
+            that could be replaced.
+    """
+    plain: Any = datamodule
+    mean, std = (torch.as_tensor(v) for v in (plain.mean, plain.std))
+    if (mean == 0).all() and (std == 1).all():
+        return  # so say the datamodules of this package
+    bands = bands or image_bands(datamodule)
+    if bands is None:
+        raise ValueError(
+            f'{type(datamodule).__name__} does not tell its bands. Set bands to their '
+            'names, such as [B4, B3, B2]'
+        )
+    unit = ToUnitRange.of(bands)
+    found = False
+    for name in ('aug', *(f'{s}_aug' for s in ('train', 'val', 'test', 'predict'))):
+        for parent, child in _normalizations(getattr(datamodule, name, None)):
+            setattr(parent, child, _UnitRange(unit))
+            found = True
+    if not found:
+        raise ValueError(
+            f'{type(datamodule).__name__} has no normalization (kornia.augmentation.'
+            'Normalize) that could be replaced. Scale its images by transforms of the '
+            'dataset: torchgeo_softcon.ToUnitRange'
+        )
+    # TorchGeo's tasks undo the normalization by these to plot images
+    plain.mean, plain.std = unit.low, unit.extent
+
+
+def _normalizations(module: Any) -> Iterator[tuple[nn.Module, str]]:
+    """Where the normalizations of a sequence are: the parent, and the name in it."""
+    if isinstance(module, nn.Module):
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, K.Normalize | _UnitRange):
+                    yield parent, name
+
+
+def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
+    """Names of the bands of the images of a datamodule.
+
+    Args:
+        datamodule: The datamodule, set up.
+
+    Returns:
+        The names in the order of the channels, None if its dataset does not tell them or
+        if they are of an unknown sensor.
+    """
+    splits = ('train', 'val', 'test', 'predict')
+    for name in (*(f'{split}_dataset' for split in splits), 'dataset'):
+        dataset = getattr(datamodule, name, None)
+        bands = getattr(getattr(dataset, 'dataset', dataset), 'bands', None)
+        if isinstance(bands, str) and bands in _SETS:
+            return _SETS[bands]
+        if isinstance(bands, list | tuple) and all(isinstance(b, str) for b in bands):
+            with suppress(ValueError):
+                return normalize_band_names(bands)
+    return None
+
+
+def match_images(
+    datamodule: LightningDataModule,
+    bands: Sequence[str] | None,
+    unit_range: bool | None,
+) -> None:
+    """Let a datamodule give what an encoder expects.
+
+    Args:
+        datamodule: The datamodule, set up.
+        bands: Names of the bands that the encoder expects, if they are known.
+        unit_range: Whether it expects them as :func:`use_unit_range` scales them.
+
+    Raises:
+        ValueError: If the images have other bands or another order, or cannot be scaled.
+    """
+    found = image_bands(datamodule)
+    if found is not None and bands is not None:
+        with suppress(ValueError):  # of an unknown sensor
+            bands = normalize_band_names(bands)
+        if tuple(bands) != found:
+            raise ValueError(
+                f'bands of the images must be those of the encoder, {tuple(bands)}, got '
+                f'{found}. Choose and order the bands of the dataset, or for weights of '
+                'this package, give bands = those of the images'
+            )
+    if unit_range:
+        use_unit_range(datamodule, found or bands)

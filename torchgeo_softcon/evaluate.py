@@ -1,0 +1,249 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""k-NN and linear evaluation of frozen features: ``torchgeo-softcon evaluate``."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .callbacks.features import encode, prepare
+from .callbacks.labelled import LabelledSamples
+from .callbacks.probes import evaluate, knn_scores, linear_scores
+from .callbacks.subset import choose_subset
+from .datamodules.normalization import match_images
+from .embed import data_parser, parse_data, set_up
+from .models import is_vit
+from .models.features import last_block_features
+from .models.trained import Encoder, open_encoder
+from .transforms.center import center_view
+
+#: What is no score.
+_COUNTS = ('train_images', 'test_images', 'val_images', 'image_size')
+
+#: Blocks of a Vision Transformer whose class tokens are used side by side, as in DINO.
+_BLOCKS = 4
+
+
+@torch.inference_mode()
+def extract_features(
+    encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode the centre of labelled images.
+
+    Args:
+        encoder: The encoder, on *device*.
+        samples: The images.
+        size: Side in pixels of what the encoder sees.
+        device: Where to compute.
+
+    Returns:
+        Features of shape (N, F) by the names of :func:`.encode`, and *blocks*, the class
+        tokens of the last four blocks, of Vision Transformers. Labels of shape (N,) or
+        (N, K), those of images without any label left out.
+    """
+    batches: list[dict[str, Tensor]] = []
+    labels: list[Tensor] = []
+    for batch in tqdm(samples.batches(), samples.name, leave=False):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        if samples.transform is not None:
+            batch = samples.transform(batch)
+        image, seasons = prepare(batch['image'], encoder.in_channels, None)
+        image = center_view(image, size)
+        features = encode(encoder.model, image)
+        if 'cls' in features and is_vit(encoder.model):
+            depth = min(_BLOCKS, len(encoder.model.blocks))  # type: ignore[arg-type]
+            features['blocks'] = last_block_features(encoder.model, image, depth)
+        batches.append(
+            {
+                name: value.unflatten(0, (-1, seasons)).mean(1).float().cpu()
+                for name, value in features.items()
+            }
+        )
+        labels.append(batch['label'].cpu())
+    label = torch.cat(labels)
+    known = (
+        label.any(1) if label.ndim == 2 else torch.ones_like(label, dtype=torch.bool)
+    )
+    whole = {
+        name: torch.cat([features[name] for features in batches])[known]
+        for name in batches[0]
+    }
+    for name, value in whole.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f'features of the {samples.name} ({name}) are NaN or infinite. Look for '
+                'NaN pixels in the images'
+            )
+    return whole, label[known]
+
+
+def evaluate_encoder(
+    encoder: Encoder,
+    datamodule: LightningDataModule,
+    split: str = 'test',
+    k: Sequence[int] = (20,),
+    temperature: float = 0.07,
+    size: int | None = None,
+    fraction: float = 1.0,
+    seed: int = 42,
+    device: str | torch.device = 'cpu',
+) -> dict[str, float]:
+    """Evaluate frozen features by nearest neighbours and by a linear classifier.
+
+    Args:
+        encoder: The encoder.
+        datamodule: Labelled data. Its training split is what neighbours are looked for
+            in and what the classifier is fitted to.
+        split: Either 'test' or 'val': what is classified.
+        k: Numbers of neighbours (5, 10, 15 and 20 in the code of DINO-MC).
+        temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
+        size: Side in pixels of what the encoder sees. Defaults to that of its training,
+            or 224.
+        fraction: Share of the training split to use.
+        seed: Seed of the choice of that share.
+        device: Where to compute.
+
+    Returns:
+        Accuracy, or for multi-labels *map* (macro) and *micro_map*, by names such as
+        ``knn20_accuracy_cls`` and ``linear_accuracy_blocks``. The linear classifier is
+        a ridge regression, see :func:`.linear_scores`; that of the papers is
+        :class:`.LinearProbeTask`.
+
+    Raises:
+        ValueError: If arguments, data and encoder do not fit each other.
+    """
+    if split not in ('test', 'val'):
+        raise ValueError(f"split must be 'test' or 'val', got {split!r}")
+    for name in ('train', split):
+        set_up(datamodule, name)
+    match_images(datamodule, encoder.bands, encoder.unit_range)
+    torch.manual_seed(0)  # for samplers that draw
+    bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
+    queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
+    chosen = choose_subset(len(bank.indices), fraction, seed)
+    bank.indices = [bank.indices[i] for i in chosen]
+    size = size or encoder.size or 224
+    device = torch.device(device)
+    encoder.model.to(device)
+    features, labels = extract_features(encoder, bank, size, device)
+    query, answers = extract_features(encoder, queries, size, device)
+    multi = labels.ndim == 2
+    hot = labels.float()
+    if not multi:
+        hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
+
+    values = {
+        'train_images': float(len(labels)),
+        f'{split}_images': float(len(answers)),
+        'image_size': float(size),
+    }
+    chance = hot.mean(0).expand(len(answers), -1)
+    predictions = {'chance': {'': chance}}
+    for count in k:
+        predictions[f'knn{count}'] = {
+            name: knn_scores(query[name], features[name], hot, count, temperature)
+            for name in features
+            if name != 'blocks'
+        }
+    predictions['linear'] = {
+        name: linear_scores(query[name], features[name], hot) for name in features
+    }
+    for method, by_feature in predictions.items():
+        for name, scores in by_feature.items():
+            end = f'_{name}' if name else ''
+            if multi:
+                values[f'{method}_map{end}'] = evaluate(scores, answers)
+                values[f'{method}_micro_map{end}'] = evaluate(scores, answers, 'micro')
+            else:
+                values[f'{method}_accuracy{end}'] = evaluate(scores, answers)
+    return values
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``torchgeo-softcon evaluate``.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        Exit status.
+    """
+    parser = data_parser(
+        'torchgeo-softcon evaluate',
+        'Evaluate the frozen features of an encoder on labelled data, by nearest '
+        'neighbours and by a linear classifier.',
+    )
+    parser.add_argument('--split', type=str, default='test', help='test or val')
+    parser.add_argument(
+        '--k', type=list[int], default=[5, 10, 15, 20], help='numbers of neighbours'
+    )
+    parser.add_argument(
+        '--temperature', type=float, default=0.07, help='of their votes'
+    )
+    parser.add_argument(
+        '--size', type=int | None, help='pixels, by default as in training, or 224'
+    )
+    parser.add_argument(
+        '--fraction', type=float, default=1.0, help='share of the training split to use'
+    )
+    parser.add_argument(
+        '--seed', type=int, default=42, help='of the choice of the share'
+    )
+    parser.add_argument('--device', type=str | None, help='cpu, cuda, ...')
+    parser.add_argument('--out', type=str | None, help='JSON file for the result')
+    options, datamodule = parse_data(parser, args)
+    try:
+        if datamodule is None:
+            raise ValueError(
+                'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
+            )
+        encoder = open_encoder(
+            options.checkpoint,
+            options.weights,
+            options.model,
+            options.bands,
+            options.unit_range,
+        )
+        device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        values = evaluate_encoder(
+            encoder,
+            datamodule,
+            options.split,
+            options.k,
+            options.temperature,
+            options.size,
+            options.fraction,
+            options.seed,
+            device,
+        )
+    except (OSError, ValueError) as error:
+        print(f'torchgeo-softcon evaluate: {error}', file=sys.stderr)
+        return 1
+    print(_table(values))
+    if options.out:
+        origin: dict[str, Any] = {
+            'checkpoint': options.checkpoint,
+            'weights': options.weights,
+            'data': options.data.as_dict(),
+        }
+        text = json.dumps({**origin, **values}, indent=2, default=str)
+        Path(options.out).write_text(f'{text}\n')
+    return 0
+
+
+def _table(values: dict[str, float]) -> str:
+    """The values in lines."""
+    width = max(map(len, values))
+    return '\n'.join(
+        f'{name:{width}}  {value:{".0f" if name in _COUNTS else ".4f"}}'
+        for name, value in values.items()
+    )

@@ -1,0 +1,343 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Land-cover labels of all patches of an archive."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import shapely
+from tqdm import tqdm
+
+from ..datasets.worldcover_files import Path, find_tiles
+from ..datasets.worldcover_tiles import BUCKET, VERSIONS, check_year
+from ..legends import LEGENDS, WORLDCOVER_CODES
+from .counting import Counted, count_pixels
+from .cover import download_folder, find_cover, reasons, remote_bucket
+from .export import write_json
+from .footprints import Floats, outlines
+from .plan import Plan, Unit
+from .sources import Images, find_images, find_layout, read
+from .store import LabelStore, counts_table
+from .tables import Table, read_footprints
+from .workers import Workers, open_workers
+
+#: Footprints whose outlines are made at once.
+_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a run has done.
+
+    Attributes:
+        path: The file of labels.
+        rows: How many patches it has.
+        new: How many of them were labelled now.
+        failures: Why patches have no label, by their id.
+        decoded: How many blocks of the map were decoded.
+    """
+
+    path: FilePath
+    rows: int
+    new: int
+    failures: dict[str, str]
+    decoded: int
+
+
+def label_archive(
+    images: Path | None = None,
+    worldcover: Path | Iterable[Path] = 'data',
+    out: Path = 'labels.parquet',
+    year: Literal[2020, 2021] = 2021,
+    *,
+    footprints: Path | None = None,
+    layout: tuple[str, Path] | None = None,
+    classes: Literal['worldcover', 'dynamicworld'] = 'worldcover',
+    format: Literal['parquet', 'json'] | None = None,
+    min_fraction: float = 0.05,
+    min_valid: float = 0.5,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    download: bool = False,
+    base_url: str = BUCKET,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Labelled:
+    """Count the land cover of every patch of an archive, and write it to a file.
+
+    The file is GeoParquet with a row per patch: *id*, *product* (the map and its version),
+    *crs*, *pixels*, *valid* (share of the pixels with data), for every class *count_CODE*
+    (pixels) and *fraction_CODE* (share of the valid pixels), and *geometry* (its outline
+    in longitude and latitude). Patches that fail are in a table beside it,
+    ``labels.failed.csv``, with the reason.
+
+    An interrupted run goes on when it is started again, and a run whose file exists labels
+    what is missing there. An id stands for the same image or footprint in all runs.
+
+    Args:
+        images: A pattern such as ``'DIR/**/*.tif'``, or a folder. Every file is a patch.
+        worldcover: Folders of ESA WorldCover tiles, or files. To read tiles on a server in
+            place, ``/vsicurl/https://...`` of a file or of a bucket.
+        out: The file to write.
+        year: Year of the map.
+        footprints: A table of footprints instead of images, see
+            :func:`.read_footprints`.
+        layout: Instead of images, a layout and its root: ``('ssl4eo-s12', ROOT)``, see
+            :func:`.find_layout`.
+        classes: Classes to count: WorldCover's 11, or Dynamic World's 9 by
+            :data:`.WORLDCOVER_TO_DYNAMICWORLD`.
+        format: ``'json'`` also writes the classes of every patch in the structure of
+            SSL4EO-S12-ML, see :func:`.write_json`. By default, the suffix of *out* tells.
+        min_fraction: For JSON, smallest share of the valid pixels that a class must
+            cover, in (0, 1].
+        min_valid: For JSON, smallest share of the pixels that must be valid, in [0, 1].
+        workers: Number of processes, by default one per core.
+        scheduler: Address of a Dask scheduler to use instead of processes.
+        download: Whether to download the tiles under the archive to *worldcover*, a
+            folder, if they are not there. Tiles that do not exist are sea: no data.
+        base_url: Address of the public bucket, or of a server with the same paths.
+        overwrite: Whether to replace a file that exists.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ImportError: If there is a *scheduler*, but no Dask.
+        OSError: If there are no images or no tiles, if a tile cannot be opened, or if the
+            file cannot be written.
+        ValueError: If not exactly one archive is given, ids are not unique, other options
+            are out of range, or if the file has labels of another map, legend or archive.
+    """
+    check_year(year)
+    if classes not in LEGENDS:
+        raise ValueError(
+            f'classes must be one of {", ".join(LEGENDS)}, got {classes!r}'
+        )
+    if workers is not None and workers < 1:
+        raise ValueError(f'workers must be 1 or more, got {workers}')
+    if not 0 < min_fraction <= 1:
+        raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
+    if not 0 <= min_valid <= 1:
+        raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+    path = FilePath(out)
+    format = format or ('json' if path.suffix == '.json' else 'parquet')
+    if format not in ('parquet', 'json'):
+        raise ValueError(f'format must be parquet or json, got {format!r}')
+
+    if not isinstance(worldcover, str | os.PathLike):
+        worldcover = list(worldcover)
+    if download:
+        download_folder(worldcover)
+    elif remote_bucket(worldcover) is None:
+        find_tiles(worldcover, year)
+    source, name = _find_archive(images, footprints, layout)
+    _check_unique(source.ids)
+    product = f'ESA WorldCover 10 m {year} {VERSIONS[year]}'
+    # The counts are kept beside the JSON, so that other thresholds take no second run
+    file = path.with_suffix('.parquet') if format == 'json' else path
+    store = LabelStore(file, LEGENDS[classes], year, product)
+    count = workers or _cores()
+    with store.open(name, overwrite), open_workers(count, scheduler) as pool:
+        labelled = _Run(source, store, pool, year, progress).run(
+            worldcover, base_url if download else None
+        )
+    if format == 'json':
+        write_json(store.path, path.with_suffix('.json'), min_fraction, min_valid)
+    return labelled
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+def _find_archive(
+    images: Path | None, footprints: Path | None, layout: tuple[str, Path] | None
+) -> tuple[Images | Table, str]:
+    """The archive, and what tells it from others."""
+    if sum(value is not None for value in (images, footprints, layout)) != 1:
+        raise ValueError(
+            'one of images, footprints and layout must be given, got '
+            f'images = {images}, footprints = {footprints}, layout = {layout}'
+        )
+    if images is not None:
+        return find_images(images), f'images {os.path.abspath(images)}'
+    if layout is not None:
+        return find_layout(*layout), f'{layout[0]} {os.path.abspath(layout[1])}'
+    assert footprints is not None
+    table = read_footprints(footprints)
+    with open(footprints, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    return table, f'footprints {digest}'
+
+
+def _check_unique(ids: pa.StringArray) -> None:
+    """Refuse ids that are not unique."""
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counted = ids.value_counts()
+    often = counted.field('values').filter(pc.greater(counted.field('counts'), 1))
+    raise ValueError(
+        f'ids must be unique, {len(often)} occur more than once, such as '
+        f'{", ".join(often[:3].to_pylist())}'
+    )
+
+
+def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Which ids are not among others, of shape (N,)."""
+    if isinstance(among, pa.ChunkedArray):
+        among = among.combine_chunks()
+    missing = pc.is_null(pc.index_in(ids, among))
+    return np.array(missing.to_numpy(zero_copy_only=False))
+
+
+def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
+    """Count the footprints of a work unit.
+
+    Args:
+        unit: The work unit.
+
+    Returns:
+        Ids, and the counts in their order.
+    """
+    counted = count_pixels(unit.table, unit.tiles, unit.codes)
+    return unit.table['id'].combine_chunks(), counted
+
+
+class _Run:
+    """Labels what is missing in a store."""
+
+    def __init__(
+        self,
+        source: Images | Table,
+        store: LabelStore,
+        workers: Workers,
+        year: Literal[2020, 2021],
+        progress: bool,
+    ) -> None:
+        self.source, self.store, self.workers = source, store, workers
+        self.year, self.progress = year, progress
+        self.failures: dict[str, str] = {}
+        self.decoded = 0
+
+    def run(self, worldcover: Path | Iterable[Path], base_url: str | None) -> Labelled:
+        """Read footprints, count their pixels, and write the file."""
+        todo, unfinished = self._missing(self._names(worldcover))
+        footprints = self._footprints(todo, unfinished)
+        boxes = self._boxes(footprints)
+        placed = np.isfinite(boxes).all(1)
+        if not placed.all():
+            for name in footprints['id'].filter(pa.array(~placed)).to_pylist():
+                self.failures[name] = 'has no place in longitude and latitude'
+            footprints, boxes = footprints.filter(pa.array(placed)), boxes[placed]
+
+        cover = find_cover(
+            worldcover, self.year, boxes, self.workers, base_url, self.progress
+        )
+        plan = Plan(boxes, cover.tiles)
+        ids = footprints['id']
+        lost = reasons(cover, boxes, np.flatnonzero(plan.first < 0).tolist(), self.year)
+        self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
+        uncounted = ~_absent(ids.combine_chunks(), self.source.ids.take(todo))
+        uncounted[list(lost)] = False
+        done = self._count(plan, footprints, uncounted)
+        rows = self.store.finish(
+            self.source.ids,
+            footprints,
+            self.failures,
+            {'tiles': self._names(worldcover)},
+        )
+        return Labelled(self.store.path, rows, done, self.failures, self.decoded)
+
+    def _names(self, worldcover: Path | Iterable[Path]) -> list[str]:
+        """Names of the files that are there, none if they are on a server."""
+        if remote_bucket(worldcover) is not None:
+            return []
+        try:
+            return sorted(map(os.path.basename, find_tiles(worldcover, self.year)))
+        except FileNotFoundError:
+            return []
+
+    def _missing(self, names: list[str]) -> tuple[pa.Array, pa.Array]:
+        """Positions of patches without counts, and of all that are not in the file."""
+        ids = self.source.ids
+        unfinished = np.ones(len(ids), bool)
+        labels = self.store.labels()
+        if labels is not None:
+            done = labels['id'].combine_chunks()
+            lost = done.filter(pc.is_null(pc.index_in(done, ids)))
+            if len(lost):
+                raise ValueError(
+                    f'{self.store.path} has {len(lost)} ids that the archive has not, such '
+                    f'as {", ".join(lost[:3].to_pylist())}. Choose another file, or set '
+                    'overwrite to replace it'
+                )
+            if not set(names) <= set(self.store.about()['tiles']):
+                # More tiles may have data where there was none
+                done = done.filter(pc.equal(labels['valid'].combine_chunks(), 1))
+            unfinished = _absent(ids, done)
+        todo = unfinished & _absent(ids, self.store.parts('counts')['id'])
+        return pa.array(np.flatnonzero(todo)), pa.array(np.flatnonzero(unfinished))
+
+    def _footprints(self, todo: pa.Array, unfinished: pa.Array) -> pa.Table:
+        """Footprints of the patches that are not in the file."""
+        tables = [self.store.parts('footprints')]
+        images = isinstance(self.source, Images)
+        if images:
+            known = tables[0]['id']
+            unread = todo.filter(pa.array(_absent(self.source.ids.take(todo), known)))
+        else:
+            unread = unfinished  # they are in memory, and so are not in parts
+        with self._bar(len(unread) if images else 0, 'images') as bar:
+            for part in self.workers.map(read, self.source.units(unread)):
+                if images:
+                    self.store.append('footprints', part.table)
+                tables.append(part.table)
+                self.failures |= part.failures
+                bar.update(len(part.table) + len(part.failures))
+        return pa.concat_tables(tables).unify_dictionaries()
+
+    def _boxes(self, footprints: pa.Table) -> Floats:
+        """Left, bottom, right and top in degrees, not a number where there is no place."""
+        boxes = np.full((len(footprints), 4), np.nan)
+        for start in range(0, len(footprints), _CHUNK):
+            shapes = outlines(footprints.slice(start, _CHUNK))
+            boxes[start : start + len(shapes)] = shapely.bounds(shapes)
+        return boxes
+
+    def _count(
+        self, plan: Plan, footprints: pa.Table, todo: npt.NDArray[np.bool_]
+    ) -> int:
+        """Count the pixels of footprints."""
+        units = plan.units(footprints, todo, WORLDCOVER_CODES, self.workers.count)
+        done = 0
+        with self._bar(int(todo.sum()), 'patches') as bar:
+            for ids, result in self.workers.map(count_unit, units):
+                table = counts_table(ids, result)
+                self.store.append('counts', table)
+                for row, reason in result.reasons.items():
+                    self.failures[ids[row].as_py()] = reason
+                self.decoded += result.decoded
+                done += len(table)
+                bar.update(len(ids))
+        return done
+
+    def _bar(self, total: int, unit: str) -> Any:
+        return tqdm(
+            total=total,
+            unit=f' {unit}',
+            disable=not (self.progress and total),
+            smoothing=0.1,
+        )

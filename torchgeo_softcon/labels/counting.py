@@ -1,0 +1,434 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Pixels of every land-cover class in footprints.
+
+A pixel grid has, at every pixel, the class that the map has at the pixel's centre, which
+is the nearest-neighbour warp of the map onto that grid. An outline without pixels has the
+pixels of the map whose centres lie inside of it.
+
+Nearly all grids lie in one official tile. For those, positions come from a polynomial of
+the map projection, made for many grids at once, and pixels from blocks that are decoded
+once. Everything else takes the way of :class:`.Mosaic`, with the same result.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import rasterio
+import shapely
+from affine import Affine
+from numpy.polynomial import chebyshev
+from pyproj import CRS
+from pyproj.exceptions import ProjError
+from rasterio.features import geometry_mask
+
+from ..datasets._mosaic import EDGE, Tile, projection
+from .blocks import BlockMosaic, gdal_options
+from .footprints import Floats, by_crs, parse_crs, transforms_of, unwrap
+
+Counts = npt.NDArray[np.int64]
+
+#: Nodes per axis of the polynomial that stands for a map projection. For a grid of
+#: 264 pixels of 10 m in UTM, it is off by 1e-9 pixels.
+_NODES = 4
+
+#: Largest error of that polynomial, in pixels of the map.
+_TOLERANCE = 1e-5
+
+#: Largest part of a grid or of a tile, in pixels, that is looked at at once.
+_MAX_PIXELS = 2**22
+
+#: Pixels of a grid that are looked up at once.
+_STRIP = 24_000
+
+#: Edges of outlines that are longer, in degrees and other units, are bent where a
+#: straight line in one CRS is not straight in another. Shorter ones, within 0.05 pixels
+#: of WorldCover, are not, as in GeoPandas' ``to_crs``.
+_EDGE_DEGREES, _EDGE_UNITS = 0.05, 5000.0
+
+
+#: Pixels of all official tiles together, for outlines where no tile is.
+_LATTICE = Tile(
+    '', CRS.from_epsg(4326), Affine(1 / 12000, 0, -180, 0, -1 / 12000, 84), 0, 0, None
+)
+
+
+@dataclass
+class Counted:
+    """Pixels of some footprints.
+
+    Attributes:
+        counts: Pixels of every class of shape (N, K).
+        pixels: All pixels of shape (N,), those without data as well.
+        reasons: Why there are no counts, by row.
+        decoded: How many blocks were decoded.
+    """
+
+    counts: Counts
+    pixels: Counts
+    reasons: dict[int, str] = field(default_factory=dict)
+    decoded: int = 0
+
+
+def count_pixels(
+    table: pa.Table, tiles: Sequence[Tile], codes: Sequence[int]
+) -> Counted:
+    """Count the pixels of every class in footprints.
+
+    Args:
+        table: Footprints, best in the order of the blocks under them.
+        tiles: Rasters of class codes, in order of precedence.
+        codes: Codes to count, K of them. All others but 0 (no data) are errors.
+
+    Returns:
+        The counts. Footprints that cannot be counted have a reason instead.
+    """
+    out = Counted(
+        np.zeros((len(table), len(codes)), np.int64), np.zeros(len(table), np.int64)
+    )
+    with rasterio.Env(**gdal_options(tile.path for tile in tiles)):
+        mosaic = BlockMosaic(tiles, codes)
+        counter = _Counter(mosaic, codes)
+        grids = _Grids(table, tiles)
+        for row in range(len(table)):
+            try:
+                found = counter.of_placed(grids, row)
+                if found is None:
+                    found = counter.of_any(table, row)
+                out.counts[row], out.pixels[row] = found
+            except (
+                OSError,
+                ProjError,
+                ValueError,
+                shapely.errors.GEOSException,
+            ) as error:
+                out.reasons[row] = ' '.join(str(error).split())
+    out.decoded = mosaic.decoded
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _vandermonde(size: int) -> Floats:
+    """Chebyshev polynomials at the pixel centres of an axis, (size, nodes)."""
+    centres = (np.arange(size) + 0.5) * 2 / size - 1
+    return np.asarray(chebyshev.chebvander(centres, _NODES - 1), np.float64)
+
+
+class _Grids:
+    """Pixel grids that lie in one tile each: polynomials from pixels to its pixels."""
+
+    def __init__(self, table: pa.Table, tiles: Sequence[Tile]) -> None:
+        """Project all grids at once.
+
+        Args:
+            table: Footprints.
+            tiles: Rasters of class codes.
+        """
+        count = len(table)
+        self.tiles = tiles
+        self.shapes = np.stack(
+            [table[name].to_numpy() for name in ('height', 'width')], 1
+        )
+        #: Tile of each grid, -1 for those that are to be counted in another way.
+        self.tile = np.full(count, -1)
+        #: Coefficients of row and column in the tile, (N, 2, nodes, nodes).
+        self.coefficients = np.zeros((count, 2, _NODES, _NODES))
+        #: Whether rows and columns of the grid are parallel to those of the tile.
+        self.parallel = np.zeros(count, np.bool_)
+        #: First and last row, first and last column in the tile that may be met.
+        self.windows = np.zeros((count, 2, 2), np.int64)
+        if len({tile.crs for tile in tiles}) != 1:
+            return
+        transforms = transforms_of(table)
+        for crs, rows in by_crs(table):
+            rows = rows[self.shapes[rows, 0] > 0]
+            if len(rows):
+                self._place(crs, rows, transforms[rows])
+
+    def _place(self, crs: str, rows: npt.NDArray[np.int64], transforms: Floats) -> None:
+        """Find the tiles of grids of one CRS."""
+        target = self.tiles[0].crs
+        try:
+            to_tile = projection(parse_crs(crs), target)
+        except ValueError:
+            return
+        nodes = (chebyshev.chebpts1(_NODES) + 1) / 2
+        height, width = self.shapes[rows, :1], self.shapes[rows, 1:]
+        y, x = (axis.ravel() for axis in np.meshgrid(nodes, nodes, indexing='ij'))
+        # Corner pixels and the middle tell how good the polynomial is
+        ends = np.array([0, 0, 1, 1, 0.5]), np.array([0, 1, 0, 1, 0.5])
+        node_rows, node_cols = y * height, x * width
+        check_rows = ends[0] * (height - 1) + 0.5
+        check_cols = ends[1] * (width - 1) + 0.5
+        a, b, c, d, e, f = transforms.T[:, :, None]
+        row = np.concatenate([node_rows, check_rows], 1)
+        col = np.concatenate([node_cols, check_cols], 1)
+        east, north = a * col + b * row + c, d * col + e * row + f
+        if to_tile is not None:
+            east, north = to_tile.transform(east, north)
+        if target.is_geographic:
+            east = unwrap(east)
+
+        basis = np.linalg.inv(
+            chebyshev.chebvander(chebyshev.chebpts1(_NODES), _NODES - 1)
+        ).astype(np.float64)
+        for number, tile in enumerate(self.tiles):
+            inverse = ~tile.transform
+            position = np.stack(
+                [
+                    inverse.d * east + inverse.e * north + inverse.f,
+                    inverse.a * east + inverse.b * north + inverse.c,
+                ],
+                1,
+            )  # (N, 2, nodes² + checks)
+            self._fit(rows, number, position, basis, (check_rows, check_cols))
+
+    def _fit(
+        self,
+        rows: npt.NDArray[np.int64],
+        number: int,
+        position: Floats,
+        basis: Floats,
+        checks: tuple[Floats, Floats],
+    ) -> None:
+        """Take the grids that lie in a tile, and give up those that only touch it."""
+        tile = self.tiles[number]
+        size = np.array([tile.height, tile.width])
+        with np.errstate(invalid='ignore'):
+            near = (position.max(2) > -1) & (position.min(2) < size + 1)
+        near = np.flatnonzero(near.all(1))
+        rows, position = rows[near], position[near]
+        checks = checks[0][near], checks[1][near]
+
+        values = position[..., : _NODES**2].reshape(-1, 2, _NODES, _NODES)
+        coefficients = basis @ values @ basis.T
+        error = self._errors(rows, coefficients, position[..., _NODES**2 :], checks)
+        coefficients[:, :, 0, 0] += EDGE
+        # No Chebyshev polynomial leaves [-1, 1]
+        middle = coefficients[:, :, 0, 0]
+        reach = abs(coefficients).sum((2, 3)) - abs(middle)
+        low, high = np.floor(middle - reach), np.floor(middle + reach)
+        inside = ((low >= 0) & (high < size)).all(1)
+        small = (high - low + 1).prod(1) <= _MAX_PIXELS
+        small &= self.shapes[rows].prod(1, dtype=np.int64) <= _MAX_PIXELS
+        sound = inside & small & (error <= _TOLERANCE)
+        # Not where another tile has a part or may have it
+        alone = self.tile[rows] == -1
+        self.tile[rows] = np.where(sound & alone, number, -2)
+        self.coefficients[rows] = coefficients
+        across = abs(coefficients[:, 0, :, 1:]).sum((1, 2))
+        down = abs(coefficients[:, 1, 1:]).sum((1, 2))
+        self.parallel[rows] = across + down < 0.1 * EDGE
+        self.windows[rows[sound]] = np.stack([low, high + 1], 2)[sound]
+
+    def _errors(
+        self,
+        rows: npt.NDArray[np.int64],
+        coefficients: Floats,
+        expected: Floats,
+        checks: tuple[Floats, Floats],
+    ) -> Floats:
+        """Largest error of polynomials, in pixels, of shape (N,)."""
+        y, x = (
+            chebyshev.chebvander(2 * check / self.shapes[rows, i, None] - 1, _NODES - 1)
+            for i, check in enumerate(checks)
+        )  # (N, checks, nodes)
+        found = np.einsum('nci,naij,ncj->nac', y, coefficients, x)
+        return np.asarray(abs(found - expected).max((1, 2), initial=0))
+
+
+class _Counter:
+    """Counts footprints one after the other."""
+
+    def __init__(self, mosaic: BlockMosaic, codes: Sequence[int]) -> None:
+        """Initialize a new _Counter instance.
+
+        Args:
+            mosaic: The map.
+            codes: Codes to count.
+        """
+        self.mosaic = mosaic
+        # Bytes are compared with bytes eight times as fast as with int64
+        self.codes = np.array(codes, np.uint8)
+        self.plain = [tile.nodata in (None, 0) for tile in mosaic.tiles]
+        # The most frequent first: once all pixels are found, no other code has any
+        self.order = list(range(len(codes)))
+
+    def of_placed(self, grids: _Grids, row: int) -> tuple[Counts, int] | None:
+        """Count a grid that lies in one tile, None if it does not or has odd codes."""
+        number = int(grids.tile[row])
+        if number < 0 or not self.plain[number]:
+            return None
+        height, width = (int(size) for size in grids.shapes[row])
+        (top, bottom), (left, right) = grids.windows[row].tolist()
+        pixels, first, stride = self.mosaic.flat(
+            grids.tiles[number], ((top, bottom), (left, right))
+        )
+        if pixels.dtype != np.uint8:
+            return None
+
+        weights = np.matmul(_vandermonde(height), grids.coefficients[row])
+        weights[0, :, 0] -= top
+        weights[1, :, 0] -= left
+        columns = _vandermonde(width).T
+        if grids.parallel[row]:
+            # One row of the tile for each row of the grid, and so the columns
+            rows = weights[0, :, 0].astype(np.intp) + first // stride
+            cols = (weights[1, :1] @ columns)[0].astype(np.intp) + first % stride
+            block = pixels.reshape(-1, stride)
+            values = _steps(block, rows, 0)
+            counts = self._histogram(_steps(values, cols, 1))
+            return None if counts is None else (counts, height * width)
+        values = np.empty((height, width), np.uint8)
+        # Strips that stay in the cache of the processor
+        strip = max(_STRIP // width, 1)
+        for start in range(0, height, strip):
+            position = weights[:, start : start + strip] @ columns
+            # They are positive, so this is the floor
+            index, col = position.astype(np.int32)
+            index *= stride
+            index += col
+            values[start : start + strip] = pixels[first:].take(index)
+        counts = self._histogram(values)
+        return None if counts is None else (counts, height * width)
+
+    def of_any(self, table: pa.Table, row: int) -> tuple[Counts, int]:
+        """Count a grid or an outline wherever it is."""
+        crs = parse_crs(table['crs'][row].as_py())
+        height, width = table['height'][row].as_py(), table['width'][row].as_py()
+        if height:
+            transform = Affine(*table['transform'][row].as_py())
+            return self._grid(crs, transform, height, width), height * width
+        polygon = shapely.from_wkb(table['polygon'][row].as_py())
+        return self._polygon(crs, polygon)
+
+    def _histogram(self, values: npt.NDArray[np.uint8]) -> Counts | None:
+        """Pixels of every code, None if there are others than these and 0."""
+        counts = np.zeros(len(self.codes), np.int64)
+        left = values.size
+        for position in self.order:
+            counts[position] = found = np.count_nonzero(values == self.codes[position])
+            left -= int(found)
+            if not left:
+                break
+        if left and left != values.size - np.count_nonzero(values):
+            return None
+        # The next footprint is a neighbour
+        self.order = np.argsort(-counts, kind='stable').tolist()
+        return counts
+
+    def _grid(self, crs: CRS, transform: Affine, height: int, width: int) -> Counts:
+        """Count a grid of any size, piece by piece."""
+        counts = np.zeros(len(self.codes), np.int64)
+        for piece, rows, cols in _pieces(transform, height, width):
+            values = self._read(crs, piece, rows, cols)
+            counts += np.bincount(values.ravel(), minlength=256)[self.codes]
+        return counts
+
+    def _read(
+        self, crs: CRS, transform: Affine, height: int, width: int
+    ) -> npt.NDArray[np.uint8]:
+        """Codes of a grid, also of one that goes on beyond the antimeridian."""
+        if not crs.is_geographic:
+            return self.mosaic.read(crs, transform, height, width)
+        x = [transform @ corner for corner in ((0, 0), (width, height))]
+        out = np.zeros((height, width), np.uint8)
+        turns = {round(lon / 360) for lon, _ in x}
+        for turn in sorted(turns):
+            moved = Affine.translation(-360 * turn, 0) @ transform
+            values = self.mosaic.read(crs, moved, height, width)
+            np.copyto(out, values, where=out == 0)
+        return out
+
+    def _polygon(self, crs: CRS, polygon: shapely.Geometry) -> tuple[Counts, int]:
+        """Count the pixels of the map whose centres lie in an outline."""
+        tile = self._home(crs, polygon)
+        polygon = to_crs(polygon, crs, tile.crs)
+        box = np.array(polygon.bounds)
+        inverse = ~tile.transform
+        ends = [inverse @ (x, y) for x in box[::2] for y in box[1::2]]
+        (left, top), (right, bottom) = (
+            np.floor(np.min(ends, 0)),
+            np.ceil(np.max(ends, 0)),
+        )
+        grid = tile.transform @ Affine.translation(left, top)
+        size = max(int(bottom - top), 1), max(int(right - left), 1)
+        counts, pixels = np.zeros(len(self.codes), np.int64), 0
+        for piece, height, width in _pieces(grid, *size):
+            inside = geometry_mask([polygon], (height, width), piece, invert=True)
+            found = int(np.count_nonzero(inside))
+            if found:
+                values = self._read(tile.crs, piece, height, width)[inside]
+                counts += np.bincount(values, minlength=256)[self.codes]
+                pixels += found
+        return counts, pixels
+
+    def _home(self, crs: CRS, polygon: shapely.Geometry) -> Tile:
+        """The tile whose pixels an outline is filled with: the first one under it."""
+        for tile in self.mosaic.tiles:
+            box = to_crs(polygon, crs, tile.crs).bounds
+            bounds = tile.bounds
+            if (
+                box[0] < bounds[2]
+                and box[2] > bounds[0]
+                and box[1] < bounds[3]
+                and box[3] > bounds[1]
+            ):
+                return tile
+        return self.mosaic.tiles[0] if self.mosaic.tiles else _LATTICE
+
+
+def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geometry:
+    """An outline in another CRS, with the bends of its long edges.
+
+    Args:
+        polygon: The outline.
+        source: Its CRS.
+        target: The other CRS.
+
+    Returns:
+        The outline. In degrees, its halves on both sides of the antimeridian are
+        together.
+    """
+    transformer = projection(source, target)
+    if transformer is not None:
+        longest = _EDGE_DEGREES if source.is_geographic else _EDGE_UNITS
+        polygon = shapely.segmentize(polygon, longest)
+
+    def move(points: Floats) -> Floats:
+        x, y = points.T
+        if transformer is not None:
+            x, y = transformer.transform(x, y)
+        if target.is_geographic:
+            if np.ptp(x) > 180:
+                x = np.where(x < 0, x + 360, x)
+            x = x - 360 * np.round((x.min() + x.max()) / 720)
+        return np.column_stack([x, y])
+
+    return shapely.transform(polygon, move)
+
+
+def _steps(
+    values: npt.NDArray[Any], numbers: npt.NDArray[np.intp], axis: int
+) -> npt.NDArray[Any]:
+    """Some rows or columns, not copied if they are neighbours."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first == len(numbers) - 1 and (np.diff(numbers) == 1).all():
+        part = slice(first, last + 1)
+        return values[part] if axis == 0 else values[:, part]
+    return values.take(numbers, axis)
+
+
+def _pieces(transform: Affine, height: int, width: int) -> Any:
+    """Split a grid into pieces that fit into memory, each with its height and width."""
+    side = int(_MAX_PIXELS**0.5)
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            piece = transform @ Affine.translation(left, top)
+            yield piece, min(side, height - top), min(side, width - left)

@@ -1,0 +1,200 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The tiles under an archive: in folders, to be downloaded, or read where they are."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import rasterio
+import shapely
+
+from ..datasets._mosaic import Tile, open_tile
+from ..datasets.worldcover_download import download_tiles
+from ..datasets.worldcover_files import Path, find_tiles, warn_size
+from ..datasets.worldcover_tiles import (
+    TILE_DEGREES,
+    tile_corner,
+    tile_file,
+    tile_path,
+    tiles_of,
+)
+from .blocks import gdal_options
+from .footprints import Floats
+from .workers import Workers
+
+
+@dataclass
+class Cover:
+    """Tiles that may lie under an archive.
+
+    Attributes:
+        tiles: The tiles, in order of precedence.
+        absent: Names of official tiles that do not exist: sea.
+        failed: Names of official tiles that could not be had, and why.
+    """
+
+    tiles: list[Tile] = field(default_factory=list)
+    absent: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def find_cover(
+    worldcover: Path | Iterable[Path],
+    year: Literal[2020, 2021],
+    boxes: Floats,
+    workers: Workers,
+    base_url: str | None = None,
+    progress: bool = True,
+) -> Cover:
+    """Find the tiles under boxes.
+
+    Args:
+        worldcover: Folders and files, or the address of a bucket as
+            ``/vsicurl/https://...``.
+        year: Year of the map.
+        boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
+        workers: What opens the files.
+        base_url: Address to download tiles from that are not there, None for no download.
+        progress: Whether to show a progress bar for downloads.
+
+    Returns:
+        The tiles.
+
+    Raises:
+        OSError: If there are none, or one cannot be opened.
+        ValueError: If a tile is no raster of class codes.
+    """
+    bucket = remote_bucket(worldcover)
+    if bucket is not None:
+        names = tiles_of(boxes)
+        paths = [f'{bucket}/{tile_path(name, year)}' for name in names]
+        cover = Cover()
+        for name, opened in zip(names, _open(paths, workers), strict=True):
+            if isinstance(opened, Tile):
+                cover.tiles.append(opened)
+            elif '404' in opened:
+                cover.absent.add(name)
+            else:
+                cover.failed[name] = opened
+        return cover
+
+    cover = Cover()
+    if base_url is not None:
+        folder = download_folder(worldcover)
+        result = download_tiles(
+            tiles_of(boxes), folder, year, base_url, progress=progress
+        )
+        cover.absent, cover.failed = set(result.absent), result.failed
+        if not (result.downloaded or result.kept) and not _any_tiles(folder, year):
+            return cover
+    files = find_tiles(worldcover, year)
+    for file, opened in zip(files, _open(files, workers), strict=True):
+        if not isinstance(opened, Tile):
+            raise OSError(opened if file in opened else f'{file}: {opened}')
+        # Of the caller of label_archive
+        warn_size(opened, stacklevel=4)
+        cover.tiles.append(opened)
+    return cover
+
+
+def remote_bucket(worldcover: Path | Iterable[Path]) -> str | None:
+    """Address of a bucket that is to be read in place, None for folders and files."""
+    paths = (
+        [worldcover] if isinstance(worldcover, str | os.PathLike) else list(worldcover)
+    )
+    addresses = [os.fspath(path).rstrip('/') for path in paths]
+    if len(addresses) != 1 or not addresses[0].startswith(('/vsi', 'http')):
+        return None
+    if addresses[0].lower().endswith(('.tif', '.tiff', '.vrt')):
+        return None
+    if addresses[0].startswith('http'):
+        return f'/vsicurl/{addresses[0]}'
+    return addresses[0]
+
+
+def download_folder(worldcover: Path | Iterable[Path]) -> str:
+    """The one folder that tiles are downloaded to.
+
+    Raises:
+        ValueError: If there are several, or it is no folder.
+    """
+    paths = (
+        [worldcover] if isinstance(worldcover, str | os.PathLike) else list(worldcover)
+    )
+    if len(paths) != 1 or (os.path.exists(paths[0]) and not os.path.isdir(paths[0])):
+        raise ValueError(
+            'worldcover must be one folder to download to, got '
+            f'{", ".join(os.fspath(path) for path in paths)}'
+        )
+    return os.fspath(paths[0])
+
+
+def reasons(
+    cover: Cover, boxes: Floats, uncovered: Sequence[int], year: int
+) -> dict[int, str]:
+    """Why boxes have no land cover.
+
+    Args:
+        cover: The tiles.
+        boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
+        uncovered: Rows of the boxes without any tile.
+        year: Year of the map.
+
+    Returns:
+        Reasons by row: tiles under the box failed, or there is none and it is not known
+        that there is only sea.
+    """
+    out = {}
+    for row in uncovered:
+        try:
+            names = tiles_of(boxes[row])
+        except ValueError:
+            names = []
+        if names and cover.absent.issuperset(names):
+            continue
+        files = ', '.join(tile_file(name, year) for name in names[:3])
+        more = ', ...' if names[3:] else ''
+        example = f': {files}{more} would be' if files else ''
+        out[int(row)] = f'no tile of {year} is under it{example}'
+    if cover.failed:
+        failed = list(cover.failed)
+        corners = np.array([tile_corner(name) for name in failed])
+        index = shapely.STRtree(shapely.box(*corners.T, *(corners + TILE_DEGREES).T))
+        found, tile = index.query(shapely.box(*boxes.T))
+        for row, number in zip(found.tolist(), tile.tolist(), strict=True):
+            name = failed[number]
+            out[row] = f'{tile_file(name, year)} cannot be had: {cover.failed[name]}'
+    return out
+
+
+def _any_tiles(folder: str, year: int) -> bool:
+    try:
+        return bool(find_tiles(folder, year))
+    except FileNotFoundError:
+        return False
+
+
+def _open(paths: list[str], workers: Workers) -> list[Tile | str]:
+    """Open files in workers: connections to servers must not be forked."""
+    opened = dict(workers.map(open_path, paths))
+    return [opened[path] for path in paths]
+
+
+def open_path(path: str) -> tuple[str, Tile | str]:
+    """Open a tile.
+
+    Args:
+        path: Its path.
+
+    Returns:
+        The path, and the tile or why it cannot be opened.
+    """
+    try:
+        with rasterio.Env(**gdal_options([path])):
+            return path, open_tile(path)
+    except (OSError, ValueError) as error:
+        return path, str(error)

@@ -1,0 +1,140 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The order in which footprints are counted, and the units of work."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import shapely
+
+from ..datasets._mosaic import Tile, outline
+from .footprints import LONLAT, Floats, parse_crs
+
+#: Footprints per unit, at least and at most. What a unit has counted is lost if the run
+#: is killed, and blocks where one unit ends and another begins are decoded twice.
+_SMALLEST, _LARGEST = 256, 4096
+
+#: Rows and columns of a block of an official tile.
+_BLOCK = 1024
+
+#: Boxes that are compared with the tiles at once.
+_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Footprints to count, with the tiles under them.
+
+    Attributes:
+        table: The footprints.
+        tiles: The tiles, in order of precedence.
+        codes: Codes to count.
+    """
+
+    table: pa.Table
+    tiles: list[Tile]
+    codes: tuple[int, ...]
+
+
+class Plan:
+    """Which tiles are under which footprints."""
+
+    def __init__(self, boxes: Floats, tiles: Sequence[Tile]) -> None:
+        """Initialize a new Plan instance.
+
+        Args:
+            boxes: Left, bottom, right and top of footprints in degrees of longitude and
+                latitude, of shape (N, 4).
+            tiles: All tiles, in order of precedence.
+        """
+        self.boxes, self.tiles = boxes, list(tiles)
+        bounds = np.array([_degrees(tile) for tile in tiles]).reshape(-1, 4)
+        # Boxes may leave [-180, 180] on either side
+        turns = np.array([0, -360, 360])
+        moved = bounds[None] + turns[:, None, None] * np.array([1, 0, 1, 0])
+        self._bounds = bounds
+        self._index = shapely.STRtree(shapely.box(*moved.reshape(-1, 4).T))
+        #: First tile under each footprint, -1 if there is none.
+        self.first = np.full(len(boxes), -1)
+        for start in range(0, len(boxes), _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, len(boxes)))
+            found, tile = self._pairs(rows)
+            order = np.lexsort((tile, found))
+            found, where = np.unique(found[order], return_index=True)
+            self.first[start + found] = tile[order][where]
+
+    def units(
+        self,
+        table: pa.Table,
+        todo: npt.NDArray[np.bool_],
+        codes: Sequence[int],
+        workers: int,
+    ) -> Iterator[Unit]:
+        """Cut footprints into units of neighbours.
+
+        Args:
+            table: Footprints, those of the boxes.
+            todo: Which of them are to be counted, of shape (N,).
+            codes: Codes to count.
+            workers: How many units run at once.
+
+        Yields:
+            The units.
+        """
+        order, rows_of_blocks = self._order(np.flatnonzero(todo))
+        size = int(np.clip(len(order) / (2 * workers), _SMALLEST, _LARGEST))
+        for start, stop in _cut(rows_of_blocks, size):
+            rows = order[start:stop]
+            tiles = np.unique(self._pairs(rows)[1])
+            yield Unit(
+                table.take(pa.array(rows)),
+                [self.tiles[tile] for tile in tiles],
+                tuple(codes),
+            )
+
+    def _order(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Sort footprints by tile, row of blocks and column, and number these rows."""
+        tile = self.first[rows]
+        down = np.zeros(len(rows))
+        if self.tiles:
+            _, bottom, _, top = self._bounds[tile].T
+            height = np.array([t.height for t in self.tiles])[tile]
+            down = (top - self.boxes[rows, 3]) / (top - bottom) * height / _BLOCK
+        row = np.where(tile < 0, 0, np.floor(down).clip(0)).astype(np.int64)
+        order = np.lexsort((self.boxes[rows, 0], row, tile))
+        number = (tile * (row.max(initial=0) + 1) + row)[order]
+        return rows[order], number
+
+    def _pairs(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Pairs of a footprint, as a position in *rows*, and a tile that it touches."""
+        found, tile = self._index.query(shapely.box(*self.boxes[rows].T))
+        return found, tile % max(len(self.tiles), 1)
+
+
+def _cut(numbers: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
+    """Cut a sorted list where its numbers change, into parts of about a size."""
+    ends = np.append(np.flatnonzero(np.diff(numbers)) + 1, len(numbers))
+    start = 0
+    while start < len(numbers):
+        where = int(np.searchsorted(ends, start + size))
+        change = ends[min(where, len(ends) - 1)]
+        # Very many patches in one row of blocks
+        stop = min(int(change), start + 2 * size)
+        yield start, stop
+        start = stop
+
+
+def _degrees(tile: Tile) -> tuple[float, float, float, float]:
+    """Box of a tile in degrees of longitude and latitude."""
+    lonlat = parse_crs(LONLAT)
+    if tile.crs.is_geographic:
+        return tile.bounds
+    return tuple(outline(tile.crs, lonlat, tile.bounds).bounds)

@@ -1,0 +1,209 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Archives of images, in any folders and in known layouts."""
+
+import glob
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from .footprints import make_footprints
+
+#: File types that a folder is searched for.
+_IMAGES = ('.tif', '.tiff', '.jp2')
+
+#: Images of a work unit.
+_FILES = 1024
+
+#: In folders as TorchGeo has them: a file of the finest band of each image.
+_SSL4EO_S12 = {'s2c': 'B2.tif', 's2a': 'B2.tif', 's1': 'VV.tif'}
+
+#: Names of layouts.
+LAYOUTS = ('ssl4eo-s12',)
+
+
+@dataclass
+class Read:
+    """Footprints of some patches.
+
+    Attributes:
+        table: The footprints.
+        failures: Why a patch has none, by its id.
+    """
+
+    table: pa.Table
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """An archive.
+
+    Attributes:
+        ids: Names of all patches, in the order of the labels.
+    """
+
+    ids: pa.StringArray
+
+    def units(self, rows: pa.Array) -> Iterator[Any]:
+        """Work units that read footprints with :func:`read`.
+
+        Args:
+            rows: Positions of the patches to read.
+
+        Yields:
+            The units.
+        """
+        ...
+
+
+class Images:
+    """Images, of which every file is a patch."""
+
+    def __init__(self, ids: list[str], paths: list[str]) -> None:
+        """Initialize a new Images instance.
+
+        Args:
+            ids: Names of the patches.
+            paths: Their files.
+        """
+        self.ids = pa.array(ids, pa.string())
+        self._paths = pa.array(paths, pa.string())
+
+    def units(self, rows: pa.Array) -> Iterator[Any]:
+        """See :class:`Source`."""
+        for start in range(0, len(rows), _FILES):
+            chosen = rows.slice(start, _FILES)
+            yield list(
+                zip(
+                    self.ids.take(chosen).to_pylist(),
+                    self._paths.take(chosen).to_pylist(),
+                    strict=True,
+                )
+            )
+
+
+def read(unit: Any) -> Read:
+    """Read the footprints of a work unit.
+
+    Args:
+        unit: From :meth:`Source.units`.
+
+    Returns:
+        The footprints.
+    """
+    if isinstance(unit, Read):
+        return unit
+    ids, systems, transforms, shapes = [], [], [], []
+    failures = {}
+    for name, path in unit:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', NotGeoreferencedWarning)
+                with rasterio.open(path) as source:
+                    crs, transform = source.crs, source.transform
+                    shape = source.height, source.width
+        except RasterioError as error:
+            failures[name] = (
+                f'cannot be opened as a raster: {" ".join(str(error).split())}'
+            )
+            continue
+        if crs is None:
+            failures[name] = 'has no coordinate reference system'
+        elif transform.is_identity or transform.determinant == 0:
+            failures[name] = 'has no georeference, only a coordinate reference system'
+        else:
+            ids.append(name)
+            systems.append(crs.to_string())
+            transforms.append(transform[:6])
+            shapes.append(shape)
+    grids = np.array(transforms, np.float64).reshape(-1, 6)
+    return Read(
+        make_footprints(ids, systems, grids, np.array(shapes, np.int32).reshape(-1, 2)),
+        failures,
+    )
+
+
+def find_images(pattern: str | os.PathLike[str]) -> Images:
+    """List the images of an archive.
+
+    Args:
+        pattern: A pattern such as ``DIR/**/*.tif``, or a folder for all rasters in it.
+
+    Returns:
+        The images. Their ids are their paths below the folder where the pattern begins.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    text = os.fspath(pattern)
+    if os.path.isdir(text):
+        root = Path(text)
+        found = glob.iglob(os.path.join(glob.escape(text), '**', '*'), recursive=True)
+        paths = sorted(path for path in found if path.lower().endswith(_IMAGES))
+    else:
+        parts = Path(text).parts
+        plain = (
+            [glob.has_magic(part) for part in parts].index(True)
+            if glob.has_magic(text)
+            else -1
+        )
+        root = Path(*parts[:plain])
+        paths = sorted(
+            path for path in glob.iglob(text, recursive=True) if os.path.isfile(path)
+        )
+    if not paths:
+        raise FileNotFoundError(
+            f'images must match at least one raster, got {text!r}, which matches none. '
+            "Quote patterns: --images 'DIR/**/*.tif'"
+        )
+    return Images(
+        [os.path.relpath(path, root).replace(os.sep, '/') for path in paths], paths
+    )
+
+
+def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
+    """List the images of an archive with known folders.
+
+    Args:
+        layout: ``ssl4eo-s12``: ``s2c``, ``s2a`` and ``s1`` with folders of locations,
+            with folders of dates, with a file per band.
+        root: Folder of the archive.
+
+    Returns:
+        One patch per image, with ids of its folders, such as
+        ``s2c/0000000/20180710T125311_20180710T125627_T24KVE``. Where a 10 m band is, is
+        its grid.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If the layout is unknown.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    ids, paths = [], []
+    for product, band in _SSL4EO_S12.items():
+        folder = os.path.join(os.fspath(root), product)
+        if not os.path.isdir(folder):
+            continue
+        for location in sorted(os.listdir(folder)):
+            place = os.path.join(folder, location)
+            for date in sorted(os.listdir(place)) if os.path.isdir(place) else ():
+                if os.path.isdir(os.path.join(place, date)):
+                    ids.append(f'{product}/{location}/{date}')
+                    paths.append(os.path.join(place, date, band))
+    if not ids:
+        raise FileNotFoundError(
+            f'root must have {", ".join(_SSL4EO_S12)} with folders LOCATION/DATE of '
+            f'SSL4EO-S12, found none in {os.fspath(root)!r}'
+        )
+    return Images(ids, paths)

@@ -1,0 +1,343 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""A file of labels, and the folder of its parts while it is not complete.
+
+Whenever a run is killed, the next one finds complete files only: they get their names when
+they are written. The file is the same, whether the run was interrupted or not.
+"""
+
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import shapely
+from pyproj import CRS
+
+from ..legends import WORLDCOVER_CODES, Legend
+from .counting import Counted
+from .footprints import LONLAT, SCHEMA, outlines
+
+#: Rows of a row group of the file.
+_ROWS = 2**16
+
+#: Version of the columns of the file.
+_VERSION = 1
+
+#: Columns of the parts with counts.
+_COUNTS = pa.schema(
+    {
+        'id': pa.string(),
+        'pixels': pa.int64(),
+        'counts': pa.list_(pa.int64(), len(WORLDCOVER_CODES)),
+    }
+)
+
+
+class LabelStore:
+    """Labels that are done: in the file, and in parts."""
+
+    def __init__(self, path: Path, legend: Legend, year: int, product: str) -> None:
+        """Initialize a new LabelStore instance.
+
+        Args:
+            path: Path of the file.
+            legend: Classes of the labels.
+            year: Year of the map.
+            product: Name of the map with its version.
+        """
+        self.path = path
+        self.folder = path.with_name(f'{path.name}.parts')
+        self.failures = path.with_name(f'{path.stem}.failed.csv')
+        self.legend, self.year, self.product = legend, year, product
+
+    @contextlib.contextmanager
+    def open(self, archive: str, overwrite: bool) -> Iterator[None]:
+        """Start, or go on with what is there. For one run at a time.
+
+        Args:
+            archive: What the archive is, to tell whether parts belong to it.
+            overwrite: Whether to delete what is there.
+
+        Raises:
+            BlockingIOError: If another run writes the file.
+            ValueError: If there are labels of another map or legend.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
+        # It does not outlive its process, unlike a file that is there or not
+        with (self.folder / 'lock').open('w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(f'another run is writing {self.path}') from error
+            if overwrite:
+                self.path.unlink(missing_ok=True)
+                for part in self.folder.glob('*.parquet'):
+                    part.unlink()
+                (self.folder / 'origin.json').unlink(missing_ok=True)
+            self._check(archive)
+            yield
+
+    def _check(self, archive: str) -> None:
+        """Raise an error if what is there is something else."""
+        remedy = 'Choose another file, or set overwrite to replace it'
+        if self.path.exists():
+            there = self.about()
+            for key, value in self._origin().items():
+                if there.get(key) != value:
+                    raise ValueError(
+                        f'{self.path} has labels with {key} = {there.get(key)}, this run '
+                        f'has {value}. {remedy}'
+                    )
+        manifest = self.folder / 'origin.json'
+        origin = {'archive': archive, 'year': self.year, 'version': _VERSION}
+        if manifest.exists():
+            there = json.loads(manifest.read_text())
+            for key, value in origin.items():
+                if there.get(key) != value:
+                    raise ValueError(
+                        f'{self.folder} has parts of an interrupted run with {key} = '
+                        f'{there.get(key)}, this one has {value}. {remedy}'
+                    )
+        else:
+            _write(manifest, json.dumps(origin).encode())
+
+    def about(self) -> dict[str, Any]:
+        """What the file says about itself.
+
+        Raises:
+            ValueError: If it is no file of labels.
+        """
+        try:
+            metadata = pq.read_schema(self.path).metadata or {}
+            return dict(json.loads(metadata[b'labels']))
+        except (KeyError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f'{self.path} is there, but is no file of labels. Choose another file, or '
+                'set overwrite to replace it'
+            ) from error
+
+    def _origin(self) -> dict[str, Any]:
+        """What labels must have in common."""
+        names = map(str, self.legend.codes)
+        return {
+            'version': _VERSION,
+            'product': self.product,
+            'legend': self.legend.name,
+            'classes': dict(zip(names, self.legend.classes, strict=True)),
+        }
+
+    def labels(self) -> pa.Table | None:
+        """The file, None if there is none."""
+        return pq.read_table(self.path) if self.path.exists() else None
+
+    def parts(self, kind: Literal['counts', 'footprints']) -> pa.Table:
+        """Rows of all parts of a kind, those that were written last first."""
+        schema = {'counts': _COUNTS, 'footprints': SCHEMA}[kind]
+        tables = [schema.empty_table()]
+        for path in sorted(self.folder.glob(f'{kind}-*.parquet'), reverse=True):
+            try:
+                tables.append(pq.read_table(path).cast(schema))
+            except (pa.ArrowInvalid, OSError):
+                path.unlink()  # cut off by a power failure, so it is done again
+        return pa.concat_tables(tables).unify_dictionaries()
+
+    def append(self, kind: Literal['counts', 'footprints'], table: pa.Table) -> None:
+        """Write a part.
+
+        Args:
+            kind: Kind of the part.
+            table: Its rows.
+        """
+        last = max(self.folder.glob(f'{kind}-*.parquet'), default=None)
+        number = 0 if last is None else int(last.stem.rpartition('-')[2]) + 1
+        path = self.folder / f'{kind}-{number:08d}.parquet'
+        with _whole(path) as unfinished:
+            pq.write_table(table, unfinished, compression='zstd')
+
+    def finish(
+        self,
+        ids: pa.StringArray,
+        footprints: pa.Table,
+        failures: Mapping[str, str],
+        about: Mapping[str, Any],
+    ) -> int:
+        """Make the file of its parts.
+
+        Args:
+            ids: All patches of the archive, in order.
+            footprints: Footprints of the patches that have parts.
+            failures: Why patches have no label.
+            about: What else the file should say about itself.
+
+        Returns:
+            Number of rows.
+        """
+        before, counts = self.labels(), self.parts('counts')
+        schema = self._schema({**self._origin(), **about})
+        rows = 0
+        with _whole(self.path) as unfinished:
+            with pq.ParquetWriter(unfinished, schema, compression='zstd') as writer:
+                for start in range(0, len(ids), _ROWS):
+                    chunk = ids.slice(start, _ROWS)
+                    table = self._rows(chunk, before, counts, footprints, schema)
+                    writer.write_table(table)
+                    rows += len(table)
+            # Before the file: when it is there, all is
+            self._write_failures(ids, failures)
+        shutil.rmtree(self.folder)
+        return rows
+
+    def _rows(
+        self,
+        ids: pa.StringArray,
+        before: pa.Table | None,
+        counts: pa.Table,
+        footprints: pa.Table,
+        schema: pa.Schema,
+    ) -> pa.Table:
+        """Rows of the file, from parts or else from the file before."""
+        position = pc.index_in(ids, counts['id'].combine_chunks())
+        new = pc.is_valid(position)
+        mine = counts.take(position.filter(new))
+        where = pc.index_in(ids.filter(new), footprints['id'].combine_chunks())
+        tables = [self._make(mine, footprints.take(where)).cast(schema)]
+        if before is not None:
+            old = ids.filter(pc.invert(new))
+            position = pc.index_in(old, before['id'].combine_chunks()).drop_null()
+            tables.append(before.take(position).cast(schema))
+        table = pa.concat_tables(tables)
+        order = pc.index_in(ids, table['id'].combine_chunks()).drop_null()
+        return table.take(order)
+
+    def _make(self, counts: pa.Table, footprints: pa.Table) -> pa.Table:
+        """Columns of the file."""
+        values = self._to_legend(counts)
+        pixels = counts['pixels'].to_numpy()
+        found = values.sum(1)
+        columns: dict[str, Any] = {
+            'id': counts['id'],
+            'product': pa.array([self.product] * len(counts), pa.string()),
+            'crs': footprints['crs'].cast(pa.string()),
+            'pixels': pixels,
+            'valid': (found / np.maximum(pixels, 1)).astype(np.float32),
+        }
+        for code, column in zip(self.legend.codes, values.T, strict=True):
+            columns[f'count_{code}'] = column
+        shares = (values / np.maximum(found, 1)[:, None]).astype(np.float32)
+        for code, column in zip(self.legend.codes, shares.T, strict=True):
+            columns[f'fraction_{code}'] = column
+        columns['geometry'] = pa.array(
+            shapely.to_wkb(outlines(footprints)), pa.binary()
+        )
+        return pa.table(columns)
+
+    def _to_legend(self, counts: pa.Table) -> Any:
+        """Counts of the legend's classes, of shape (N, K)."""
+        flat = counts['counts'].combine_chunks().flatten().to_numpy()
+        values = np.zeros((len(counts), len(self.legend.codes)), np.int64)
+        for code, column in zip(
+            WORLDCOVER_CODES, flat.reshape(-1, len(WORLDCOVER_CODES)).T, strict=True
+        ):
+            target = self.legend.of_worldcover[code]
+            values[:, self.legend.codes.index(target)] += column
+        return values
+
+    def _schema(self, about: Mapping[str, Any]) -> pa.Schema:
+        """Columns of the file, with what GeoParquet wants to know about them."""
+        codes = self.legend.codes
+        geo = {
+            'version': '1.0.0',
+            'primary_column': 'geometry',
+            'columns': {
+                'geometry': {
+                    'encoding': 'WKB',
+                    'geometry_types': [],
+                    'crs': CRS.from_user_input(LONLAT).to_json_dict(),
+                }
+            },
+        }
+        return pa.schema(
+            [
+                ('id', pa.string()),
+                ('product', pa.string()),
+                ('crs', pa.string()),
+                ('pixels', pa.int64()),
+                ('valid', pa.float32()),
+                *((f'count_{code}', pa.int64()) for code in codes),
+                *((f'fraction_{code}', pa.float32()) for code in codes),
+                ('geometry', pa.binary()),
+            ],
+            {'geo': json.dumps(geo), 'labels': json.dumps(about)},
+        )
+
+    def _write_failures(self, ids: pa.StringArray, failures: Mapping[str, str]) -> None:
+        """Write the table of what failed, or remove that of an earlier run."""
+        if not failures:
+            self.failures.unlink(missing_ok=True)
+            return
+        with (
+            _whole(self.failures) as unfinished,
+            unfinished.open('w', newline='') as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(['id', 'reason'])
+            for name in ids.to_pylist():
+                if name in failures:
+                    writer.writerow([name, failures[name]])
+
+
+def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
+    """Counts as a part.
+
+    Args:
+        ids: Patches, in the order of the counts.
+        counted: The counts.
+
+    Returns:
+        Rows of the patches that have counts.
+    """
+    good = np.ones(len(ids), bool)
+    good[list(counted.reasons)] = False
+    flat = pa.array(counted.counts[good].reshape(-1))
+    return pa.table(
+        [
+            ids.filter(pa.array(good)),
+            pa.array(counted.pixels[good]),
+            pa.FixedSizeListArray.from_arrays(flat, len(WORLDCOVER_CODES)),
+        ],
+        schema=_COUNTS,
+    )
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes the real one once all is written."""
+    unfinished = path.with_name(f'{path.name}.tmp')
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise OSError(
+            error.errno or 0,
+            f'{path} cannot be written ({error.strerror or error}). What is done is kept: '
+            'make room and start again',
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with _whole(path) as unfinished:
+        unfinished.write_bytes(data)

@@ -1,0 +1,226 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Tables of footprints: GeoPackage, Parquet, CSV, and other vector files."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+import shapely
+from pyproj import CRS
+
+from .footprints import make_footprints, parse_crs
+from .sources import Read
+
+#: Columns of a table that has boxes instead of geometries.
+_BOX = ('left', 'bottom', 'right', 'top')
+
+#: Rows that are read at once.
+_ROWS = 2**16
+
+
+class Table:
+    """A table of footprints, in memory."""
+
+    def __init__(self, read: Read, ids: pa.StringArray) -> None:
+        """Initialize a new Table instance.
+
+        Args:
+            read: The footprints, and the rows that have none.
+            ids: Names of all rows.
+        """
+        self.ids = ids
+        self._read = read
+
+    def units(self, rows: pa.Array) -> Iterator[Any]:
+        """See :class:`Source`."""
+        wanted = self.ids.take(rows)
+        table = self._read.table
+        there = pc.drop_null(pc.index_in(wanted, table['id'].combine_chunks()))
+        names = set(wanted.to_pylist()) if self._read.failures else ()
+        failures = {k: v for k, v in self._read.failures.items() if k in names}
+        yield Read(table.take(there), failures)
+
+
+def read_footprints(path: str | os.PathLike[str]) -> Table:
+    """Read a table of footprints.
+
+    It has a column *id* (or the first column of that name in any case), and one of
+
+    * geometries, polygons: the geometry of a GeoPackage, GeoParquet or any vector file, or
+      a column *geometry* or *wkt* with well-known text in a CSV file,
+    * boxes: columns *left*, *bottom*, *right*, *top*,
+
+    and, if wanted, *crs* (default: that of the file, else longitude and latitude), and
+    *height* and *width*: then the box of each patch has so many pixels, and is labelled
+    on these. Without them it is labelled by the pixels of the map inside of it.
+
+    Args:
+        path: A GeoPackage, Parquet, CSV, or what else GeoPandas reads.
+
+    Returns:
+        The footprints.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If columns are missing, or ids are not unique.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'footprints must be a file, there is no {path!r}')
+    names, tables = [], []
+    failures: dict[str, str] = {}
+    for batch in _batches(path):
+        names.append(batch['id'].combine_chunks().cast(pa.string()))
+        without = pc.equal(names[-1].fill_null(''), '').sum().as_py()
+        if without:
+            raise ValueError(
+                f'footprints must all have an id, {without} have none in {path}'
+            )
+        part = _normalize(batch, path)
+        tables.append(part.table)
+        failures |= part.failures
+    if not sum(map(len, names)):
+        raise ValueError(f'footprints must have at least one row, {path} has none')
+    table = pa.concat_tables(tables).unify_dictionaries()
+    return Table(Read(table, failures), pa.concat_arrays(names))
+
+
+def _batches(path: str) -> Iterator[pa.Table]:
+    """Parts of a table file, with geometries as a binary column *geometry*."""
+    suffix = Path(path).suffix.lower()
+    if suffix == '.csv':
+        with pa.csv.open_csv(path) as reader:
+            for batch in reader:
+                yield _rename(pa.Table.from_batches([batch]), path)
+    elif suffix in ('.parquet', '.geoparquet', '.pq'):
+        with pq.ParquetFile(path) as file:
+            crs = _crs_of_geoparquet(file.schema_arrow.metadata)
+            for batch in file.iter_batches(_ROWS):
+                table = _rename(pa.Table.from_batches([batch]), path)
+                yield _with_crs(table, crs)
+    else:
+        import geopandas
+
+        for start in range(0, 2**62, _ROWS):
+            frame = geopandas.read_file(path, rows=slice(start, start + _ROWS))
+            if len(frame):
+                columns = {
+                    name: pa.array(frame[name])
+                    for name in frame.columns
+                    if name.lower() in ('id', 'crs', 'height', 'width')
+                }
+                columns['geometry'] = pa.array(frame.geometry.to_wkb(), pa.binary())
+                crs = None if frame.crs is None else frame.crs.to_string()
+                yield _with_crs(_rename(pa.table(columns), path), crs)
+            if len(frame) < _ROWS:
+                return
+
+
+def _rename(table: pa.Table, path: str) -> pa.Table:
+    """Bring the names of columns to lower case, and look for those that must be there."""
+    table = table.rename_columns([name.lower() for name in table.column_names])
+    if 'wkt' in table.column_names and 'geometry' not in table.column_names:
+        at = table.column_names.index('wkt')
+        names = [*table.column_names]
+        names[at] = 'geometry'
+        table = table.rename_columns(names)
+    boxes = set(_BOX) <= set(table.column_names)
+    if 'id' not in table.column_names or not (
+        boxes or 'geometry' in table.column_names
+    ):
+        raise ValueError(
+            'footprints must have the columns id, and geometry or left, bottom, right, '
+            f'top, got {", ".join(table.column_names)} in {path}'
+        )
+    if ('height' in table.column_names) != ('width' in table.column_names):
+        raise ValueError(f'footprints must have both of height and width, see {path}')
+    return table
+
+
+def _with_crs(table: pa.Table, crs: str | None) -> pa.Table:
+    if crs is None or 'crs' in table.column_names:
+        return table
+    return table.append_column('crs', pa.array([crs] * len(table), pa.string()))
+
+
+def _crs_of_geoparquet(metadata: dict[bytes, bytes] | None) -> str | None:
+    """CRS of the geometries of a GeoParquet file, None for longitude and latitude."""
+    geo = json.loads((metadata or {}).get(b'geo', b'{}'))
+    crs = geo.get('columns', {}).get(geo.get('primary_column'), {}).get('crs')
+    return None if crs is None else str(CRS.from_json_dict(crs).to_string())
+
+
+def _normalize(table: pa.Table, path: str) -> Read:
+    """Rows of a file as footprints."""
+    ids = table['id'].cast(pa.string()).to_pylist()
+    columns = table.column_names
+    given = table['crs'].to_pylist() if 'crs' in columns else [None] * len(ids)
+    systems = [str(text or 'EPSG:4326') for text in given]
+    failures: dict[str, str] = {}
+    if 'geometry' in columns:
+        geometry = table['geometry'].to_numpy(zero_copy_only=False)
+        try:
+            is_text = len(geometry) > 0 and isinstance(geometry[0], str)
+            shapes = (shapely.from_wkt if is_text else shapely.from_wkb)(geometry)
+        except shapely.errors.GEOSException as error:
+            raise ValueError(
+                f'footprints must be geometries: {error} in {path}'
+            ) from error
+        bad = ~np.isin(shapely.get_type_id(shapes), (3, 6)) | shapely.is_empty(shapes)
+        bounds = shapely.bounds(shapes)
+    else:
+        bounds = np.stack([table[n].to_numpy().astype(np.float64) for n in _BOX], 1)
+        shapes = shapely.box(*bounds.T)
+        bad = np.zeros(len(ids), bool)
+    with np.errstate(invalid='ignore'):
+        flat = ~((bounds[:, 2] > bounds[:, 0]) & (bounds[:, 3] > bounds[:, 1]))
+    for row in np.flatnonzero(bad | flat):
+        failures[ids[row]] = 'is no polygon' if bad[row] else 'has no area'
+    for text in set(systems):
+        try:
+            parse_crs(text)
+        except ValueError as error:
+            same = np.array([system == text for system in systems])
+            bad |= same
+            failures |= {ids[row]: str(error) for row in np.flatnonzero(same)}
+    good = np.flatnonzero(~(bad | flat))
+    ids = [ids[row] for row in good]
+    systems = [systems[row] for row in good]
+    if 'height' not in columns:
+        return Read(
+            make_footprints(ids, systems, polygons=shapely.to_wkb(shapes[good])),
+            failures,
+        )
+    sizes = np.stack([table[n].to_numpy() for n in ('height', 'width')], 1)[good]
+    sizes = sizes.astype(np.int32)
+    if (sizes < 1).any():
+        raise ValueError(
+            f'footprints must have height and width of 1 or more, see {path}'
+        )
+    if (shapely.area(shapes) < (1 - 1e-6) * shapely.area(shapely.box(*bounds.T)))[
+        good
+    ].any():
+        raise ValueError(
+            'footprints with height and width must be boxes, parallel to the axes of '
+            f'their CRS, see {path}: leave height and width out to label what is inside'
+        )
+    left, bottom, right, top = bounds[good].T
+    zero = np.zeros(len(good))
+    grid = [
+        (right - left) / sizes[:, 1],
+        zero,
+        left,
+        zero,
+        (bottom - top) / sizes[:, 0],
+        top,
+    ]
+    return Read(make_footprints(ids, systems, np.stack(grid, 1), sizes), failures)

@@ -1,0 +1,51 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Features for linear evaluation."""
+
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def last_block_features(
+    encoder: nn.Module, image: Tensor, blocks: int = 4, average_patches: bool = False
+) -> Tensor:
+    """Class tokens of the last blocks of a Vision Transformer, side by side.
+
+    What DINO, and DINO-MC and SoftCon after it, fit linear classifiers to: of ViT-Small,
+    the class tokens of the last four blocks; of ViT-Base, that of the last block with the
+    mean of its patch tokens. All tokens are normalized by the last layer norm.
+    https://github.com/facebookresearch/dino/blob/main/eval_linear.py
+
+    Args:
+        encoder: A Vision Transformer of timm with a class token.
+        image: Images of shape (B, C, H, W).
+        blocks: Number of blocks, the last one comes last.
+        average_patches: Whether to append the mean patch token of the last block.
+
+    Returns:
+        Features of shape (B, blocks * F), or (B, (blocks + 1) * F).
+
+    Raises:
+        ValueError: If the encoder has no class tokens, or fewer blocks.
+    """
+    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+        raise ValueError(
+            'blocks are for Vision Transformers with a class token, got '
+            f'{type(encoder).__name__}. Leave them out for other encoders'
+        )
+    if not 1 <= blocks <= len(encoder.blocks):
+        raise ValueError(
+            f'blocks must be from 1 to {len(encoder.blocks)}, the number of blocks of the '
+            f'encoder, got {blocks}'
+        )
+    layers = cast(Any, encoder).get_intermediate_layers(
+        image, n=blocks, return_prefix_tokens=True, norm=True
+    )  # per block: patch tokens (B, N, F), class token and registers (B, P, F)
+    parts = [prefix[:, 0] for _, prefix in layers]
+    if average_patches:
+        parts.append(layers[-1][0].mean(1))
+    return torch.cat(parts, 1)

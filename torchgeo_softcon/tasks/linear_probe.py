@@ -1,0 +1,296 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Linear evaluation of a frozen encoder."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MultilabelAveragePrecision
+
+from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
+from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
+from ..models.features import last_block_features
+from ..models.weights import EncoderWeights
+from ..modules import input_layer
+from ..schedules import cosine_warmup
+from ..transforms import RandomView
+from ..transforms.center import center_view
+from .optimizers import images_per_step
+
+
+class LinearProbeTask(ClassificationTask):
+    """Linear classifier on the features of a frozen encoder, as in the papers.
+
+    The linear evaluation of DINO, which DINO-MC and the authors of SoftCon use: SGD with
+    momentum 0.9 and a cosine schedule, no weight decay, 100 epochs of random crops and
+    flips; tests are on the centre of the image. Of ViT-Small, the classifier sees the
+    class tokens of the last four blocks.
+    https://github.com/facebookresearch/dino/blob/main/eval_linear.py
+    https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/transfer_classification/linear_BE_dino.py
+
+    TorchGeo's own classification task with ``freeze_backbone: true`` differs: it sees the
+    last block only, lets the statistics of batch norms drift, and uses AdamW.
+
+    Logged are the metrics of TorchGeo's classification task, and for multi-labels average
+    precision: ``val_MeanAveragePrecision`` over classes (macro) and
+    ``val_OverallAveragePrecision`` (micro). The papers report the latter, averaged over
+    batches.
+
+    If you use this task in your research, please cite the following paper:
+
+    * https://arxiv.org/abs/2104.14294
+
+    .. versionadded:: 0.1
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: str = 'vit_small_patch16_224',
+        weights: WeightsEnum | bool | str | None = None,
+        in_channels: int = 13,
+        bands: Sequence[str] | None = None,
+        task: Literal['binary', 'multiclass', 'multilabel'] = 'multiclass',
+        num_classes: int | None = None,
+        num_labels: int | None = None,
+        last_blocks: int | None = None,
+        average_patches: bool = False,
+        size: int = 224,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        lr: float = 1e-3,
+    ) -> None:
+        """Initialize a new LinearProbeTask instance.
+
+        Args:
+            model: Name of the timm model.
+            weights: Weights of the encoder: an enum or its name, the path of a
+                checkpoint, or True for the weights that *model* stands for.
+            in_channels: Number of bands of the images.
+            bands: Their names, in the order of the channels, if they are not those of
+                *weights*. They are chosen from the weights by name.
+            task: One of 'binary', 'multiclass', or 'multilabel'.
+            num_classes: Number of classes (only for ``task='multiclass'``).
+            num_labels: Number of labels (only for ``task='multilabel'``).
+            last_blocks: Number of blocks whose class tokens are used, see
+                :func:`~torchgeo_softcon.models.features.last_block_features`. Defaults
+                to 4 for Vision Transformers, as DINO does for ViT-Small (1 for
+                ViT-Base), and to the pooled features of other encoders.
+            average_patches: Whether to append the mean patch token of the last block, as
+                DINO does for ViT-Base.
+            size: Side of the images that the encoder sees, in pixels.
+            crop_scale: Range of the share of the image's area that random crops show.
+                The authors of SSL4EO-S12 use (0.8, 1) for multi-labels of ResNets, not to
+                crop out what the label says.
+            lr: Learning rate per 256 images. It matters, try several (1e-3 in the code
+                of the papers).
+
+        Raises:
+            ValueError: If *model*, *weights*, *bands* and *last_blocks* do not fit each
+                other, or an argument is out of range.
+        """
+        if size < 1 or lr <= 0:
+            raise ValueError(f'size and lr must be positive, got {size} and {lr}')
+        if bands is not None and len(bands) != in_channels:
+            raise ValueError(
+                f'bands must name all in_channels = {in_channels} bands, got {len(bands)}'
+            )
+        super().__init__(
+            model,
+            weights,
+            in_channels,
+            task=task,
+            num_classes=num_classes,
+            num_labels=num_labels,
+            lr=lr,
+        )
+        self.augmentations = RandomView(
+            size,
+            crop_scale,
+            jitter_probability=0,
+            grey_probability=0,
+            blur_probability=0,
+        )
+
+    def configure_models(self) -> None:
+        """Initialize the encoder, and the linear classifier."""
+        hparams = self.hparams
+        # The command line saves what it gives to this class, not what that gives to the
+        # host's
+        for name, parameter in inspect.signature(ClassificationTask).parameters.items():
+            hparams.setdefault(name, parameter.default)
+        # For several labels, the same as MultiLabelSoftMarginLoss of the papers
+        hparams['loss'] = 'ce' if hparams['task'] == 'multiclass' else 'bce'
+        channels, size = hparams['in_channels'], hparams['size']
+        self.model = create_encoder(hparams['model'], channels)
+        if self.weights:
+            state_dict = self._read_weights()
+            name = f'{input_layer(self.model)[0]}.weight'
+            if name in state_dict and state_dict[name].shape[1] != channels:
+                raise ValueError(
+                    f'in_channels must be {state_dict[name].shape[1]}, the number of bands '
+                    f'of weights, got {channels}: the input layer of a frozen encoder '
+                    'cannot be a random one. Name the bands of the images (for weights '
+                    'of this package), or choose a model with weights for them'
+                )
+            load_encoder(self.model, state_dict)
+        self.model.requires_grad_(False).eval()
+
+        blocks = hparams['last_blocks']
+        plain = not (is_vit(self.model) and cast(Any, self.model).cls_token is not None)
+        #: Number of blocks whose class tokens are used, None for pooled features.
+        self.blocks = blocks if plain else 4 if blocks is None else blocks
+        classes = hparams['num_classes'] or hparams['num_labels'] or 1
+        width = self.features(torch.zeros(1, channels, size, size)).shape[1]
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def _read_weights(self) -> dict[str, Tensor]:
+        """Parameters of the encoder, for the bands of the images."""
+        channels, bands = self.hparams['in_channels'], self.hparams['bands']
+        weights = self.weights
+        if weights is True:
+            return read_pretrained(self.hparams['model'], channels, bands)
+        if bands is not None:
+            try:
+                member = get_weight(weights) if isinstance(weights, str) else weights
+            except ValueError:  # a path
+                member = None
+            if isinstance(member, EncoderWeights):
+                return member.get_state_dict(bands=bands, layout='timm')
+        return read_weights(cast(WeightsEnum | str, weights))
+
+    def configure_metrics(self) -> None:
+        """Initialize the performance metrics."""
+        super().configure_metrics()
+        if self.hparams['task'] == 'multilabel':
+            labels = self.hparams['num_labels']
+            average: dict[str, Any] = {
+                'MeanAveragePrecision': MultilabelAveragePrecision(labels, 'macro'),
+                'OverallAveragePrecision': MultilabelAveragePrecision(labels, 'micro'),
+            }
+            for metrics in (self.val_metrics, self.test_metrics):
+                metrics.add_metrics(copy.deepcopy(average))
+
+    def configure_optimizers(self) -> Any:
+        """Initialize the optimizer and the learning rate schedule.
+
+        Returns:
+            SGD on the classifier, and a cosine to zero, per step.
+        """
+        if self.trainer.train_dataloader is None:
+            self.trainer.fit_loop.setup_data()
+        lr = self.hparams['lr'] * (images_per_step(self.trainer) or 256) / 256
+        total = int(self.trainer.estimated_stepping_batches)
+        optimizer = SGD(self.head.parameters(), lr=lr, momentum=0.9)
+        scheduler = LambdaLR(
+            optimizer, lambda step: cosine_warmup(step, total, 1, 0, 0)
+        )
+        return {
+            'optimizer': optimizer,
+            'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
+        }
+
+    def train(self, mode: bool = True) -> 'LinearProbeTask':
+        """Set the mode of the classifier. The encoder stays in evaluation mode.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            The task.
+        """
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, image: Tensor) -> Tensor:
+        """Features that the classifier sees.
+
+        Args:
+            image: Images of shape (B, C, H, W).
+
+        Returns:
+            Features of shape (B, F).
+        """
+        if self.blocks is None:
+            return cast(Tensor, self.model(image))
+        average = self.hparams['average_patches']
+        return last_block_features(self.model, image, self.blocks, average)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the scores of classes.
+
+        Args:
+            x: Images of shape (B, C, H, W).
+
+        Returns:
+            Logits of shape (B, K).
+        """
+        return cast(Tensor, self.head(self.features(x)))
+
+    def training_step(
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        """Compute the loss of random crops.
+
+        Args:
+            batch: Mini-batch with *image* of shape (B, C, H, W) and *label*.
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+
+        Returns:
+            The loss.
+        """
+        batch = {**batch, 'image': self.augmentations(batch['image']).to(self.dtype)}
+        return super().training_step(batch, batch_idx, dataloader_idx)
+
+    def validation_step(
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Compute metrics on the centre of images.
+
+        Args:
+            batch: Mini-batch with *image* of shape (B, C, H, W) and *label*.
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+        """
+        super().validation_step(self._centred(batch), batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Compute metrics on the centre of images.
+
+        Args:
+            batch: Mini-batch with *image* of shape (B, C, H, W) and *label*.
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+        """
+        super().test_step(self._centred(batch), batch_idx, dataloader_idx)
+
+    def predict_step(
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        """Compute the probabilities of classes on the centre of images.
+
+        Args:
+            batch: Mini-batch with *image* of shape (B, C, H, W).
+            batch_idx: Index of this batch.
+            dataloader_idx: Index of the current dataloader.
+
+        Returns:
+            Probabilities of shape (B, K).
+        """
+        batch = self._centred(batch)
+        return super().predict_step(batch, batch_idx, dataloader_idx)
+
+    def _centred(self, batch: Sample) -> Sample:
+        return {**batch, 'image': center_view(batch['image'], self.hparams['size'])}
