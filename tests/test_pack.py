@@ -2,16 +2,18 @@
 # Licensed under the MIT License.
 
 import csv
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
-import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
@@ -21,7 +23,7 @@ from tests.datasets.ssl4eo import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.datasets import SSL4EOS12ML
 from torchgeo_softcon.pack import pack, verify
-from torchgeo_softcon.unpack import unpack
+from torchgeo_softcon.unpack import Unpacked, unpack
 
 JUNE, SEPTEMBER = '20200604', '20200902'
 
@@ -73,11 +75,12 @@ def files(root: Path) -> list[Path]:
 
 
 def test_unpacking_gives_all_back(root: Path, tmp_path: Path) -> None:
-    write_image_with_nodata = root / 's1' / '0000003' / season('s1', JUNE) / 'VV.tif'
-    with rasterio.open(write_image_with_nodata, 'r+') as file:
+    root = Path(shutil.copytree(root, tmp_path / 'tiff'))
+    image_with_nodata = root / 's1' / '0000003' / season('s1', JUNE) / 'VV.tif'
+    with rasterio.open(image_with_nodata, 'r+') as file:
         file.nodata = -9999.0
     pack(root, tmp_path / 'packed', shard_size=4)
-    assert unpack(tmp_path / 'packed', tmp_path / 'back') == 12
+    assert unpack(tmp_path / 'packed', tmp_path / 'back') == Unpacked(12, 0)
     assert files(tmp_path / 'back') == files(root)
     for name in files(root):
         with (
@@ -89,7 +92,7 @@ def test_unpacking_gives_all_back(root: Path, tmp_path: Path) -> None:
             assert a.nodata == b.nodata
     # An interrupted run goes on
     shutil.rmtree(tmp_path / 'back' / 's2a' / '0000002')
-    assert unpack(tmp_path / 'packed', tmp_path / 'back') == 2
+    assert unpack(tmp_path / 'packed', tmp_path / 'back') == Unpacked(2, 10)
 
 
 def test_index(root: Path, tmp_path: Path) -> None:
@@ -126,27 +129,50 @@ def test_second_run_does_only_what_is_missing(
     assert contents(tmp_path / 'out') == expected
 
 
+def kill_at(number: int, after: bool) -> None:
+    """Have the process killed at a call of :func:`os.replace`, before it or after it."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def counted(*args: Any) -> None:
+        now = next(calls) == number
+        if now and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counted  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize('after', [False, True])
+# Of each file its records and then its rows, and at last the index
+@pytest.mark.parametrize('number', range(1, 10))
 def test_killed_at_any_time(
-    root: Path, expected: dict[str, Any], tmp_path: Path
+    root: Path, expected: dict[str, Any], tmp_path: Path, number: int, after: bool
 ) -> None:
-    rng = np.random.default_rng(0)
-    killed = 0
-    for _ in range(8):
-        child = os.fork()
-        if child == 0:
-            try:
-                pack(root, tmp_path, 's2a', shard_size=1)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert killed > 0
-    assert pack(root, tmp_path, 's2a', shard_size=1) == []
+    child = os.fork()
+    if child == 0:
+        try:
+            kill_at(number, after)
+            pack(root, tmp_path, 's2a', shard_size=3)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    folder = tmp_path / 's2a'
+    assert (folder / 'index.parquet').exists() == (number == 9 and after)
+    # Before a call there is something unfinished
+    assert len(list(folder.glob('*.tmp'))) == (not after)
+    complete = [p.with_suffix('.npy') for p in folder.glob('[0-9]*.parquet')]
+    assert len(complete) == (number - 1 + after) // 2
+    times = [path.stat().st_mtime_ns for path in complete]
+
+    assert pack(root, tmp_path, 's2a', shard_size=3) == []
+    assert [path.stat().st_mtime_ns for path in complete] == times
     assert list(contents(tmp_path).items()) == list(expected.items())
     assert verify(tmp_path) == []
-    shards = {row['shard'] for row in index(tmp_path)}
-    assert {int(p.stem) for p in tmp_path.glob('s2a/*.npy')} == shards
+    assert {p.name for p in folder.iterdir()} == {
+        *('.lock', 'index.parquet', *(f'{n:05}.npy' for n in range(4)))
+    }
 
 
 def test_disk_full(
@@ -212,16 +238,98 @@ def test_verify_names_what_changed(
     assert f'{failure.id}/{failure.season}' == names(tmp_path)[7]
     assert main(['pack', str(root), str(tmp_path), '--split', 's2a', '--verify']) == 1
     assert f'{names(tmp_path)[7]}: its checksum' in capsys.readouterr().err
-    assert main(['unpack', str(tmp_path), str(tmp_path / 'back')]) == 2
-    assert f'the record of {names(tmp_path)[7]}' in capsys.readouterr().err
+    # All but that one are given back
+    for written, there in ((9, 0), (0, 9)):
+        assert main(['unpack', str(tmp_path), str(tmp_path / 'back')]) == 1
+        out, err = capsys.readouterr()
+        assert f'{written} images written, {there} were there' in out
+        assert f'{names(tmp_path)[7]}: its checksum' in err
+    assert len(files(tmp_path / 'back')) == 9 * 12
+    # What the message says to do
+    path = tmp_path / 's2a' / '00001.npy'
+    assert f'Delete {path}, and pack again' in err
+    path.unlink()
+    assert main(['pack', str(root), str(tmp_path), '--split', 's2a', '--verify']) == 0
 
 
-def test_truncated_file_of_records(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('limit', [600, 800, 1000, 1200])
+def test_unpacking_to_a_full_disk(root: Path, tmp_path: Path, limit: int) -> None:
+    pack(root, tmp_path / 'packed', 's2a')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r'cannot write .*\.tif: File too large'):
+            unpack(tmp_path / 'packed', tmp_path / 'back')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / 'back').glob('s2a/*/[0-9]*'))
+    assert unpack(tmp_path / 'packed', tmp_path / 'back') == Unpacked(10, 0)
+    assert not list((tmp_path / 'back').rglob('*.tmp'))
+
+
+def test_truncated_file_of_records(
+    root: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
     pack(root, tmp_path, 's2a')
     path = tmp_path / 's2a' / '00000.npy'
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f'{path} must have 10 records'):
         SSL4EOS12ML(tmp_path, 's2a')
+    assert pack(root, tmp_path, 's2a') == []
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize('left', [None, 0, 60, 5000])
+def test_lost_file_of_records(
+    root: Path, expected: dict[str, Any], tmp_path: Path, left: int | None
+) -> None:
+    pack(root, tmp_path, 's2a', shard_size=3)
+    path = tmp_path / 's2a' / '00001.npy'
+    content = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(content[:left])
+    others = {p: p.stat().st_mtime_ns for p in path.parent.glob('*.npy') if p != path}
+    assert pack(root, tmp_path, 's2a', shard_size=3) == []
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+    assert list(contents(tmp_path).items()) == list(expected.items())
+    assert verify(tmp_path) == []
+
+
+def test_lost_file_whose_images_are_gone_too(root: Path, tmp_path: Path) -> None:
+    pack(root, tmp_path / 'out', 's2a', shard_size=3)
+    before = names(tmp_path / 'out')
+    part = tmp_path / 'tiff'
+    shutil.copytree(root / 's2a' / '0000000', part / 's2a' / '0000000')
+    (tmp_path / 'out' / 's2a' / '00001.npy').unlink()
+    failures = pack(part, tmp_path / 'out')
+    assert [f'{f.id}/{f.season}' for f in failures] == before[3:6]
+    assert names(tmp_path / 'out') == before[:3] + before[6:]
+    assert verify(tmp_path / 'out') == []
+
+
+@pytest.mark.parametrize(
+    ('error', 'status', 'message'),
+    [
+        (BrokenProcessPool(), 2, 'fewer --workers, and start again'),
+        (KeyboardInterrupt(), 130, 'stopped, start again to go on'),
+    ],
+)
+def test_interrupted(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr('torchgeo_softcon.pack._write_shard', stop)
+    assert main(['pack', str(root), str(tmp_path)]) == status
+    assert message in capsys.readouterr().err
 
 
 def test_labels_may_come_later(root: Path, tmp_path: Path) -> None:
@@ -256,6 +364,19 @@ def test_labels_of_another_archive_are_found_at_once(
     with pytest.raises(ValueError, match='10 of 10 images are not in'):
         pack(root, tmp_path / 'out', 's2a', labels=labels)
     assert not (tmp_path / 'out').exists()
+
+
+def test_labels_of_images_that_can_not_be_read(root: Path, tmp_path: Path) -> None:
+    part = tmp_path / 'tiff'
+    shutil.copytree(root / 's2a' / '0000001', part / 's2a' / '0000001')
+    labels = tmp_path / 'l.json'
+    labels.write_text(json.dumps({'0000001': {season('s2a', JUNE): [1]}}))
+    (part / 's2a' / '0000001' / season('s2a', JUNE) / 'B5.tif').write_bytes(b'')
+    with pytest.warns(UserWarning, match='1 of 2 images are not in'):
+        (failure,) = pack(part, tmp_path / 'out', labels=labels)
+    assert failure.season == season('s2a', JUNE)
+    (row,) = index(tmp_path / 'out')
+    assert row['label'] == [0] * 9
 
 
 @pytest.mark.slow
@@ -309,3 +430,36 @@ class TestErrors:
             pack(root, tmp_path, 's2a')
         with pytest.raises(ValueError, match='must be of format 1, got 2'):
             SSL4EOS12ML(tmp_path, 's2a')
+
+    def test_index_of_something_else(self, root: Path, tmp_path: Path) -> None:
+        path = tmp_path / 's2a' / 'index.parquet'
+        path.parent.mkdir()
+        pq.write_table(pa.table({'id': ['1']}), path)
+        for content in (path.read_bytes(), b'xx'):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=f'{path} is no index'):
+                SSL4EOS12ML(tmp_path, 's2a')
+            with pytest.raises(ValueError, match=f'{path} is no index'):
+                pack(root, tmp_path, 's2a')
+
+    def test_folder_of_something_else(self, root: Path, tmp_path: Path) -> None:
+        other = tmp_path / 's2a' / '00007.npy'
+        other.parent.mkdir()
+        other.touch()
+        with pytest.raises(ValueError, match=f'out must be a new folder .* {other}'):
+            pack(root, tmp_path)
+        assert not (tmp_path / 's1').exists()
+        assert other.exists()
+        with pytest.raises(ValueError, match='out must be another folder than root'):
+            pack(root, root)
+
+    def test_files_of_something_else_stay(self, root: Path, tmp_path: Path) -> None:
+        pack(root, tmp_path, 's2a')
+        folder = tmp_path / 's2a'
+        others = [folder / n for n in ('mine.npy', 'notes.tmp', '1.npy', 'x.parquet')]
+        for path in (*others, folder / '00007.npy', folder / 'index.tmp'):
+            path.touch()
+        pack(root, tmp_path, 's2a')
+        assert all(path.exists() for path in others)
+        assert not (folder / '00007.npy').exists()
+        assert not (folder / 'index.tmp').exists()

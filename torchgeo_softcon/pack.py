@@ -8,10 +8,11 @@ import csv
 import fcntl
 import itertools
 import os
+import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,6 +30,7 @@ from .datasets.packed import (
     SCHEMA,
     PackedArchive,
     checksum,
+    has_records,
     index_path,
     packed_splits,
     read_metadata,
@@ -36,13 +38,21 @@ from .datasets.packed import (
     write_index,
     write_records,
 )
-from .datasets.season_labels import SeasonLabels, match_labels, read_labels
+from .datasets.season_labels import (
+    SeasonLabels,
+    look_up_labels,
+    match_labels,
+    read_labels,
+)
 from .datasets.ssl4eo_s12 import BANDS, TiffArchive, split_names
 
 #: Images per file. Those of Sentinel-2 take 200 MB, which is also what a process holds in
 #: memory and what is lost if it is killed.
 SHARD_SIZE = 256
 
+
+#: Files of one shard: records, their rows, and either of them unfinished.
+_SHARD_FILE = re.compile(r'([0-9]{5,})\.(npy|parquet|tmp)')
 
 #: Failures that are printed.
 _NAMED = 10
@@ -113,12 +123,16 @@ def pack(
         raise ValueError(
             f'workers and shard_size must be at least 1, got {workers} and {shard_size}'
         )
+    if Path(root).resolve() == Path(out).resolve():
+        raise ValueError(f'out must be another folder than root, got {out} for both')
     if split is None:
         split = [name for name in BANDS if (Path(root) / name).is_dir()]
         if not split:
             raise FileNotFoundError(
                 f'root must have a folder {", ".join(BANDS)}, found none of them in {root}'
             )
+    for name in split_names(split):
+        _check_ours(Path(out) / name)
     archives = [TiffArchive(root, name) for name in split_names(split)]
     table = None if labels is None else read_labels(labels)
     if table is not None:
@@ -161,7 +175,11 @@ def verify(
         expected = archive.checksums.tolist()
         rows = tqdm(range(len(archive)), f'verify {name}', disable=not progress)
         failures += [
-            Failure(*archive.name(row), 'its checksum is not the one in the index')
+            Failure(
+                *archive.name(row),
+                f'its checksum is not the one in the index. Delete {archive.file(row)}, '
+                'and pack again',
+            )
             for row in rows
             if checksum(archive.read([row])) != expected[row]
         ]
@@ -178,8 +196,9 @@ def _pack_split(
 ) -> list[Failure]:
     """Write what is missing of a split, and its index."""
     index = index_path(folder.parent, archive.split)
-    indexed, labels = _read_index(index)
-    done = _resume(archive, folder, indexed)
+    before, labels = _read_index(index)
+    indexed, parts = _resume(archive, folder, before)
+    done = pa.concat_tables([indexed, *parts])
     there = pd.MultiIndex.from_arrays(
         [done['id'].to_pylist(), done['season'].to_pylist()]
     )
@@ -187,17 +206,18 @@ def _pack_split(
         [archive.location.astype(str), archive.season.astype(str)]
     )
     rows = np.flatnonzero(~ours.isin(there))
-    if labels is not None and table is None and len(rows) + len(_parts(folder)):
+    if labels is not None and table is None and len(rows) + len(parts):
         raise ValueError(
             f'labels must be given again: {index} has some, and there are images that it '
             'has not'
         )
 
-    used = {*done['shard'].to_pylist()}
+    # Not those of lost files: what the index on the disk says of them must not come true
+    used = {*before['shard'].to_pylist(), *done['shard'].to_pylist()}
     numbers = (n for n in itertools.count() if n not in used)
     cuts = range(0, len(rows), shard_size)
     shards = [Shard(next(numbers), rows[c : c + shard_size]) for c in cuts]
-    failures: list[Failure] = []
+    failures = _lost(before, indexed, ours, archive.root)
     with tqdm(
         total=len(ours),
         initial=len(ours) - len(rows),
@@ -210,29 +230,42 @@ def _pack_split(
             bar.update(len(shard.rows))
 
     _write_failures(folder / 'failures.csv', failures)
-    parts = _parts(folder)
-    if not parts and not len(indexed):
+    paths = _parts(folder)
+    if not paths and not len(indexed):
         raise ValueError(
             f'none of the {len(ours)} images of {archive.root} can be read, the first one '
             f'because: {failures[0].reason}'
         )
-    if parts or table is not None:
-        joined = pa.concat_tables([indexed, *map(_read_part, parts)])
+    if paths or table is not None or len(indexed) < len(before):
+        joined = pa.concat_tables([indexed, *map(_read_part, paths)])
         # The order of the images does not depend on which were packed first
         joined = joined.sort_by([('id', 'ascending'), ('season', 'ascending')])
         if table is not None:
             joined, labels = _with_labels(joined, table, archive.split)
         write_index(index, joined, labels)
-    for part in parts:
-        part.unlink()
+    for path in paths:
+        path.unlink()
     return failures
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder that no run has written to, unless it is empty."""
+    ours = [folder / '.lock', folder / 'index.parquet']
+    if any(path.exists() for path in ours) or not folder.exists():
+        return
+    other = next(folder.iterdir(), None)
+    if other is not None:
+        raise ValueError(
+            f'out must be a new folder or a packed archive, but there is {other}'
+        )
 
 
 def _read_index(index: Path) -> tuple[pa.Table, dict[str, Any] | None]:
     """Rows of an index, none if there is no index, and what its labels are."""
     if not index.exists():
         return SCHEMA.empty_table(), None
-    return _read_part(index), read_metadata(index)['labels']
+    labels = read_metadata(index)['labels']
+    return _read_part(index), labels
 
 
 def _read_part(path: Path) -> pa.Table:
@@ -246,10 +279,8 @@ def _with_labels(
     location, season = (
         np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season')
     )
-    with warnings.catch_warnings():
-        # Said before the work began
-        warnings.simplefilter('ignore', UserWarning)
-        values = match_labels(labels, split, location, season)
+    # Not strictly: those that fit may be of images that can not be read
+    values = look_up_labels(labels, split, location, season)
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     column = pa.ListArray.from_arrays(offsets, values.ravel())
     place = rows.schema.get_field_index('label')
@@ -259,20 +290,35 @@ def _with_labels(
     }
 
 
-def _resume(archive: TiffArchive, folder: Path, indexed: pa.Table) -> pa.Table:
-    """Find what is packed already, and delete what a killed run left unfinished."""
-    known = {*indexed['shard'].to_pylist()}
-    for part in _parts(folder):
-        if int(part.stem) in known:
-            part.unlink()
-    done = pa.concat_tables([indexed, *map(_read_part, _parts(folder))])
+def _resume(
+    archive: TiffArchive, folder: Path, indexed: pa.Table
+) -> tuple[pa.Table, list[pa.Table]]:
+    """Find what is packed already, and delete what a killed run left unfinished.
 
-    complete = {*done['shard'].to_pylist()}
-    for path in folder.glob('*.npy'):
-        if int(path.stem) not in complete:
+    Returns:
+        Rows of the index, and of each file that is not yet in it, whose records are there.
+    """
+    known = {*indexed['shard'].to_pylist()}
+    for path in _parts(folder):
+        if int(path.stem) in known:
             path.unlink()
-    for path in folder.glob('*.tmp'):
-        path.unlink()
+    indexed = _with_records(folder, indexed)
+    parts = []
+    for path in _parts(folder):
+        part = _read_part(path)
+        if len(_with_records(folder, part)):
+            parts.append(part)
+        else:
+            path.unlink()
+
+    complete = {n for rows in (indexed, *parts) for n in rows['shard'].to_pylist()}
+    for path in folder.iterdir():
+        match = _SHARD_FILE.fullmatch(path.name)
+        unfinished = match is not None and (
+            match[2] == 'tmp' or (match[2] == 'npy' and int(match[1]) not in complete)
+        )
+        if unfinished or path.name == 'index.tmp':
+            path.unlink()
     if complete:
         dtype = np.load(shard_path(folder, min(complete)), mmap_mode='r').dtype
         if dtype != archive.dtype:
@@ -280,12 +326,42 @@ def _resume(archive: TiffArchive, folder: Path, indexed: pa.Table) -> pa.Table:
                 f'{folder} has images of another kind than {archive.root}, {dtype} and '
                 f'{archive.dtype}. Choose another folder'
             )
-    return done
+    return indexed, parts
+
+
+def _with_records(folder: Path, rows: pa.Table) -> pa.Table:
+    """Rows of an index whose file of records is there and long enough for all of them."""
+    if not len(rows):
+        return rows
+    shard = rows['shard'].to_numpy()
+    last = pd.Series(rows['offset'].to_numpy()).groupby(shard).max()
+    whole = [
+        n
+        for n, offset in last.items()
+        if has_records(shard_path(folder, n), offset + 1)
+    ]
+    return rows.filter(pa.array(np.isin(shard, whole)))
+
+
+def _lost(
+    before: pa.Table, indexed: pa.Table, ours: pd.MultiIndex, root: Path
+) -> list[Failure]:
+    """Images whose records are gone, and which are not there to be packed again."""
+    kept = {*indexed['shard'].to_pylist()}
+    return [
+        Failure(
+            row['id'], row['season'], f'its record is gone, and it is not in {root}'
+        )
+        for row in before.select(['id', 'season', 'shard']).to_pylist()
+        if row['shard'] not in kept and (row['id'], row['season']) not in ours
+    ]
 
 
 def _parts(folder: Path) -> list[Path]:
     """Rows of the index that belong to one file of records each."""
-    return sorted(p for p in folder.glob('*.parquet') if p.stem.isdigit())
+    return sorted(
+        path for path in folder.glob('*.parquet') if _SHARD_FILE.fullmatch(path.name)
+    )
 
 
 def _write(
@@ -386,7 +462,7 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         Exit status: 1 if images could not be read or are not what they were, 2 if the
-        run could not go on.
+        run could not go on, 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon pack',
@@ -424,17 +500,30 @@ def main(args: Sequence[str]) -> int:
             options.shard_size,
             progress=True,
         )
-        if options.verify:
-            failures += verify(options.out, options.split, progress=True)
+        damaged = (
+            verify(options.out, options.split, progress=True) if options.verify else []
+        )
     except (OSError, ValueError) as error:
         print(f'torchgeo-softcon pack: {error}', file=sys.stderr)
         return 2
-    for failure in failures[:_NAMED]:
+    except BrokenProcessPool:
+        print(
+            'torchgeo-softcon pack: a process was killed, perhaps for want of memory. Use '
+            'fewer --workers, and start again to go on',
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print('torchgeo-softcon pack: stopped, start again to go on', file=sys.stderr)
+        return 130
+    for failure in [*failures[:_NAMED], *damaged[:_NAMED]]:
         print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
     if failures:
         print(
-            f'{len(failures)} images failed. Those that could not be read are in '
-            'failures.csv beside the index, and are tried again by the next run',
+            f'{len(failures)} images could not be read. They are in failures.csv beside '
+            'the index, and are tried again by the next run',
             file=sys.stderr,
         )
-    return int(bool(failures))
+    if damaged:
+        print(f'{len(damaged)} records are not what they were', file=sys.stderr)
+    return int(bool(failures or damaged))

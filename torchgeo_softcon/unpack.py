@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,30 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 from rasterio.crs import CRS
+from rasterio.io import MemoryFile
 from tqdm import tqdm
 
 from .datasets.packed import PackedArchive, checksum, packed_splits
 from .datasets.ssl4eo_s12 import BANDS, Georeference, split_names
+from .pack import Failure
+
+#: Failures that are printed.
+_NAMED = 10
+
+
+@dataclass
+class Unpacked:
+    """What a run did.
+
+    Attributes:
+        written: Number of images that it wrote.
+        there: Number of images that were there already.
+        failures: Images whose record is not what it was.
+    """
+
+    written: int = 0
+    there: int = 0
+    failures: list[Failure] = field(default_factory=list)
 
 
 def unpack(
@@ -26,7 +47,7 @@ def unpack(
     out: str | os.PathLike[str],
     split: str | Sequence[str] | None = None,
     progress: bool = False,
-) -> int:
+) -> Unpacked:
     """Write the images of a packed archive as they were: one GeoTIFF per band.
 
     Images that are there already are passed over, so that an interrupted run goes on.
@@ -38,32 +59,33 @@ def unpack(
         progress: Whether to show a bar.
 
     Returns:
-        Number of images written.
+        What was written, and what could not be.
 
     Raises:
         FileNotFoundError: If there is no packed archive.
         OSError: If a file can not be written.
-        ValueError: If a record is not what it was, its image is named.
     """
-    written = 0
+    done = Unpacked()
     for name in packed_splits(root) if split is None else split_names(split):
         archive = PackedArchive(root, name)
         checksums = archive.checksums.tolist()
         for row in tqdm(range(len(archive)), f'unpack {name}', disable=not progress):
             folder = Path(out).joinpath(name, *archive.name(row))
             if folder.exists():
+                done.there += 1
                 continue
             record = archive.read([row])
             if checksum(record) != checksums[row]:
-                raise ValueError(
-                    f'the record of {"/".join(archive.name(row))} in {archive.root} is '
-                    'damaged: its checksum is not the one in the index. Delete the index '
-                    'and the file of records, and pack again'
+                reason = (
+                    'its checksum is not the one in the index. Delete '
+                    f'{archive.file(row)}, and pack again'
                 )
+                done.failures.append(Failure(*archive.name(row), reason))
+                continue
             place = archive.georeference(row)
             _write(folder, record.view(archive.dtype)[0, 0], archive.bands, place)
-            written += 1
-    return written
+            done.written += 1
+    return done
 
 
 def _write(
@@ -78,10 +100,9 @@ def _write(
         bands, place.transforms, place.nodata, strict=True
     ):
         values = np.asarray(record[band])
-        try:
-            with rasterio.open(
-                unfinished / f'{band}.tif',
-                'w',
+        # GDAL does not always tell when the disk is full
+        with MemoryFile() as memory:
+            with memory.open(
                 driver='GTiff',
                 height=values.shape[0],
                 width=values.shape[1],
@@ -93,8 +114,18 @@ def _write(
                 compress='lzw',
             ) as file:
                 file.write(values, 1)
-        except rasterio.errors.RasterioError as error:
-            raise OSError(f'cannot write {folder / band}.tif: {error}') from error
+            content = memory.read()
+        try:
+            with open(unfinished / f'{band}.tif', 'wb') as written:
+                written.write(content)
+                written.flush()
+                os.fsync(written.fileno())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f'cannot write {folder / band}.tif: {error.strerror}. Make room, and '
+                'start again to go on',
+            ) from error
     os.replace(unfinished, folder)
 
 
@@ -105,7 +136,7 @@ def main(args: Sequence[str]) -> int:
         args: Command-line arguments.
 
     Returns:
-        Exit status.
+        Exit status: 1 if records are not what they were, 2 if the run could not go on.
     """
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon unpack',
@@ -120,9 +151,13 @@ def main(args: Sequence[str]) -> int:
     )
     options = parser.parse_args(args)
     try:
-        written = unpack(options.root, options.out, options.split, progress=True)
+        done = unpack(options.root, options.out, options.split, progress=True)
     except (OSError, ValueError) as error:
         print(f'torchgeo-softcon unpack: {error}', file=sys.stderr)
         return 2
-    print(f'{written} images are in {options.out}')
-    return 0
+    for failure in done.failures[:_NAMED]:
+        print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
+    if done.failures:
+        print(f'{len(done.failures)} records are damaged', file=sys.stderr)
+    print(f'{done.written} images written, {done.there} were there')
+    return int(bool(done.failures))

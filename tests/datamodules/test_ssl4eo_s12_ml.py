@@ -97,10 +97,11 @@ class TestSSL4EOS12MLDataModule:
 
     def test_missing_values_are_zero(self, packed: Path) -> None:
         datamodule = make(packed, split='s1')
-        image = torch.tensor([torch.nan, -12.59]).expand(1, 2).reshape(1, 2, 1, 1)
+        values = torch.tensor([torch.nan, torch.inf, -torch.inf, -12.59])
+        image = values.expand(1, 2, 1, 4)
         scaled = datamodule.aug({'image': image})['image']
-        assert scaled[0, 0] == 0
-        assert scaled[0, 1] > 0
+        assert (scaled[..., :3] == 0).all()
+        assert (scaled[..., 3] > 0).all()
 
     def test_predictions_are_of_all_images(self, packed: Path) -> None:
         datamodule = make(packed, seasons=2, batch_size=3)

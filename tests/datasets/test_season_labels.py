@@ -11,7 +11,11 @@ import pandas as pd
 import pytest
 
 from tests.datasets.ssl4eo import season
-from torchgeo_softcon.datasets.season_labels import match_labels, read_labels
+from torchgeo_softcon.datasets.season_labels import (
+    look_up_labels,
+    match_labels,
+    read_labels,
+)
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES
 
 JUNE, SEPTEMBER, DECEMBER = '20200604', '20200902', '20201204'
@@ -57,6 +61,12 @@ class TestJSON:
             ({'0': {'a': [9]}}, 'Dynamic World .* got 9'),
             ({'0': {'a': [1, 10]}}, 'got 1, 10'),
             ({'0': {'a': 3}}, 'location: {season: .* an image has'),
+            ({'0': {'a': '35'}}, 'an image has'),
+            ({'0': {'a': ['3']}}, 'an image has'),
+            ({'0': {'a': [3.0]}}, 'an image has'),
+            ({'0': {'a': [True]}}, 'an image has'),
+            ({'0': {'a': {'3': 1}}}, 'an image has'),
+            ({'0': {'a': [10**30]}}, f'got {10**30}'),
             ({'0': [1]}, '0 has something else'),
             ([1], 'the file has something else'),
             ({'0': {}}, 'no entries'),
@@ -167,9 +177,24 @@ class TestMatch:
         assert names[3] not in message
         assert f'such as 0/{season("s2c", JUNE)}' in message
 
-    def test_other_dates_of_the_same_location(self, labels: Any) -> None:
-        with pytest.raises(ValueError, match=r'1 of 2 images .* 0/20200902'):
-            match(labels, f'1/{season("s2c", JUNE)}', f'0/{season("s2c", SEPTEMBER)}')
+    def test_other_dates_of_most_locations(self, tmp_path: Path) -> None:
+        names = [f'{place}/{season("s2c", SEPTEMBER)}' for place in (0, 1, 2)]
+        # Another one, so that it is not all
+        june = f'2/{season("s2c", JUNE)}'
+        content = {str(place): {season('s2c', JUNE): [1]} for place in range(3)}
+        labels = read_labels(write_json(tmp_path / 'm.json', content))
+        with pytest.raises(ValueError, match=r'2 of 4 images .* 0/20200902'):
+            match(labels, *names, june)
+        # Only looking, that is no error
+        values = look_up_labels(labels, 's2c', *images(*names, june))
+        assert values.sum(1).tolist() == [0, 0, 0, 1]
+
+    def test_one_location_of_other_dates(self, labels: Any) -> None:
+        with pytest.warns(UserWarning, match=r'1 of 2 images .*such as 0/20200902'):
+            values = match(
+                labels, f'1/{season("s2c", JUNE)}', f'0/{season("s2c", SEPTEMBER)}'
+            )
+        assert [sum(row) for row in values] == [1, 0]
 
     def test_more_images_than_labels_are_unknown(self, labels: Any) -> None:
         with pytest.warns(UserWarning, match=r'2 of 3 images .*such as 0/20200902'):

@@ -117,7 +117,7 @@ class TestSSL4EOS12ML:
             dataset = SSL4EOS12ML(archive, labels=root / 'labels.json', seasons=2)
         assert len(dataset) == 2
         orders = set()
-        for index in range(8):
+        for index in range(12):
             sample, names = dataset[index], dataset.names(index)
             assert sample['image'].shape == (2, 13, 264, 264)
             assert sample['label'].shape == (2, 9)

@@ -25,7 +25,9 @@ class _Scale(nn.Module):
 
     def forward(self, sample: Sample) -> Sample:
         image: Tensor = self.unit_range(sample['image'])
-        return {**sample, 'image': image.nan_to_num_(0)}
+        # By the values that came in: of infinite ones, scaling makes 0 and 1
+        missing = ~sample['image'].isfinite()
+        return {**sample, 'image': image.masked_fill_(missing, 0)}
 
 
 class SSL4EOS12MLDataModule(DrawDataModule):

@@ -126,8 +126,8 @@ class PackedArchive:
         self.split = split
         self.bands = BANDS[split]
         self.index = index_path(root, split)
-        table = pq.read_table(self.index, columns=['id', 'season', 'shard', 'offset'])
         self.metadata = read_metadata(self.index)
+        table = pq.read_table(self.index, columns=['id', 'season', 'shard', 'offset'])
         self.location = np.array(table['id'].to_pylist(), dtype=np.bytes_)
         self.season = np.array(table['season'].to_pylist(), dtype=np.bytes_)
         self._shard = table['shard'].to_numpy()
@@ -170,6 +170,17 @@ class PackedArchive:
             values,
             **self.metadata['labels'],
         )
+
+    def file(self, row: int) -> Path:
+        """Where the record of an image is.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            The file of records.
+        """
+        return shard_path(self.root, self._shard[row])
 
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Read images.
@@ -230,8 +241,7 @@ class PackedArchive:
             if path.stat().st_size < start + count * dtype.itemsize:
                 raise ValueError(
                     f'{path} must have {count} records of {dtype.itemsize} bytes, it is '
-                    f'cut off after {path.stat().st_size} bytes. Delete it and the index, '
-                    'and pack again'
+                    f'cut off after {path.stat().st_size} bytes. Delete it, and pack again'
                 )
         return dtype
 
@@ -244,6 +254,23 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
         return dtype, file.tell()
 
 
+def has_records(path: Path, count: int) -> bool:
+    """Whether a file of records is there and long enough.
+
+    Args:
+        path: The file.
+        count: Number of records that it must have.
+
+    Returns:
+        Whether it has them.
+    """
+    try:
+        dtype, start = _read_header(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return path.stat().st_size >= start + count * dtype.itemsize
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """What an index tells of the whole archive.
 
@@ -254,12 +281,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
         The version of the *format*, and *labels*: what they are, or None.
 
     Raises:
-        ValueError: If it is of another version.
+        ValueError: If it is of another version, or no index of a packed archive.
     """
-    metadata: dict[str, Any] = json.loads(pq.read_schema(path).metadata[_METADATA])
-    if metadata['format'] != FORMAT:
+    try:
+        metadata: dict[str, Any] = json.loads(pq.read_schema(path).metadata[_METADATA])
+        version = metadata['format']
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is no index of `torchgeo-softcon pack`') from error
+    if version != FORMAT:
         raise ValueError(
-            f'{path} must be of format {FORMAT}, got {metadata["format"]}. Pack the '
+            f'{path} must be of format {FORMAT}, got {version}. Pack the '
             'archive again, or use the version of this package that it was packed with'
         )
     return metadata

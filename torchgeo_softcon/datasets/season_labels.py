@@ -100,13 +100,12 @@ def _read_json(path: Path) -> SeasonLabels:
     if not entries:
         raise ValueError(f'labels {path} has no entries')
     locations, seasons, classes = zip(*entries, strict=True)
-    try:
-        counts = [len(c) for c in classes]
-        codes = np.array([int(c) for one in classes for c in one], np.int64)
-    except (TypeError, ValueError) as error:
-        raise _wrong_json(path, 'an image') from error
+    codes = [c for one in classes if isinstance(one, list) for c in one]
+    # A bool is an int to Python, but no class
+    if not all(isinstance(c, list) for c in classes) or {*map(type, codes)} - {int}:
+        raise _wrong_json(path, 'an image')
 
-    known = {*codes.tolist()}
+    known = {*codes}
     kinds = (DYNAMIC_WORLD_CODES, WORLDCOVER_CODES)
     kind = next((k for k in kinds if known <= {*k}), None)
     if kind is None:
@@ -116,7 +115,7 @@ def _read_json(path: Path) -> SeasonLabels:
             f'{", ".join(map(str, sorted(known)[:20]))}'
         )
     values = np.zeros((len(entries), len(kind)), np.float32)
-    rows = np.repeat(np.arange(len(entries)), counts)
+    rows = np.repeat(np.arange(len(entries)), [len(c) for c in classes])
     values[rows, np.searchsorted(kind, codes)] = 1
     unsaid = np.zeros(len(entries), np.bytes_)
     return SeasonLabels(
@@ -211,11 +210,7 @@ def match_labels(
     location: npt.NDArray[np.bytes_],
     season: npt.NDArray[np.bytes_],
 ) -> npt.NDArray[np.float32]:
-    """Find the label of each image by its name.
-
-    Labels that were made for another split are as good: images of both levels of
-    Sentinel-2 have the same names, and one of Sentinel-1 takes the label of the image of
-    the same location that is nearest in time, see :func:`.pair`.
+    """Find the label of each image by its name, if the names belong together.
 
     Args:
         labels: The labels.
@@ -224,31 +219,24 @@ def match_labels(
         season: Their names, shape (N,).
 
     Returns:
-        One label per image, shape (N, K), all zeros where there is none.
+        One label per image, shape (N, K), all zeros where there is none, as by
+        :func:`look_up_labels`.
 
     Raises:
-        ValueError: If the names in the labels are not those of the images.
+        ValueError: If the names in the labels are not those of the images: if none of
+            them is there, or most of the locations that are there have other images.
 
     Warns:
         UserWarning: If some images are not in the labels.
     """
     labels = _best(labels, split)
-    index = pd.MultiIndex.from_arrays([labels.location, labels.season])
-    if not index.is_unique:
-        raise ValueError(f'{labels.source} has images that come twice')
-    found = index.get_indexer(pd.MultiIndex.from_arrays([location, season]))
-    by_name = split != 's1' or bool((found >= 0).any())
-    if not by_name:
-        with contextlib.suppress(ValueError):  # names of something else
-            dates = days('s2c', labels.season)
-            found = pair(location, days('s1', season), labels.location, dates)
-
+    found, by_name = _find(labels, split, location, season)
     missing = found < 0
     # Locations that are there, but with other images: an archive of other dates
     known = np.isin(location, labels.location)
-    matched = np.isin(location, location[~missing])
-    foreign = known & ~matched & by_name
-    if missing.all() or foreign.any():
+    foreign = known & ~np.isin(location, location[~missing]) & by_name
+    other_dates = 2 * len({*location[foreign]}) > len({*location[known]})
+    if missing.all() or other_dates:
         names = np.flatnonzero(missing if missing.all() else foreign)
         example = (
             f', where names are such as {_name(labels.location, labels.season, 0)}'
@@ -268,8 +256,61 @@ def match_labels(
             UserWarning,
             stacklevel=2,
         )
+    return _values(labels, found)
+
+
+def look_up_labels(
+    labels: SeasonLabels,
+    split: str,
+    location: npt.NDArray[np.bytes_],
+    season: npt.NDArray[np.bytes_],
+) -> npt.NDArray[np.float32]:
+    """Find the label of each image by its name, whether or not there are any.
+
+    Labels that were made for another split are as good: images of both levels of
+    Sentinel-2 have the same names, and one of Sentinel-1 takes the label of the image of
+    the same location that is nearest in time, see :func:`.pair`.
+
+    Args:
+        labels: The labels.
+        split: What the images are of.
+        location: Their locations, shape (N,).
+        season: Their names, shape (N,).
+
+    Returns:
+        One label per image, shape (N, K), all zeros where there is none.
+
+    Raises:
+        ValueError: If the labels have an image twice.
+    """
+    labels = _best(labels, split)
+    return _values(labels, _find(labels, split, location, season)[0])
+
+
+def _find(
+    labels: SeasonLabels,
+    split: str,
+    location: npt.NDArray[np.bytes_],
+    season: npt.NDArray[np.bytes_],
+) -> tuple[npt.NDArray[np.int64], bool]:
+    """Row of each image in the labels, -1 where there is none, and if names tell it."""
+    index = pd.MultiIndex.from_arrays([labels.location, labels.season])
+    if not index.is_unique:
+        raise ValueError(f'{labels.source} has images that come twice')
+    found = index.get_indexer(pd.MultiIndex.from_arrays([location, season]))
+    by_name = split != 's1' or bool((found >= 0).any())
+    if not by_name:
+        with contextlib.suppress(ValueError):  # names of something else
+            dates = days('s2c', labels.season)
+            found = pair(location, days('s1', season), labels.location, dates)
+    return found, by_name
+
+
+def _values(
+    labels: SeasonLabels, found: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
     values = labels.values[found]
-    values[missing] = 0
+    values[found < 0] = 0
     return values
 
 
