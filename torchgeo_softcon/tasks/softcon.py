@@ -115,8 +115,8 @@ class SoftConTask(EMATask):
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`). At 30, both
                 gradients start at about the same size for 128 images (its share falls
                 with the square root of the batch size), and features tell land cover of
-                unseen ground better in ``examples/study.py``. Lower it where training
-                images are few: a hundred are learned by heart.
+                unseen ground better in ``examples/study.py``, but not with 144 images to
+                train on (README).
             soft_loss: Form of the soft term, see
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`.
             label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
