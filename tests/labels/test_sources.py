@@ -91,7 +91,8 @@ class TestImages:
 
 
 def frame() -> geopandas.GeoDataFrame:
-    shapes = [shapely.box(i, 46, i + 0.5, 46.25) for i in range(3)]
+    # Edges below 5 km, which are not bent
+    shapes = [shapely.box(i, 46, i + 0.05, 46.025) for i in range(3)]
     shapes[1] = shapely.Point(1, 46).buffer(0.1)
     names = ['a', 'b', 'c']
     return geopandas.GeoDataFrame({'id': names}, geometry=shapes, crs='EPSG:4326')
