@@ -294,14 +294,12 @@ def run(
     # Other windows than those of the training, the same for every method and seed
     bank, labels = encode(encoder, Windows(train_on, windows, 2**31))
     queries, answers = encode(encoder, Windows(test_on, windows // 2, 2**31 + 1))
-    scores = [float('nan')] * 2
+    knn = linear = float('nan')
     if bank.isfinite().all():  # not so after a learning rate that is too high
-        scores = [
-            evaluate(probe(queries, bank, labels), answers)
-            for probe in (knn_scores, linear_scores)
-        ]
+        knn = evaluate(knn_scores(queries, bank, labels), answers)
+        linear = evaluate(linear_scores(queries, bank, labels), answers)
     rate = steps * BATCH / seconds if seconds else float('nan')
-    return Result(method, seed, *scores, seconds, rate)
+    return Result(method, seed, knn, linear, seconds, rate)
 
 
 def table(results: Iterable[Result]) -> str:

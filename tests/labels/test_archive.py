@@ -132,8 +132,8 @@ class TestFile:
     ) -> None:
         named = sorted(tiles.glob('*.tif'))
         assert '_2020_' in named[0].name
-        for out, worldcover in (('a', named), ('b', tiles)):
-            out = tmp_path / f'{out}.parquet'
+        for name, worldcover in (('a', named), ('b', tiles)):
+            out = tmp_path / f'{name}.parquet'
             run(images=images, worldcover=worldcover, out=out)
         ours, theirs = (tmp_path / f'{name}.parquet' for name in 'ab')
         assert ours.read_bytes() == theirs.read_bytes()
