@@ -203,8 +203,8 @@ class _Grids:
         tile = self.tiles[number]
         size = np.array([tile.height, tile.width])
         with np.errstate(invalid='ignore'):
-            near = (position.max(2) > -1) & (position.min(2) < size + 1)
-        near = np.flatnonzero(near.all(1))
+            touches = (position.max(2) > -1) & (position.min(2) < size + 1)
+        near = np.flatnonzero(touches.all(1))
         rows, position = rows[near], position[near]
         checks = checks[0][near], checks[1][near]
 
