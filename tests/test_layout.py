@@ -22,7 +22,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ('datasets', 'models'),
     ('datamodules', 'export', 'labels', 'pack', 'tasks', 'unpack'),
     ('callbacks',),
-    ('embed', 'evaluate', 'report'),
+    ('bench_data', 'embed', 'evaluate', 'report'),
     ('__main__', 'plugin'),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -13,6 +13,7 @@ from torchgeo_softcon import __version__, plugin
 
 #: Commands in modules of their own.
 _IN_MODULES = {
+    'bench-data': 'tell whether a run waits for its data',
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
     'evaluate': 'k-NN and linear evaluation of frozen features',
     'labels': 'label an archive of patches with their land cover',
@@ -82,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for name, text in _IN_MODULES.items():
         commands.add_parser(name, help=text, add_help=False)
     if rest and rest[0] in _IN_MODULES:
-        run = import_module(f'torchgeo_softcon.{rest[0]}').main
+        run = import_module(f'torchgeo_softcon.{rest[0].replace("-", "_")}').main
         return int(run(rest[1:]))
 
     namespace = parser.parse_args(rest)

@@ -12,6 +12,7 @@ imported, which must not pull in datasets, tasks, and Lightning.
 """
 
 import shlex
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ _LAZY = {
     'BaseTask': _TASKS,
     'ClassificationTask': _TASKS,
     'DatasetNotFoundError': 'torchgeo.datasets',
+    'MisconfigurationException': 'torchgeo.datamodules.utils',
     'NonGeoDataModule': 'torchgeo.datamodules',
     'NonGeoDataset': 'torchgeo.datasets',
     'RasterDataset': 'torchgeo.datasets',
@@ -43,6 +45,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from torchgeo.datamodules import BaseDataModule, NonGeoDataModule
+    from torchgeo.datamodules.utils import MisconfigurationException
     from torchgeo.datasets import DatasetNotFoundError, NonGeoDataset, RasterDataset
     from torchgeo.models import get_weight
     from torchgeo.trainers import BaseTask, ClassificationTask
@@ -53,6 +56,7 @@ __all__ = (
     'BaseTask',
     'ClassificationTask',
     'DatasetNotFoundError',
+    'MisconfigurationException',
     'NonGeoDataModule',
     'NonGeoDataset',
     'RasterDataset',
@@ -63,6 +67,7 @@ __all__ = (
     'finetune_command',
     'georeference',
     'get_weight',
+    'host_main',
     'host_weights',
 )
 
@@ -75,6 +80,19 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_LAZY[name]), host)
     globals()[name] = value
     return value
+
+
+def host_main(args: list[str]) -> None:
+    """Run the command line of the host.
+
+    Args:
+        args: Arguments of ``torchgeo``.
+    """
+    argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns of arguments in both
+    try:
+        import_module('torchgeo.main').main(args)
+    finally:
+        sys.argv = argv
 
 
 def host_weights(enum: str, member: str) -> Weights:

@@ -1,0 +1,183 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from torchgeo_softcon import bench_data
+from torchgeo_softcon.__main__ import main
+from torchgeo_softcon._compat import HAS_TASKS
+from torchgeo_softcon.bench_data import Speed
+from torchgeo_softcon.tasks import SoftConTask
+
+from .callbacks.helpers import Patches
+
+SIMCLR = 'SimCLR' if HAS_TASKS else 'SimCLRTask'
+CONFIG = """
+model:
+  class_path: {task}
+  init_args: {{model: {model}, in_channels: 4, size: 32, hidden_dim: 16, output_dim: 8}}
+data:
+  class_path: tests.callbacks.helpers.PatchesDataModule
+  init_args: {{batch_size: 4}}
+  dict_kwargs: {{length: {length}}}
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  limit_train_batches: 1
+  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: .}}}}
+  callbacks: [{{class_path: lightning.pytorch.callbacks.ModelCheckpoint}}]
+ckpt_path: null
+"""
+
+SPEED = Speed('cpu', 100, 900, 90, 64, 0, False, False, 16)
+
+
+@pytest.fixture(autouse=True)
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder to run in, and the environment as it was."""
+    before = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds that an image and a step take, on a clock that knows nothing else."""
+    seconds = {'now': 0.0, 'image': 1.0, 'step': 12.0}
+    read, step = Patches.__getitem__, SoftConTask.training_step
+
+    def slow_read(self: Patches, index: int) -> dict[str, Any]:
+        seconds['now'] += seconds['image']
+        return read(self, index)
+
+    def slow_step(self: SoftConTask, *args: Any, **kwargs: Any) -> Any:
+        seconds['now'] += seconds['step']
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Patches, '__getitem__', slow_read)
+    monkeypatch.setattr(SoftConTask, 'training_step', slow_step)
+    now = SimpleNamespace(perf_counter=lambda: seconds['now'])
+    monkeypatch.setattr(bench_data, 'time', now)
+    return seconds
+
+
+def configure(
+    task: str = 'SoftConTask', model: str = 'test_vit', length: int = 24
+) -> list[str]:
+    Path('run.yaml').write_text(CONFIG.format(task=task, model=model, length=length))
+    return ['bench-data', '--config', 'run.yaml', '--steps', '3']
+
+
+def test_rates_of_the_parts(
+    clock: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = configure()
+    assert main([*args, '--json']) == 0
+    result = json.loads(capsys.readouterr().out)
+    # 4 images in 4 s, in 12 s, and in 16 s
+    assert result['images_per_second'] == pytest.approx(
+        {'data': 1, 'step': 1 / 3, 'both': 1 / 4}
+    )
+    assert result['data_share_of_time'] == pytest.approx(1 / 4)
+    assert result['data_bound'] is True
+    assert (result['batch_size'], result['num_workers']) == (4, 0)
+    # Nothing of what the configuration would have written
+    assert [path.name for path in Path().iterdir()] == ['run.yaml']
+
+    clock['image'] = 0.1
+    assert main([*args, '--data.batch_size', '6']) == 0
+    out = capsys.readouterr().out
+    assert 'images per second on cpu, batches of 6' in out
+    assert 'Not data-bound: data take 5% of the time.' in out
+
+
+def test_task_of_the_host_and_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    args = configure(SIMCLR, 'resnet18')
+    assert main([*args, '--steps', '1', '--json', '--data.num_workers', '1']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['num_workers'] == 1
+    assert all(rate > 0 for rate in result['images_per_second'].values())
+
+
+class TestAdvice:
+    def test_enough_cores(self) -> None:
+        (line,) = SPEED.advice()
+        assert line.startswith('--data.num_workers 9: now the training itself reads')
+        (line,) = replace(SPEED, num_workers=1).advice()
+        assert line == '--data.num_workers 9'
+
+    def test_too_few_cores(self) -> None:
+        workers, batch_wise, files = replace(SPEED, num_workers=2).advice()
+        assert workers == (
+            '--data.num_workers 16 (of 18 that would be needed, on 16 cores)'
+        )
+        assert '__getitems__' in batch_wise
+        assert 'one file' in files
+        (files,) = replace(SPEED, num_workers=16, batch_wise=True).advice()
+        assert 'one file' in files
+
+    def test_reading_and_training_share_cores(self) -> None:
+        (line,) = replace(SPEED, data=1000, num_workers=4).advice()
+        assert 'OMP_NUM_THREADS' in line
+
+    def test_copies(self) -> None:
+        cuda = replace(SPEED, device='cuda:0', data=1000, num_workers=4)
+        assert cuda.advice()[0].startswith('pin_memory=True')
+        assert 'pin_memory' not in str(replace(cuda, pin_memory=True).advice())
+
+    def test_none_needed(self) -> None:
+        for both in (850, 950):  # measured, so it may seem faster than the step alone
+            assert replace(SPEED, both=both).advice() == []
+        assert replace(SPEED, both=950).share == 0
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['--config', 'none.yaml'], 'config none.yaml is not a file'),
+        (['--steps', '0'], 'steps must be at least 1, got 0'),
+    ],
+)
+def test_bad_input(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['bench-data', *args]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_bad_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = configure(length=0)
+    assert main(args) == 1
+    assert 'length 0' in capsys.readouterr().err
+
+    monkeypatch.setattr(Patches, '__getitem__', lambda self, index: {'x': index})
+    assert main(configure()) == 1
+    assert "must have the key 'image', got ['x']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['--model', 'SoftConTask'], 'data'),
+        (['--config', 'run.yaml', '--data.workers', '8'], 'workers'),
+    ],
+)
+def test_options_of_the_host(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure()
+    with pytest.raises(SystemExit, match='2'):
+        main(['bench-data', *args])
+    assert message in capsys.readouterr().err.partition('error:')[2]

@@ -1,0 +1,364 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Whether a run waits for its data: ``torchgeo-softcon bench-data``."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import exceptions, move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from . import datamodules, tasks  # noqa: F401, for the short names of their classes
+from ._compat import MisconfigurationException, Sample, host_main
+
+#: Share of the time from which a run is called data-bound.
+_BOUND = 0.1
+
+#: What `torchgeo fit` is told on top of the configuration: to train on one device and to
+#: do nothing else, and not to end before the measurement does.
+_OVERRIDES = {
+    'trainer.callbacks': '[torchgeo_softcon.bench_data.Stopwatch]',
+    'trainer.logger': 'false',
+    'trainer.enable_checkpointing': 'false',
+    'trainer.enable_progress_bar': 'false',
+    'trainer.enable_model_summary': 'false',
+    'trainer.num_sanity_val_steps': '0',
+    'trainer.limit_train_batches': 'null',
+    'trainer.limit_val_batches': '0',
+    'trainer.fast_dev_run': 'false',
+    'trainer.max_epochs': '1000',
+    'trainer.max_steps': '-1',
+    'trainer.max_time': 'null',
+    'trainer.devices': '1',
+    'trainer.num_nodes': '1',
+    'trainer.strategy': 'auto',
+    'ckpt_path': 'null',
+}
+
+
+#: What a user can do something about.
+_ERRORS = (
+    OSError,
+    ValueError,
+    MisconfigurationException,
+    exceptions.MisconfigurationException,
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of a run and of its parts, on one device.
+
+    Attributes:
+        device: Where the model is.
+        data: Images per second of the data loader alone.
+        step: Images per second of the training alone, on one batch that stays on the
+            device, views, optimizer and EMA included.
+        both: Images per second of the training with its data.
+        batch_size: Number of images of a batch.
+        num_workers: Number of processes that read.
+        pin_memory: Whether the data loader copies batches to pinned memory.
+        batch_wise: Whether the dataset reads all samples of a batch in one call
+            (``__getitems__``).
+        cores: Number of processor cores that this process may use.
+    """
+
+    device: str
+    data: float
+    step: float
+    both: float
+    batch_size: int
+    num_workers: int
+    pin_memory: bool
+    batch_wise: bool
+    cores: int
+
+    @property
+    def share(self) -> float:
+        """Share of the time that would be saved if the data cost nothing."""
+        return max(0.0, 1 - self.both / self.step)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the run is data-bound."""
+        return self.share > _BOUND
+
+    def advice(self) -> list[str]:
+        """What to change, in order of effort, empty if the run is not data-bound."""
+        if not self.bound:
+            return []
+        advice = []
+        if self.device.startswith('cuda') and not self.pin_memory:
+            advice.append(
+                'pin_memory=True in the data loader: copies overlap with steps'
+            )
+        # One process reads where there are no workers, too
+        workers = max(1, self.num_workers)
+        needed = math.ceil(workers * self.step / self.data)
+        more = min(needed, self.cores)
+        if more > self.num_workers:
+            advice.append(
+                f'--data.num_workers {more}'
+                + (
+                    f' (of {needed} that would be needed, on {self.cores} cores)'
+                    if more < needed
+                    else ''
+                )
+                + (
+                    ': now the training itself reads, and waits meanwhile'
+                    if self.num_workers == 0
+                    else ''
+                )
+            )
+        if needed > self.cores:
+            if not self.batch_wise:
+                advice.append(
+                    'a dataset with __getitems__, which reads a batch in one call'
+                )
+            advice.append(
+                'fewer and larger files: opening one per band takes longer than reading '
+                'it. All bands of a patch in one file, without compression, or all '
+                'patches in one array on disk'
+            )
+        if not advice:
+            advice.append(
+                f'fewer threads for the model (OMP_NUM_THREADS) or fewer workers: reading '
+                f'alone is fast enough, but shares {self.cores} cores with the training'
+            )
+        return advice
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that is known, with plain values."""
+        rates = {key: getattr(self, key) for key in ('data', 'step', 'both')}
+        others = {k: v for k, v in asdict(self).items() if k not in rates}
+        return {
+            'images_per_second': rates,
+            'data_share_of_time': self.share,
+            'data_bound': self.bound,
+            'advice': self.advice(),
+            **others,
+        }
+
+    def __str__(self) -> str:
+        """The same in a few lines."""
+        reader = f'{self.num_workers} workers' if self.num_workers else 'no workers'
+        lines = [
+            f'images per second on {self.device}, batches of {self.batch_size}',
+            f'  data loader alone  {self.data:10.1f}  {reader}',
+            f'  training alone     {self.step:10.1f}  on one batch kept on the device',
+            f'  both together      {self.both:10.1f}',
+        ]
+        if not self.bound:
+            lines.append(f'Not data-bound: data take {self.share:.0%} of the time.')
+        else:
+            lines.append(
+                f'Data-bound: data take {self.share:.0%} of the time. What may help:'
+            )
+            lines += [f'  - {line}' for line in self.advice()]
+        return '\n'.join(lines)
+
+
+class _Measured(Exception):
+    """Ends a run whose speed is known."""
+
+    def __init__(self, speed: Speed) -> None:
+        super().__init__(speed)
+        self.speed = speed
+
+
+class Stopwatch(Callback):
+    """Measures the parts of a run one after the other, then ends the run."""
+
+    #: Number of batches of each part.
+    steps = 20
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the place of the training data.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            stage: The stage.
+        """
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        make = datamodule.train_dataloader
+        datamodule.train_dataloader = lambda: _Phases(
+            make(), trainer.strategy.root_device, self.steps
+        )
+
+
+class _Phases:
+    """Batches for a run, of which it measures the speed meanwhile.
+
+    First the data loader alone, then the training with the data loader, then the
+    training with one batch. Raises :class:`_Measured` in the end.
+    """
+
+    def __init__(self, loader: Any, device: torch.device, steps: int) -> None:
+        self.loader, self.device, self.steps = loader, device, steps
+        #: For the tasks that scale their learning rate by it.
+        self.batch_size = getattr(loader, 'batch_size', None)
+        self.batch_sampler = getattr(loader, 'batch_sampler', None)
+
+    def __len__(self) -> int:
+        # One epoch for all: what happens between epochs is not measured
+        return 10**6
+
+    def __iter__(self) -> Iterator[Sample]:
+        workers = getattr(self.loader, 'num_workers', 0)
+        # What workers have prepared before the start comes faster than they read
+        ahead = workers * (getattr(self.loader, 'prefetch_factor', None) or 0)
+        warm_up, steps = 2 + ahead, max(self.steps, 2 * ahead)
+        batches = self._endless()
+
+        for _ in range(warm_up):
+            batch = next(batches)
+        begin = self._now()
+        images = sum(_images(next(batches)) for _ in range(steps))
+        data = images / (self._now() - begin)
+
+        for _ in range(warm_up):
+            yield next(batches)
+        begin, images = self._now(), 0
+        for _ in range(steps):
+            following = next(batches)
+            images += _images(following)
+            yield following
+        both = images / (self._now() - begin)
+
+        batches.close()
+        batch = move_data_to_device(batch, self.device)
+        # Copies, as datamodules take out what a task does not read
+        for _ in range(2):
+            yield {**batch}
+        begin = self._now()
+        for _ in range(self.steps):
+            yield {**batch}
+        step = self.steps * _images(batch) / (self._now() - begin)
+
+        dataset = getattr(self.loader, 'dataset', None)
+        raise _Measured(
+            Speed(
+                device=str(self.device),
+                data=data,
+                step=step,
+                both=both,
+                batch_size=_images(batch),
+                num_workers=workers,
+                pin_memory=getattr(self.loader, 'pin_memory', False),
+                batch_wise=hasattr(dataset, '__getitems__'),
+                cores=_cores(),
+            )
+        )
+
+    def _endless(self) -> Iterator[Sample]:
+        """Batches of one epoch after the other."""
+        empty = True
+        while True:
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError(
+                    'the training data have no batch: batch_size may be larger than the '
+                    'number of samples'
+                )
+
+    def _now(self) -> float:
+        """Seconds, when everything before is done."""
+        if self.device.type != 'cpu':
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def _cores() -> int:
+    """Number of processor cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):  # not so on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _images(batch: Sample) -> int:
+    """Number of images of a batch."""
+    if not isinstance(batch, dict) or 'image' not in batch:
+        got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(f"batches must have the key 'image', got {got}")
+    return len(batch['image'])
+
+
+def measure(args: Sequence[str], steps: int = 20) -> Speed:
+    """Measure a run of ``torchgeo fit`` that is given by its arguments.
+
+    Args:
+        args: Arguments of ``torchgeo fit``.
+        steps: Number of batches of each part.
+
+    Returns:
+        The speed of the run.
+
+    Raises:
+        ValueError: If there are no data to measure.
+    """
+    overrides = [x for k, v in _OVERRIDES.items() for x in (f'--{k}', v)]
+    with tempfile.TemporaryDirectory() as folder:
+        # The host writes its configuration there
+        overrides += ['--trainer.default_root_dir', folder]
+        previous, Stopwatch.steps = Stopwatch.steps, steps
+        try:
+            host_main(['fit', *args, *overrides])
+        except _Measured as measured:
+            return measured.speed
+        finally:
+            Stopwatch.steps = previous
+    raise ValueError('the run has ended before it was measured')
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``torchgeo-softcon bench-data``.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        Exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog='torchgeo-softcon bench-data',
+        allow_abbrev=False,
+        description='Tell whether a run waits for its data, at how many images per '
+        'second, and what to change. Trains on one device for a moment and writes '
+        'nothing. All other options are those of `torchgeo fit`: try '
+        '--data.num_workers 8.',
+    )
+    parser.add_argument(
+        '--config', metavar='FILE', help='configuration of `torchgeo fit`'
+    )
+    parser.add_argument(
+        '--steps', type=int, default=20, help='batches to measure (default: 20)'
+    )
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    options, rest = parser.parse_known_args(args)
+    try:
+        if options.steps < 1:
+            raise ValueError(f'steps must be at least 1, got {options.steps}')
+        if options.config is not None:
+            if not Path(options.config).is_file():
+                raise ValueError(f'config {options.config} is not a file')
+            rest = ['--config', options.config, *rest]
+        speed = measure(rest, options.steps)
+    except _ERRORS as error:
+        print(f'torchgeo-softcon bench-data: {error}', file=sys.stderr)
+        return 1
+    print(json.dumps(speed.as_dict(), indent=2) if options.json else speed)
+    return 0
