@@ -1,0 +1,229 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""All rows of the comparison, on the device that is there, as one table of ratios.
+
+    python -m tests.benchmarks [--toy] [--rows loss ema ...] [--precision bf16]
+
+Forms of a row are timed in turns, in CPU time on a CPU and with events on a GPU. The
+ratio is that of the medians; larger than 1 is faster than the first form of the row.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightly.models.utils import update_momentum
+from torch import Tensor
+
+from torchgeo_softcon._compat import HAS_TASKS
+from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
+from torchgeo_softcon.models import create_encoder
+from torchgeo_softcon.modules import make_teacher, update_ema
+from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
+from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
+from torchgeo_softcon.transforms import MultiCropView, RandomView
+
+from . import slow
+from .harness import DEVICE, HEADER, Timing, circumstances, compare
+
+Forms = dict[str, Callable[[], Any]]
+
+
+class Bench:
+    """The rows, at one size."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        shape = (args.batch, args.channels, args.image, args.image)
+        self.image = torch.rand(shape, device=DEVICE)
+        label = (torch.rand(args.batch, 11) > 0.5).float()
+        self.batch = {'image': self.image, 'label': label.to(DEVICE)}
+
+    def loss(self) -> Forms:
+        """Loss of 2 + 6 crops and its gradient."""
+        shape = (8, self.args.batch, self.args.prototypes)
+        student = torch.randn(shape, device=DEVICE, requires_grad=True)
+        target = torch.randn(2, *shape[1:], device=DEVICE).mul_(9).softmax(-1)
+
+        def form(function: Callable[..., Tensor]) -> Callable[[], Any]:
+            return lambda: torch.autograd.grad(function(student, target), student)
+
+        return {
+            'loop over pairs': form(slow.cross_entropy),
+            'ours': form(multi_crop_cross_entropy),
+        }
+
+    def ema(self) -> Forms:
+        """Moving average of the encoder."""
+        student = create_encoder(self.args.model, self.args.channels).to(DEVICE)
+        teacher = make_teacher(student)
+        return {
+            'loop over parameters': lambda: slow.ema(student, teacher, 0.99),
+            'lightly': lambda: update_momentum(student, teacher, 0.99),
+            'ours': lambda: update_ema(student, teacher, 0.99),
+        }
+
+    def optimizer(self) -> Forms:
+        """One step of AdamW."""
+        forms: Forms = {}
+        for name in ('default', 'ours'):
+            model = create_encoder(self.args.model, self.args.channels).to(DEVICE)
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            groups = parameter_groups([model], 0.1)
+            forms[name] = (
+                torch.optim.AdamW(groups, lr=1e-4).step
+                if name == 'default'
+                else create_optimizer('adamw', groups, 1e-4, fused=True).step
+            )
+        return forms
+
+    def views(self) -> Forms:
+        """One view of each image."""
+        kornia = self.moco().augmentation1.to(DEVICE)
+        ours = RandomView(self.args.size)
+        return {
+            "kornia, TorchGeo's MoCo": lambda: kornia(self.image),
+            'ours': lambda: ours(self.image),
+        }
+
+    def crops(self) -> Forms:
+        """All crops of DINO-MC of each image."""
+        sizes = self.args.size, self.args.local_sizes
+        kornia, ours = slow.multi_crop(*sizes).to(DEVICE), MultiCropView(*sizes)
+        return {'kornia': lambda: kornia(self.image), 'ours': lambda: ours(self.image)}
+
+    def softcon(self) -> Forms:
+        """A step of SoftCon, by mask ratio."""
+        return {
+            f'mask_ratio = {ratio}': self.step(
+                SoftConTask(**self.options(), mask_ratio=ratio)
+            )
+            for ratio in (0, 0.5, 0.75)
+        }
+
+    def two_views(self) -> Forms:
+        """A step of MoCo v3, views included."""
+        ours = SoftConTask(
+            **self.options(), mask_ratio=0, soft_weight=0, symmetric=True
+        )
+        return {"TorchGeo's MoCo v3": self.step(self.moco()), 'ours': self.step(ours)}
+
+    def dino_mc(self) -> Forms:
+        """A step of DINO-MC, with the same views."""
+        options = {
+            **self.options(),
+            'local_sizes': self.args.local_sizes,
+            'output_dim': self.args.prototypes,
+        }
+        step = slow.DINOMCStep(DINOMCTask(**options).to(DEVICE))
+        return {
+            'size by size, with loops': lambda: self.cast(lambda: step(self.image)),
+            'ours': self.step(DINOMCTask(**options)),
+        }
+
+    def options(self) -> dict[str, Any]:
+        """What the tasks have in common."""
+        names = {'model': 'model', 'in_channels': 'channels', 'size': 'size'}
+        options = {key: getattr(self.args, name) for key, name in names.items()}
+        return options | ({'hidden_dim': 16} if self.args.toy else {})
+
+    def moco(self) -> Any:
+        """TorchGeo's task as it comes."""
+        module = import_module('torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers')
+        return getattr(module, 'MoCo' if HAS_TASKS else 'MoCoTask')(**self.options())
+
+    def cast(self, run: Callable[[], Any]) -> Any:
+        """Run in the precision that was asked for."""
+        bf16 = self.args.precision == 'bf16'
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            return run()
+
+    def step(self, task: Any) -> Callable[[], None]:
+        """A training step as Lightning does it, without Lightning."""
+        task.to(DEVICE).train()
+        task.log = task.log_step = lambda *args, **kwargs: None
+        ours = isinstance(task, DINOMCTask | SoftConTask)
+        optimizer = (
+            create_optimizer('adamw', parameter_groups([task], 0.1), 1e-4, fused=True)
+            if ours
+            else torch.optim.AdamW(task.parameters(), lr=1e-4)
+        )
+        task._trainer = SimpleNamespace(
+            global_step=0,
+            current_epoch=9,
+            max_epochs=200,
+            global_rank=0,
+            optimizers=[optimizer],
+        )
+
+        def run() -> None:
+            optimizer.zero_grad()
+            self.cast(lambda: task.training_step(self.batch, 0)).backward()
+            if isinstance(task, DINOMCTask):  # the others leave it to Lightning
+                task.configure_gradient_clipping(optimizer)
+            task.optimizer_step(0, 0, optimizer, lambda: None)
+
+        return run
+
+
+ROWS = ('loss', 'ema', 'optimizer', 'views', 'crops', 'softcon', 'two_views', 'dino_mc')
+
+#: Sizes at which all rows take seconds. test_vit is made for 160 pixels.
+TOY = {'model': 'test_vit', 'channels': 2, 'batch': 2, 'image': 160, 'size': 160}
+TOY |= {'local_sizes': [48, 32], 'prototypes': 64, 'rounds': 1}
+
+
+def run(args: argparse.Namespace) -> Iterator[Timing]:
+    """Time the rows."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    for row in args.rows:
+        yield from compare(row, getattr(Bench(args), row)(), args.rounds)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Print the table, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='vit_small_patch16_224')
+    parser.add_argument('--channels', type=int, default=13)
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--image', type=int, default=264)
+    parser.add_argument('--size', type=int, default=224)
+    parser.add_argument(
+        '--local-sizes', type=int, nargs='*', default=[184, 164, 144, 124, 104, 84]
+    )
+    parser.add_argument('--prototypes', type=int, default=65536)
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
+    parser.add_argument('--toy', action='store_true', help='everything in seconds')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the table')
+    options = parser.parse_args(args)
+    if options.toy:
+        vars(options).update(TOY)
+
+    facts = circumstances() | {'threads': options.threads}
+    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    print(HEADER)
+    timings = []
+    for timing in run(options):
+        timings.append(timing)
+        print(timing, flush=True)
+    if options.json:
+        settings = {k: v for k, v in vars(options).items() if k != 'json'}
+        rows = [asdict(timing) for timing in timings]
+        table = {**facts, 'options': settings, 'rows': rows}
+        options.json.write_text(json.dumps(table, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()

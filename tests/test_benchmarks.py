@@ -1,0 +1,53 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""That the benchmarks run, and compare equals. How fast they are is for them to say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
+from torchgeo_softcon.modules import encode_crops, make_teacher, update_ema
+
+from .benchmarks import slow
+from .benchmarks.__main__ import ROWS, main
+from .tasks.helpers import Corners, make_batch, make_dino
+
+
+@pytest.mark.filterwarnings('ignore:Crops of')
+def test_all_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / 'table.json'
+    main(['--toy', '--json', str(path)])
+    table = json.loads(path.read_text())
+    assert list(dict.fromkeys(row['row'] for row in table['rows'])) == list(ROWS)
+    assert torch.__version__.startswith(table['torch'])
+    firsts = {row['row']: row for row in reversed(table['rows'])}
+    assert all(row['ratio'] == 1 for row in firsts.values())
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(table['rows'])
+
+
+def test_slow_forms_are_equal() -> None:
+    task = make_dino(drop_path_rate=0, augmentations=Corners())
+    crops = task.augmentations(make_batch()['image'])
+    torch.testing.assert_close(
+        slow.encode(task.student, crops, 2), encode_crops(task.student, crops)
+    )
+    logits, target = torch.randn(5, 4, 24), torch.rand(2, 4, 24).softmax(-1)
+    torch.testing.assert_close(
+        slow.cross_entropy(logits, target), multi_crop_cross_entropy(logits, target)
+    )
+
+    teachers = [make_teacher(task.model) for _ in range(2)]
+    for update, teacher in zip((slow.ema, update_ema), teachers, strict=True):
+        for parameter in teacher.parameters():
+            parameter.zero_()
+        update(task.student, teacher, 0.9)
+    for one, other in zip(*(t.parameters() for t in teachers), strict=True):
+        torch.testing.assert_close(one, other)
+
+    step = slow.DINOMCStep(task)
+    expected = float(task.training_step(make_batch(), 0))
+    assert step(make_batch()['image']) == pytest.approx(expected, rel=1e-5)
