@@ -305,8 +305,10 @@ class TestAgain:
         options = {'images': tmp_path / 'images', 'out': tmp_path / 'a.parquet'}
         labelled = run(**options, worldcover=folder)
         assert 'N45E009' in labelled.failures['beyond.tif']
+        assert labelled.partial == 1
         assert 0 < pd.read_parquet(tmp_path / 'a.parquet').valid[0] < 1
-        assert run(**options, worldcover=tiles).new == 2
+        labelled = run(**options, worldcover=tiles)
+        assert (labelled.new, labelled.partial) == (2, 0)
         assert pd.read_parquet(tmp_path / 'a.parquet').valid.tolist() == [1, 1]
 
     def test_more_tiles_fill_what_an_interrupted_run_did_not_find(

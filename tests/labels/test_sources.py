@@ -166,11 +166,11 @@ class TestTables:
         np.testing.assert_array_equal(transforms_of(whole.table), [expected] * 2)
 
     def test_rows_that_are_no_footprints(self, tmp_path: Path) -> None:
-        shapes = ['POINT (1 1)', 'POLYGON EMPTY', 'POLYGON ((0 0, 1 0, 1 1, 0 0))']
-        names = ['a', 'b', 'c', 'd']
-        shapes.append(shapes[-1])
+        square = 'POLYGON ((0 0, 1 0, 1 1, 0 0))'
+        shapes = ['POINT (1 1)', 'POLYGON EMPTY', square, square, 'POLYGON ((0 0,']
+        names = ['a', 'b', 'c', 'd', 'e']
         table = pd.DataFrame({'id': names, 'geometry': shapes})
-        table['crs'] = ['EPSG:4326'] * 3 + ['EPSG:1']
+        table['crs'] = ['EPSG:4326'] * 3 + ['EPSG:1', 'EPSG:4326']
         table.to_csv(tmp_path / 'a.csv', index=False)
         whole = read_all(read_footprints(tmp_path / 'a.csv'))
         assert whole.table['id'].to_pylist() == ['c']
@@ -178,6 +178,7 @@ class TestTables:
             'a': 'is no polygon',
             'b': 'is no polygon',
             'd': "unknown coordinate reference system 'EPSG:1'",
+            'e': 'is no polygon',
         }
 
     @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ class TestTables:
                 {'id': ['a'], 'wkt': ['POINT (1 1)'], 'height': [1]},
                 'both of height and width',
             ),
-            ({'id': ['a'], 'wkt': ['here']}, 'footprints must be geometries'),
+            ({'id': ['a'], 'wkt': ['here']}, 'footprints must be polygons'),
             (
                 {
                     'id': ['a'],

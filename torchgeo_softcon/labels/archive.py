@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import shapely
 from tqdm import tqdm
 
@@ -44,6 +45,8 @@ class Labelled:
         new: How many of them were labelled now.
         failures: Why patches have no label, by their id.
         decoded: How many blocks of the map were decoded.
+        partial: How many of the rows have land cover for a part of their pixels only, as
+            at the edge of the map, or beside a tile that is missing.
     """
 
     path: FilePath
@@ -51,6 +54,7 @@ class Labelled:
     new: int
     failures: dict[str, str]
     decoded: int
+    partial: int
 
 
 def label_archive(
@@ -273,7 +277,20 @@ class _Run:
             self.failures,
             {'tiles': self._names(worldcover)},
         )
-        return Labelled(self.store.path, rows, done, self.failures, self.decoded)
+        return Labelled(
+            self.store.path,
+            rows,
+            done,
+            self.failures,
+            self.decoded,
+            partial=self._partial(),
+        )
+
+    def _partial(self) -> int:
+        """Number of rows of the file with land cover for a part of their pixels."""
+        valid = pq.read_table(self.store.path, columns=['valid'])['valid']
+        part = pc.and_(pc.greater(valid, 0), pc.less(valid, 1))
+        return int(pc.sum(part).as_py() or 0)
 
     def _names(self, worldcover: Path | Iterable[Path]) -> list[str]:
         """Names of the files that are there, none if they are on a server."""

@@ -160,6 +160,11 @@ def main(args: Sequence[str]) -> int:
         f'{labelled.path} has {labelled.rows} labels'
         + (f', {before} from before' if before else '')
     )
+    if labelled.partial:
+        print(
+            f'{labelled.partial} of them have land cover for a part of their pixels only, '
+            'see the column valid: they may be at a coast, or a tile may be missing'
+        )
     if labelled.failures:
         name = labelled.path.with_name(f'{labelled.path.stem}.failed.csv')
         print(

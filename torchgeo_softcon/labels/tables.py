@@ -29,6 +29,9 @@ _CSV_TYPES = {
     **dict.fromkeys(_BOX, pa.float64()),
 }
 
+#: Why a row is left out.
+_NO_POLYGON = 'is no polygon'
+
 #: Rows that are read at once.
 _ROWS = 2**16
 
@@ -77,7 +80,7 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If columns are missing, or ids are not unique.
+        ValueError: If columns are missing, ids are not unique, or no row has a polygon.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -97,6 +100,11 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     if not sum(map(len, names)):
         raise ValueError(f'footprints must have at least one row, {path} has none')
     table = pa.concat_tables(tables).unify_dictionaries()
+    if not len(table) and set(failures.values()) == {_NO_POLYGON}:
+        raise ValueError(
+            'footprints must be polygons in well-known text or binary, none of the '
+            f'{len(failures)} rows of {path} is'
+        )
     return Table(Read(table, failures), pa.concat_arrays(names))
 
 
@@ -181,13 +189,11 @@ def _normalize(table: pa.Table, path: str) -> Read:
     failures: dict[str, str] = {}
     if 'geometry' in columns:
         geometry = table['geometry'].to_numpy(zero_copy_only=False)
-        try:
-            is_text = len(geometry) > 0 and isinstance(geometry[0], str)
-            shapes = (shapely.from_wkt if is_text else shapely.from_wkb)(geometry)
-        except shapely.errors.GEOSException as error:
-            raise ValueError(
-                f'footprints must be geometries: {error} in {path}'
-            ) from error
+        is_text = any(isinstance(value, str) for value in geometry)
+        # One bad row must not cost the labels of a million good ones
+        shapes = (shapely.from_wkt if is_text else shapely.from_wkb)(
+            geometry, on_invalid='ignore'
+        )
         bad = ~np.isin(shapely.get_type_id(shapes), (3, 6)) | shapely.is_empty(shapes)
         bounds = shapely.bounds(shapes)
     else:
@@ -197,7 +203,7 @@ def _normalize(table: pa.Table, path: str) -> Read:
     with np.errstate(invalid='ignore'):
         flat = ~((bounds[:, 2] > bounds[:, 0]) & (bounds[:, 3] > bounds[:, 1]))
     for row in np.flatnonzero(bad | flat):
-        failures[ids[row]] = 'is no polygon' if bad[row] else 'has no area'
+        failures[ids[row]] = _NO_POLYGON if bad[row] else 'has no area'
     for text in set(systems):
         try:
             parse_crs(text)
