@@ -9,7 +9,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ class _Phases:
             )
         )
 
-    def _endless(self) -> Iterator[Sample]:
+    def _endless(self) -> Generator[Sample, None, None]:
         """Batches of one epoch after the other."""
         empty = True
         while True:

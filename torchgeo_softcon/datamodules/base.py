@@ -150,6 +150,18 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         expected = resolve_value_range('softcon', bands, len(bands), ())
         return bool(np.allclose(pairs, expected))
 
+    def _divide(self, stage: str, data: Any) -> None:
+        """Set the datasets of a stage to parts of *data*, or to all of it."""
+        train = val = test = data
+        if self.val_fraction > 0:
+            train, val, test = data.divide(self.val_fraction)
+        if stage == 'fit':
+            self.train_dataset = train
+        if stage in ('fit', 'validate'):
+            self.val_dataset = val
+        if stage == 'test':
+            self.test_dataset = test
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Data loader for training.
 

@@ -111,15 +111,6 @@ class ImageMaskFolderDataModule(DrawDataModule):
         """
         if self._folder is None:
             self._folder = ImageMaskFolder(**self.kwargs)
-        train = val = test = self._folder
-        if self.val_fraction > 0:
-            train, val, test = self._folder.divide(self.val_fraction)
-
-        if stage == 'fit':
-            self.train_dataset = train
-        if stage in ('fit', 'validate'):
-            self.val_dataset = val
-        if stage == 'test':
-            self.test_dataset = test
+        self._divide(stage, self._folder)
         if stage == 'predict':
             self.predict_dataset = self._folder

@@ -121,16 +121,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         """
         if self._data is None:
             self._data = SSL4EOS12ML(**self.kwargs)
-        train = val = test = self._data
-        if self.val_fraction > 0:
-            train, val, test = self._data.divide(self.val_fraction)
-
-        if stage == 'fit':
-            self.train_dataset = train
-        if stage in ('fit', 'validate'):
-            self.val_dataset = val
-        if stage == 'test':
-            self.test_dataset = test
+        self._divide(stage, self._data)
         if stage == 'predict':
             self.predict_dataset = self._data.images()
 
