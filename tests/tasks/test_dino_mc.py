@@ -647,17 +647,20 @@ class TestCollapse:
 
         task = make_dino(**kwargs)
         task.head.__class__ = Blind
-        loader = DataLoader(Scenes(120), batch_size=1)
+        loader = DataLoader(Scenes(12), batch_size=1)
         make_trainer(tmp_path).fit(task, loader)
         return task
 
-    def test_is_told_once(self, tmp_path: Path) -> None:
+    def test_is_told_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr('torchgeo_softcon.tasks.dino_mc._PLATEAU_STEPS', 20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             self.fit(tmp_path)
         told = [str(w.message) for w in caught if 'log(output_dim)' in str(w.message)]
         assert len(told) == 1
-        assert 'log(output_dim) = 3.178 for 240 steps' in told[0]
+        assert 'log(output_dim) = 3.178 for 24 steps' in told[0]
         assert 'teacher_temperature' in told[0]
 
     def test_not_if_it_learns(self, tmp_path: Path) -> None:
