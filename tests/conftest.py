@@ -1,13 +1,21 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchgeo_softcon.datasets import SyntheticScenes
 
 from .models.helpers import WeightsFolder
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    # Beside other processes of tests, more threads only wait for each other. The
+    # variable is for the processes that tests start.
+    os.environ['OMP_NUM_THREADS'] = '1'
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')

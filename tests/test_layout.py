@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_version',),
+    ('_lazy', '_version'),
     ('bands', 'legends', 'losses', 'modules', 'schedules', 'transforms'),
     ('_compat',),
     ('datasets', 'models'),
@@ -28,7 +28,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 
 # These are imported by torch in the middle of `import torch`
-STANDARD_LIBRARY_ONLY = ('__init__', 'plugin')
+STANDARD_LIBRARY_ONLY = ('__init__', '_lazy', 'plugin')
 
 
 def imports(path: Path) -> Iterator[tuple[int, str, bool]]:

@@ -24,7 +24,9 @@ def offline(
     monkeypatch.setenv('TORCHGEO_SOFTCON_CACHE', str(root / 'notebooks'))
     monkeypatch.setenv('TORCH_HOME', str(root / 'no_weights'))
     monkeypatch.delenv('TORCHGEO_SOFTCON_WEIGHTS', raising=False)
+    # Quick: is the package there, and not whether all that it needs is
     monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_NO_DEPS', '1')
     for name in ('http_proxy', 'https_proxy'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')
 

@@ -15,7 +15,6 @@ import threading
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
@@ -314,34 +313,16 @@ def broken_metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope='module')
-def runs(
-    request: pytest.FixtureRequest, metadata: Path, broken_metadata: Path
-) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """All selected orders, started two at a time."""
-    params = [getattr(item, 'callspec', None) for item in request.session.items]
-    names = [p.params['order'] for p in params if p and 'order' in p.params]
-    pool = ThreadPoolExecutor(2)
-    try:
-        yield {
-            name: pool.submit(
-                interpret,
-                broken_metadata if name == 'broken' else metadata,
-                '-c',
-                'from facts import *\n' + textwrap.dedent(ORDERS[name].code),
-                env=ORDERS[name].env,
-            )
-            for name in names
-        }
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize('order', ORDERS)
 def test_every_order_of_imports(
-    order: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]
+    order: str, metadata: Path, broken_metadata: Path
 ) -> None:
-    process = runs[order].result()
+    process = interpret(
+        broken_metadata if order == 'broken' else metadata,
+        '-c',
+        'from facts import *\n' + textwrap.dedent(ORDERS[order].code),
+        env=ORDERS[order].env,
+    )
     assert process.returncode == 0, process.stderr
     actual = json.loads(process.stdout.splitlines()[-1])
     assert actual == {**EXPECTED, **ORDERS[order].expected}

@@ -106,7 +106,9 @@ def fit(recipe: str, *args: str) -> None:
     text = (EXAMPLES / f'{recipe}.yaml').read_text()
     # There are few images here
     probe = '- class_path: torchgeo_softcon.callbacks.KNNProbe\n'
-    text = text.replace(probe, f'{probe}      init_args:\n        k: 1\n')
+    few = {'k': 1, 'max_bank': 16, 'max_queries': 8}
+    init_args = ''.join(f'        {name}: {value}\n' for name, value in few.items())
+    text = text.replace(probe, f'{probe}      init_args:\n{init_args}')
     if HAS_TASKS:
         old = 'torchgeo.trainers.ClassificationTask'
         text = text.replace(old, 'torchgeo.tasks.Classification')

@@ -7,8 +7,9 @@ Importing this package is cheap: the names below are loaded at their first use. 
 activates the plugin, see :mod:`torchgeo_softcon.plugin`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import lazy_names
 from .plugin import install_unless_silenced as _install
 
 if TYPE_CHECKING:
@@ -112,23 +113,7 @@ _MODULES = {
     'soft_contrastive_loss': 'losses',
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name at its first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-    from importlib import import_module
-
-    value = getattr(import_module(f'.{_MODULES[name]}', __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Names of the module, those that are not loaded yet included."""
-    return sorted({*globals(), *_MODULES})
-
+__getattr__, __dir__ = lazy_names(globals(), _MODULES)
 
 # Last, as it may import the modules above
 _install()

@@ -6,11 +6,10 @@
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from . import datamodules, tasks  # noqa: F401, for the short names of their classes
 from ._compat import MisconfigurationException, Sample, host_main
+from .datamodules.loading import count_cores
 
 #: Share of the time from which a run is called data-bound.
 _BOUND = 0.1
@@ -258,11 +258,11 @@ class _Phases:
                 num_workers=workers,
                 pin_memory=getattr(self.loader, 'pin_memory', False),
                 batch_wise=hasattr(dataset, '__getitems__'),
-                cores=_cores(),
+                cores=count_cores(),
             )
         )
 
-    def _endless(self) -> Iterator[Sample]:
+    def _endless(self) -> Generator[Sample, None, None]:
         """Batches of one epoch after the other."""
         empty = True
         while True:
@@ -280,13 +280,6 @@ class _Phases:
         if self.device.type != 'cpu':
             torch.accelerator.synchronize()
         return time.perf_counter()
-
-
-def _cores() -> int:
-    """Number of processor cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):  # not so on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _images(batch: Sample) -> int:

@@ -1,6 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,7 @@ class Numbers(Dataset[Sample]):
 class NumbersDataModule(DrawDataModule):
     shuffle = True
 
-    def __init__(self, num_workers: int = 0, batch_size: int = 4) -> None:
+    def __init__(self, num_workers: int | None = 0, batch_size: int = 4) -> None:
         super().__init__(
             Numbers,  # type: ignore[arg-type]
             batch_size,
@@ -44,6 +45,39 @@ class NumbersDataModule(DrawDataModule):
 
     def setup(self, stage: str) -> None:
         self.train_dataset = Numbers()
+
+
+class TestDefaults:
+    @pytest.fixture(autouse=True)
+    def cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {*range(12)})
+
+    def loaders(self, num_workers: int | None) -> list[DataLoader[Sample]]:
+        datamodule = NumbersDataModule(num_workers)
+        datamodule.setup('fit')
+        datamodule.val_dataset = Numbers()
+        return [datamodule.train_dataloader(), datamodule.val_dataloader()]
+
+    @pytest.mark.parametrize(('devices', 'workers'), [(1, 8), (2, 6), (16, 1)])
+    def test_a_gpu_does_not_wait(
+        self, monkeypatch: pytest.MonkeyPatch, devices: int, workers: int
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: devices)
+        train, val = self.loaders(None)
+        assert train.num_workers == val.num_workers == workers
+        assert train.pin_memory
+        assert val.pin_memory
+        assert train.prefetch_factor == 2
+        assert train.persistent_workers
+        assert not val.persistent_workers
+        assert self.loaders(3)[0].num_workers == 3
+
+    def test_a_cpu_trains_with_all_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        for loader in self.loaders(None):
+            assert loader.num_workers == 0
+            assert not loader.pin_memory
 
 
 class Recorder(LightningModule):

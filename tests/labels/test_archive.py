@@ -508,21 +508,26 @@ class TestBadInput:
     def test_interrupted_by_the_keyboard(
         self, tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        table, out = boxes(tmp_path / 'a.csv', 3000), tmp_path / 'a.parquet'
+        table, out = boxes(tmp_path / 'a.csv', 300), tmp_path / 'a.parquet'
+        # To the whole group as a terminal does, after the first of ten units
         code = (
-            'import sys; from torchgeo_softcon.labels import main, plan; '
-            'plan._SMALLEST = plan._LARGEST = 32; sys.exit(main(sys.argv[1:]))'
+            'import os, signal, sys\n'
+            'from torchgeo_softcon.labels import main, plan, store\n'
+            'plan._SMALLEST = plan._LARGEST = 32\n'
+            'append = store.LabelStore.append\n'
+            'def interrupt(self, kind, table):\n'
+            '    append(self, kind, table)\n'
+            '    if kind == "counts":\n'
+            '        os.killpg(0, signal.SIGINT)\n'
+            'store.LabelStore.append = interrupt\n'
+            'sys.exit(main(sys.argv[1:]))'
         )
         command = [sys.executable, '-W', 'ignore', '-c', code, '--quiet']
         command += ['--footprints', str(table), '--worldcover', str(tiles)]
-        process = subprocess.Popen(
-            [*command, '--out', str(out), '--workers', '2'], start_new_session=True
-        )
-        while not list(tmp_path.glob('a.parquet.parts/counts-*.parquet')):
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        command += ['--out', str(out), '--workers', '2']
+        process = subprocess.Popen(command, start_new_session=True)
+        assert process.wait(60) == 130
+        assert len(list(tmp_path.glob('a.parquet.parts/counts-*.parquet'))) == 1
         assert capfd.readouterr().err == 'interrupted, start again to go on\n'
         assert not out.exists()
 

@@ -218,8 +218,17 @@ SOFTCON_FILES: dict[str, tuple[Any, int]] = {
 def _backbone(model: str, channels: int = 3) -> dict[str, Any]:
     if model == 'vit_small_patch8_224':
         return {**vit_shapes(384, 8, 3, 28, False)}
-    state = torchvision_backbone(model, channels).state_dict()
-    return {k: tuple(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+    if model == 'swin_t':  # with constants of its own
+        state = torchvision_backbone(model).state_dict()
+    else:
+        with torch.device('meta'):
+            network = torchvision_backbone.__wrapped__(model, channels)
+        state = network.to_empty(device='cpu').state_dict()
+    # Batches that a norm has counted are none
+    return {
+        k: tuple(v.shape) if v.is_floating_point() else v if v.ndim else v.new_zeros(())
+        for k, v in state.items()
+    }
 
 
 class WeightsFolder:

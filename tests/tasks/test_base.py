@@ -202,7 +202,7 @@ class TestStepRng:
 
 
 class TestResume:
-    @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
+    @pytest.mark.parametrize('model', ['test_vit', 'test_resnet'])
     @pytest.mark.parametrize('step', [4, 8])
     def test_same_numbers_as_without_interruption(
         self, tmp_path: Path, model: str, step: int
@@ -226,7 +226,7 @@ class TestResume:
 
 
 def test_modules_used_before_are_trained(tmp_path: Path) -> None:
-    task = make_task(model='resnet18', mask_mode='pixel')
+    task = make_task(model='test_resnet', mask_mode='pixel')
     task.eval()
     before = task.teacher.get_buffer('bn1.running_mean').clone()
     make_trainer(tmp_path, max_epochs=1).fit(task, make_loader())

@@ -15,7 +15,7 @@ from .._compat import NonGeoDataModule, NonGeoDataset, Sample
 from ..bands import BAND_STATISTICS
 from ..datasets.scaling import resolve_value_range
 from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, check_values
-from .loading import DrawSampler, ResumableDataLoader
+from .loading import DrawSampler, ResumableDataLoader, choose_num_workers
 
 #: What a datamodule can give next to the image.
 Target = Literal['label', 'mask']
@@ -72,6 +72,12 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     Training batches are always complete and differ from epoch to epoch, and a run that
     goes on from a checkpoint gets the batches that it would have got. Several devices
     share the draws without further settings.
+
+    With CUDA, batches are read by as many processes as there are cores for each device
+    (from 1 to 8), two batches ahead per process, into pinned memory, from where they are
+    copied while the device computes. The processes of the training stay from epoch to
+    epoch, those of the validation do not, so that they take no memory in between. The
+    batches do not depend on any of this.
     """
 
     # Images are in [0, 1] already. The host's tasks read these to plot images.
@@ -88,7 +94,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         self,
         dataset_class: type[NonGeoDataset],
         batch_size: int,
-        num_workers: int,
+        num_workers: int | None,
         val_fraction: float,
         seed: int,
         **kwargs: Any,
@@ -98,7 +104,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         Args:
             dataset_class: Class used to instantiate a new dataset.
             batch_size: Number of samples in a batch on one device.
-            num_workers: Number of processes that read, per device.
+            num_workers: Number of processes that read, per device. By default 0 on a CPU,
+                else the cores there are for each CUDA device, from 1 to 8.
             val_fraction: Part that is kept for validation, and again for testing.
             seed: Seed of all random choices.
             **kwargs: Additional keyword arguments passed to ``dataset_class``.
@@ -106,6 +113,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         Raises:
             ValueError: If an argument is out of range.
         """
+        if num_workers is None:
+            num_workers = choose_num_workers()
         if batch_size < 1 or num_workers < 0:
             raise ValueError(
                 'batch_size must be at least 1 and num_workers at least 0, got '
@@ -140,6 +149,18 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             return False
         expected = resolve_value_range('softcon', bands, len(bands), ())
         return bool(np.allclose(pairs, expected))
+
+    def _divide(self, stage: str, data: Any) -> None:
+        """Set the datasets of a stage to parts of *data*, or to all of it."""
+        train = val = test = data
+        if self.val_fraction > 0:
+            train, val, test = data.divide(self.val_fraction)
+        if stage == 'fit':
+            self.train_dataset = train
+        if stage in ('fit', 'validate'):
+            self.val_dataset = val
+        if stage == 'test':
+            self.test_dataset = test
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Data loader for training.

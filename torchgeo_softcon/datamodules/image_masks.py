@@ -38,7 +38,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
         seasons: int = 1,
         places: str | None = None,
         size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         target: Target = 'label',
         min_fraction: float = 0.05,
         fractions: bool = False,
@@ -65,7 +65,8 @@ class ImageMaskFolderDataModule(DrawDataModule):
                 default, images in one folder are one place for more than one of
                 *seasons*, and every image is a place for one.
             size: Height and width of a random crop, None for whole images.
-            num_workers: Number of processes that read, per device.
+            num_workers: Number of processes that read, per device. By default 0 on a CPU,
+                else the cores there are for each CUDA device, from 1 to 8.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
             min_fraction: Smallest share of an image that a class must cover to be in
@@ -110,15 +111,6 @@ class ImageMaskFolderDataModule(DrawDataModule):
         """
         if self._folder is None:
             self._folder = ImageMaskFolder(**self.kwargs)
-        train = val = test = self._folder
-        if self.val_fraction > 0:
-            train, val, test = self._folder.divide(self.val_fraction)
-
-        if stage == 'fit':
-            self.train_dataset = train
-        if stage in ('fit', 'validate'):
-            self.val_dataset = val
-        if stage == 'test':
-            self.test_dataset = test
+        self._divide(stage, self._folder)
         if stage == 'predict':
             self.predict_dataset = self._folder

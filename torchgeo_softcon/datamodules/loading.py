@@ -3,13 +3,42 @@
 
 """Which samples come when, also after a restart in the middle of an epoch."""
 
+import os
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._compat import Sample
+
+#: More processes than this rarely read faster, and each takes memory.
+_MAX_WORKERS = 8
+
+
+def count_cores() -> int:
+    """Count processor cores.
+
+    Returns:
+        Number of cores that this process may use.
+    """
+    if hasattr(os, 'sched_getaffinity'):  # not so on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_num_workers() -> int:
+    """Choose the number of processes that read for one device.
+
+    Returns:
+        The cores there are for each CUDA device, from 1 to 8. Without CUDA 0: training
+        and reading would share the cores.
+    """
+    if not torch.cuda.is_available():
+        return 0
+    cores = count_cores() // torch.cuda.device_count()
+    return max(1, min(cores, _MAX_WORKERS))
 
 
 class DrawSampler(DistributedSampler[Any]):

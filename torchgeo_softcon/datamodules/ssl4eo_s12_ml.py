@@ -52,7 +52,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         labels: str | None = None,
         batch_size: int = 64,
         seasons: int = 1,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         require_labels: bool = False,
         min_fraction: float = 0.05,
         fractions: bool = False,
@@ -70,7 +70,8 @@ class SSL4EOS12MLDataModule(DrawDataModule):
                 ``torchgeo-softcon labels``. None for the labels that are packed, if any.
             batch_size: Number of locations in a batch on one device.
             seasons: Number of different images per location.
-            num_workers: Number of processes that read, per device.
+            num_workers: Number of processes that read, per device. By default 0 on a CPU,
+                else the cores there are for each CUDA device, from 1 to 8.
             require_labels: Leave out images whose label is unknown.
             min_fraction: Smallest share of an image that a class must cover to be in its
                 label, where shares are known.
@@ -120,16 +121,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         """
         if self._data is None:
             self._data = SSL4EOS12ML(**self.kwargs)
-        train = val = test = self._data
-        if self.val_fraction > 0:
-            train, val, test = self._data.divide(self.val_fraction)
-
-        if stage == 'fit':
-            self.train_dataset = train
-        if stage in ('fit', 'validate'):
-            self.val_dataset = val
-        if stage == 'test':
-            self.test_dataset = test
+        self._divide(stage, self._data)
         if stage == 'predict':
             self.predict_dataset = self._data.images()
 

@@ -7,7 +7,9 @@ The names are loaded at their first use: what reads land cover only, without Tor
 torch, such as the workers of :mod:`torchgeo_softcon.labels`, stays small.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .image_masks import ImageMaskFolder
@@ -32,19 +34,4 @@ _MODULES = {
     'WorldCoverScenes': 'scenes',
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Load a dataset at its first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-    from importlib import import_module
-
-    value = getattr(import_module(f'.{_MODULES[name]}', __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Names of the module, those that are not loaded yet included."""
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = lazy_names(globals(), _MODULES)

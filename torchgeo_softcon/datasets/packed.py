@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from .buffers import BufferPool
 from .season_labels import SeasonLabels
-from .ssl4eo_s12 import BANDS, Georeference
+from .ssl4eo_s12 import BANDS, Archive, Georeference
 
 #: Version of the format.
 FORMAT = 1
@@ -108,7 +108,7 @@ def checksum(record: npt.NDArray[Any]) -> int:
     return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8).data)
 
 
-class PackedArchive:
+class PackedArchive(Archive):
     """Images of one split of a packed archive."""
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
@@ -135,21 +135,6 @@ class PackedArchive:
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
         self._buffers = BufferPool()
         self.dtype = self._check()
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.location)
-
-    def name(self, row: int) -> tuple[str, str]:
-        """Name of an image.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its location and its own name.
-        """
-        return self.location[row].decode(), self.season[row].decode()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open files: each process maps its own."""

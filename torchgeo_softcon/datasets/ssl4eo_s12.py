@@ -68,7 +68,34 @@ class Georeference:
     bounds: tuple[float, float, float, float]
 
 
-class TiffArchive:
+class Archive:
+    """Images of one split, by number.
+
+    Attributes:
+        location: Location of each image, shape (N,).
+        season: Name of each image in its location, shape (N,).
+    """
+
+    location: npt.NDArray[np.bytes_]
+    season: npt.NDArray[np.bytes_]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.location)
+
+    def name(self, row: int) -> tuple[str, str]:
+        """Name of an image.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            Its location and its own name.
+        """
+        return self.location[row].decode(), self.season[row].decode()
+
+
+class TiffArchive(Archive):
     """Images of one split in folders, as published.
 
     ``s2c/0000200/20200604T054639_20200604T054831_T43RCP/B1.tif``: split, location, image,
@@ -105,21 +132,6 @@ class TiffArchive:
         self.location = np.array(location, dtype=np.bytes_)
         self.season = np.array(season, dtype=np.bytes_)
         self.dtype = self._first_dtype()
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.location)
-
-    def name(self, row: int) -> tuple[str, str]:
-        """Name of an image.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its location and its own name.
-        """
-        return self.location[row].decode(), self.season[row].decode()
 
     def folder(self, row: int) -> Path:
         """Folder of an image.

@@ -1,9 +1,14 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Land-cover labels for archives of patches: ``torchgeo-softcon labels``."""
+"""Land-cover labels for archives of patches: ``torchgeo-softcon labels``.
 
-from typing import TYPE_CHECKING, Any
+The names are loaded at their first use: workers need a part of the package only.
+"""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .archive import Labelled, label_archive
@@ -19,14 +24,4 @@ _MODULES = {
     'write_json': 'export',
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Load a name at its first use (PEP 562): workers need a part of the package only."""
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-    from importlib import import_module
-
-    value = getattr(import_module(f'.{_MODULES[name]}', __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(globals(), _MODULES)
