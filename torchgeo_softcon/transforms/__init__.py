@@ -3,9 +3,10 @@
 
 """Transforms for batches on their device."""
 
+from .colours import jitter
 from .crops import MultiCropView
 from .unit_range import ToUnitRange
-from .views import RandomView, jitter, random_crop_grid
+from .views import RandomView, random_crop_grid
 from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
 
 __all__ = (

@@ -8,9 +8,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor, nn
+
+from .colours import colour_map
+from .resample import means, resample
+from .weights import bilinear_weights, blur_weights, gaussian_kernels
 
 
 def check_fractions(**values: float) -> None:
@@ -57,15 +59,15 @@ def draw(image: Tensor, probability: float) -> Tensor:
     return torch.rand(len(image), device=image.device) < probability
 
 
-def random_crop_grid(
+def random_crop_axes(
     image: Tensor,
     size: tuple[int, int],
     scale: Sequence[float],
     ratio: Sequence[float],
     horizontal_flip: float = 0.0,
     vertical_flip: float = 0.0,
-) -> Tensor:
-    """Draw a random resized crop with flips per sample, as a sampling grid.
+) -> tuple[Tensor, Tensor]:
+    """Draw a random resized crop with flips per sample, as positions in the image.
 
     The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
     torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
@@ -80,7 +82,8 @@ def random_crop_grid(
         vertical_flip: Probability to mirror top and bottom.
 
     Returns:
-        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2).
+        Where the rows and the columns of the crops lie in the coordinates of
+        ``grid_sample(..., align_corners=False)``, shapes (B, h) and (B, w), float32.
     """
     batch, device = len(image), image.device
     height, width = image.shape[-2:]
@@ -93,100 +96,65 @@ def random_crop_grid(
     extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
     centre = torch.rand(2, batch, device=device) * 2 - 1
     sign = torch.rand(2, batch, device=device)
-    theta = image.new_zeros(batch, 2, 3, dtype=torch.float32)
-    theta[:, 0, 0] = extent_x * torch.where(sign[0] < horizontal_flip, -1, 1)
-    theta[:, 1, 1] = extent_y * torch.where(sign[1] < vertical_flip, -1, 1)
-    theta[:, 0, 2] = centre[0] * (1 - extent_x)
-    theta[:, 1, 2] = centre[1] * (1 - extent_y)
-    return F.affine_grid(theta, [batch, 1, *size], align_corners=False)
+    axes = []
+    for i, extent, flip, pixels in (
+        (1, extent_y, vertical_flip, size[0]),
+        (0, extent_x, horizontal_flip, size[1]),
+    ):
+        base = (torch.arange(pixels, device=device) * 2 + 1) / pixels - 1
+        signed = extent * torch.where(sign[i] < flip, -1, 1)
+        shift = centre[i] * (1 - extent)
+        axes.append(signed[:, None] * base + shift[:, None])
+    return axes[0], axes[1]
 
 
-def jitter(
+def random_crop_grid(
     image: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor | None = None,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    horizontal_flip: float = 0.0,
+    vertical_flip: float = 0.0,
 ) -> Tensor:
-    """Change brightness, then contrast, then saturation, without clipping.
-
-    Brightness multiplies the image, contrast stretches every band about its own mean,
-    as in the SSL4EO-S12 recipe. (kornia's operations of these names add and multiply.)
-    Saturation stretches every pixel about the mean of its bands.
-    https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/pretrain_ssl/models/rs_transforms_float32.py
+    """Draw a random resized crop with flips per sample, as a sampling grid.
 
     Args:
-        image: Images of shape (B, C, H, W). Brightness is meant for values that are 0
-            where it is dark, such as reflectance, and less for dB or z-scores.
-        brightness: Factors of shape (B,), or of shape (B, C) for each band its own.
-            1 changes nothing.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing, 0 gives grey.
+        image: Images of shape (B, C, H, W).
+        size: Height and width of the crops in pixels.
+        scale: As of :func:`random_crop_axes`.
+        ratio: As of :func:`random_crop_axes`.
+        horizontal_flip: Probability to mirror left and right.
+        vertical_flip: Probability to mirror top and bottom.
 
     Returns:
-        The changed images, shape (B, C, H, W).
+        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2).
     """
-    image = image * brightness.to(image).view(len(image), -1, 1, 1)
-    mean = image.mean((-2, -1), keepdim=True)
-    image.lerp_(mean, 1 - contrast.to(image).view(-1, 1, 1, 1))
-    if saturation is not None:
-        grey = image.mean(1, keepdim=True)
-        image.lerp_(grey, 1 - saturation.to(image).view(-1, 1, 1, 1))
-    return image
+    y, x = random_crop_axes(image, size, scale, ratio, horizontal_flip, vertical_flip)
+    shape = len(image), *size
+    return torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], -1)
 
 
-def random_blur(
-    image: Tensor, probability: float, sigma: tuple[float, float]
-) -> Tensor:
-    """Gaussian blur of some samples, with a standard deviation each.
+def random_kernels(
+    image: Tensor, size: tuple[int, int], probability: float, sigma: tuple[float, float]
+) -> Tensor | None:
+    """Draw a Gaussian blur of some samples, with a standard deviation each.
 
     Args:
-        image: Images of shape (B, C, H, W), floating point. May be modified.
+        image: Images of shape (B, ...).
+        size: Height and width of what is blurred.
         probability: Probability that a sample is blurred.
         sigma: Range of the standard deviation in pixels.
 
     Returns:
-        The images, shape (B, C, H, W).
+        Kernels of shape (B, 2 r + 1), None if the probability is 0.
     """
     if probability == 0:
-        return image
-
+        return None
     drawn = draw(image, probability)
     sigmas = torch.empty(len(image), device=image.device).uniform_(*sigma)
-    if image.device.type == 'cpu':
-        # Only what was drawn. On a GPU the selection would wait for the device.
-        for i in drawn.nonzero().flatten().tolist():
-            taps = _taps(image, float(sigmas[i]))
-            kernel = get_gaussian_kernel1d(taps, sigmas[i].view(1, 1))
-            image[i] = _blur(image[i], kernel[0].tolist())
-        return image
-    kernel = get_gaussian_kernel1d(_taps(image, sigma[1]), sigmas[:, None])
-    # Not gaussian_blur2d: it looks at sigma, and waits for the device to do so
-    blurred = filter2d_separable(image, kernel, kernel)
-    return torch.where(drawn.view(-1, 1, 1, 1), blurred, image)
-
-
-def _taps(image: Tensor, sigma: float) -> int:
-    """Number of taps of a Gaussian kernel, at most what reflection can pad."""
-    # Taps beyond three standard deviations weigh less than 0.3 %
-    radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
-    return 2 * radius + 1
-
-
-def _blur(image: Tensor, kernel: list[float]) -> Tensor:
-    """Blur one image (C, H, W) by shifted sums.
-
-    Several times faster on a CPU than convolutions, which are made for many channels.
-    """
-    height, width = image.shape[-2:]
-    radius = len(kernel) // 2
-    padded = F.pad(image, (radius,) * 4, mode='reflect')
-    rows = padded[..., :width] * kernel[0]
-    for tap, weight in enumerate(kernel[1:], 1):
-        rows.add_(padded[..., tap : tap + width], alpha=weight)
-    blurred = rows[..., :height, :] * kernel[0]
-    for tap, weight in enumerate(kernel[1:], 1):
-        blurred.add_(rows[..., tap : tap + height, :], alpha=weight)
-    return blurred
+    # At most what reflection can pad
+    radius = min(math.ceil(3 * sigma[1]), min(size) - 1)
+    return gaussian_kernels(sigmas, drawn, radius)
 
 
 class RandomView(nn.Module):
@@ -317,7 +285,7 @@ class RandomView(nn.Module):
         # Half precision would move pixel values by more than one grey level
         with torch.autocast(image.device.type, enabled=False):
             image = image.float()
-            grid = random_crop_grid(
+            y, x = random_crop_axes(
                 image,
                 self.size,
                 self.scale,
@@ -325,27 +293,31 @@ class RandomView(nn.Module):
                 self.horizontal_flip,
                 self.vertical_flip,
             )
-            # Copies: a view of the grid would keep all of it in memory
-            self._corners = torch.stack([grid[:, 0, 0], grid[:, -1, -1]], 1)
+            corners = [torch.stack([x[:, i], y[:, i]], 1) for i in (0, -1)]
+            self._corners = torch.stack(corners, 1)
             self._image_size = (image.shape[-2], image.shape[-1])
-            # 'border': crops end at the outer edge of the outer pixels, half a pixel
-            # beyond their centres
-            view = F.grid_sample(
-                image, grid, padding_mode='border', align_corners=False
+            # Crops end at the outer edge of the outer pixels, half a pixel beyond their
+            # centres: there, values are those of the outer pixels
+            rows = bilinear_weights(y, image.shape[-2])
+            columns = bilinear_weights(x, image.shape[-1])
+            colours = self._draw_colours(means(image, rows, columns))
+            kernels = random_kernels(
+                image, self.size, self.blur_probability, self.blur_sigma
             )
-            view = self._change_colours(view)
-            view = random_blur(view, self.blur_probability, self.blur_sigma)
+            if kernels is not None:
+                rows, columns = (blur_weights(w, kernels) for w in (rows, columns))
+            view = resample(image, rows, columns, colours)
             if self.value_range is not None:
                 view = view.clamp_(*self.value_range)
         return view
 
-    def _change_colours(self, view: Tensor) -> Tensor:
-        """Jitter and grey."""
-        factors = torch.rand(2, len(view), device=view.device) * 2 - 1
-        factors = factors * draw(view, self.jitter_probability)
-        return jitter(
-            view,
+    def _draw_colours(self, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Jitter and grey, for views with these means (B, C)."""
+        factors = torch.rand(2, len(means), device=means.device) * 2 - 1
+        factors = factors * draw(means, self.jitter_probability)
+        return colour_map(
+            means,
             1 + self.brightness * factors[0],
             1 + self.contrast * factors[1],
-            saturation=~draw(view, self.grey_probability),
+            saturation=~draw(means, self.grey_probability),
         )
