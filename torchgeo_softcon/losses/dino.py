@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 #: Logits that are turned into a gradient in one go on a CPU, so that they and the gradient
 #: stay in its cache from one pass to the next.
-_CACHED = 2**19
+_CACHED = 2**20
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
             # Minus the sum of all q; the view's own is added again
             others = q.sum(0).mul_(-weight)
             loss += (meets * (largest + total.log())).sum()
-            loss += (logits.transpose(0, 1) @ others[..., None]).sum()
+            loss += torch.linalg.vecdot(logits.sum(0), others).sum()
             loss += torch.linalg.vecdot(logits[:teachers], q).sum() * weight
             torch.addcmul(others, part, meets * inverse / total, out=part)
             part[:teachers].add_(q, alpha=weight)

@@ -110,24 +110,26 @@ def resample_blocks(
     """
     bands, height, width = image.shape[1], rows.shape[1], columns.shape[1]
     view = image.new_empty(len(image), bands, height, width)
+    # A band of ones has the offset as its weight: a pass less
+    affine = None if colours is None else torch.cat(colours, 2)
     parameters = zip(_blocks(rows), _blocks(columns), strict=True)
     for i, (row_blocks, column_blocks) in enumerate(parameters):
         left = min(low for _, _, low, _ in column_blocks)
         right = max(high for _, _, _, high in column_blocks)
-        lines = image.new_empty(bands, height, right - left)
+        box = image[i, ..., left:right]
+        lines = image.new_empty(bands + 1, height, right - left)
         for start, stop, low, high in row_blocks:
             weight = rows[i, start:stop, low:high].expand(bands, -1, -1)
-            box = image[i, :, low:high, left:right]
-            torch.bmm(weight, box, out=lines[:, start:stop])
-        if colours is not None:
+            torch.bmm(weight, box[:, low:high], out=lines[:bands, start:stop])
+        if affine is not None:
             # Here already: the offset survives, as the weights of columns sum to 1
-            matrix, offset = (x[i] for x in colours)
-            lines = torch.addmm(offset, matrix, lines.flatten(1)).view_as(lines)
-        lines, pixels = lines.flatten(0, 1), view[i].flatten(0, 1)
+            lines[bands] = 1
+            lines = (affine[i] @ lines.flatten(1)).view_as(lines[:bands])
+        lines, pixels = lines[:bands].flatten(0, 1), view[i].flatten(0, 1)
         for start, stop, low, high in column_blocks:
             weight = columns[i, start:stop, low:high].T
-            box = lines[:, low - left : high - left]
-            torch.mm(box, weight, out=pixels[:, start:stop])
+            part = lines[:, low - left : high - left]
+            torch.mm(part, weight, out=pixels[:, start:stop])
     return view
 
 
