@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as T
 
 from torchgeo_softcon.transforms import MultiCropView, crops
 from torchgeo_softcon.transforms.colours import jitter_rgb, shift_hue
+from torchgeo_softcon.transforms.draws import random_boxes
 from torchgeo_softcon.transforms.resample import (
-    random_boxes,
     resample,
     resample_batch,
     resample_blocks,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from torchgeo_softcon.transforms import jitter, random_crop_grid, weights
 from torchgeo_softcon.transforms.colours import colour_map
+from torchgeo_softcon.transforms.draws import random_crop_axes
 from torchgeo_softcon.transforms.resample import means, resample_batch, resample_blocks
-from torchgeo_softcon.transforms.views import random_crop_axes
 from torchgeo_softcon.transforms.weights import (
     bilinear_weights,
     blur_weights,

@@ -39,8 +39,10 @@ def jitter(
     Returns:
         The changed images, shape (B, C, H, W).
     """
-    matrix, offset = colour_map(image.mean((-2, -1)), brightness, contrast, saturation)
-    return torch.baddbmm(offset, matrix, image.flatten(2)).view_as(image)
+    with torch.autocast(image.device.type, enabled=False):
+        means = image.mean((-2, -1))
+        matrix, offset = colour_map(means, brightness, contrast, saturation)
+        return torch.baddbmm(offset, matrix, image.flatten(2)).view_as(image)
 
 
 def colour_map(

@@ -13,8 +13,9 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
 from .colours import colour_map, jitter_rgb
-from .resample import means, random_boxes, resample
-from .views import check_fractions, check_range, draw, random_kernels
+from .draws import draw, random_boxes, random_kernels
+from .resample import means, resample
+from .views import check_fractions, check_range
 from .weights import Interpolation, blur_weights, crop_weights, identity
 
 #: Strengths of brightness, contrast, saturation and hue.

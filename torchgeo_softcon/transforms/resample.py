@@ -1,60 +1,13 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Random boxes, and views of images through matrices, for a whole batch."""
-
-import math
-from collections.abc import Sequence
+"""Views of images through matrices: crops, flips, blur and colours as one product."""
 
 import torch
 from torch import Tensor
 
 #: Rows or columns of a view that a CPU makes at once.
 _BLOCK = 48
-
-
-def random_boxes(
-    image: Tensor, scale: Sequence[float], ratio: Sequence[float]
-) -> Tensor:
-    """Draw the box of a random resized crop for each image of a batch.
-
-    The same distribution as torchvision's ``RandomResizedCrop``: area uniform in
-    *scale*, aspect ratio log-uniform in *ratio*, the first of ten draws that fits, and
-    a large central box if none does.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-
-    Returns:
-        Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
-        int64.
-    """
-    draws, device = (len(image), 10), image.device
-    height, width = image.shape[-2:]
-    area = torch.empty(draws, device=device).uniform_(*scale) * (height * width)
-    log_ratio = torch.empty(draws, device=device).uniform_(*map(math.log, ratio))
-    aspect = log_ratio.exp()
-    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()]).round_()
-
-    fits = (size[0] >= 1) & (size[0] <= width) & (size[1] >= 1) & (size[1] <= height)
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
-    width_, height_ = (s.gather(1, first)[:, 0] for s in size)
-    left, top = torch.rand(2, len(image), device=device)
-
-    # No draw fits: the largest central box of an allowed ratio
-    found = fits.any(1)
-    central = min(width, height * max(ratio)), min(height, width / min(ratio))
-    width_ = torch.where(found, width_, round(central[0]))
-    height_ = torch.where(found, height_, round(central[1]))
-    left = torch.where(found, left, 0.5)
-    top = torch.where(found, top, 0.5)
-
-    # Whole pixels, all of them equally likely; at the centre rounded down
-    x = (left * (width - width_ + found)).floor_()
-    y = (top * (height - height_ + found)).floor_()
-    return torch.stack([x, y, x + width_, y + height_], 1).long()
 
 
 @torch.no_grad()
@@ -66,7 +19,8 @@ def resample(
 ) -> Tensor:
     """Resample images, and mix their bands.
 
-    Each view is ``matrix @ (rows @ image @ columns.T) + offset``.
+    Each view is ``matrix @ (rows @ image @ columns.T) + offset``. A pixel that is not
+    finite may spoil the whole view.
 
     Args:
         image: Images of shape (B, C, H, W), float32.
@@ -89,7 +43,9 @@ def resample_batch(
     colours: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The whole batch at once: nothing waits for the weights. As :func:`resample`."""
-    view = rows[:, None] @ (image @ columns.mT[:, None])
+    # Of all bands at once, so that the weights need not be repeated for each
+    lines = (image.flatten(1, 2) @ columns.mT).unflatten(1, image.shape[1:3])
+    view = rows[:, None] @ lines
     if colours is None:
         return view
     matrix, offset = colours

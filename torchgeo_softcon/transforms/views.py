@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .colours import colour_map
+from .draws import draw, random_crop_axes, random_kernels
 from .resample import means, resample
-from .weights import bilinear_weights, blur_weights, gaussian_kernels
+from .weights import bilinear_weights, blur_weights
 
 
 def check_fractions(**values: float) -> None:
@@ -46,117 +47,6 @@ def check_range(name: str, limits: Sequence[float], top: float = math.inf) -> No
         )
 
 
-def draw(image: Tensor, probability: float) -> Tensor:
-    """Choose samples.
-
-    Args:
-        image: Images of shape (B, ...).
-        probability: Probability to choose a sample.
-
-    Returns:
-        True for the chosen samples, shape (B,).
-    """
-    return torch.rand(len(image), device=image.device) < probability
-
-
-def random_crop_axes(
-    image: Tensor,
-    size: tuple[int, int],
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    horizontal_flip: float = 0.0,
-    vertical_flip: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Draw a random resized crop with flips per sample, as positions in the image.
-
-    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
-    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
-    where torchvision would draw again.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        size: Height and width of the crops in pixels.
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-        horizontal_flip: Probability to mirror left and right.
-        vertical_flip: Probability to mirror top and bottom.
-
-    Returns:
-        Where the rows and the columns of the crops lie in the coordinates of
-        ``grid_sample(..., align_corners=False)``, shapes (B, h) and (B, w), float32.
-    """
-    batch, device = len(image), image.device
-    height, width = image.shape[-2:]
-    area = torch.empty(batch, device=device).uniform_(*scale) * (height * width)
-    log_ratio = torch.empty(batch, device=device).uniform_(*map(math.log, ratio))
-    aspect = log_ratio.exp()
-
-    # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
-    extent_x = ((area * aspect).sqrt() / width).clamp(max=1)
-    extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
-    centre = torch.rand(2, batch, device=device) * 2 - 1
-    sign = torch.rand(2, batch, device=device)
-    axes = []
-    for i, extent, flip, pixels in (
-        (1, extent_y, vertical_flip, size[0]),
-        (0, extent_x, horizontal_flip, size[1]),
-    ):
-        base = (torch.arange(pixels, device=device) * 2 + 1) / pixels - 1
-        signed = extent * torch.where(sign[i] < flip, -1, 1)
-        shift = centre[i] * (1 - extent)
-        axes.append(signed[:, None] * base + shift[:, None])
-    return axes[0], axes[1]
-
-
-def random_crop_grid(
-    image: Tensor,
-    size: tuple[int, int],
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    horizontal_flip: float = 0.0,
-    vertical_flip: float = 0.0,
-) -> Tensor:
-    """Draw a random resized crop with flips per sample, as a sampling grid.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        size: Height and width of the crops in pixels.
-        scale: As of :func:`random_crop_axes`.
-        ratio: As of :func:`random_crop_axes`.
-        horizontal_flip: Probability to mirror left and right.
-        vertical_flip: Probability to mirror top and bottom.
-
-    Returns:
-        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2).
-    """
-    y, x = random_crop_axes(image, size, scale, ratio, horizontal_flip, vertical_flip)
-    shape = len(image), *size
-    return torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], -1)
-
-
-def random_kernels(
-    image: Tensor, size: tuple[int, int], probability: float, sigma: tuple[float, float]
-) -> Tensor | None:
-    """Draw a Gaussian blur of some samples, with a standard deviation each.
-
-    Args:
-        image: Images of shape (B, ...).
-        size: Height and width of what is blurred.
-        probability: Probability that a sample is blurred.
-        sigma: Range of the standard deviation in pixels.
-
-    Returns:
-        Kernels of shape (B, 2 r + 1), None if the probability is 0.
-    """
-    if probability == 0:
-        return None
-    drawn = draw(image, probability)
-    sigmas = torch.empty(len(image), device=image.device).uniform_(*sigma)
-    # At most what reflection can pad
-    radius = min(math.ceil(3 * sigma[1]), min(size) - 1)
-    return gaussian_kernels(sigmas, drawn, radius)
-
-
 class RandomView(nn.Module):
     """A random view of each image of a batch: crop, flips, jitter, grey, blur.
 
@@ -165,7 +55,9 @@ class RandomView(nn.Module):
     of values unless *value_range* declares one.
 
     kornia has operations of these names, but with other meanings (brightness adds,
-    contrast multiplies) and clipping; here, crop and flips are one resampling.
+    contrast multiplies) and clipping; here, all are one product with small matrices. On a
+    GPU, `torch.set_float32_matmul_precision('high')` makes it faster, and moves values by
+    up to a thousandth of their range.
 
     The default strengths are those of the same authors' MoCo runs on SSL4EO-S12; those
     of SoftCon itself are not published. Crops are sampled bilinearly without
