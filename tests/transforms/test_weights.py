@@ -8,9 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchgeo_softcon.transforms import jitter, random_crop_grid, weights
+from torchgeo_softcon.transforms import (
+    MultiCropView,
+    RandomView,
+    jitter,
+    random_crop_grid,
+    weights,
+)
 from torchgeo_softcon.transforms.colours import colour_map
 from torchgeo_softcon.transforms.draws import random_crop_axes
 from torchgeo_softcon.transforms.resample import means, resample_batch, resample_blocks
@@ -105,6 +111,18 @@ def test_blocks_leave_nothing_out(block: int, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(
             means(image, *crop), resample_batch(image, *crop).mean((2, 3))
         )
+
+
+@pytest.mark.parametrize('module', [RandomView(32), MultiCropView(32, (24,))])
+def test_float32_whatever_the_default(module: nn.Module) -> None:
+    """As in training with double precision."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        views = module(torch.rand(4, 5, 40, 40))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for view in [views] if isinstance(views, Tensor) else views:
+        assert view.dtype == torch.float32
 
 
 def test_blocks_read_what_contributes_only() -> None:

@@ -113,7 +113,7 @@ def bilinear_weights(position: Tensor, pixels: int) -> Tensor:
 def _dense(index: Tensor, weight: Tensor, pixels: int) -> Tensor:
     """Matrices (B, n, N) with weights (B, n, K) at different columns (B, n, K)."""
     # Taps beside the image have no weight, and go to a column that is left out
-    index = torch.where(weight == 0, pixels, index)
+    index, weight = torch.where(weight == 0, pixels, index), weight.float()
     matrix = weight.new_zeros(*weight.shape[:2], pixels + 1)
     return matrix.scatter_(2, index, weight)[..., :pixels]
 
@@ -121,7 +121,9 @@ def _dense(index: Tensor, weight: Tensor, pixels: int) -> Tensor:
 def identity(image: Tensor) -> tuple[Tensor, Tensor]:
     """Weights of the rows and columns of images (B, C, H, W) as they are."""
     rows, columns = (
-        torch.eye(side, device=image.device).expand(len(image), -1, -1)
+        torch.eye(side, dtype=torch.float32, device=image.device).expand(
+            len(image), -1, -1
+        )
         for side in image.shape[-2:]
     )
     return rows, columns
@@ -145,7 +147,7 @@ def gaussian_kernels(sigma: Tensor, drawn: Tensor, radius: int) -> Tensor:
     inside = offset.abs() <= (3 * sigma).ceil()
     kernel = (-0.5 * (offset / sigma) ** 2).exp() * inside
     kernel = torch.where(drawn[:, None], kernel, (offset == 0).to(kernel))
-    return kernel / kernel.sum(1, keepdim=True)
+    return (kernel / kernel.sum(1, keepdim=True)).float()
 
 
 def blur_weights(weights: Tensor, kernels: Tensor) -> Tensor:
