@@ -16,13 +16,16 @@ from torchgeo_softcon.tasks import DINOMCTask
 
 
 def cross_entropy(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
-    """DINO's loss by a loop over all pairs of different views."""
+    """DINO's loss by a loop over all pairs of different views, as its authors write it.
+
+    https://github.com/facebookresearch/dino/blob/main/main_dino.py
+    """
     losses = []
-    for t, probability in enumerate(target):
+    student = student / temperature
+    for t, q in enumerate(target):
         for s, logits in enumerate(student):
             if s != t:
-                log_probability = (logits / temperature).log_softmax(-1)
-                losses.append(-(probability * log_probability).sum(-1).mean())
+                losses.append((-q * logits.log_softmax(-1)).sum(-1).mean())
     return torch.stack(losses).mean()
 
 
