@@ -86,9 +86,15 @@ class Bench:
         return forms
 
     def views(self) -> Forms:
-        """One view of each image."""
+        """One view of each image, with the shares and probabilities of TorchGeo's.
+
+        Not equal: brightness adds and contrast multiplies there, both clip, and the blur
+        always has as many taps (23 for 224 pixels).
+        """
         kornia = self.moco().augmentation1.to(DEVICE)
-        ours = RandomView(self.args.size)
+        ours = RandomView(
+            self.args.size, (0.08, 1.0), vertical_flip=0.5, blur_probability=1.0
+        )
         return {
             "kornia, TorchGeo's MoCo": lambda: kornia(self.image),
             'ours': lambda: ours(self.image),
@@ -97,7 +103,8 @@ class Bench:
     def crops(self) -> Forms:
         """All crops of DINO-MC of each image."""
         sizes = self.args.size, self.args.local_sizes
-        kornia, ours = slow.multi_crop(*sizes).to(DEVICE), MultiCropView(*sizes)
+        kornia = slow.multi_crop(*sizes, self.args.channels).to(DEVICE)
+        ours = MultiCropView(*sizes)
         return {'kornia': lambda: kornia(self.image), 'ours': lambda: ours(self.image)}
 
     def softcon(self) -> Forms:

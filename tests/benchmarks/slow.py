@@ -10,18 +10,22 @@ import torch
 from kornia import augmentation as K
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchgeo.transforms.color import RandomGrayscale
 
 from torchgeo_softcon.tasks import DINOMCTask
 
 
 def cross_entropy(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
-    """DINO's loss by a loop over all pairs of different views."""
+    """DINO's loss by a loop over all pairs of different views, as its authors write it.
+
+    https://github.com/facebookresearch/dino/blob/main/main_dino.py
+    """
     losses = []
-    for t, probability in enumerate(target):
+    student = student / temperature
+    for t, q in enumerate(target):
         for s, logits in enumerate(student):
             if s != t:
-                log_probability = (logits / temperature).log_softmax(-1)
-                losses.append(-(probability * log_probability).sum(-1).mean())
+                losses.append((-q * logits.log_softmax(-1)).sum(-1).mean())
     return torch.stack(losses).mean()
 
 
@@ -81,25 +85,39 @@ class DINOMCStep:
         return loss.item()
 
 
-def multi_crop(size: int, local_sizes: Sequence[int]) -> nn.Module:
-    """The crops of DINO-MC by kornia, which draws per sample, too."""
+def multi_crop(size: int, local_sizes: Sequence[int], channels: int) -> nn.Module:
+    """The crops of DINO-MC by kornia and TorchGeo, which draw per sample, too.
 
-    def view(side: int, scale: tuple[float, float], blur: float) -> nn.Module:
+    With the number of views, the sizes, shares, probabilities, blur and order of ours, and
+    bicubic global crops. Not equal: crops are not antialiased, the blur always has 13 taps,
+    brightness adds, contrast multiplies, both clip, and are drawn one by one. Ours change
+    saturation and the gains of the bands, too, for which kornia has nothing but RGB.
+    """
+    grey = torch.full((channels,), 1 / channels)
+
+    def view(
+        side: int, kind: str, scale: tuple[float, float], jitter: float, blur: float
+    ) -> nn.Module:
+        factors = 1 - jitter, 1 + jitter
         return nn.Sequential(
-            K.RandomResizedCrop((side, side), scale),
+            K.RandomResizedCrop((side, side), scale, resample=kind),
             K.RandomHorizontalFlip(),
-            K.RandomBrightness((0.6, 1.4), p=0.8),
-            K.RandomContrast((0.6, 1.4), p=0.8),
+            K.RandomBrightness(factors, p=0.8),
+            K.RandomContrast(factors, p=0.8),
+            RandomGrayscale(grey, p=0.2),
             K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=blur),
         )
 
     class Views(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.views = nn.ModuleList(
-                [view(size, (0.32, 1.0), blur) for blur in (1.0, 0.1)]
-                + [view(side, (0.05, 0.32), 0.5) for side in local_sizes]
-            )
+            large = [
+                view(size, 'bicubic', (0.32, 1.0), 0.4, blur) for blur in (1.0, 0.1)
+            ]
+            small = [
+                view(side, 'bilinear', (0.05, 0.32), 0.8, 0.5) for side in local_sizes
+            ]
+            self.views = nn.ModuleList(large + small)
 
         def forward(self, image: Tensor) -> list[Any]:
             return [module(image) for module in self.views]

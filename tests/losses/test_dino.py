@@ -118,6 +118,17 @@ def test_keeps_one_tensor_for_the_backward_pass() -> None:
     assert sum(x.numel() for x in saved) == student.numel()
 
 
+def test_backward_twice() -> None:
+    """What is kept is also handed out, and stays as it is."""
+    student, teacher = make_logits(0)
+    loss = multi_crop_cross_entropy(student, teacher.softmax(-1))
+    for _ in range(2):
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    (grad,) = torch.autograd.grad(loss, student)
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, 2 * grad)
+
+
 def test_autocast_changes_nothing() -> None:
     student, teacher = make_logits(0)
     loss = DINOLoss(512)(student, teacher)

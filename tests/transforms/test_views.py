@@ -1,6 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+from contextlib import nullcontext
 from typing import Any
 
 import kornia.filters
@@ -151,6 +152,14 @@ class TestRandomView:
         image = torch.randint(0, 10_000, (2, 13, 32, 32), dtype=torch.uint16)
         view = RandomView(32, **PLAIN)(image)
         torch.testing.assert_close(view, image.float())
+
+    def test_waits_for_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tensors without values: whoever looks at one raises."""
+        monkeypatch.setattr(torch, 'autocast', lambda *_, **__: nullcontext())
+        image = torch.empty(2, 13, 40, 40, device='meta')
+        view = RandomView(32, value_range=(0, 1))(image)
+        assert view.device.type == 'meta'
+        assert view.shape == (2, 13, 32, 32)
 
     @pytest.mark.parametrize(
         ('kwargs', 'match'),

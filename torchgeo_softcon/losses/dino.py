@@ -10,17 +10,18 @@ from lightly.utils import dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-#: Logits that are turned into a gradient in one go on a CPU: what its cache holds.
+#: Logits that are turned into a gradient in one go on a CPU, so that they and the gradient
+#: stay in its cache from one pass to the next.
 _CACHED = 2**20
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropies of all pairs of views, and its gradient at once.
+    """Mean cross entropy of all pairs of views, and its gradient at once.
 
     The cross entropy is linear in the teacher's probabilities q, so that all pairs of one
-    student view need one log-softmax and one product with the sum of the other views' q.
-    As every q sums to one, the gradient is n softmax(s) - sum q. It is made while the
-    logits are at hand and is all that is kept.
+    student view need one sum of exponentials and one product with the sum of the other
+    views' q. As every q sums to one, the gradient is n softmax(s) - sum q. It is made
+    while the logits are at hand, in five passes, and is all that is kept.
     """
 
     @staticmethod
@@ -32,23 +33,32 @@ class _CrossEntropy(torch.autograd.Function):
         step = batch
         if student.device.type == 'cpu':
             step = max(1, _CACHED // (views * prototypes))
+        weight = 1 / (teachers * (views - 1) * batch)
         # How many teacher views a student view meets: all but itself
-        meets = target.new_full((views, 1), teachers)
-        meets[:teachers] -= 1
+        meets = target.new_full((views, 1, 1), weight * teachers)
+        meets[:teachers] -= weight
 
+        weight, inverse = weight / temperature, 1 / temperature
         loss = target.new_zeros(())
         gradient = torch.empty_like(student)
         for start in range(0, batch, step):
             rows = slice(start, start + step)
-            logits = student[:, rows].to(target.dtype) / temperature
-            others = target[:, rows].sum(0).expand_as(logits).contiguous()
-            others[:teachers] -= target[:, rows]
-            probability = logits.softmax(-1)
-            # Without a second pass of exponentials
-            lse = logits.amax(-1) - probability.amax(-1).log()
-            loss += (meets * lse).sum() - torch.linalg.vecdot(others, logits).sum()
-            probability *= meets[..., None] / temperature
-            gradient[:, rows] = probability.sub_(others, alpha=1 / temperature)
+            logits, q = student[:, rows].to(target.dtype), target[:, rows]
+            out = gradient[:, rows]
+            part = out if out.dtype == target.dtype else torch.empty_like(logits)
+
+            largest = logits.amax(-1, keepdim=True) * inverse
+            torch.add(-largest, logits, alpha=inverse, out=part).exp_()
+            total = part.sum(-1, keepdim=True)
+            # Minus the sum of all q; the view's own is added again
+            others = q.sum(0).mul_(-weight)
+            loss += (meets * (largest + total.log())).sum()
+            loss += torch.linalg.vecdot(logits.sum(0), others).sum()
+            loss += torch.linalg.vecdot(logits[:teachers], q).sum() * weight
+            torch.addcmul(others, part, meets * inverse / total, out=part)
+            part[:teachers].add_(q, alpha=weight)
+            if part is not out:
+                out.copy_(part)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -56,7 +66,10 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None
+        # A pass less. On a GPU, to look at the number would wait for the device
+        if grad_output.device.type != 'cpu' or grad_output != 1:
+            gradient = gradient * grad_output
+        return gradient, None, None
 
 
 def multi_crop_cross_entropy(
@@ -82,10 +95,8 @@ def multi_crop_cross_entropy(
     Returns:
         The scalar loss, in the dtype of *target*.
     """
-    views, batch, _ = student.shape
-    pairs = len(target) * (views - 1)
     loss: Tensor = _CrossEntropy.apply(student, target, temperature)
-    return loss / (pairs * batch)
+    return loss
 
 
 class DINOLoss(nn.Module):

@@ -3,9 +3,11 @@
 
 """Transforms for batches on their device."""
 
+from .colours import jitter
 from .crops import MultiCropView
+from .draws import random_crop_grid
 from .unit_range import ToUnitRange
-from .views import RandomView, jitter, random_crop_grid
+from .views import RandomView
 from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
 
 __all__ = (

@@ -4,76 +4,24 @@
 """Global and local crops of several sizes, for a whole batch on its device."""
 
 import inspect
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
-from kornia.color import rgb_to_grayscale, rgb_to_hsv
-from kornia.enhance import (
-    adjust_brightness_accumulative,
-    adjust_contrast_with_mean_subtraction,
-    adjust_saturation_with_gray_subtraction,
-)
+from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
-from .resample import Interpolation, random_boxes, resample
-from .views import check_fractions, check_range, draw, jitter, random_blur
+from .colours import colour_map, jitter_rgb
+from .draws import draw, random_boxes, random_kernels
+from .resample import means, resample
+from .views import check_fractions, check_range
+from .weights import Interpolation, blur_weights, crop_weights, identity
 
 #: Strengths of brightness, contrast, saturation and hue.
 Strengths: TypeAlias = tuple[float, float, float, float]
-
-
-def jitter_rgb(
-    image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor
-) -> Tensor:
-    """Change brightness, contrast, saturation and hue in random order.
-
-    The operations of torchvision's ``ColorJitter``, with factors per image.
-
-    Args:
-        image: RGB images of shape (B, 3, H, W) in [0, 1].
-        brightness: Factors of shape (B,). 1 changes nothing.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing.
-        hue: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
-
-    Returns:
-        The changed images, shape (B, 3, H, W), in [0, 1].
-    """
-    image = image.clamp(0, 1)  # bicubic crops overshoot
-    operations = (
-        lambda x: adjust_brightness_accumulative(x, brightness),
-        lambda x: adjust_contrast_with_mean_subtraction(x, contrast),
-        lambda x: adjust_saturation_with_gray_subtraction(x, saturation),
-        lambda x: shift_hue(x, hue),
-    )
-    for i in torch.randperm(4).tolist():  # on the CPU: nothing waits for a device
-        image = operations[i](image)
-    return image
-
-
-def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue.
-
-    The same values as torchvision's ``adjust_hue``. From hue, saturation and value back
-    to RGB is one formula for all sectors of the circle, which takes half the time:
-    https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
-
-    Args:
-        image: RGB images of shape (B, 3, H, W) in [0, 1].
-        shift: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
-
-    Returns:
-        The changed images, shape (B, 3, H, W), in [0, 1].
-    """
-    hue, saturation, value = rgb_to_hsv(image).split(1, 1)
-    sector = hue * (3 / math.pi) + 6 * shift.view(-1, 1, 1, 1)
-    offset = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1)
-    sector = (sector + offset) % 6
-    missing = torch.minimum(sector, 4 - sector).clamp_(0, 1)
-    return value - value * saturation * missing
+#: Weights of the rows and of the columns of a view.
+Crop: TypeAlias = tuple[Tensor, Tensor]
 
 
 class MultiCropView(nn.Module):
@@ -329,12 +277,13 @@ class MultiCropView(nn.Module):
         image = self._prepare(image)
         views = []
         for blur, solarize in zip(self.global_blur, self.global_solarize, strict=True):
-            view = self._crop_global(image, flip=True)
-            view = self._augment(view, self.global_jitter, blur, solarize)
+            crop = self._draw_global(image, flip=True)
+            view = self._augment(image, crop, self.global_jitter, blur, solarize)
             views.append(view)
         for size in self._crop_sizes:
-            view = self._crop_local(image, size, flip=True)
-            views.append(self._augment(view, self.local_jitter, self.local_blur, 0))
+            crop = self._draw_local(image, size, flip=True)
+            blur = self.local_blur
+            views.append(self._augment(image, crop, self.local_jitter, blur, 0))
         return views
 
     def _temporal(self, image: Tensor) -> list[Tensor]:
@@ -353,18 +302,23 @@ class MultiCropView(nn.Module):
             self._prepare(_take(image, order[:, i])) for i in range(3)
         )
         augmented = [
-            self._augment(season, self.global_jitter, blur, solarize)
+            self._augment(season, None, self.global_jitter, blur, solarize)
             for season, blur, solarize in zip(
                 (second, first), self.global_blur, self.global_solarize, strict=True
             )
         ]
         # To mirror a random crop is to mirror the image before
-        return [
-            self._crop_global(augmented[0], flip=True),
-            self._crop_global(third, flip=False),
-            self._crop_global(augmented[1], flip=True),
-            *(self._crop_local(first, size, flip=False) for size in self._crop_sizes),
+        views = [
+            resample(season, *self._draw_global(season, flip))
+            for season, flip in (
+                (augmented[0], True),
+                (third, False),
+                (augmented[1], True),
+            )
         ]
+        for size in self._crop_sizes:
+            views.append(resample(first, *self._draw_local(first, size, flip=False)))
+        return views
 
     def _prepare(self, image: Tensor) -> Tensor:
         """Convert to float32, and a declared range to [0, 1]."""
@@ -383,60 +337,78 @@ class MultiCropView(nn.Module):
             view = view.clamp_(low, high)
         return view
 
-    def _crop(
+    def _draw(
         self,
         image: Tensor,
         size: int,
         scale: tuple[float, float],
         interpolation: Interpolation,
         flip: bool,
-    ) -> Tensor:
+    ) -> Crop:
         """Draw a crop of each image."""
         boxes = random_boxes(image, scale, self.ratio)
         self.boxes.append(boxes)
-        flips = None
+        flips = torch.zeros(2, len(image), dtype=torch.bool, device=image.device)
         if flip:
             probabilities = self.horizontal_flip, self.vertical_flip
             flips = torch.stack([draw(image, p) for p in probabilities])
-        return resample(image, boxes, (size, size), flips, interpolation)
+        return crop_weights(image, boxes, (size, size), flips, interpolation)
 
-    def _crop_global(self, image: Tensor, flip: bool) -> Tensor:
+    def _draw_global(self, image: Tensor, flip: bool) -> Crop:
         """Draw a global crop of each image."""
-        return self._crop(
+        return self._draw(
             image, self.global_size, self.global_scale, self.global_interpolation, flip
         )
 
-    def _crop_local(self, image: Tensor, size: int, flip: bool) -> Tensor:
+    def _draw_local(self, image: Tensor, size: int, flip: bool) -> Crop:
         """Draw a local crop of each image."""
-        return self._crop(image, size, self.local_scale, self.local_interpolation, flip)
+        return self._draw(image, size, self.local_scale, self.local_interpolation, flip)
 
     def _augment(
-        self, view: Tensor, strengths: Strengths, blur: float, solarize: float
+        self,
+        image: Tensor,
+        crop: Crop | None,
+        strengths: Strengths,
+        blur: float,
+        solarize: float,
     ) -> Tensor:
-        """Jitter, grey, blur and solarise. Does not modify *view*."""
-        rgb = view.shape[1] == 3 and self.value_range is not None
-        factors = torch.rand(4, len(view), device=view.device) * 2 - 1
-        drawn = draw(view, self.jitter_probability)
+        """Crop, jitter, grey, blur and solarise. Does not modify *image*."""
+        if crop is not None and self._is_rgb(image):
+            # Jitter clips, what is not linear: no single product with the blur
+            image, crop = resample(image, *crop), None
+        factors = torch.rand(4, len(image), device=image.device) * 2 - 1
+        drawn = draw(image, self.jitter_probability)
         brightness, contrast, saturation, hue = (
             strength * factor * drawn
             for strength, factor in zip(strengths, factors, strict=True)
         )
-        grey = draw(view, self.grey_probability)
-        if rgb:
-            view = jitter_rgb(view, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-            view = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(view), view)
+        grey = draw(image, self.grey_probability)
+        colours = None
+        if self._is_rgb(image):
+            image = jitter_rgb(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+            image = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
         else:
-            gain = torch.rand(view.shape[:2], device=view.device) * 2 - 1
+            gain = torch.rand(image.shape[:2], device=image.device) * 2 - 1
             gain = 1 + strengths[3] * gain * drawn[:, None]
             gain = (1 + brightness)[:, None] * gain / gain.mean(1, keepdim=True)
+            mean = image.mean((-2, -1)) if crop is None else means(image, *crop)
             # Grey is no saturation
-            view = jitter(view, gain, 1 + contrast, (1 + saturation) * ~grey)
+            colours = colour_map(mean, gain, 1 + contrast, (1 + saturation) * ~grey)
 
-        view = random_blur(view, blur, self.blur_sigma)
+        rows, columns = identity(image) if crop is None else crop
+        size = rows.shape[1], columns.shape[1]
+        kernels = random_kernels(image, size, blur, self.blur_sigma)
+        if kernels is not None:
+            rows, columns = (blur_weights(w, kernels) for w in (rows, columns))
+        view = resample(image, rows, columns, colours)
         if solarize:
             drawn = draw(view, solarize).view(-1, 1, 1, 1)
             view = torch.where(drawn & (view >= 0.5), 1 - view, view)
         return view
+
+    def _is_rgb(self, image: Tensor) -> bool:
+        """Whether images are RGB images."""
+        return image.shape[1] == 3 and self.value_range is not None
 
 
 def _take(image: Tensor, seasons: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor, nn
+
+from .colours import colour_map
+from .draws import draw, random_crop_axes, random_kernels
+from .resample import means, resample
+from .weights import bilinear_weights, blur_weights
 
 
 def check_fractions(**values: float) -> None:
@@ -44,151 +47,6 @@ def check_range(name: str, limits: Sequence[float], top: float = math.inf) -> No
         )
 
 
-def draw(image: Tensor, probability: float) -> Tensor:
-    """Choose samples.
-
-    Args:
-        image: Images of shape (B, ...).
-        probability: Probability to choose a sample.
-
-    Returns:
-        True for the chosen samples, shape (B,).
-    """
-    return torch.rand(len(image), device=image.device) < probability
-
-
-def random_crop_grid(
-    image: Tensor,
-    size: tuple[int, int],
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    horizontal_flip: float = 0.0,
-    vertical_flip: float = 0.0,
-) -> Tensor:
-    """Draw a random resized crop with flips per sample, as a sampling grid.
-
-    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
-    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
-    where torchvision would draw again.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        size: Height and width of the crops in pixels.
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-        horizontal_flip: Probability to mirror left and right.
-        vertical_flip: Probability to mirror top and bottom.
-
-    Returns:
-        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2).
-    """
-    batch, device = len(image), image.device
-    height, width = image.shape[-2:]
-    area = torch.empty(batch, device=device).uniform_(*scale) * (height * width)
-    log_ratio = torch.empty(batch, device=device).uniform_(*map(math.log, ratio))
-    aspect = log_ratio.exp()
-
-    # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
-    extent_x = ((area * aspect).sqrt() / width).clamp(max=1)
-    extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
-    centre = torch.rand(2, batch, device=device) * 2 - 1
-    sign = torch.rand(2, batch, device=device)
-    theta = image.new_zeros(batch, 2, 3, dtype=torch.float32)
-    theta[:, 0, 0] = extent_x * torch.where(sign[0] < horizontal_flip, -1, 1)
-    theta[:, 1, 1] = extent_y * torch.where(sign[1] < vertical_flip, -1, 1)
-    theta[:, 0, 2] = centre[0] * (1 - extent_x)
-    theta[:, 1, 2] = centre[1] * (1 - extent_y)
-    return F.affine_grid(theta, [batch, 1, *size], align_corners=False)
-
-
-def jitter(
-    image: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor | None = None,
-) -> Tensor:
-    """Change brightness, then contrast, then saturation, without clipping.
-
-    Brightness multiplies the image, contrast stretches every band about its own mean,
-    as in the SSL4EO-S12 recipe. (kornia's operations of these names add and multiply.)
-    Saturation stretches every pixel about the mean of its bands.
-    https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/pretrain_ssl/models/rs_transforms_float32.py
-
-    Args:
-        image: Images of shape (B, C, H, W). Brightness is meant for values that are 0
-            where it is dark, such as reflectance, and less for dB or z-scores.
-        brightness: Factors of shape (B,), or of shape (B, C) for each band its own.
-            1 changes nothing.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing, 0 gives grey.
-
-    Returns:
-        The changed images, shape (B, C, H, W).
-    """
-    image = image * brightness.to(image).view(len(image), -1, 1, 1)
-    mean = image.mean((-2, -1), keepdim=True)
-    image.lerp_(mean, 1 - contrast.to(image).view(-1, 1, 1, 1))
-    if saturation is not None:
-        grey = image.mean(1, keepdim=True)
-        image.lerp_(grey, 1 - saturation.to(image).view(-1, 1, 1, 1))
-    return image
-
-
-def random_blur(
-    image: Tensor, probability: float, sigma: tuple[float, float]
-) -> Tensor:
-    """Gaussian blur of some samples, with a standard deviation each.
-
-    Args:
-        image: Images of shape (B, C, H, W), floating point. May be modified.
-        probability: Probability that a sample is blurred.
-        sigma: Range of the standard deviation in pixels.
-
-    Returns:
-        The images, shape (B, C, H, W).
-    """
-    if probability == 0:
-        return image
-
-    drawn = draw(image, probability)
-    sigmas = torch.empty(len(image), device=image.device).uniform_(*sigma)
-    if image.device.type == 'cpu':
-        # Only what was drawn. On a GPU the selection would wait for the device.
-        for i in drawn.nonzero().flatten().tolist():
-            taps = _taps(image, float(sigmas[i]))
-            kernel = get_gaussian_kernel1d(taps, sigmas[i].view(1, 1))
-            image[i] = _blur(image[i], kernel[0].tolist())
-        return image
-    kernel = get_gaussian_kernel1d(_taps(image, sigma[1]), sigmas[:, None])
-    # Not gaussian_blur2d: it looks at sigma, and waits for the device to do so
-    blurred = filter2d_separable(image, kernel, kernel)
-    return torch.where(drawn.view(-1, 1, 1, 1), blurred, image)
-
-
-def _taps(image: Tensor, sigma: float) -> int:
-    """Number of taps of a Gaussian kernel, at most what reflection can pad."""
-    # Taps beyond three standard deviations weigh less than 0.3 %
-    radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
-    return 2 * radius + 1
-
-
-def _blur(image: Tensor, kernel: list[float]) -> Tensor:
-    """Blur one image (C, H, W) by shifted sums.
-
-    Several times faster on a CPU than convolutions, which are made for many channels.
-    """
-    height, width = image.shape[-2:]
-    radius = len(kernel) // 2
-    padded = F.pad(image, (radius,) * 4, mode='reflect')
-    rows = padded[..., :width] * kernel[0]
-    for tap, weight in enumerate(kernel[1:], 1):
-        rows.add_(padded[..., tap : tap + width], alpha=weight)
-    blurred = rows[..., :height, :] * kernel[0]
-    for tap, weight in enumerate(kernel[1:], 1):
-        blurred.add_(rows[..., tap : tap + height, :], alpha=weight)
-    return blurred
-
-
 class RandomView(nn.Module):
     """A random view of each image of a batch: crop, flips, jitter, grey, blur.
 
@@ -197,7 +55,9 @@ class RandomView(nn.Module):
     of values unless *value_range* declares one.
 
     kornia has operations of these names, but with other meanings (brightness adds,
-    contrast multiplies) and clipping; here, crop and flips are one resampling.
+    contrast multiplies) and clipping; here, all are one product with small matrices. On a
+    GPU, `torch.set_float32_matmul_precision('high')` makes it faster, and moves values by
+    up to a thousandth of their range.
 
     The default strengths are those of the same authors' MoCo runs on SSL4EO-S12; those
     of SoftCon itself are not published. Crops are sampled bilinearly without
@@ -317,7 +177,7 @@ class RandomView(nn.Module):
         # Half precision would move pixel values by more than one grey level
         with torch.autocast(image.device.type, enabled=False):
             image = image.float()
-            grid = random_crop_grid(
+            y, x = random_crop_axes(
                 image,
                 self.size,
                 self.scale,
@@ -325,27 +185,31 @@ class RandomView(nn.Module):
                 self.horizontal_flip,
                 self.vertical_flip,
             )
-            # Copies: a view of the grid would keep all of it in memory
-            self._corners = torch.stack([grid[:, 0, 0], grid[:, -1, -1]], 1)
+            corners = [torch.stack([x[:, i], y[:, i]], 1) for i in (0, -1)]
+            self._corners = torch.stack(corners, 1)
             self._image_size = (image.shape[-2], image.shape[-1])
-            # 'border': crops end at the outer edge of the outer pixels, half a pixel
-            # beyond their centres
-            view = F.grid_sample(
-                image, grid, padding_mode='border', align_corners=False
+            # Crops end at the outer edge of the outer pixels, half a pixel beyond their
+            # centres: there, values are those of the outer pixels
+            rows = bilinear_weights(y, image.shape[-2])
+            columns = bilinear_weights(x, image.shape[-1])
+            colours = self._draw_colours(means(image, rows, columns))
+            kernels = random_kernels(
+                image, self.size, self.blur_probability, self.blur_sigma
             )
-            view = self._change_colours(view)
-            view = random_blur(view, self.blur_probability, self.blur_sigma)
+            if kernels is not None:
+                rows, columns = (blur_weights(w, kernels) for w in (rows, columns))
+            view = resample(image, rows, columns, colours)
             if self.value_range is not None:
                 view = view.clamp_(*self.value_range)
         return view
 
-    def _change_colours(self, view: Tensor) -> Tensor:
-        """Jitter and grey."""
-        factors = torch.rand(2, len(view), device=view.device) * 2 - 1
-        factors = factors * draw(view, self.jitter_probability)
-        return jitter(
-            view,
+    def _draw_colours(self, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Jitter and grey, for views with these means (B, C)."""
+        factors = torch.rand(2, len(means), device=means.device) * 2 - 1
+        factors = factors * draw(means, self.jitter_probability)
+        return colour_map(
+            means,
             1 + self.brightness * factors[0],
             1 + self.contrast * factors[1],
-            saturation=~draw(view, self.grey_probability),
+            saturation=~draw(means, self.grey_probability),
         )

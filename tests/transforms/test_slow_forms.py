@@ -1,0 +1,101 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Views equal one operation of torchvision, PyTorch or kornia after the other."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kornia.filters import filter2d_separable, get_gaussian_kernel1d
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as T
+
+from torchgeo_softcon.transforms import MultiCropView, RandomView, random_crop_grid
+from torchgeo_softcon.transforms.draws import draw, random_boxes
+
+
+def jitter(view: Tensor, factors: list[Tensor]) -> Tensor:
+    """Brightness, contrast and saturation, one after the other."""
+    brightness, contrast, saturation = (f.view(len(view), -1, 1, 1) for f in factors)
+    view = view * brightness
+    mean = view.mean((2, 3), keepdim=True)
+    view = mean + contrast * (view - mean)
+    grey = view.mean(1, keepdim=True)
+    return grey + saturation * (view - grey)
+
+
+def blur(view: Tensor, probability: float) -> Tensor:
+    """A blur by kornia of the samples that are drawn."""
+    drawn = draw(view, probability)
+    sigmas = torch.empty(len(view)).uniform_(0.1, 2)
+    for i, sigma in enumerate(sigmas.tolist()):
+        if drawn[i]:
+            kernel = get_gaussian_kernel1d(2 * math.ceil(3 * sigma) + 1, sigma)
+            view[i : i + 1] = filter2d_separable(view[i : i + 1], kernel, kernel)
+    return view
+
+
+def random_view(image: Tensor, size: int) -> Tensor:
+    """RandomView with its defaults."""
+    grid = random_crop_grid(image, (size, size), (0.2, 1), (3 / 4, 4 / 3), 0.5)
+    view = F.grid_sample(image, grid, padding_mode='border', align_corners=False)
+    factors = (torch.rand(2, len(image)) * 2 - 1) * draw(image, 0.8)
+    colour = ~draw(image, 0.2)
+    view = jitter(view, [*(1 + 0.4 * factors), colour.float()])
+    return blur(view, 0.5)
+
+
+def multi_crop(image: Tensor, sizes: list[int]) -> list[Tensor]:
+    """MultiCropView with its defaults."""
+    views = []
+    for i, size in enumerate(sizes):
+        scale = (0.32, 1) if i < 2 else (0.05, 0.32)
+        boxes = random_boxes(image, scale, (3 / 4, 4 / 3))
+        flip, _ = draw(image, 0.5), draw(image, 0)
+        crops = []
+        for x, (left, top, right, bottom), mirror in zip(
+            image, boxes.tolist(), flip.tolist(), strict=True
+        ):
+            kind = InterpolationMode.BICUBIC if i < 2 else InterpolationMode.BILINEAR
+            box = top, left, bottom - top, right - left
+            crop = T.resized_crop(x, *box, [size, size], kind, antialias=True)
+            crops.append(crop.flip(-1) if mirror else crop)
+        view = torch.stack(crops)
+
+        strengths = (0.4, 0.4, 0.2, 0.1) if i < 2 else (0.8, 0.8, 0.8, 0.2)
+        factors = torch.rand(4, len(image)) * 2 - 1
+        drawn = draw(image, 0.8)
+        colour = ~draw(image, 0.2)
+        factors *= torch.tensor(strengths)[:, None] * drawn
+        gain = torch.rand(image.shape[:2]) * 2 - 1
+        gain = 1 + strengths[3] * gain * drawn[:, None]
+        gain = (1 + factors[0])[:, None] * gain / gain.mean(1, keepdim=True)
+        view = jitter(view, [gain, 1 + factors[1], (1 + factors[2]) * colour])
+        views.append(blur(view, (1, 0.1)[i] if i < 2 else 0.5))
+    return views
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_random_view(seed: int) -> None:
+    image = torch.rand(8, 13, 96, 90)
+    module = RandomView(80)
+    torch.manual_seed(seed)
+    view = module(image)
+    torch.manual_seed(seed)
+    expected = random_view(image, 80)
+    torch.testing.assert_close(view, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_multi_crop_view(seed: int) -> None:
+    image = torch.rand(8, 13, 96, 90)
+    module = MultiCropView(80, (64, 48, 24))
+    torch.manual_seed(seed)
+    views = module(image)
+    torch.manual_seed(seed)
+    expected = multi_crop(image, [80, 80, 64, 48, 24])
+    for view, slow in zip(views, expected, strict=True):
+        torch.testing.assert_close(view, slow, rtol=0, atol=2e-5)

@@ -1,0 +1,167 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Random parameters of views, drawn per sample on the device of the batch."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .weights import gaussian_kernels
+
+
+def draw(image: Tensor, probability: float) -> Tensor:
+    """Choose samples.
+
+    Args:
+        image: Images of shape (B, ...).
+        probability: Probability to choose a sample.
+
+    Returns:
+        True for the chosen samples, shape (B,).
+    """
+    return torch.rand(len(image), device=image.device) < probability
+
+
+def random_crop_axes(
+    image: Tensor,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    horizontal_flip: float = 0.0,
+    vertical_flip: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw a random resized crop with flips per sample, as positions in the image.
+
+    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
+    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
+    where torchvision would draw again.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        size: Height and width of the crops in pixels.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height.
+        horizontal_flip: Probability to mirror left and right.
+        vertical_flip: Probability to mirror top and bottom.
+
+    Returns:
+        Where the rows and the columns of the crops lie in the coordinates of
+        ``grid_sample(..., align_corners=False)``, shapes (B, h) and (B, w), float32.
+    """
+    batch, device = len(image), image.device
+    height, width = image.shape[-2:]
+    area = torch.empty(batch, device=device).uniform_(*scale) * (height * width)
+    log_ratio = torch.empty(batch, device=device).uniform_(*map(math.log, ratio))
+    aspect = log_ratio.exp()
+
+    # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
+    extent_x = ((area * aspect).sqrt() / width).clamp(max=1)
+    extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
+    centre = torch.rand(2, batch, device=device) * 2 - 1
+    sign = torch.rand(2, batch, device=device)
+    axes = []
+    for i, extent, flip, pixels in (
+        (1, extent_y, vertical_flip, size[0]),
+        (0, extent_x, horizontal_flip, size[1]),
+    ):
+        base = (torch.arange(pixels, device=device) * 2 + 1) / pixels - 1
+        signed = extent * torch.where(sign[i] < flip, -1, 1)
+        shift = centre[i] * (1 - extent)
+        axes.append(signed[:, None] * base + shift[:, None])
+    return axes[0], axes[1]
+
+
+def random_crop_grid(
+    image: Tensor,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    horizontal_flip: float = 0.0,
+    vertical_flip: float = 0.0,
+) -> Tensor:
+    """Draw a random resized crop with flips per sample, as a sampling grid.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        size: Height and width of the crops in pixels.
+        scale: As of :func:`random_crop_axes`.
+        ratio: As of :func:`random_crop_axes`.
+        horizontal_flip: Probability to mirror left and right.
+        vertical_flip: Probability to mirror top and bottom.
+
+    Returns:
+        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2).
+    """
+    y, x = random_crop_axes(image, size, scale, ratio, horizontal_flip, vertical_flip)
+    shape = len(image), *size
+    return torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], -1)
+
+
+def random_boxes(
+    image: Tensor, scale: Sequence[float], ratio: Sequence[float]
+) -> Tensor:
+    """Draw the box of a random resized crop for each image of a batch.
+
+    The same distribution as torchvision's ``RandomResizedCrop``: area uniform in
+    *scale*, aspect ratio log-uniform in *ratio*, the first of ten draws that fits, and
+    a large central box if none does.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height.
+
+    Returns:
+        Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
+        int64.
+    """
+    draws, device = (len(image), 10), image.device
+    height, width = image.shape[-2:]
+    area = torch.empty(draws, device=device).uniform_(*scale) * (height * width)
+    log_ratio = torch.empty(draws, device=device).uniform_(*map(math.log, ratio))
+    aspect = log_ratio.exp()
+    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()]).round_()
+
+    fits = (size[0] >= 1) & (size[0] <= width) & (size[1] >= 1) & (size[1] <= height)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    width_, height_ = (s.gather(1, first)[:, 0] for s in size)
+    left, top = torch.rand(2, len(image), device=device)
+
+    # No draw fits: the largest central box of an allowed ratio
+    found = fits.any(1)
+    central = min(width, height * max(ratio)), min(height, width / min(ratio))
+    width_ = torch.where(found, width_, round(central[0]))
+    height_ = torch.where(found, height_, round(central[1]))
+    left = torch.where(found, left, 0.5)
+    top = torch.where(found, top, 0.5)
+
+    # Whole pixels, all of them equally likely; at the centre rounded down
+    x = (left * (width - width_ + found)).floor_()
+    y = (top * (height - height_ + found)).floor_()
+    return torch.stack([x, y, x + width_, y + height_], 1).long()
+
+
+def random_kernels(
+    image: Tensor, size: tuple[int, int], probability: float, sigma: tuple[float, float]
+) -> Tensor | None:
+    """Draw a Gaussian blur of some samples, with a standard deviation each.
+
+    Args:
+        image: Images of shape (B, ...).
+        size: Height and width of what is blurred.
+        probability: Probability that a sample is blurred.
+        sigma: Range of the standard deviation in pixels.
+
+    Returns:
+        Kernels of shape (B, 2 r + 1), None if the probability is 0.
+    """
+    if probability == 0:
+        return None
+    drawn = draw(image, probability)
+    sigmas = torch.empty(len(image), device=image.device).uniform_(*sigma)
+    # At most what reflection can pad
+    radius = min(math.ceil(3 * sigma[1]), min(size) - 1)
+    return gaussian_kernels(sigmas, drawn, radius)

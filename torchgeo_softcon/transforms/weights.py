@@ -1,0 +1,188 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Resizing, mirroring and blurring along one axis, as matrices.
+
+A crop with flips and a Gaussian blur are linear, and separate for rows and columns: the
+view of a band is ``rows @ band @ columns.T``. None of these functions waits for a device.
+"""
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Interpolation: TypeAlias = Literal['bilinear', 'bicubic']
+
+
+def resize_weights(
+    spans: Tensor, pixels: int, size: int, flip: Tensor, interpolation: Interpolation
+) -> Tensor:
+    """Weights of antialiased resizing, as in PyTorch, torchvision and Pillow.
+
+    Args:
+        spans: First pixel, and the one after the last, of each sample, shape (B, 2),
+            int64.
+        pixels: Number of pixels N of the image.
+        size: Number of pixels n of the crop.
+        flip: Whether to mirror the crop, shape (B,), bool.
+        interpolation: Kernel of the interpolation.
+
+    Returns:
+        Matrices of shape (B, n, N), float32. Rows sum to 1.
+    """
+    start, stop = spans[:, :1], spans[:, 1:]
+    target = torch.arange(size, device=spans.device)
+    target = torch.where(flip[:, None], size - 1 - target, target)
+
+    # Centres within the box, in whole pixels and the rest: in float32, the sum would be
+    # off by 1e-5 pixels
+    centre = (2 * target + 1) * (stop - start)
+    whole = centre.div(2 * size, rounding_mode='floor')
+    rest = (centre - whole * 2 * size) / (2 * size)
+
+    support = 1 if interpolation == 'bilinear' else 2
+    reach = math.ceil(support * max(1, pixels / size))
+    tap = torch.arange(-reach, reach + 1, device=spans.device)
+    # Wider than one pixel of the crop only where it has fewer pixels than its box
+    width = ((stop - start) / size).clamp(min=1)[..., None]
+    distance = ((tap + 0.5 - rest[..., None]) / width).abs()
+    if interpolation == 'bilinear':
+        weight = (1 - distance).clamp(min=0)
+    else:
+        # Keys' cubic with a = -0.5
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    index = (start + whole)[..., None] + tap
+    weight = weight * ((index >= start[..., None]) & (index < stop[..., None]))
+    return _dense(index, weight / weight.sum(-1, keepdim=True), pixels)
+
+
+def crop_weights(
+    image: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    flips: Tensor,
+    interpolation: Interpolation = 'bilinear',
+) -> tuple[Tensor, Tensor]:
+    """Weights of resizing a box of each image, antialiased, and then mirroring it.
+
+    Equal to torchvision's ``resized_crop(..., antialias=True)`` for each image, then
+    flips.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        boxes: Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
+            int64.
+        size: Height and width of the crops in pixels.
+        flips: Whether to mirror left and right, and top and bottom, shape (2, B), bool.
+        interpolation: Kernel of the interpolation.
+
+    Returns:
+        Weights of the rows, shape (B, h, H), and of the columns, shape (B, w, W).
+    """
+    height, width = image.shape[-2:]
+    columns = resize_weights(boxes[:, ::2], width, size[1], flips[0], interpolation)
+    rows = resize_weights(boxes[:, 1::2], height, size[0], flips[1], interpolation)
+    return rows, columns
+
+
+def bilinear_weights(position: Tensor, pixels: int) -> Tensor:
+    """Weights of bilinear interpolation between the two nearest pixels.
+
+    The same as ``grid_sample(..., padding_mode='border', align_corners=False)``.
+
+    Args:
+        position: Where to sample in its coordinates, where the image is [-1, 1], shape
+            (B, n), float32.
+        pixels: Number of pixels N of the image.
+
+    Returns:
+        Matrices of shape (B, n, N), float32. Rows sum to 1.
+    """
+    position = (((position + 1) * pixels - 1) / 2).clamp(0, pixels - 1)
+    low = position.floor()
+    part = position - low
+    index = low.long()[..., None] + torch.arange(2, device=position.device)
+    return _dense(index, torch.stack([1 - part, part], -1), pixels)
+
+
+def _dense(index: Tensor, weight: Tensor, pixels: int) -> Tensor:
+    """Matrices (B, n, N) with weights (B, n, K) at different columns (B, n, K)."""
+    # Taps beside the image have no weight, and go to a column that is left out
+    index, weight = torch.where(weight == 0, pixels, index), weight.float()
+    matrix = weight.new_zeros(*weight.shape[:2], pixels + 1)
+    return matrix.scatter_(2, index, weight)[..., :pixels]
+
+
+def identity(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the rows and columns of images (B, C, H, W) as they are."""
+    rows, columns = (
+        torch.eye(side, dtype=torch.float32, device=image.device).expand(
+            len(image), -1, -1
+        )
+        for side in image.shape[-2:]
+    )
+    return rows, columns
+
+
+def gaussian_kernels(sigma: Tensor, drawn: Tensor, radius: int) -> Tensor:
+    """Gaussian kernels, within three standard deviations.
+
+    Args:
+        sigma: Standard deviations in pixels, shape (B,).
+        drawn: Whether to blur a sample, else its kernel is a unit impulse, shape (B,),
+            bool.
+        radius: Number of taps r on either side.
+
+    Returns:
+        Kernels of shape (B, 2 r + 1), float32. They sum to 1.
+    """
+    sigma = sigma[:, None]
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    # Taps beyond weigh less than 0.3 %
+    inside = offset.abs() <= (3 * sigma).ceil()
+    kernel = (-0.5 * (offset / sigma) ** 2).exp() * inside
+    kernel = torch.where(drawn[:, None], kernel, (offset == 0).to(kernel))
+    return (kernel / kernel.sum(1, keepdim=True)).float()
+
+
+def blur_weights(weights: Tensor, kernels: Tensor) -> Tensor:
+    """Blur what matrices give, with reflection at both ends.
+
+    Args:
+        weights: Matrices of shape (B, n, N).
+        kernels: Kernels of shape (B, 2 r + 1) with r < n.
+
+    Returns:
+        Matrices of shape (B, n, N).
+    """
+    form = _blur_each if weights.device.type == 'cpu' else _blur_all
+    return form(weights, kernels)
+
+
+def _blur_all(weights: Tensor, kernels: Tensor) -> Tensor:
+    """The whole batch at once: nothing waits for the kernels."""
+    radius = kernels.shape[1] // 2
+    padded = F.pad(weights, (0, 0, radius, radius), mode='reflect')
+    blurred = F.conv2d(padded[None], kernels[:, None, :, None], groups=len(kernels))
+    return blurred[0]
+
+
+def _blur_each(weights: Tensor, kernels: Tensor) -> Tensor:
+    """Only what is blurred, with the taps that this needs: faster on a CPU."""
+    blurred = weights.clone(memory_format=torch.contiguous_format)
+    size, middle = weights.shape[1], kernels.shape[1] // 2
+    for i, kernel in enumerate(kernels.tolist()):
+        radius = sum(tap > 0 for tap in kernel) // 2
+        if radius:
+            taps = kernel[middle - radius : middle + radius + 1]
+            pad = (0, 0, radius, radius)
+            padded = F.pad(weights[i : i + 1], pad, mode='reflect')[0]
+            torch.mul(padded[:size], taps[0], out=blurred[i])
+            for start, tap in enumerate(taps[1:], 1):
+                blurred[i].add_(padded[start : start + size], alpha=tap)
+    return blurred
