@@ -5,6 +5,19 @@
 
 Tensors on PyTorch's ``meta`` device have no values, but everything else: code that is
 not for CPUs takes the path that it takes on a GPU, at the price of a shape.
+
+What is counted are calls of PyTorch's operators, which is a fair model of a GPU where each
+is one kernel: matrix products, elementwise operations, copies, norms, reductions. It is
+not one where
+
+* one operator is several kernels: the backward pass of attention is two or three, so are
+  sorts and large reductions, and fused optimizers have one for every few tensors;
+* a library does more: convolutions may reorder memory first;
+* attention runs: forward and backward count as one each, whichever kernel would be chosen;
+* the precision matters: all is float32 here, under autocast every weight is cast once more
+  per pass, and attention runs once per layer instead of once per size (``varlen``).
+
+Whether the host waits is told by name alone; :mod:`tests.test_gpu` asks CUDA itself.
 """
 
 from collections import Counter
@@ -48,7 +61,7 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device: Counter[str] = Counter()
         self.host: Counter[str] = Counter()
 
@@ -66,7 +79,7 @@ class Operations(TorchDispatchMode):
             return func(*args, **kwargs)
 
         source = args[0].device.type if args and isinstance(args[0], Tensor) else None
-        if name == '_to_copy' and kwargs.get('device') == torch.device('cpu') != source:
+        if name == '_to_copy' and 'cpu' == str(kwargs.get('device')) != source:
             self._note(name, waits=not kwargs.get('non_blocking'))
             # There is nothing to copy
             return func(torch.zeros_like(args[0], device='cpu'), **kwargs)
@@ -127,6 +140,7 @@ def like_a_gpu() -> Iterator[None]:
         mock.patch('torch.nn.functional.scaled_dot_product_attention', _attention),
         mock.patch('torch.cuda.Event', _Event),
         mock.patch('torch.autocast', _autocast),
+        mock.patch('torch.is_autocast_enabled', return_value=False),
         mock.patch(
             'torch.optim.optimizer._get_fused_kernels_supported_devices',
             return_value=['meta'],

@@ -7,6 +7,7 @@ A GPU that is fast enough is limited by the number of operations, not by their s
 numbers are those of the real models: what has no values costs nothing.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ class Steps:
     def __init__(self, task: DINOMCTask | SoftConTask) -> None:
         self.task: Any = task.to('meta')
         self.task._seed = 0  # read once per run
-        self.task.log_step = lambda values, batch_size: None
+        self.task.__dict__['log_step'] = lambda values, batch_size: None
         self.batch = {
             'image': torch.empty(BATCH, BANDS, 264, 264, device='meta'),
             'label': torch.empty(BATCH, 11, device='meta'),
@@ -121,11 +122,12 @@ class TestOperations:
 
     def test_notices_a_host_that_waits(self) -> None:
         x = torch.empty(4, device='meta')
-        for name, wait in {
+        waits: dict[str, Callable[[], Any]] = {
             '_local_scalar_dense': lambda: float(x[0]),
             '_to_copy': lambda: x.to('cpu'),
             'copy_': lambda: x.copy_(torch.ones(4)),
-        }.items():
+        }
+        for name, wait in waits.items():
             with Operations() as operations:
                 wait()
             assert +operations.host == {name: 1}
