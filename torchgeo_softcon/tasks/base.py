@@ -27,8 +27,9 @@ from ..models import (
     read_pretrained,
     read_weights,
 )
-from ..modules import input_layer, update_ema
+from ..modules import input_layer, make_teacher, update_ema
 from ..schedules import cosine_warmup
+from .checkpointing import PausedStatistics, checkpoint_activations
 from .guard import NonFiniteGuard
 from .optimizers import create_optimizer, images_per_step, parameter_groups
 
@@ -132,7 +133,25 @@ class EMATask(BaseTask):
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
+        self._paused = PausedStatistics()
         return encoder
+
+    def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
+        """Copy the encoder into its teacher, and let it save memory if asked to.
+
+        Args:
+            encoder: The trained encoder.
+
+        Returns:
+            The teacher, which keeps no activations anyway.
+
+        Raises:
+            ValueError: If *grad_checkpointing* is not possible.
+        """
+        teacher = make_teacher(encoder)
+        if self.hparams['grad_checkpointing']:
+            checkpoint_activations(encoder, self.hparams['model'])
+        return teacher
 
     def try_sizes(self, encoder: nn.Module) -> int:
         """Find out whether an encoder takes the sizes of the views.
@@ -356,6 +375,19 @@ class EMATask(BaseTask):
             'optimizer': optimizer,
             'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
         }
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Keep batch norm from seeing twice what is computed twice.
+
+        Args:
+            loss: The loss.
+        """
+        if self.hparams['grad_checkpointing']:
+            self._paused.pause(self.modules())
+
+    def on_after_backward(self) -> None:
+        """Let batch norm see what comes next."""
+        self._paused.resume()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then move the teacher towards the student.

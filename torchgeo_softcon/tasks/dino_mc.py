@@ -119,6 +119,7 @@ class DINOMCTask(EMATask):
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
         varlen_attention: bool = True,
+        grad_checkpointing: bool = False,
         augmentations: nn.Module | None = None,
     ) -> None:
         """Initialize a new DINOMCTask instance.
@@ -181,6 +182,9 @@ class DINOMCTask(EMATask):
             varlen_attention: Whether attention runs once for the crops of all sizes where
                 that is possible, see :func:`~torchgeo_softcon.modules.encode_crops`. False
                 lets it run per size everywhere.
+            grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
+                only, and computes the rest again in the backward pass: the same results
+                from less memory in more time. Not for all families of models.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
                 teacher sees first. Defaults to
@@ -266,7 +270,7 @@ class DINOMCTask(EMATask):
             self.hparams['output_dim'],
             self.hparams['norm_last_layer'],
         )
-        self.model = make_teacher(self.student)
+        self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
         compiled = self.hparams['compile_encoder']
         if compiled and not can_pack(self.student):
