@@ -31,6 +31,7 @@ from ..modules import input_layer, make_teacher, update_ema
 from ..schedules import cosine_warmup
 from .checkpointing import PausedStatistics, checkpoint_activations
 from .guard import NonFiniteGuard
+from .memory_format import contiguous, follow_parameters, set_memory_format
 from .optimizers import create_optimizer, images_per_step, parameter_groups
 
 
@@ -130,6 +131,7 @@ class EMATask(BaseTask):
             load_encoder(encoder, state_dict, self.hparams['in_layer_init'], bands)
         if self.hparams['freeze_patch_embed']:
             input_layer(encoder)[1].requires_grad_(False)
+        set_memory_format(encoder, self.hparams['channels_last'])
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
@@ -245,6 +247,7 @@ class EMATask(BaseTask):
         state = checkpoint['state_dict']
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
+        contiguous(state)
         checkpoint['unsaved'] = self.unsaved()
         # For those who use the encoder with other data
         datamodule = getattr(self._trainer, 'datamodule', None)
@@ -279,6 +282,8 @@ class EMATask(BaseTask):
         before, in evaluation mode, would never learn its statistics.
         """
         self.train()
+        for optimizer in self.trainer.optimizers:
+            follow_parameters(optimizer)
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch.

@@ -120,6 +120,7 @@ class DINOMCTask(EMATask):
         compile_encoder: bool = False,
         varlen_attention: bool = True,
         grad_checkpointing: bool = False,
+        channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
     ) -> None:
         """Initialize a new DINOMCTask instance.
@@ -185,6 +186,9 @@ class DINOMCTask(EMATask):
             grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
                 only, and computes the rest again in the backward pass: the same results
                 from less memory in more time. Not for all families of models.
+            channels_last: Whether the weights of the encoders have the channels of a pixel
+                side by side in memory, which is faster for convolutions. None does so for
+                encoders with more than one convolution. Checkpoints do not show it.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
                 teacher sees first. Defaults to

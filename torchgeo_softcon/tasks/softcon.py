@@ -79,6 +79,7 @@ class SoftConTask(EMATask):
         weight_decay: float = 0.1,
         warmup_epochs: float = 10,
         grad_checkpointing: bool = False,
+        channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
     ) -> None:
         """Initialize a new SoftConTask instance.
@@ -147,6 +148,9 @@ class SoftConTask(EMATask):
             grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
                 only, and computes the rest again in the backward pass: the same results
                 from less memory in more time. Not for all families of models.
+            channels_last: Whether the weights of the encoders have the channels of a pixel
+                side by side in memory, which is faster for convolutions. None does so for
+                encoders with more than one convolution. Checkpoints do not show it.
             augmentations: Module that draws views of *size* of a batch (B, C, H, W).
                 Defaults to :class:`~torchgeo_softcon.transforms.RandomView`. Not saved
                 in checkpoints.
