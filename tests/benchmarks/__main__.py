@@ -9,7 +9,8 @@ Forms of a row are timed in turns, in CPU time on a CPU and with events on a GPU
 ratio is that of the medians; larger than 1 is faster than the first form of the row.
 Memory is the peak on a GPU, and on a CPU what is kept for backward passes. The last column
 is the share of the rate at which the device multiplies large matrices in that precision,
-measured first (attention of all crops at once, on a GPU, is not counted). Last come the losses of DINO-MC steps, ours and those of the slow form.
+measured first. (PyTorch does not count attention of all crops at once, on a GPU.) Last come
+the losses of DINO-MC steps, ours and those of the slow form.
 """
 
 import argparse
