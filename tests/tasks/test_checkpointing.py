@@ -40,9 +40,9 @@ MAKERS = [
     (make_task, {'model': 'test_vit', 'mask_ratio': 0}),
     (make_task, {'model': 'test_vit', 'mask_mode': 'drop', 'drop_path_rate': 0.3}),
     (make_task, {'model': 'test_vit', 'mask_mode': 'token'}),
-    (make_task, {'model': 'resnet18'}),
+    (make_task, {'model': 'test_resnet'}),
     (make_dino, {'model': 'test_vit', 'drop_path_rate': 0.3}),
-    (make_dino, {'model': 'resnet18'}),
+    (make_dino, {'model': 'test_resnet'}),
 ]
 
 
@@ -70,7 +70,7 @@ def test_same_gradients_from_less_memory(make: Any, kwargs: dict[str, Any]) -> N
 def test_batch_norm_sees_each_batch_once(make: Any, tmp_path: Path) -> None:
     buffers = []
     for checkpointing in (False, True):
-        task = make(model='resnet18', grad_checkpointing=checkpointing)
+        task = make(model='test_resnet', grad_checkpointing=checkpointing)
         trainer = make_trainer(tmp_path, max_steps=1, max_epochs=1)
         trainer.fit(task, make_loader(length=4))
         (student, _), *_ = task.ema_pairs()
