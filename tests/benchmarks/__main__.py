@@ -139,7 +139,8 @@ class Bench:
             'local_sizes': self.args.local_sizes,
             'output_dim': self.args.prototypes,
         }
-        step = slow.DINOMCStep(DINOMCTask(**options).to(DEVICE))
+        plain = DINOMCTask(**options, channels_last=False)
+        step = slow.DINOMCStep(plain.to(DEVICE))
         return {
             'size by size, with loops': lambda: self.cast(lambda: step(self.image)),
             'ours': self.step(DINOMCTask(**options)),
@@ -165,7 +166,11 @@ class Bench:
         losses: list[list[float]] = []
         for ours in (False, True):
             torch.manual_seed(0)
-            task = DINOMCTask(**options, augmentations=Given(crops)).to(DEVICE)
+            task = DINOMCTask(
+                **options,
+                augmentations=Given(crops),
+                channels_last=None if ours else False,
+            ).to(DEVICE)
             if ours:
                 run = self.step(task)
                 losses.append([float(run()) for _ in range(steps)])
