@@ -14,6 +14,7 @@ from torchgeo_softcon.modules import encode_crops, make_teacher, update_ema
 
 from .benchmarks import slow
 from .benchmarks.__main__ import ROWS, main
+from .benchmarks.harness import counted
 from .tasks.helpers import Corners, make_batch, make_dino
 
 
@@ -26,7 +27,18 @@ def test_all_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__.startswith(table['torch'])
     firsts = {row['row']: row for row in reversed(table['rows'])}
     assert all(row['ratio'] == 1 for row in firsts.values())
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(table['rows'])
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(table['rows'])
+    for row in ('softcon', 'two_views', 'dino_mc'):
+        assert min(firsts[row]['memory'], firsts[row]['flops']) > 0
+    assert table['loss difference'] < 1e-5
+
+
+def test_counts() -> None:
+    weight = torch.rand(8, 8, requires_grad=True)
+    image = torch.rand(4, 8)
+    # The image is kept for the weight's gradient, and exp keeps what it gives
+    counts = counted(lambda: (image @ weight).exp().sum().backward())
+    assert counts == (2 * (2 * 4 * 8 * 8), 2 * 4 * image.numel())
 
 
 def test_slow_forms_are_equal() -> None:

@@ -7,6 +7,10 @@
 
 Forms of a row are timed in turns, in CPU time on a CPU and with events on a GPU. The
 ratio is that of the medians; larger than 1 is faster than the first form of the row.
+Memory is the peak on a GPU, and on a CPU what is kept for backward passes. The last column
+is the share of the rate at which the device multiplies large matrices in that precision,
+measured first. (PyTorch does not count attention of all crops at once, on a GPU.) Last come
+the losses of DINO-MC steps, ours and those of the slow form.
 """
 
 import argparse
@@ -20,7 +24,7 @@ from typing import Any
 
 import torch
 from lightly.models.utils import update_momentum
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
@@ -31,9 +35,21 @@ from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
 from torchgeo_softcon.transforms import MultiCropView, RandomView
 
 from . import slow
-from .harness import DEVICE, HEADER, Timing, circumstances, compare
+from .harness import DEVICE, HEADER, Timing, circumstances, compare, matrix_rate
 
 Forms = dict[str, Callable[[], Any]]
+
+
+class Given(nn.Module):
+    """Crops that were drawn before, in turns."""
+
+    def __init__(self, crops: list[list[Tensor]]) -> None:
+        super().__init__()
+        self.crops = iter(crops)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """The next crops."""
+        return next(self.crops)
 
 
 class Bench:
@@ -130,11 +146,45 @@ class Bench:
             'local_sizes': self.args.local_sizes,
             'output_dim': self.args.prototypes,
         }
-        step = slow.DINOMCStep(DINOMCTask(**options).to(DEVICE))
+        plain = DINOMCTask(**options, channels_last=False)
+        step = slow.DINOMCStep(plain.to(DEVICE))
         return {
             'size by size, with loops': lambda: self.cast(lambda: step(self.image)),
             'ours': self.step(DINOMCTask(**options)),
         }
+
+    def dino_mc_losses(self, steps: int = 5) -> float:
+        """How far losses are from those of the slow form in float32.
+
+        Args:
+            steps: Number of steps, from the same start with the same crops.
+
+        Returns:
+            The largest relative difference.
+        """
+        views = MultiCropView(self.args.size, self.args.local_sizes)
+        crops = [views(self.image) for _ in range(steps)]
+        options = {
+            **self.options(),
+            'local_sizes': self.args.local_sizes,
+            'output_dim': self.args.prototypes,
+            'drop_path_rate': 0,
+        }
+        losses: list[list[float]] = []
+        for ours in (False, True):
+            torch.manual_seed(0)
+            task = DINOMCTask(
+                **options,
+                augmentations=Given(crops),
+                channels_last=None if ours else False,
+            ).to(DEVICE)
+            if ours:
+                run = self.step(task)
+                losses.append([float(run()) for _ in range(steps)])
+            else:
+                step = slow.DINOMCStep(task)
+                losses.append([step(self.image) for _ in range(steps)])
+        return max(abs(b / a - 1) for a, b in zip(*losses, strict=True))
 
     def options(self) -> dict[str, Any]:
         """What the tasks have in common."""
@@ -153,13 +203,18 @@ class Bench:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             return run()
 
-    def step(self, task: Any) -> Callable[[], None]:
+    def step(self, task: Any) -> Callable[[], Any]:
         """A training step as Lightning does it, without Lightning."""
         task.to(DEVICE).train()
         task.log = task.log_step = lambda *args, **kwargs: None
         ours = isinstance(task, DINOMCTask | SoftConTask)
         optimizer = (
-            create_optimizer('adamw', parameter_groups([task], 0.1), 1e-4, fused=True)
+            create_optimizer(
+                'adamw',
+                parameter_groups([task], task.hparams['weight_decay']),
+                1e-4,
+                fused=True,
+            )
             if ours
             else torch.optim.AdamW(task.parameters(), lr=1e-4)
         )
@@ -171,12 +226,14 @@ class Bench:
             optimizers=[optimizer],
         )
 
-        def run() -> None:
+        def run() -> Tensor:
             optimizer.zero_grad()
-            self.cast(lambda: task.training_step(self.batch, 0)).backward()
+            loss: Tensor = self.cast(lambda: task.training_step(self.batch, 0))
+            loss.backward()  # type: ignore[no-untyped-call]
             if isinstance(task, DINOMCTask):  # the others leave it to Lightning
                 task.configure_gradient_clipping(optimizer)
             task.optimizer_step(0, 0, optimizer, lambda: None)
+            return loss.detach()
 
         return run
 
@@ -188,12 +245,12 @@ TOY = {'model': 'test_vit', 'channels': 2, 'batch': 2, 'image': 160, 'size': 160
 TOY |= {'local_sizes': [48, 32], 'prototypes': 64, 'rounds': 1}
 
 
-def run(args: argparse.Namespace) -> Iterator[Timing]:
+def run(args: argparse.Namespace, peak: float) -> Iterator[Timing]:
     """Time the rows."""
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     for row in args.rows:
-        yield from compare(row, getattr(Bench(args), row)(), args.rounds)
+        forms = getattr(Bench(args), row)()
+        yield from compare(row, forms, args.rounds, args.batch, peak)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -218,13 +275,21 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.toy:
         vars(options).update(TOY)
 
-    facts = circumstances() | {'threads': options.threads}
+    torch.set_num_threads(options.threads)
+    peak = matrix_rate(options.precision == 'bf16', 64 if options.toy else 0)
+    facts = circumstances() | {'GFLOP/s': round(peak / 1e9, 1)}
     print(', '.join(f'{key} {value}' for key, value in facts.items()))
     print(HEADER)
     timings = []
-    for timing in run(options):
+    for timing in run(options, peak):
         timings.append(timing)
         print(timing, flush=True)
+    if 'dino_mc' in options.rows:
+        facts['loss difference'] = Bench(options).dino_mc_losses()
+        print(
+            'DINO-MC losses of 5 steps, largest relative difference to the slow form in '
+            f'fp32: {facts["loss difference"]:.1e}'
+        )
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != 'json'}
         rows = [asdict(timing) for timing in timings]

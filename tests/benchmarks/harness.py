@@ -13,6 +13,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -26,7 +29,10 @@ class Timing:
         form: How.
         seconds: Of each round, CPU time on a CPU, and between events on a GPU.
         ratio: Median of the first form of the row / median of this one.
-        memory: Peak memory on a GPU in bytes, else 0.
+        memory: Bytes: peak memory on a GPU, on a CPU what is kept for backward passes.
+        flops: Floating-point operations of matrix products, convolutions and attention.
+        images: Number of images.
+        peak: Matrix products of this device and precision, in operations per second.
     """
 
     row: str
@@ -34,20 +40,62 @@ class Timing:
     seconds: list[float]
     ratio: float
     memory: int
+    flops: int
+    images: int
+    peak: float
 
     def __str__(self) -> str:
         """A line of the table."""
         median, low, high = (f(self.seconds) for f in (statistics.median, min, max))
         return (
-            f'{self.row:26} {self.form:26} {median:10.5f} {low:10.5f} {high:10.5f} '
-            f'{self.ratio:7.2f} {self.memory / 2**20:9.0f}'
+            f'{self.row:10} {self.form:24} {median:10.5f} {low:10.5f} {high:10.5f} '
+            f'{self.ratio:7.2f} {self.memory / self.images / 2**20:10.1f} '
+            f'{self.flops / self.images / 1e9:13.2f} '
+            f'{self.flops / max(median, 1e-12) / self.peak:7.1%}'
         )
 
 
 HEADER = (
-    f'{"row":26} {"form":26} {"median s":>10} {"min s":>10} {"max s":>10} '
-    f'{"ratio":>7} {"peak MiB":>9}'
+    f'{"row":10} {"form":24} {"median s":>10} {"min s":>10} {"max s":>10} {"ratio":>7} '
+    f'{"MiB/image":>10} {"GFLOP/image":>13} {"of peak":>7}'
 )
+
+
+class Kept:
+    """Bytes that forward passes keep for backward passes."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor, once for each memory."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            # Held, or its address would be used again
+            self._seen[storage.data_ptr()] = tensor
+            self.total += storage.nbytes()
+        return tensor
+
+
+def counted(run: Callable[[], Any]) -> tuple[int, int]:
+    """Operations of a call, and bytes that it keeps for backward passes."""
+    kept = Kept()
+    with (
+        FlopCounterMode(display=False) as counter,
+        saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+    ):
+        run()
+    return counter.get_total_flops(), kept.total
+
+
+def matrix_rate(bf16: bool, side: int = 0) -> float:
+    """Operations per second of large matrix products, the floor of all that follows."""
+    side = side or (8192 if DEVICE == 'cuda' else 1024)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * side**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(7))
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -64,20 +112,29 @@ def timed(run: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
-def compare(row: str, forms: dict[str, Callable[[], Any]], rounds: int) -> list[Timing]:
-    """Time forms in turns, after two calls of each that are not counted.
+def compare(
+    row: str,
+    forms: dict[str, Callable[[], Any]],
+    rounds: int,
+    images: int = 1,
+    peak: float = 1.0,
+) -> list[Timing]:
+    """Time forms in turns, after two calls of each that are not timed.
 
     Args:
         row: What is computed.
         forms: Forms by name. The first is what the others are compared with.
         rounds: Number of calls of each form.
+        images: Number of images of a call.
+        peak: See :class:`Timing`.
 
     Returns:
         A timing per form.
     """
     seconds: dict[str, list[float]] = {form: [] for form in forms}
-    memory = dict.fromkeys(forms, 0)
-    for turn in range(-2, rounds):
+    counts = {form: counted(run) for form, run in forms.items()}
+    memory = {form: kept for form, (_, kept) in counts.items()}
+    for turn in range(-1, rounds):
         for form, run in forms.items():
             if DEVICE == 'cuda':
                 torch.cuda.reset_peak_memory_stats()
@@ -88,7 +145,16 @@ def compare(row: str, forms: dict[str, Callable[[], Any]], rounds: int) -> list[
                 memory[form] = torch.cuda.max_memory_allocated()
     first = statistics.median(next(iter(seconds.values())))
     return [
-        Timing(row, form, s, first / max(statistics.median(s), 1e-12), memory[form])
+        Timing(
+            row,
+            form,
+            s,
+            first / max(statistics.median(s), 1e-12),
+            memory[form],
+            counts[form][0],
+            images,
+            peak,
+        )
         for form, s in seconds.items()
     ]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchgeo.transforms.color import RandomGrayscale
 
 from torchgeo_softcon.tasks import DINOMCTask
+from torchgeo_softcon.tasks.optimizers import parameter_groups
 
 
 def cross_entropy(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
@@ -64,7 +65,8 @@ class DINOMCStep:
         self.task, self.center = task, task.criterion.center.clone()
         self.parameters = [p for p in task.parameters() if p.requires_grad]
         # What PyTorch takes by itself
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        groups = parameter_groups([task], task.hparams['weight_decay'])
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4)
 
     def __call__(self, image: Tensor) -> float:
         task = self.task

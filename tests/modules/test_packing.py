@@ -2,6 +2,7 @@
 # Licensed under the MIT License.
 
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import timm
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import can_pack, encode_crops, packing
+from torchgeo_softcon.modules import can_pack, encode_crops, packed_blocks, packing
+from torchgeo_softcon.modules.packed_blocks import can_use_varlen, draw_drop_paths
 from torchgeo_softcon.modules.packing import position_matrix
 
 SIZES = (64, 64, 52, 48, 41, 33, 16)
@@ -184,18 +186,49 @@ def test_positions_are_close_to_those_of_dino(size: int) -> None:
     assert cosine > 0.999
 
 
+class Times(nn.Module):
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class TestDropPath:
-    def test_per_crop_and_unbiased(self) -> None:
-        drop = timm.layers.DropPath(0.25).train()
+    def test_per_sequence_and_unbiased(self) -> None:
+        encoder = make_encoder(drop_path_rate=0.5)
+        rates = [m.drop_prob for m in encoder.modules() if hasattr(m, 'drop_prob')]
+        assert rates[-1] == 0.5
+        encoder.blocks[-1].drop_path2.scale_by_keep = False
+        assert draw_drop_paths(encoder, 9) is None
         torch.manual_seed(0)
-        sequence = torch.arange(4000).repeat_interleave(3)
-        out = packing._drop_path(drop, torch.ones(12000, 2), sequence, 4000)
-        rows = out.view(4000, 6)
-        # All tokens of a crop together
-        assert torch.equal(rows, rows[:, :1].expand_as(rows))
-        kept = rows[:, 0] > 0
-        assert rows[kept].unique().tolist() == pytest.approx([1 / 0.75])
-        assert kept.float().mean() == pytest.approx(0.75, abs=0.03)
+        factors = draw_drop_paths(encoder.train(), 4000)
+        assert factors is not None
+        # The first block has none
+        rates = [0.0] * (2 * len(encoder.blocks) - len(rates)) + rates
+        assert factors.shape == (len(rates), 4000)
+        for rate, row in zip(rates, factors[:-1], strict=False):
+            assert row[row > 0].unique().tolist() == pytest.approx([1 / (1 - rate)])
+            assert (row > 0).float().mean() == pytest.approx(1 - rate, abs=0.03)
+        assert factors[-1].unique().tolist() == [0, 1]
+        assert abs(torch.corrcoef(factors[-4:])[0, 2]) < 0.1
+
+    def test_drops_what_timm_drops(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = make_encoder(drop_path_rate=0.5).train()
+        crops = make_crops((32, 16), batch=1)
+        factors = torch.ones(2 * len(encoder.blocks), 2)
+        factors[3, 0] = factors[-1, 1] = factors[-2, 0] = 0
+        monkeypatch.setattr(packing, 'draw_drop_paths', lambda vit, number: factors)
+        features = encode_crops(encoder, crops)
+        monkeypatch.undo()
+        for i, (crop, feature) in enumerate(zip(crops, features, strict=True)):
+            for block, (first, second) in zip(
+                encoder.blocks, factors[:, i].unflatten(0, (-1, 2)), strict=True
+            ):
+                block.drop_path1 = Times(first)
+                block.drop_path2 = Times(second)
+            torch.testing.assert_close(feature, encoder(crop))
 
     def test_only_in_training(self) -> None:
         encoder = make_encoder(drop_path_rate=0.9)
@@ -226,6 +259,83 @@ def test_half_precision() -> None:
         slow = one_by_one(encoder, crops, 16)
     error, own = (features - expected).norm(), (slow - expected).norm()
     assert error < 1.5 * own
+
+
+def slow_varlen(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, *longest: int
+) -> Tensor:
+    """Attention of packed sequences, one after the other."""
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    assert {q.dtype, k.dtype, v.dtype} <= {torch.bfloat16}
+    assert longest == tuple(int(ends.diff().max()) for ends in (ends_q, ends_k))
+    out = []
+    sequences = (ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:])
+    for first_q, last_q, first_k, last_k in torch.stack(sequences, 1).tolist():
+        rows, columns = slice(first_q, last_q), slice(first_k, last_k)
+        score = torch.einsum('qhd,khd->hqk', q[rows].float(), k[columns].float())
+        weight = (score / q.shape[-1] ** 0.5).softmax(-1)
+        out.append(torch.einsum('hqk,khd->qhd', weight, v[columns].float()))
+    return torch.cat(out).to(v.dtype)
+
+
+class TestVarlen:
+    @pytest.mark.parametrize('qk_norm', [False, True])
+    def test_once_for_all_sizes(
+        self, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder, crops = make_encoder(), make_crops()
+        if qk_norm:
+            for block in encoder.blocks:
+                block.attn.q_norm = nn.LayerNorm(block.attn.head_dim)
+        parameter = encoder.blocks[0].attn.qkv.weight
+        calls = mock.Mock(side_effect=slow_varlen)
+        monkeypatch.setattr(packed_blocks, 'varlen_attn', calls)
+        monkeypatch.setattr(packing, 'can_use_varlen', lambda *args: True)
+        results = []
+        for varlen in (False, True):
+            with torch.autocast('cpu', torch.bfloat16):
+                features = encode_crops(encoder, crops, varlen=varlen)
+            (grad,) = torch.autograd.grad(features.float().square().sum(), parameter)
+            results.append((features.float(), grad))
+        for one, other in zip(*results, strict=True):
+            assert (one - other).norm() < 0.02 * one.norm()
+        assert calls.call_count == len(encoder.blocks)
+
+    def test_not_in_single_precision(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder, crops = make_encoder(), make_crops()
+        expected = encode_crops(encoder, crops)
+        monkeypatch.setattr(packed_blocks, 'varlen_attn', None)
+        monkeypatch.setattr(packing, 'can_use_varlen', lambda *args: True)
+        assert torch.equal(encode_crops(encoder, crops), expected)
+
+    @pytest.mark.parametrize(
+        ('function', 'device', 'capability', 'width', 'expected'),
+        [
+            (slow_varlen, 'cuda', (8, 0), 64, True),
+            (slow_varlen, 'cuda', (9, 0), 8, True),
+            (slow_varlen, 'cpu', (8, 0), 64, False),
+            (slow_varlen, 'cuda', (7, 5), 64, False),
+            (slow_varlen, 'cuda', (8, 0), 20, False),
+            (slow_varlen, 'cuda', (8, 0), 264, False),
+            (None, 'cuda', (8, 0), 64, False),
+        ],
+    )
+    def test_where_it_is(
+        self,
+        function: Any,
+        device: str,
+        capability: tuple[int, int],
+        width: int,
+        expected: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        encoder = make_encoder()
+        encoder.blocks[1].attn.head_dim = width
+        monkeypatch.setattr(packed_blocks, 'varlen_attn', function)
+        monkeypatch.setattr(
+            torch.cuda, 'get_device_capability', lambda device: capability
+        )
+        assert can_use_varlen(encoder, torch.device(device)) is expected
 
 
 def test_caches_survive_inference_mode() -> None:

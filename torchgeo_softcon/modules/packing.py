@@ -6,7 +6,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +16,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-class _Group(NamedTuple):
-    """Sequences of one length, which lie side by side among the packed tokens."""
-
-    number: int
-    length: int
-
-
-class _Layout(NamedTuple):
-    """Where the sequences are among the packed tokens."""
-
-    groups: tuple[_Group, ...]
-    #: Sequence of every token, shape (T,).
-    sequence: Tensor
-    #: First token of every sequence, shape (N,).
-    first: Tensor
-    #: Resamples position embeddings to the patches of one sequence of each group, shape
-    #: (sum of their numbers, positions).
-    positions: Tensor
+from .packed_blocks import (
+    Group,
+    Layout,
+    can_use_varlen,
+    class_block,
+    draw_drop_paths,
+    token_block,
+)
 
 
 def can_pack(encoder: nn.Module) -> bool:
@@ -66,15 +55,22 @@ def can_pack(encoder: nn.Module) -> bool:
 
 
 def encode_crops(
-    encoder: nn.Module, crops: Sequence[Tensor], compiled: bool = False
+    encoder: nn.Module,
+    crops: Sequence[Tensor],
+    compiled: bool = False,
+    varlen: bool = True,
 ) -> Tensor:
     """Encode crops of several sizes, equal to one forward pass per crop.
 
     Vision Transformers, see :func:`can_pack`, get the tokens of all crops as one matrix.
     Layers that treat every token alike, which is all but attention, then run once instead
-    of once per size; attention runs per size, without padding or masks. The last block
-    computes only the class token if nothing else is read. Other encoders get one batch
-    per size: batch norm normalises the crops of one size together, as in DINO.
+    of once per size. The last block computes only the class token if nothing else is read.
+    Attention runs without padding or masks: in half precision on a GPU that has it (see
+    :func:`~torchgeo_softcon.modules.packed_blocks.can_use_varlen`) once for all crops with
+    ``torch.nn.attention.varlen``, elsewhere once per size.
+
+    Other encoders get one batch per size: batch norm normalises the crops of one size
+    together, as in DINO.
 
     Crops that patches do not cover lose their last rows and columns, as in DINO.
 
@@ -84,6 +80,8 @@ def encode_crops(
         crops: S crops of each of B images, each of shape (B, C, H, W) with its own size.
         compiled: Whether to run the packed forward pass with ``torch.compile``, as one
             graph. Other encoders are run as they are.
+        varlen: Whether attention may run once for all crops where that is possible.
+            False lets it run per size everywhere.
 
     Returns:
         Features of shape (S, B, F), in the order of the crops.
@@ -111,9 +109,10 @@ def encode_crops(
             vit.num_prefix_tokens,
             vit.patch_embed.grid_size,
             same_size[0].device,
+            varlen and can_use_varlen(vit, same_size[0].device),
         )
         run = _compiled() if compiled else _encode_packed
-        features = run(vit, same_size, layout)
+        features = run(vit, same_size, layout, draw_drop_paths(vit, len(layout.first)))
     else:
         features = torch.cat([encoder(images) for images in same_size])
     return features.unflatten(0, (len(crops), -1))
@@ -160,7 +159,8 @@ def _layout(
     prefix: int,
     native: tuple[int, int],
     device: torch.device,
-) -> _Layout:
+    varlen: bool,
+) -> Layout:
     """Layout of batches of images, made once, as it comes from the host.
 
     Args:
@@ -169,21 +169,31 @@ def _layout(
         prefix: Number of tokens before the patches.
         native: Rows and columns of the position embedding.
         device: Device of the tensors.
+        varlen: Whether attention may run once for all sequences.
 
     Returns:
         The layout.
     """
     groups = tuple(
-        _Group(number, rows * columns + prefix)
+        Group(number, rows * columns + prefix)
         for number, (rows, columns) in zip(numbers, grids, strict=True)
     )
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
-        first = lengths.cumsum(0) - lengths
+        each = torch.arange(len(lengths) + 1, dtype=torch.int32)
+        sequence = each[:-1].repeat_interleave(lengths)
+        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
         positions = torch.cat([position_matrix(native, g, device) for g in grids])
-        return _Layout(groups, sequence.to(device), first.to(device), positions)
+        return Layout(
+            groups,
+            sequence.to(device),
+            ends[:-1].to(device),
+            positions,
+            ends.to(device),
+            each.to(device),
+            varlen,
+        )
 
 
 @functools.cache
@@ -192,7 +202,7 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_encode_packed, dynamic=False)
 
 
-def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: _Layout) -> Tensor:
+def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: Layout) -> Tensor:
     """Tokens with positions, of shape (T, F), one batch of images after the other."""
     patch_embed = vit.patch_embed
     height, width = patch_embed.patch_size
@@ -229,105 +239,38 @@ def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: _Layout) ->
     return vit.norm_pre(vit.pos_drop(torch.cat(out)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of shape (B, n, H * d) of (B, H, n, d) queries."""
-    dtype = q.dtype
-    if q.device.type == 'cpu' and dtype == torch.bfloat16 and k.shape[2] <= 512:
-        # The backward pass in bfloat16 is slower than in float32 on a CPU
-        q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2).to(dtype)
-
-
-def _attention(attn: Attention, x: Tensor, groups: Sequence[_Group]) -> Tensor:
-    """Multi-head attention within every sequence, of (T, F) tokens."""
-    heads = (3, attn.num_heads, attn.head_dim)
-    # Split, not sliced: the backward pass is one concatenation
-    parts = attn.qkv(x).split([g.number * g.length for g in groups])
-    out = []
-    for part, group in zip(parts, groups, strict=True):
-        qkv = part.unflatten(0, group).unflatten(2, heads)  # (B, n, 3, H, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = _attend(attn.q_norm(q), attn.k_norm(k), v)
-        out.append(attended.flatten(0, 1))
-    return attn.proj_drop(attn.proj(attn.norm(torch.cat(out))))
-
-
-def _class_attention(
-    attn: Attention, x: Tensor, first: Tensor, groups: Sequence[_Group]
-) -> Tensor:
-    """Attention of the first token of every sequence alone, of shape (N, F)."""
-    width = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    biases = (None, None) if bias is None else bias.split([width, 2 * width])
-    weights = weight.split([width, 2 * width])
-    heads = (attn.num_heads, attn.head_dim)
-    query = F.linear(x[first], weights[0], biases[0])
-    queries = query.split([g.number for g in groups])
-    parts = F.linear(x, weights[1], biases[1]).split(
-        [g.number * g.length for g in groups]
+def _branch_dtype(x: Tensor) -> torch.dtype:
+    """Dtype that a branch of a block ends with, that of its linear layer."""
+    kind = x.device.type
+    return (
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     )
-    out = []
-    for query, part, group in zip(queries, parts, groups, strict=True):
-        q = query.unflatten(1, (1, *heads)).transpose(1, 2)  # (B, H, 1, d)
-        kv = part.unflatten(0, group).unflatten(2, (2, *heads))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = _attend(attn.q_norm(q), attn.k_norm(k), v)
-        out.append(attended.flatten(0, 1))
-    return attn.proj_drop(attn.proj(attn.norm(torch.cat(out))))
-
-
-def _drop_path(module: nn.Module, x: Tensor, sequence: Tensor, count: int) -> Tensor:
-    """Stochastic depth per sequence: timm's DropPath for packed tokens."""
-    rate = getattr(module, 'drop_prob', 0.0)
-    if rate == 0 or not module.training:
-        return x
-    keep = x.new_empty(count).bernoulli_(1 - rate)
-    if getattr(module, 'scale_by_keep', True):
-        keep /= 1 - rate
-    return x * keep[sequence, None]
-
-
-def _block(block: Block, x: Tensor, layout: _Layout) -> Tensor:
-    """One transformer block on (T, F) tokens."""
-    count = len(layout.first)
-
-    def drop(module: nn.Module, x: Tensor) -> Tensor:
-        return _drop_path(module, x, layout.sequence, count)
-
-    y = _attention(cast(Attention, block.attn), block.norm1(x), layout.groups)
-    x = x + drop(block.drop_path1, block.ls1(y))
-    return x + drop(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
-
-
-def _class_block(block: Block, x: Tensor, layout: _Layout) -> Tensor:
-    """One transformer block of which only the class tokens are read, shape (N, F)."""
-    count = len(layout.first)
-    each = torch.arange(count, device=x.device)
-
-    def drop(module: nn.Module, x: Tensor) -> Tensor:
-        return _drop_path(module, x, each, count)
-
-    y = _class_attention(
-        cast(Attention, block.attn), block.norm1(x), layout.first, layout.groups
-    )
-    x = x[layout.first] + drop(block.drop_path1, block.ls1(y))
-    return x + drop(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
 
 
 def _encode_packed(
-    vit: VisionTransformer, images: Sequence[Tensor], layout: _Layout
+    vit: VisionTransformer,
+    images: Sequence[Tensor],
+    layout: Layout,
+    drop_paths: Tensor | None,
 ) -> Tensor:
     """Features of shape (N, F) of batches of images of different sizes."""
     x = _embed(vit, images, layout)
     token = vit.global_pool == 'token'
     blocks = [cast(Block, block) for block in vit.blocks]
+    of_tokens: Tensor | None = None
+    if drop_paths is not None:
+        # As wide as what they are multiplied with: the residuals, not their sum
+        drop_paths = drop_paths.to(_branch_dtype(x))
+        of_tokens = drop_paths.index_select(1, layout.sequence)
     for i, block in enumerate(blocks):
-        step = _class_block if token and i == len(blocks) - 1 else _block
+        last = token and i == len(blocks) - 1
+        factors = drop_paths if last else of_tokens
+        drop = () if factors is None else factors[2 * i : 2 * i + 2, :, None].unbind()
+        step = class_block if last else token_block
         if vit.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(step, block, x, layout, use_reentrant=False)
+            x = checkpoint(step, block, x, layout, drop, use_reentrant=False)
         else:
-            x = step(block, x, layout)
+            x = step(block, x, layout, drop)
     x = vit.norm(x)
     if token:
         return vit.head_drop(vit.fc_norm(x))

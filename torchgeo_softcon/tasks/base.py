@@ -27,9 +27,11 @@ from ..models import (
     read_pretrained,
     read_weights,
 )
-from ..modules import input_layer, update_ema
+from ..modules import input_layer, make_teacher, update_ema
 from ..schedules import cosine_warmup
+from .checkpointing import PausedStatistics, checkpoint_activations
 from .guard import NonFiniteGuard
+from .memory_format import contiguous, follow_parameters, set_memory_format
 from .optimizers import create_optimizer, images_per_step, parameter_groups
 
 
@@ -129,10 +131,29 @@ class EMATask(BaseTask):
             load_encoder(encoder, state_dict, self.hparams['in_layer_init'], bands)
         if self.hparams['freeze_patch_embed']:
             input_layer(encoder)[1].requires_grad_(False)
+        set_memory_format(encoder, self.hparams['channels_last'])
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
+        self._paused = PausedStatistics()
         return encoder
+
+    def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
+        """Copy the encoder into its teacher, and let it save memory if asked to.
+
+        Args:
+            encoder: The trained encoder.
+
+        Returns:
+            The teacher, which keeps no activations anyway.
+
+        Raises:
+            ValueError: If *grad_checkpointing* is not possible.
+        """
+        teacher = make_teacher(encoder)
+        if self.hparams['grad_checkpointing']:
+            checkpoint_activations(encoder, self.hparams['model'])
+        return teacher
 
     def try_sizes(self, encoder: nn.Module) -> int:
         """Find out whether an encoder takes the sizes of the views.
@@ -226,6 +247,7 @@ class EMATask(BaseTask):
         state = checkpoint['state_dict']
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
+        contiguous(state)
         checkpoint['unsaved'] = self.unsaved()
         # For those who use the encoder with other data
         datamodule = getattr(self._trainer, 'datamodule', None)
@@ -260,6 +282,8 @@ class EMATask(BaseTask):
         before, in evaluation mode, would never learn its statistics.
         """
         self.train()
+        for optimizer in self.trainer.optimizers:
+            follow_parameters(optimizer)
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch.
@@ -356,6 +380,19 @@ class EMATask(BaseTask):
             'optimizer': optimizer,
             'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
         }
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Keep batch norm from seeing twice what is computed twice.
+
+        Args:
+            loss: The loss.
+        """
+        if self.hparams['grad_checkpointing']:
+            self._paused.pause(self.modules())
+
+    def on_after_backward(self) -> None:
+        """Let batch norm see what comes next."""
+        self._paused.resume()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then move the teacher towards the student.

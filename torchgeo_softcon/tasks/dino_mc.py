@@ -118,6 +118,9 @@ class DINOMCTask(EMATask):
         warmup_epochs: float = 10,
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
+        varlen_attention: bool = True,
+        grad_checkpointing: bool = False,
+        channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
     ) -> None:
         """Initialize a new DINOMCTask instance.
@@ -177,6 +180,15 @@ class DINOMCTask(EMATask):
             compile_encoder: Whether to compile the encoding of the crops with
                 ``torch.compile``: one graph for the student and one for the teacher.
                 Vision Transformers only.
+            varlen_attention: Whether attention runs once for the crops of all sizes where
+                that is possible, see :func:`~torchgeo_softcon.modules.encode_crops`. False
+                lets it run per size everywhere.
+            grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
+                only, and computes the rest again in the backward pass: the same results
+                from less memory in more time. Not for all families of models.
+            channels_last: Whether the weights of the encoders have the channels of a pixel
+                side by side in memory, which is faster for convolutions. None does so for
+                encoders with more than one convolution. Checkpoints do not show it.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
                 teacher sees first. Defaults to
@@ -262,7 +274,7 @@ class DINOMCTask(EMATask):
             self.hparams['output_dim'],
             self.hparams['norm_last_layer'],
         )
-        self.model = make_teacher(self.student)
+        self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
         compiled = self.hparams['compile_encoder']
         if compiled and not can_pack(self.student):
@@ -270,7 +282,9 @@ class DINOMCTask(EMATask):
                 f'compile_encoder needs a Vision Transformer that takes all crops at once, '
                 f'got {self.hparams["model"]!r}. Set it to False'
             )
-        self.encode = functools.partial(encode_crops, compiled=compiled)
+        self.encode = functools.partial(
+            encode_crops, compiled=compiled, varlen=self.hparams['varlen_attention']
+        )
 
     def try_sizes(self, encoder: nn.Module) -> int:
         """Find out whether an encoder takes the sizes of all crops.

@@ -78,6 +78,8 @@ class SoftConTask(EMATask):
         lr: float = 1.5e-4,
         weight_decay: float = 0.1,
         warmup_epochs: float = 10,
+        grad_checkpointing: bool = False,
+        channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
     ) -> None:
         """Initialize a new SoftConTask instance.
@@ -143,6 +145,12 @@ class SoftConTask(EMATask):
             weight_decay: Weight decay, 0.1 for AdamW and 1e-4 for SGD. Not applied to
                 biases and one-dimensional parameters.
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
+            grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
+                only, and computes the rest again in the backward pass: the same results
+                from less memory in more time. Not for all families of models.
+            channels_last: Whether the weights of the encoders have the channels of a pixel
+                side by side in memory, which is faster for convolutions. None does so for
+                encoders with more than one convolution. Checkpoints do not show it.
             augmentations: Module that draws views of *size* of a batch (B, C, H, W).
                 Defaults to :class:`~torchgeo_softcon.transforms.RandomView`. Not saved
                 in checkpoints.
@@ -196,7 +204,7 @@ class SoftConTask(EMATask):
         self.predictor = mlp_head(
             out, hidden, out, self.hparams['predictor_layers'], is_vit(self.model)
         )
-        self.teacher = make_teacher(self.model)
+        self.teacher = self.make_encoder_teacher(self.model)
         self.teacher_projector = make_teacher(self.projector)
 
         mode = self.hparams['mask_mode']
