@@ -253,3 +253,26 @@ def test_bad_arguments(kwargs: dict[str, float], name: str) -> None:
 def test_bad_shapes(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r'\(S, B, K\)'):
         DINOLoss(5)(torch.zeros(student), torch.zeros(teacher))
+
+
+def test_half_precision_keeps_small_gradients() -> None:
+    """A scaled loss of many images, whose gradients float16 could not hold unscaled."""
+    student, teacher = make_logits(0, batch=64, output_dim=2048)
+    target = (teacher / 0.04).softmax(-1)
+    scale = 2.0**16
+    (exact,) = torch.autograd.grad(
+        multi_crop_cross_entropy(student, target) * scale, student
+    )
+    half = student.detach().half().requires_grad_()
+    loss = multi_crop_cross_entropy(half, target)
+    (gradient,) = torch.autograd.grad(loss * scale, half)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == torch.float16
+    error = (gradient.float() - exact).norm() / exact.norm()
+    assert error < 1e-3
+    assert (gradient == 0).float().mean() < 1e-3
+
+
+def test_no_images() -> None:
+    loss = multi_crop_cross_entropy(torch.zeros(3, 0, 8), torch.zeros(2, 0, 8))
+    assert float(loss) == 0

@@ -193,6 +193,13 @@ def test_jitter_is_brightness_then_contrast_about_each_bands_mean() -> None:
             torch.testing.assert_close(actual[b, c], expected)
 
 
+def test_jitter_keeps_bands_apart() -> None:
+    image = torch.rand(2, 3, 8, 8)
+    image[:, 1] = torch.nan
+    view = jitter(image, torch.tensor([1.3, 0.7]), torch.tensor([0.6, 1.4]))
+    assert view[:, ::2].isfinite().all()
+
+
 def test_boxes_are_what_the_views_show() -> None:
     """The image says where its pixels are: their centres."""
     x = torch.arange(40.0).expand(8, 1, 30, 40) + 0.5

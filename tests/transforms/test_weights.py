@@ -113,16 +113,34 @@ def test_blocks_leave_nothing_out(block: int, monkeypatch: pytest.MonkeyPatch) -
         )
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize('module', [RandomView(32), MultiCropView(32, (24,))])
-def test_float32_whatever_the_default(module: nn.Module) -> None:
-    """As in training with double precision."""
-    torch.set_default_dtype(torch.float64)
+def test_float32_whatever_the_default(module: nn.Module, dtype: torch.dtype) -> None:
+    """As in training with double or half precision: not a position is rounded."""
+    image = torch.rand(4, 5, 40, 40)
+    torch.manual_seed(0)
+    expected = module(image)
+    torch.set_default_dtype(dtype)
     try:
-        views = module(torch.rand(4, 5, 40, 40))
+        torch.manual_seed(0)
+        views = module(image)
     finally:
         torch.set_default_dtype(torch.float32)
-    for view in [views] if isinstance(views, Tensor) else views:
+    for view, same in zip(
+        *([v] if isinstance(v, Tensor) else v for v in (views, expected)), strict=True
+    ):
         assert view.dtype == torch.float32
+        assert torch.equal(view, same)
+
+
+def test_grid_is_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        image = torch.rand(2, 1, 8, 8, dtype=torch.float32)
+        grid = random_crop_grid(image, (4, 4), (0.2, 1), (0.75, 1.33))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert grid.dtype == torch.float32
 
 
 def test_blocks_read_what_contributes_only() -> None:

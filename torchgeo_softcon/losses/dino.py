@@ -33,7 +33,11 @@ class _CrossEntropy(torch.autograd.Function):
         step = batch
         if student.device.type == 'cpu':
             step = max(1, _CACHED // (views * prototypes))
-        weight = 1 / (teachers * (views - 1) * batch)
+        weight = 1 / max(teachers * (views - 1) * batch, 1)
+        # The gradient of half precision is not made small before the scaler of losses
+        # has made it large: most of it would be lost
+        ctx.factor = weight if student.dtype == torch.float16 else 1.0
+        weight /= ctx.factor
         # How many teacher views a student view meets: all but itself
         meets = target.new_full((views, 1, 1), weight * teachers)
         meets[:teachers] -= weight
@@ -60,15 +64,15 @@ class _CrossEntropy(torch.autograd.Function):
             if part is not out:
                 out.copy_(part)
         ctx.save_for_backward(gradient)
-        return loss
+        return loss * ctx.factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # A pass less. On a GPU, to look at the number would wait for the device
-        if grad_output.device.type != 'cpu' or grad_output != 1:
-            gradient = gradient * grad_output
+        if ctx.factor != 1 or grad_output.device.type != 'cpu' or grad_output != 1:
+            gradient = gradient * (grad_output * ctx.factor)
         return gradient, None, None
 
 

@@ -41,6 +41,11 @@ def jitter(
     """
     with torch.autocast(image.device.type, enabled=False):
         means = image.mean((-2, -1))
+        if saturation is None:
+            # Band by band: a band that is not finite does not spoil the others
+            gain = brightness.to(means).view(len(means), -1, 1, 1)
+            mean = gain * means[..., None, None]
+            return mean.lerp(image * gain, contrast.to(means).view(-1, 1, 1, 1))
         matrix, offset = colour_map(means, brightness, contrast, saturation)
         return torch.baddbmm(offset, matrix, image.flatten(2)).view_as(image)
 

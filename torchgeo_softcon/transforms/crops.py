@@ -13,7 +13,7 @@ from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
 from .colours import colour_map, jitter_rgb
-from .draws import draw, random_boxes, random_kernels
+from .draws import draw, random_boxes, random_kernels, uniform
 from .resample import means, resample
 from .views import check_fractions, check_range
 from .weights import Interpolation, blur_weights, crop_weights, identity
@@ -46,7 +46,8 @@ class MultiCropView(nn.Module):
     contrast stretches each band about its mean, saturation stretches each pixel about
     the mean of its bands, and grey is that mean. Hue has no counterpart: each band gets
     a gain instead, with a mean of 1 over the bands. Nothing is clipped unless
-    *value_range* declares a range.
+    *value_range* declares a range. Pixels must be finite, and float32 products have the
+    precision of PyTorch's setting, as of :class:`RandomView`.
 
     The defaults are those of the papers' code,
     https://github.com/WennyXY/DINO-MC/blob/4f8e519/data_process/dino_augmentation.py
@@ -272,7 +273,7 @@ class MultiCropView(nn.Module):
     def _multi_crop(self, image: Tensor) -> list[Tensor]:
         """Views of one image, of several seasons one."""
         if image.ndim == 5:
-            seasons = torch.rand(image.shape[:2], device=image.device).argmax(1)
+            seasons = uniform(image, *image.shape[:2]).argmax(1)
             image = _take(image, seasons)
         image = self._prepare(image)
         views = []
@@ -294,7 +295,7 @@ class MultiCropView(nn.Module):
                 f'(B, T, C, H, W), got {tuple(image.shape)}. Choose a dataset with '
                 "seasons, or views = 'multi_crop'"
             )
-        order = torch.rand(image.shape[:2], device=image.device).argsort(1)
+        order = uniform(image, *image.shape[:2]).argsort(1)
         if image.shape[1] == 2:
             again = order.gather(1, draw(image, 0.5).long()[:, None])
             order = torch.cat([order, again], 1)
@@ -376,7 +377,7 @@ class MultiCropView(nn.Module):
         if crop is not None and self._is_rgb(image):
             # Jitter clips, what is not linear: no single product with the blur
             image, crop = resample(image, *crop), None
-        factors = torch.rand(4, len(image), device=image.device) * 2 - 1
+        factors = uniform(image, 4, len(image)) * 2 - 1
         drawn = draw(image, self.jitter_probability)
         brightness, contrast, saturation, hue = (
             strength * factor * drawn
@@ -388,7 +389,7 @@ class MultiCropView(nn.Module):
             image = jitter_rgb(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
             image = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
         else:
-            gain = torch.rand(image.shape[:2], device=image.device) * 2 - 1
+            gain = uniform(image, *image.shape[:2]) * 2 - 1
             gain = 1 + strengths[3] * gain * drawn[:, None]
             gain = (1 + brightness)[:, None] * gain / gain.mean(1, keepdim=True)
             mean = image.mean((-2, -1)) if crop is None else means(image, *crop)

@@ -22,7 +22,25 @@ def draw(image: Tensor, probability: float) -> Tensor:
     Returns:
         True for the chosen samples, shape (B,).
     """
-    return torch.rand(len(image), device=image.device) < probability
+    return uniform(image, len(image)) < probability
+
+
+def uniform(like: Tensor, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Draw uniform numbers, in float32 whatever PyTorch's default is.
+
+    Positions of pixels need it: in bfloat16, 224 of them are no longer all different.
+
+    Args:
+        like: Tensor on the device.
+        *shape: Shape of the numbers.
+        low: Smallest number.
+        high: Largest number, excluded.
+
+    Returns:
+        The numbers, float32.
+    """
+    numbers = torch.empty(shape, dtype=torch.float32, device=like.device)
+    return numbers.uniform_(low, high)
 
 
 def random_crop_axes(
@@ -53,21 +71,22 @@ def random_crop_axes(
     """
     batch, device = len(image), image.device
     height, width = image.shape[-2:]
-    area = torch.empty(batch, device=device).uniform_(*scale) * (height * width)
-    log_ratio = torch.empty(batch, device=device).uniform_(*map(math.log, ratio))
-    aspect = log_ratio.exp()
+    area = uniform(image, batch, low=scale[0], high=scale[1]) * (height * width)
+    low, high = map(math.log, ratio)
+    aspect = uniform(image, batch, low=low, high=high).exp()
 
     # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
     extent_x = ((area * aspect).sqrt() / width).clamp(max=1)
     extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
-    centre = torch.rand(2, batch, device=device) * 2 - 1
-    sign = torch.rand(2, batch, device=device)
+    centre = uniform(image, 2, batch) * 2 - 1
+    sign = uniform(image, 2, batch)
     axes = []
     for i, extent, flip, pixels in (
         (1, extent_y, vertical_flip, size[0]),
         (0, extent_x, horizontal_flip, size[1]),
     ):
-        base = (torch.arange(pixels, device=device) * 2 + 1) / pixels - 1
+        number = torch.arange(pixels, dtype=torch.float32, device=device)
+        base = (number * 2 + 1) / pixels - 1
         signed = extent * torch.where(sign[i] < flip, -1, 1)
         shift = centre[i] * (1 - extent)
         axes.append(signed[:, None] * base + shift[:, None])
@@ -93,7 +112,7 @@ def random_crop_grid(
         vertical_flip: Probability to mirror top and bottom.
 
     Returns:
-        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2).
+        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2), float32.
     """
     y, x = random_crop_axes(image, size, scale, ratio, horizontal_flip, vertical_flip)
     shape = len(image), *size
@@ -118,17 +137,17 @@ def random_boxes(
         Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
         int64.
     """
-    draws, device = (len(image), 10), image.device
+    draws = len(image), 10
     height, width = image.shape[-2:]
-    area = torch.empty(draws, device=device).uniform_(*scale) * (height * width)
-    log_ratio = torch.empty(draws, device=device).uniform_(*map(math.log, ratio))
-    aspect = log_ratio.exp()
+    area = uniform(image, *draws, low=scale[0], high=scale[1]) * (height * width)
+    low, high = map(math.log, ratio)
+    aspect = uniform(image, *draws, low=low, high=high).exp()
     size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()]).round_()
 
     fits = (size[0] >= 1) & (size[0] <= width) & (size[1] >= 1) & (size[1] <= height)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
     width_, height_ = (s.gather(1, first)[:, 0] for s in size)
-    left, top = torch.rand(2, len(image), device=device)
+    left, top = uniform(image, 2, len(image))
 
     # No draw fits: the largest central box of an allowed ratio
     found = fits.any(1)
@@ -161,7 +180,7 @@ def random_kernels(
     if probability == 0:
         return None
     drawn = draw(image, probability)
-    sigmas = torch.empty(len(image), device=image.device).uniform_(*sigma)
+    sigmas = uniform(image, len(image), low=sigma[0], high=sigma[1])
     # At most what reflection can pad
     radius = min(math.ceil(3 * sigma[1]), min(size) - 1)
     return gaussian_kernels(sigmas, drawn, radius)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .colours import colour_map
-from .draws import draw, random_crop_axes, random_kernels
+from .draws import draw, random_crop_axes, random_kernels, uniform
 from .resample import means, resample
 from .weights import bilinear_weights, blur_weights
 
@@ -56,8 +56,10 @@ class RandomView(nn.Module):
 
     kornia has operations of these names, but with other meanings (brightness adds,
     contrast multiplies) and clipping; here, all are one product with small matrices. On a
-    GPU, `torch.set_float32_matmul_precision('high')` makes it faster, and moves values by
-    up to a thousandth of their range.
+    GPU, ``torch.set_float32_matmul_precision('high')`` makes it faster, and moves values by
+    a few thousandths of their magnitude. Pixels must be finite: one that is not may spoil
+    the whole view. On a CPU, images that are several times larger than the view cost more
+    than such a crop alone: crop them first.
 
     The default strengths are those of the same authors' MoCo runs on SSL4EO-S12; those
     of SoftCon itself are not published. Crops are sampled bilinearly without
@@ -205,7 +207,7 @@ class RandomView(nn.Module):
 
     def _draw_colours(self, means: Tensor) -> tuple[Tensor, Tensor]:
         """Jitter and grey, for views with these means (B, C)."""
-        factors = torch.rand(2, len(means), device=means.device) * 2 - 1
+        factors = uniform(means, 2, len(means)) * 2 - 1
         factors = factors * draw(means, self.jitter_probability)
         return colour_map(
             means,

@@ -41,14 +41,14 @@ def resize_weights(
     # off by 1e-5 pixels
     centre = (2 * target + 1) * (stop - start)
     whole = centre.div(2 * size, rounding_mode='floor')
-    rest = (centre - whole * 2 * size) / (2 * size)
+    rest = (centre - whole * 2 * size).float() / (2 * size)
 
     support = 1 if interpolation == 'bilinear' else 2
     reach = math.ceil(support * max(1, pixels / size))
     tap = torch.arange(-reach, reach + 1, device=spans.device)
     # Wider than one pixel of the crop only where it has fewer pixels than its box
-    width = ((stop - start) / size).clamp(min=1)[..., None]
-    distance = ((tap + 0.5 - rest[..., None]) / width).abs()
+    width = ((stop - start).float() / size).clamp(min=1)[..., None]
+    distance = ((tap.float() + 0.5 - rest[..., None]) / width).abs()
     if interpolation == 'bilinear':
         weight = (1 - distance).clamp(min=0)
     else:
