@@ -109,6 +109,30 @@ def test_task_of_the_host_and_workers(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(rate > 0 for rate in result['images_per_second'].values())
 
 
+def test_later_configurations_win(
+    clock: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = configure()
+    # Only the first has a model, only the last the right size of a batch
+    Path('two.yaml').write_text('data: {init_args: {batch_size: 2}}')
+    Path('three.yaml').write_text('data: {init_args: {batch_size: 3}}')
+    args = [*args, '-c', 'two.yaml', '--json', '--config=three.yaml']
+    assert main([*args, '--steps', '1']) == 0
+    assert json.loads(capsys.readouterr().out)['batch_size'] == 3
+    assert main([*args, '-c', 'none.yaml']) == 1
+    assert 'config none.yaml is not a file' in capsys.readouterr().err
+
+
+def test_all_batches_of_a_run_that_overfits(
+    clock: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = configure()
+    Path('over.yaml').write_text('trainer: {overfit_batches: 1}')
+    assert main([*args, '-c', 'over.yaml', '--json']) == 0
+    rates = json.loads(capsys.readouterr().out)['images_per_second']
+    assert rates['both'] == pytest.approx(1 / 4)
+
+
 class TestAdvice:
     def test_enough_cores(self) -> None:
         (line,) = SPEED.advice()

@@ -4,6 +4,7 @@
 """That the benchmarks run, and compare equals. How fast they are is for them to say."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
 from torchgeo_softcon.modules import encode_crops, make_teacher, update_ema
 
-from .benchmarks import slow
-from .benchmarks.__main__ import ROWS, main
-from .benchmarks.harness import counted
+from .benchmarks import harness, slow
+from .benchmarks.__main__ import ROWS, Bench, Forms, main
+from .benchmarks.harness import compare, counted
 from .tasks.helpers import Corners, make_batch, make_dino
+
+METHODS = {k: v for k, v in vars(Bench).items() if callable(v)}
 
 
 @pytest.mark.filterwarnings('ignore:Crops of')
@@ -24,6 +27,9 @@ def test_all_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(['--toy', '--json', str(path)])
     table = json.loads(path.read_text())
     assert list(dict.fromkeys(row['row'] for row in table['rows'])) == list(ROWS)
+    # And none is forgotten
+    returns = {k: v.__annotations__.get('return') for k, v in METHODS.items()}
+    assert {name for name, kind in returns.items() if kind == Forms} == set(ROWS)
     assert torch.__version__.startswith(table['torch'])
     firsts = {row['row']: row for row in reversed(table['rows'])}
     assert all(row['ratio'] == 1 for row in firsts.values())
@@ -39,6 +45,38 @@ def test_counts() -> None:
     # The image is kept for the weight's gradient, and exp keeps what it gives
     counts = counted(lambda: (image @ weight).exp().sum().backward())
     assert counts == (2 * (2 * 4 * 8 * 8), 2 * 4 * image.numel())
+
+
+def test_memory_of_a_form_is_not_that_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, peak = 1000, 0
+
+    def form(keeps: int, needs: int) -> Callable[[], None]:
+        first = iter([keeps])
+
+        def run() -> None:
+            nonlocal now, peak
+            now += next(first, 0)
+            peak = max(peak, now + needs)
+
+        return run
+
+    def reset() -> None:
+        nonlocal peak
+        peak = now
+
+    def timed(run: Callable[[], None]) -> float:
+        run()
+        return 1.0
+
+    monkeypatch.setattr(harness, 'DEVICE', 'cuda')
+    monkeypatch.setattr(harness, 'timed', timed)
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', reset)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: now)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: peak)
+    timings = compare('row', {'a': form(500, 7), 'b': form(0, 9)}, 2)
+    assert [timing.memory for timing in timings] == [7, 9]
 
 
 def test_slow_forms_are_equal() -> None:
@@ -63,3 +101,5 @@ def test_slow_forms_are_equal() -> None:
     step = slow.DINOMCStep(task)
     expected = float(task.training_step(make_batch(), 0))
     assert step(make_batch()['image']) == pytest.approx(expected, rel=1e-5)
+    # They would count as memory of others
+    assert all(parameter.grad is None for parameter in step.parameters)

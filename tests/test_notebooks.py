@@ -1,8 +1,13 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import ast
 import json
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,8 @@ def offline(
     monkeypatch.setenv('TORCHGEO_SOFTCON_CACHE', str(root / 'notebooks'))
     monkeypatch.setenv('TORCH_HOME', str(root / 'no_weights'))
     monkeypatch.delenv('TORCHGEO_SOFTCON_WEIGHTS', raising=False)
-    # Quick: is the package there, and not whether all that it needs is
+    # Quick: is the package there, and not whether all that it needs is (see
+    # test_imports_what_the_package_declares)
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_NO_DEPS', '1')
     for name in ('http_proxy', 'https_proxy'):
@@ -52,6 +58,36 @@ def run(name: str) -> str:
     first, *_ = cells(result.nb)
     assert not any('ERROR' in output.get('text', '') for output in first.outputs)
     return ''.join(_printed(result.nb))
+
+
+def imports(notebook: Any) -> Iterator[str]:
+    """Top-level packages that the cells of a notebook import, in any place."""
+    for cell in cells(notebook):
+        # Lines of IPython, which are not Python
+        source = re.sub(r'^\s*[%!].*$', '', ''.join(cell['source']), flags=re.MULTILINE)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition('.')[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield (node.module or '').partition('.')[0]
+
+
+def normalize(distribution: str) -> str:
+    """The name of a requirement or a distribution, in one spelling."""
+    (name,) = re.findall(r'^[\w.-]+', distribution)
+    return re.sub('[-_.]+', '-', name).lower()
+
+
+def undeclared(notebook: Any) -> set[str]:
+    """What a notebook imports, but `pip install torchgeo-softcon` need not bring."""
+    project = tomllib.loads((EXAMPLES.parent / 'pyproject.toml').read_text())['project']
+    declared = {normalize(text) for text in [project['name'], *project['dependencies']]}
+    distributions = packages_distributions()
+    return {
+        package
+        for package in {*imports(notebook)} - sys.stdlib_module_names
+        if declared.isdisjoint(map(normalize, distributions.get(package, [package])))
+    }
 
 
 def _printed(notebook: Any) -> Iterator[str]:
@@ -88,3 +124,18 @@ def test_is_small_and_clean(name: str) -> None:
     # Warnings tell the paths of the machine they come from
     outputs = [output for cell in cells(notebook) for output in cell['outputs']]
     assert not [output for output in outputs if output.get('name') == 'stderr']
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_imports_what_the_package_declares(name: str) -> None:
+    notebook = json.loads((EXAMPLES / name).read_bytes())
+    assert 'torchgeo_softcon' in imports(notebook)
+    assert not undeclared(notebook)
+
+
+def test_undeclared_imports_are_seen() -> None:
+    source = ['%pip install x\n', 'import os, geopandas as g\n', 'if g:\n']
+    source += ['    from nbmake.nb_run import NotebookRun\n', '    !ls\n']
+    source += ['    import yaml, torch.nn\n', '    from none_such import x']
+    cell = {'cell_type': 'code', 'source': source}
+    assert undeclared({'cells': [cell]}) == {'geopandas', 'nbmake', 'none_such'}

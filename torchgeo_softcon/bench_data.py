@@ -37,6 +37,7 @@ _OVERRIDES = {
     'trainer.limit_train_batches': 'null',
     'trainer.limit_val_batches': '0',
     'trainer.fast_dev_run': 'false',
+    'trainer.overfit_batches': '0.0',
     'trainer.max_epochs': '1000',
     'trainer.max_steps': '-1',
     'trainer.max_time': 'null',
@@ -335,7 +336,12 @@ def main(args: Sequence[str]) -> int:
         '--data.num_workers 8.',
     )
     parser.add_argument(
-        '--config', metavar='FILE', help='configuration of `torchgeo fit`'
+        '-c',
+        '--config',
+        metavar='FILE',
+        action='append',
+        default=[],
+        help='configuration of `torchgeo fit`. May be repeated: later files win',
     )
     parser.add_argument(
         '--steps', type=int, default=20, help='batches to measure (default: 20)'
@@ -345,11 +351,11 @@ def main(args: Sequence[str]) -> int:
     try:
         if options.steps < 1:
             raise ValueError(f'steps must be at least 1, got {options.steps}')
-        if options.config is not None:
-            if not Path(options.config).is_file():
-                raise ValueError(f'config {options.config} is not a file')
-            rest = ['--config', options.config, *rest]
-        speed = measure(rest, options.steps)
+        for config in options.config:
+            if not Path(config).is_file():
+                raise ValueError(f'config {config} is not a file')
+        configs = [x for config in options.config for x in ('--config', config)]
+        speed = measure([*configs, *rest], options.steps)
     except _ERRORS as error:
         print(f'torchgeo-softcon bench-data: {error}', file=sys.stderr)
         return 1

@@ -29,7 +29,9 @@ class Timing:
         form: How.
         seconds: Of each round, CPU time on a CPU, and between events on a GPU.
         ratio: Median of the first form of the row / median of this one.
-        memory: Bytes: peak memory on a GPU, on a CPU what is kept for backward passes.
+        memory: Bytes: on a GPU the peak of a call, less what was allocated before it
+            (weights, the optimizer's state, what other forms keep), on a CPU what is kept
+            for backward passes.
         flops: Floating-point operations of matrix products, convolutions and attention.
         images: Number of images.
         peak: Matrix products of this device and precision, in operations per second.
@@ -123,7 +125,8 @@ def compare(
 
     Args:
         row: What is computed.
-        forms: Forms by name. The first is what the others are compared with.
+        forms: Forms by name. The first is what the others are compared with. What a form
+            keeps from call to call does not count as memory: it should keep no gradients.
         rounds: Number of calls of each form.
         images: Number of images of a call.
         peak: See :class:`Timing`.
@@ -134,15 +137,17 @@ def compare(
     seconds: dict[str, list[float]] = {form: [] for form in forms}
     counts = {form: counted(run) for form, run in forms.items()}
     memory = {form: kept for form, (_, kept) in counts.items()}
+    before = 0
     for turn in range(-1, rounds):
         for form, run in forms.items():
             if DEVICE == 'cuda':
                 torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             second = timed(run)
             if turn >= 0:
                 seconds[form].append(second)
             if DEVICE == 'cuda':
-                memory[form] = torch.cuda.max_memory_allocated()
+                memory[form] = torch.cuda.max_memory_allocated() - before
     first = statistics.median(next(iter(seconds.values())))
     return [
         Timing(

@@ -70,7 +70,6 @@ class DINOMCStep:
 
     def __call__(self, image: Tensor) -> float:
         task = self.task
-        self.optimizer.zero_grad()
         crops = task.augmentations(image)
         logits = task.assign(task.head, encode(task.student, crops, 2))
         with torch.no_grad():
@@ -81,6 +80,7 @@ class DINOMCStep:
         loss.backward()  # type: ignore[no-untyped-call]
         clip(self.parameters, 3)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         for student, average in task.ema_pairs():
             ema(student, average, 0.996)
         self.center.lerp_(teacher.float().mean((0, 1)), 0.1)

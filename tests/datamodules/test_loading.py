@@ -50,10 +50,15 @@ class NumbersDataModule(DrawDataModule):
 class TestDefaults:
     @pytest.fixture(autouse=True)
     def cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {*range(12)})
+        # Not there on macOS
+        name = 'sched_getaffinity'
+        monkeypatch.setattr(os, name, lambda _: {*range(12)}, raising=False)
 
-    def loaders(self, num_workers: int | None) -> list[DataLoader[Sample]]:
+    def loaders(
+        self, num_workers: int | None, trainer: Trainer | None = None
+    ) -> list[DataLoader[Sample]]:
         datamodule = NumbersDataModule(num_workers)
+        datamodule.trainer = trainer
         datamodule.setup('fit')
         datamodule.val_dataset = Numbers()
         return [datamodule.train_dataloader(), datamodule.val_dataloader()]
@@ -76,6 +81,16 @@ class TestDefaults:
     def test_a_cpu_trains_with_all_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         for loader in self.loaders(None):
+            assert loader.num_workers == 0
+            assert not loader.pin_memory
+
+    def test_a_trainer_may_leave_the_gpu_alone(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        trainer = Trainer(accelerator='cpu', logger=False, default_root_dir=tmp_path)
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+        for loader in self.loaders(None, trainer):
             assert loader.num_workers == 0
             assert not loader.pin_memory
 

@@ -8,6 +8,7 @@ import geopandas
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shapely
 from affine import Affine
@@ -168,9 +169,9 @@ class TestTables:
     def test_rows_that_are_no_footprints(self, tmp_path: Path) -> None:
         square = 'POLYGON ((0 0, 1 0, 1 1, 0 0))'
         shapes = ['POINT (1 1)', 'POLYGON EMPTY', square, square, 'POLYGON ((0 0,']
-        names = ['a', 'b', 'c', 'd', 'e']
-        table = pd.DataFrame({'id': names, 'geometry': shapes})
-        table['crs'] = ['EPSG:4326'] * 3 + ['EPSG:1', 'EPSG:4326']
+        shapes += ['POLYGON ((0 0, 1 0, 1 1))', '']
+        table = pd.DataFrame({'id': [*'abcdefg'], 'geometry': shapes})
+        table['crs'] = ['EPSG:4326'] * 3 + ['EPSG:1'] + ['EPSG:4326'] * 3
         table.to_csv(tmp_path / 'a.csv', index=False)
         whole = read_all(read_footprints(tmp_path / 'a.csv'))
         assert whole.table['id'].to_pylist() == ['c']
@@ -178,8 +179,18 @@ class TestTables:
             'a': 'is no polygon',
             'b': 'is no polygon',
             'd': "unknown coordinate reference system 'EPSG:1'",
-            'e': 'is no polygon',
+            'e': 'cannot be read',
+            'f': 'cannot be read',
+            'g': 'is no polygon',
         }
+
+    def test_binary_that_cannot_be_read(self, tmp_path: Path) -> None:
+        square = shapely.to_wkb(shapely.box(0, 0, 1, 1))
+        table = pa.table({'id': [*'abc'], 'geometry': [square, square[:-9], None]})
+        pq.write_table(table, tmp_path / 'a.parquet')
+        whole = read_all(read_footprints(tmp_path / 'a.parquet'))
+        assert whole.table['id'].to_pylist() == ['a']
+        assert whole.failures == {'b': 'cannot be read', 'c': 'is no polygon'}
 
     @pytest.mark.parametrize(
         ('columns', 'message'),
@@ -194,6 +205,10 @@ class TestTables:
                 'both of height and width',
             ),
             ({'id': ['a'], 'wkt': ['here']}, 'footprints must be polygons'),
+            (
+                {'id': ['a', 'b'], 'wkt': ['POINT (1 1)', 'POLYGON ((0 0,']},
+                'none of the 2 rows of .* is',
+            ),
             (
                 {
                     'id': ['a'],

@@ -15,7 +15,7 @@ from .._compat import NonGeoDataModule, NonGeoDataset, Sample
 from ..bands import BAND_STATISTICS
 from ..datasets.scaling import resolve_value_range
 from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, check_values
-from .loading import DrawSampler, ResumableDataLoader, choose_num_workers
+from .loading import DrawSampler, ResumableDataLoader, choose_num_workers, uses_cuda
 
 #: What a datamodule can give next to the image.
 Target = Literal['label', 'mask']
@@ -73,7 +73,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     goes on from a checkpoint gets the batches that it would have got. Several devices
     share the draws without further settings.
 
-    With CUDA, batches are read by as many processes as there are cores for each device
+    On CUDA devices, batches are read by as many processes as there are cores for each
     (from 1 to 8), two batches ahead per process, into pinned memory, from where they are
     copied while the device computes. The processes of the training stay from epoch to
     epoch, those of the validation do not, so that they take no memory in between. The
@@ -104,8 +104,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         Args:
             dataset_class: Class used to instantiate a new dataset.
             batch_size: Number of samples in a batch on one device.
-            num_workers: Number of processes that read, per device. By default 0 on a CPU,
-                else the cores there are for each CUDA device, from 1 to 8.
+            num_workers: Number of processes that read, per device. By default the cores
+                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             val_fraction: Part that is kept for validation, and again for testing.
             seed: Seed of all random choices.
             **kwargs: Additional keyword arguments passed to ``dataset_class``.
@@ -113,9 +113,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         Raises:
             ValueError: If an argument is out of range.
         """
-        if num_workers is None:
-            num_workers = choose_num_workers()
-        if batch_size < 1 or num_workers < 0:
+        if batch_size < 1 or (num_workers or 0) < 0:
             raise ValueError(
                 'batch_size must be at least 1 and num_workers at least 0, got '
                 f'{batch_size} and {num_workers}'
@@ -128,13 +126,28 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
                 'for testing'
             )
 
-        super().__init__(dataset_class, batch_size, num_workers, seed=seed, **kwargs)
+        super().__init__(
+            dataset_class, batch_size, num_workers or 0, seed=seed, **kwargs
+        )
+        self._num_workers: int | None = num_workers
         self.val_fraction = val_fraction
         self.seed = seed
         # The default of the host divides by 255 and refuses (B, T, C, H, W)
         self.aug = nn.Identity()
         self._train_loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Number of processes that read, per device."""
+        # Not chosen before there is a trainer: it may use the CPU next to a GPU
+        if self._num_workers is None:
+            return choose_num_workers(self.trainer)
+        return self._num_workers
+
+    @num_workers.setter
+    def num_workers(self, value: int) -> None:
+        self._num_workers = value
 
     @property
     def unit_range(self) -> bool:
@@ -185,7 +198,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             sampler=DrawSampler(dataset, self.shuffle, self.seed, world_size, rank),
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=uses_cuda(self.trainer),
             drop_last=True,
             persistent_workers=self.num_workers > 0,
         )
@@ -206,7 +219,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=uses_cuda(self.trainer),
         )
 
     def _pending(self) -> int:

@@ -65,8 +65,8 @@ class ImageMaskFolderDataModule(DrawDataModule):
                 default, images in one folder are one place for more than one of
                 *seasons*, and every image is a place for one.
             size: Height and width of a random crop, None for whole images.
-            num_workers: Number of processes that read, per device. By default 0 on a CPU,
-                else the cores there are for each CUDA device, from 1 to 8.
+            num_workers: Number of processes that read, per device. By default the cores
+                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
             min_fraction: Smallest share of an image that a class must cover to be in

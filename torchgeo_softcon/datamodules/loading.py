@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._compat import Sample
@@ -28,14 +30,32 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def choose_num_workers() -> int:
-    """Choose the number of processes that read for one device.
+def uses_cuda(trainer: Trainer | None) -> bool:
+    """Tell whether batches go to a CUDA device.
+
+    Args:
+        trainer: The trainer, if there is one already.
 
     Returns:
-        The cores there are for each CUDA device, from 1 to 8. Without CUDA 0: training
-        and reading would share the cores.
+        Whether the trainer runs on CUDA devices, or, without a trainer, whether there
+        are any.
     """
-    if not torch.cuda.is_available():
+    if trainer is None:
+        return torch.cuda.is_available()
+    return isinstance(trainer.accelerator, CUDAAccelerator)
+
+
+def choose_num_workers(trainer: Trainer | None = None) -> int:
+    """Choose the number of processes that read for one device.
+
+    Args:
+        trainer: The trainer, if there is one already.
+
+    Returns:
+        The cores there are for each CUDA device, from 1 to 8. Without CUDA, or for a
+        trainer that does not use it, 0: training and reading would share the cores.
+    """
+    if not uses_cuda(trainer):
         return 0
     cores = count_cores() // torch.cuda.device_count()
     return max(1, min(cores, _MAX_WORKERS))

@@ -70,8 +70,8 @@ class SSL4EOS12MLDataModule(DrawDataModule):
                 ``torchgeo-softcon labels``. None for the labels that are packed, if any.
             batch_size: Number of locations in a batch on one device.
             seasons: Number of different images per location.
-            num_workers: Number of processes that read, per device. By default 0 on a CPU,
-                else the cores there are for each CUDA device, from 1 to 8.
+            num_workers: Number of processes that read, per device. By default the cores
+                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             require_labels: Leave out images whose label is unknown.
             min_fraction: Smallest share of an image that a class must cover to be in its
                 label, where shares are known.

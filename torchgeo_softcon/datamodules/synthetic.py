@@ -58,8 +58,8 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             length: Number of samples per epoch. By default as many as cover the area
                 of all places once, and at least one batch.
             seasons: Number of different dates per sample.
-            num_workers: Number of processes that read, per device. By default 0 on a CPU,
-                else the cores there are for each CUDA device, from 1 to 8.
+            num_workers: Number of processes that read, per device. By default the cores
+                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
             min_fraction: Smallest share of a window that a class must cover to be in

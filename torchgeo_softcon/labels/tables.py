@@ -31,6 +31,7 @@ _CSV_TYPES = {
 
 #: Why a row is left out.
 _NO_POLYGON = 'is no polygon'
+_UNREADABLE = 'cannot be read'
 
 #: Rows that are read at once.
 _ROWS = 2**16
@@ -100,7 +101,7 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     if not sum(map(len, names)):
         raise ValueError(f'footprints must have at least one row, {path} has none')
     table = pa.concat_tables(tables).unify_dictionaries()
-    if not len(table) and set(failures.values()) == {_NO_POLYGON}:
+    if not len(table) and set(failures.values()) <= {_NO_POLYGON, _UNREADABLE}:
         raise ValueError(
             'footprints must be polygons in well-known text or binary, none of the '
             f'{len(failures)} rows of {path} is'
@@ -195,15 +196,17 @@ def _normalize(table: pa.Table, path: str) -> Read:
             geometry, on_invalid='ignore'
         )
         bad = ~np.isin(shapely.get_type_id(shapes), (3, 6)) | shapely.is_empty(shapes)
+        unreadable = shapely.is_missing(shapes) & [bool(value) for value in geometry]
         bounds = shapely.bounds(shapes)
     else:
         bounds = np.stack([table[n].to_numpy().astype(np.float64) for n in _BOX], 1)
         shapes = shapely.box(*bounds.T)
-        bad = np.zeros(len(ids), bool)
+        bad, unreadable = np.zeros((2, len(ids)), bool)
     with np.errstate(invalid='ignore'):
         flat = ~((bounds[:, 2] > bounds[:, 0]) & (bounds[:, 3] > bounds[:, 1]))
     for row in np.flatnonzero(bad | flat):
-        failures[ids[row]] = _NO_POLYGON if bad[row] else 'has no area'
+        reason = _UNREADABLE if unreadable[row] else _NO_POLYGON
+        failures[ids[row]] = reason if bad[row] else 'has no area'
     for text in set(systems):
         try:
             parse_crs(text)
