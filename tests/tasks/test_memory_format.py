@@ -118,3 +118,14 @@ def test_resumes_in_another_format(formats: tuple[bool, bool], tmp_path: Path) -
         weights.append(task.get_parameter('model.layer1.0.conv2.weight').detach())
     assert weights[0].stride() != weights[1].stride()
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_convolutions_of_other_dimensions() -> None:
+    """Only tensors of images have channels last, and timm has others, too."""
+    task = make_task(model='lambda_resnet26t', size=64)
+    layers = [m for m in task.model.modules() if isinstance(m, torch.nn.Conv3d)]
+    assert layers
+    weight = next(
+        m.weight for m in task.model.modules() if isinstance(m, torch.nn.Conv2d)
+    )
+    assert weight.is_contiguous(memory_format=torch.channels_last)

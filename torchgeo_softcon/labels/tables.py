@@ -196,7 +196,8 @@ def _normalize(table: pa.Table, path: str) -> Read:
             geometry, on_invalid='ignore'
         )
         bad = ~np.isin(shapely.get_type_id(shapes), (3, 6)) | shapely.is_empty(shapes)
-        unreadable = shapely.is_missing(shapes) & [bool(value) for value in geometry]
+        given = np.array([bool(value) for value in geometry], bool)
+        unreadable = shapely.is_missing(shapes) & given
         bounds = shapely.bounds(shapes)
     else:
         bounds = np.stack([table[n].to_numpy().astype(np.float64) for n in _BOX], 1)

@@ -146,7 +146,7 @@ def position_matrix(
     Returns:
         Weights of shape (new positions, old positions).
     """
-    unit = torch.eye(old[0] * old[1], device=device)[None]
+    unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)[None]
     return resample_abs_pos_embed(
         unit, new_size=list(new), old_size=list(old), num_prefix_tokens=0
     )[0]

@@ -29,7 +29,7 @@ from ..models import (
 )
 from ..modules import input_layer, make_teacher, update_ema
 from ..schedules import cosine_warmup
-from .checkpointing import PausedStatistics, checkpoint_activations
+from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
 from .optimizers import create_optimizer, images_per_step, parameter_groups
@@ -135,7 +135,6 @@ class EMATask(BaseTask):
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
-        self._paused = PausedStatistics()
         return encoder
 
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
@@ -381,18 +380,17 @@ class EMATask(BaseTask):
             'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
         }
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Keep batch norm from seeing twice what is computed twice.
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; batch norm does not see twice what is computed twice.
 
         Args:
             loss: The loss.
+            *args: Of Lightning.
+            **kwargs: Of Lightning.
         """
-        if self.hparams['grad_checkpointing']:
-            self._paused.pause(self.modules())
-
-    def on_after_backward(self) -> None:
-        """Let batch norm see what comes next."""
-        self._paused.resume()
+        again = self.modules() if self.hparams['grad_checkpointing'] else ()
+        with paused_statistics(again):
+            super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then move the teacher towards the student.

@@ -3,7 +3,8 @@
 
 """Activation checkpointing: less memory for a second forward pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -29,32 +30,30 @@ def checkpoint_activations(encoder: nn.Module, name: str) -> None:
         ) from error
 
 
-class PausedStatistics:
-    """Keeps batch norm from taking note of a batch a second time.
+@contextmanager
+def paused_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep batch norm from taking note of a batch a second time.
 
     What is computed again in the backward pass has been seen before.
+
+    Args:
+        modules: All modules as they are now: Lightning may have replaced batch norms
+            since they were made.
+
+    Yields:
+        Nothing. Afterwards, also after an error, all is as before.
     """
-
-    def __init__(self) -> None:
-        """Initialize a new PausedStatistics instance."""
-        self._momenta: list[tuple[_BatchNorm, float | None]] = []
-
-    def pause(self, modules: Iterable[nn.Module]) -> None:
-        """Keep running statistics as they are.
-
-        Args:
-            modules: All modules as they are now: Lightning may have replaced batch norms
-                since they were made.
-        """
-        self.resume()
-        for module in modules:
-            if isinstance(module, _BatchNorm):
-                self._momenta.append((module, module.momentum))
-                # Not without statistics, which are among the tensors that are kept
-                module.momentum = 0.0
-
-    def resume(self) -> None:
-        """Let running statistics move again."""
-        for module, momentum in self._momenta:
+    paused = [
+        (module, module.momentum, module.num_batches_tracked.clone())
+        for module in modules
+        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+    ]
+    # Not without statistics, which are among the tensors that are kept
+    for module, _, _ in paused:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, momentum, number in paused:
             module.momentum = momentum
-        self._momenta.clear()
+            module.num_batches_tracked.copy_(number)

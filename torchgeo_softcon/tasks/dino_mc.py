@@ -185,10 +185,12 @@ class DINOMCTask(EMATask):
                 lets it run per size everywhere.
             grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
                 only, and computes the rest again in the backward pass: the same results
-                from less memory in more time. Not for all families of models.
+                from less memory in more time, with a Trainer. Not for all families of
+                models.
             channels_last: Whether the weights of the encoders have the channels of a pixel
                 side by side in memory, which is faster for convolutions. None does so for
-                encoders with more than one convolution. Checkpoints do not show it.
+                encoders with more than one convolution. Checkpoints and exports do not show
+                it; safetensors refuses to save a live encoder of this kind.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
                 teacher sees first. Defaults to

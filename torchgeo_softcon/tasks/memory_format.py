@@ -34,7 +34,10 @@ def set_memory_format(encoder: nn.Module, channels_last: bool | None) -> None:
             :func:`is_convolutional`.
     """
     if is_convolutional(encoder) if channels_last is None else channels_last:
-        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Not all of four dimensions: others are no images, and five are refused
+        for module in encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def contiguous(state_dict: dict[str, Any]) -> None:

@@ -147,10 +147,12 @@ class SoftConTask(EMATask):
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
             grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
                 only, and computes the rest again in the backward pass: the same results
-                from less memory in more time. Not for all families of models.
+                from less memory in more time, with a Trainer. Not for all families of
+                models.
             channels_last: Whether the weights of the encoders have the channels of a pixel
                 side by side in memory, which is faster for convolutions. None does so for
-                encoders with more than one convolution. Checkpoints do not show it.
+                encoders with more than one convolution. Checkpoints and exports do not show
+                it; safetensors refuses to save a live encoder of this kind.
             augmentations: Module that draws views of *size* of a batch (B, C, H, W).
                 Defaults to :class:`~torchgeo_softcon.transforms.RandomView`. Not saved
                 in checkpoints.
