@@ -44,16 +44,17 @@ def paused_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
         Nothing. Afterwards, also after an error, all is as before.
     """
     paused = [
-        (module, module.momentum, module.num_batches_tracked.clone())
+        (module, module.momentum, number, number.clone())
         for module in modules
-        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+        if isinstance(module, _BatchNorm)
+        and (number := module.num_batches_tracked) is not None
     ]
     # Not without statistics, which are among the tensors that are kept
-    for module, _, _ in paused:
+    for module, *_ in paused:
         module.momentum = 0.0
     try:
         yield
     finally:
-        for module, momentum, number in paused:
+        for module, momentum, number, before in paused:
             module.momentum = momentum
-            module.num_batches_tracked.copy_(number)
+            number.copy_(before)
