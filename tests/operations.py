@@ -110,7 +110,7 @@ def _tensors(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-class _Event:
+class Event:
     """A CUDA event that never comes."""
 
     def record(self) -> None:
@@ -138,7 +138,7 @@ def like_a_gpu() -> Iterator[None]:
     """Let ``meta`` do what only a GPU does: fused optimizers and attention, events."""
     with (
         mock.patch('torch.nn.functional.scaled_dot_product_attention', _attention),
-        mock.patch('torch.cuda.Event', _Event),
+        mock.patch('torch.cuda.Event', Event),
         mock.patch('torch.autocast', _autocast),
         mock.patch('torch.is_autocast_enabled', return_value=False),
         mock.patch(

@@ -182,7 +182,8 @@ def _layout(
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
         each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-        sequence = each[:-1].repeat_interleave(lengths)
+        total = sum(group.number * group.length for group in groups)
+        sequence = each[:-1].repeat_interleave(lengths, output_size=total)
         ends = F.pad(lengths.cumsum(0), (1, 0)).int()
         positions = torch.cat([position_matrix(native, g, device) for g in grids])
         return Layout(
