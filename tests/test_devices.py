@@ -134,9 +134,9 @@ def test_attention_once_for_all_sizes(dtype: torch.dtype, device: str) -> None:
     crops = [torch.rand(2, 4, s, s, device=device) for s in (96, 96, 64, 48, 32)]
     parameter = encoder.blocks[0].attn.qkv.weight
     results = []
-    for varlen in (False, True):
+    for batching in ('packed', 'auto'):
         with torch.autocast(device, dtype):
-            features = encode_crops(encoder, crops, varlen=varlen)
+            features = encode_crops(encoder, crops, batching=batching)
         (grad,) = torch.autograd.grad(features.float().square().sum(), parameter)
         results.append((features.float(), grad))
     for one, other in zip(*results, strict=True):

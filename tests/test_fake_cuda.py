@@ -80,7 +80,8 @@ def test_seasons_of_softcon() -> None:
     [
         {'in_channels': 3, 'value_range': (0, 1), 'freeze_last_layer': 20},
         {'teacher_statistics': 'student', 'model': 'test_resnet'},
-        {'varlen_attention': False, 'norm_last_layer': False},
+        {'crop_batching': 'packed', 'norm_last_layer': False},
+        {'crop_batching': 'by_size'},
         {'clip_grad': None, 'drop_path_rate': 0},
     ],
 )

@@ -79,6 +79,23 @@ def test_equals_one_forward_pass_per_crop(
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
 
 
+def test_batching_by_size() -> None:
+    encoder, crops = make_encoder(), make_crops()
+    shapes: list[torch.Size] = []
+    encoder.register_forward_hook(lambda _, images, out: shapes.append(images[0].shape))
+    features = encode_crops(encoder, crops, batching='by_size')
+    assert [(s[0], s[2]) for s in shapes] == [(4, 64), (4, 48), (4, 32), (2, 16)]
+    torch.testing.assert_close(
+        features, encode_crops(encoder, crops, batching='packed')
+    )
+    assert len(shapes) == 4
+
+
+def test_batching_packed_is_for_vision_transformers() -> None:
+    with pytest.raises(ValueError, match=r'batching=.packed. needs .* got ResNet'):
+        encode_crops(make_encoder('resnet18'), make_crops(), batching='packed')
+
+
 def test_dinov2_layer_scale_and_registers() -> None:
     encoder = timm.models.VisionTransformer(
         img_size=56,
@@ -292,9 +309,9 @@ class TestVarlen:
         monkeypatch.setattr(packed_blocks, 'varlen_attn', calls)
         monkeypatch.setattr(packing, 'can_use_varlen', lambda *args: True)
         results = []
-        for varlen in (False, True):
+        for batching in ('packed', 'auto'):
             with torch.autocast('cpu', torch.bfloat16):
-                features = encode_crops(encoder, crops, varlen=varlen)
+                features = encode_crops(encoder, crops, batching=batching)
             (grad,) = torch.autograd.grad(features.float().square().sum(), parameter)
             results.append((features.float(), grad))
         for one, other in zip(*results, strict=True):

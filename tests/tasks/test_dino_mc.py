@@ -57,6 +57,19 @@ class TestConstructor:
             ({'warmup_epochs': -1}, 'warmup_epochs must be >= 0'),
             ({'freeze_last_layer': -1}, 'freeze_last_layer must be >= 0'),
             ({'clip_grad': 0}, 'clip_grad must be > 0, got 0'),
+            ({'crop_batching': 'padded'}, r"crop_batching must be one of \('auto'"),
+            (
+                {'crop_batching': 'packed', 'model': 'test_resnet'},
+                "crop_batching = 'packed' needs a Vision Transformer",
+            ),
+            (
+                {'compile_encoder': True, 'model': 'test_resnet'},
+                'compile_encoder = True needs a Vision Transformer',
+            ),
+            (
+                {'compile_encoder': True, 'crop_batching': 'by_size'},
+                "got crop_batching = 'by_size'",
+            ),
             ({'teacher_statistics': 'none'}, "must be 'own' or 'student', got 'none'"),
             ({'drop_path_rate': 1.0}, r'drop_path_rate must be in \[0, 1\), got 1.0'),
             ({'drop_path_rate': -0.5}, r'drop_path_rate must be in \[0, 1\), got -0.5'),

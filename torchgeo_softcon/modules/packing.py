@@ -6,7 +6,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from .packed_blocks import (
     draw_drop_paths,
     token_block,
 )
+
+CropBatching = Literal['auto', 'packed', 'by_size']
 
 
 def can_pack(encoder: nn.Module) -> bool:
@@ -58,14 +60,15 @@ def encode_crops(
     encoder: nn.Module,
     crops: Sequence[Tensor],
     compiled: bool = False,
-    varlen: bool = True,
+    batching: CropBatching = 'auto',
 ) -> Tensor:
     """Encode crops of several sizes, equal to one forward pass per crop.
 
-    Vision Transformers, see :func:`can_pack`, get the tokens of all crops as one matrix.
-    Layers that treat every token alike, which is all but attention, then run once instead
-    of once per size. The last block computes only the class token if nothing else is read.
-    Attention runs without padding or masks: in half precision on a GPU that has it (see
+    With ``batching='auto'``, Vision Transformers, see :func:`can_pack`, get the tokens of
+    all crops as one matrix. Layers that treat every token alike, which is all but
+    attention, then run once instead of once per size. The last block computes only the
+    class token if nothing else is read. Attention runs without padding or masks: in half
+    precision on a GPU that has it (see
     :func:`~torchgeo_softcon.modules.packed_blocks.can_use_varlen`) once for all crops with
     ``torch.nn.attention.varlen``, elsewhere once per size.
 
@@ -80,15 +83,23 @@ def encode_crops(
         crops: S crops of each of B images, each of shape (B, C, H, W) with its own size.
         compiled: Whether to run the packed forward pass with ``torch.compile``, as one
             graph. Other encoders are run as they are.
-        varlen: Whether attention may run once for all crops where that is possible.
-            False lets it run per size everywhere.
+        batching: ``'auto'`` as above, which was the fastest wherever it was measured,
+            ``'packed'`` the same with attention once per size everywhere, ``'by_size'``
+            one batch per size for all encoders.
 
     Returns:
         Features of shape (S, B, F), in the order of the crops.
 
     Raises:
-        ValueError: If the crops differ in batch size, or one is smaller than a patch.
+        ValueError: If the crops differ in batch size, one is smaller than a patch, or an
+            encoder that cannot be packed was asked to.
     """
+    packed = batching != 'by_size' and can_pack(encoder)
+    if batching == 'packed' and not packed:
+        raise ValueError(
+            "batching='packed' needs a Vision Transformer of timm's standard blocks that "
+            f"takes any image size, got {type(encoder).__name__}. Set it to 'auto'"
+        )
     batches = {len(crop) for crop in crops}
     if len(batches) != 1:
         raise ValueError(
@@ -100,7 +111,7 @@ def encode_crops(
         crops = [_cover(crop, patch_embed.patch_size) for crop in crops]
     sizes = groupby(crops, key=lambda crop: crop.shape[-2:])
     same_size = [torch.cat(list(group)) for _, group in sizes]
-    if can_pack(encoder):
+    if packed:
         vit = cast(VisionTransformer, encoder)
         rows, columns = vit.patch_embed.patch_size
         layout = _layout(
@@ -109,7 +120,7 @@ def encode_crops(
             vit.num_prefix_tokens,
             vit.patch_embed.grid_size,
             same_size[0].device,
-            varlen and can_use_varlen(vit, same_size[0].device),
+            batching == 'auto' and can_use_varlen(vit, same_size[0].device),
         )
         run = _compiled() if compiled else _encode_packed
         features = run(vit, same_size, layout, draw_drop_paths(vit, len(layout.first)))

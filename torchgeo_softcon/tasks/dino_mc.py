@@ -6,7 +6,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
@@ -19,6 +19,7 @@ from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.builders import timm_name
 from ..modules import DINOHead, can_pack, copy_buffers, encode_crops, make_teacher
+from ..modules.packing import CropBatching
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import MultiCropView
@@ -118,7 +119,7 @@ class DINOMCTask(EMATask):
         warmup_epochs: float = 10,
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
-        varlen_attention: bool = True,
+        crop_batching: CropBatching = 'auto',
         grad_checkpointing: bool = False,
         channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
@@ -180,9 +181,10 @@ class DINOMCTask(EMATask):
             compile_encoder: Whether to compile the encoding of the crops with
                 ``torch.compile``: one graph for the student and one for the teacher.
                 Vision Transformers only.
-            varlen_attention: Whether attention runs once for the crops of all sizes where
-                that is possible, see :func:`~torchgeo_softcon.modules.encode_crops`. False
-                lets it run per size everywhere.
+            crop_batching: How the crops of several sizes become batches, see
+                :func:`~torchgeo_softcon.modules.encode_crops`: ``'auto'``, all of them at
+                once (``'packed'``, Vision Transformers only), or one batch per size
+                (``'by_size'``).
             grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
                 only, and computes the rest again in the backward pass: the same results
                 from less memory in more time, with a Trainer. Not for all families of
@@ -279,13 +281,25 @@ class DINOMCTask(EMATask):
         self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
         compiled = self.hparams['compile_encoder']
-        if compiled and not can_pack(self.student):
+        batching = self.hparams['crop_batching']
+        if batching not in get_args(CropBatching):
             raise ValueError(
-                f'compile_encoder needs a Vision Transformer that takes all crops at once, '
-                f'got {self.hparams["model"]!r}. Set it to False'
+                f'crop_batching must be one of {get_args(CropBatching)}, got {batching!r}'
+            )
+        at_once = {'crop_batching': batching == 'packed', 'compile_encoder': compiled}
+        if any(at_once.values()) and not can_pack(self.student):
+            name = next(name for name, asked in at_once.items() if asked)
+            raise ValueError(
+                f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes all '
+                f'crops at once, got {self.hparams["model"]!r}. Leave it at its default'
+            )
+        if compiled and batching == 'by_size':
+            raise ValueError(
+                "compile_encoder needs all crops at once, got crop_batching = 'by_size'. "
+                "Set that to 'auto'"
             )
         self.encode = functools.partial(
-            encode_crops, compiled=compiled, varlen=self.hparams['varlen_attention']
+            encode_crops, compiled=compiled, batching=batching
         )
 
     def try_sizes(self, encoder: nn.Module) -> int:
