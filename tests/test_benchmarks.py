@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
 from torchgeo_softcon.modules import encode_crops, make_teacher, update_ema
+from torchgeo_softcon.transforms import RandomView
 
 from .benchmarks import harness, slow
 from .benchmarks.__main__ import ROWS, Bench, Forms, main
@@ -34,7 +36,7 @@ def test_all_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     firsts = {row['row']: row for row in reversed(table['rows'])}
     assert all(row['ratio'] == 1 for row in firsts.values())
     assert len(capsys.readouterr().out.splitlines()) == 3 + len(table['rows'])
-    for row in ('softcon', 'two_views', 'dino_mc'):
+    for row in ('masking', 'softcon', 'two_views', 'dino_mc'):
         assert min(firsts[row]['memory'], firsts[row]['flops']) > 0
     assert table['loss difference'] < 1e-5
 
@@ -77,6 +79,27 @@ def test_memory_of_a_form_is_not_that_of_others(
     monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: peak)
     timings = compare('row', {'a': form(500, 7), 'b': form(0, 9)}, 2)
     assert [timing.memory for timing in timings] == [7, 9]
+
+
+def test_slow_views_have_the_distribution_of_ours() -> None:
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 48)
+    image = torch.stack([ramp.expand(48, 48), ramp[:, None].expand(48, 48).square()])
+    images = (image + 0.1 * torch.rand(2, 48, 48)).expand(512, -1, -1, -1)
+    scale, flip, blur = (0.08, 1.0), 0.5, 1.0
+    ours = RandomView(24, scale, vertical_flip=flip, blur_probability=blur)(images)
+    theirs = slow.views_one_by_one(images, 24, scale, flip, blur)
+    statistics: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.mean((-2, -1)),
+        lambda x: x.std((-2, -1)),
+        lambda x: x.diff(dim=-1).abs().mean((-2, -1)),  # blurred alike
+        lambda x: x[..., 0] - x[..., -1],  # mirrored alike
+    ]
+    for statistic in statistics:
+        one, other = statistic(ours).flatten(1), statistic(theirs).flatten(1)
+        error = (one.var(0) + other.var(0)).div(len(one)).sqrt()
+        assert ((one.mean(0) - other.mean(0)).abs() < 4 * error).all()
+        torch.testing.assert_close(one.std(0), other.std(0), rtol=0.15, atol=0)
 
 
 def test_slow_forms_are_equal() -> None:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
-from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import make_teacher, update_ema
+from torchgeo_softcon.models import create_encoder, is_vit
+from torchgeo_softcon.modules import SiameseMasking, make_teacher, update_ema
+from torchgeo_softcon.modules.masking import MaskMode
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
 from torchgeo_softcon.transforms import MultiCropView, RandomView
@@ -105,15 +106,19 @@ class Bench:
     def views(self) -> Forms:
         """One view of each image, with the shares and probabilities of TorchGeo's.
 
-        Not equal: brightness adds and contrast multiplies there, both clip, and the blur
-        always has as many taps (23 for 224 pixels).
+        kornia's are not equal: brightness adds and contrast multiplies there, both clip,
+        and the blur always has as many taps (23 for 224 pixels). Those of one image after
+        the other have the distribution of ours, and are made on the CPU.
         """
         kornia = self.moco().augmentation1.to(DEVICE)
-        ours = RandomView(
-            self.args.size, (0.08, 1.0), vertical_flip=0.5, blur_probability=1.0
-        )
+        size, scale, flip, blur = self.args.size, (0.08, 1.0), 0.5, 1.0
+        ours = RandomView(size, scale, vertical_flip=flip, blur_probability=blur)
+        images = self.image.cpu()
         return {
             "kornia, TorchGeo's MoCo": lambda: kornia(self.image),
+            'image by image': lambda: slow.views_one_by_one(
+                images, size, scale, flip, blur
+            ).to(DEVICE),
             'ours': lambda: ours(self.image),
         }
 
@@ -123,6 +128,25 @@ class Bench:
         kornia = slow.multi_crop(*sizes, self.args.channels).to(DEVICE)
         ours = MultiCropView(*sizes)
         return {'kornia': lambda: kornia(self.image), 'ours': lambda: ours(self.image)}
+
+    def masking(self) -> Forms:
+        """The encoder of SoftCon alone, by mask ratio, with its backward pass."""
+        encoder = create_encoder(self.args.model, self.args.channels).to(DEVICE)
+        image = self.image[..., : self.args.size, : self.args.size]
+        mode: MaskMode = 'drop' if is_vit(encoder) else 'pixel'
+
+        def form(ratio: float) -> Callable[[], Any]:
+            masking = SiameseMasking(mode, ratio)
+
+            def run() -> None:
+                loss = (
+                    self.cast(lambda: masking(encoder, image)).float().square().mean()
+                )
+                torch.autograd.grad(loss, list(encoder.parameters()), allow_unused=True)
+
+            return run
+
+        return {f'mask_ratio = {ratio}': form(ratio) for ratio in (0, 0.5, 0.75)}
 
     def softcon(self) -> Forms:
         """A step of SoftCon, by mask ratio."""
@@ -134,11 +158,14 @@ class Bench:
         }
 
     def two_views(self) -> Forms:
-        """A step of MoCo v3, views included."""
-        ours = SoftConTask(
-            **self.options(), mask_ratio=0, soft_weight=0, symmetric=True
-        )
-        return {"TorchGeo's MoCo v3": self.step(self.moco()), 'ours': self.step(ours)}
+        """A step of MoCo v3, views included, and the same with masked views."""
+        forms = {"TorchGeo's MoCo v3": self.step(self.moco())}
+        for ratio in (0, 0.5, 0.75):
+            task = SoftConTask(
+                **self.options(), mask_ratio=ratio, soft_weight=0, symmetric=True
+            )
+            forms[f'ours, mask_ratio = {ratio}'] = self.step(task)
+        return forms
 
     def dino_mc(self) -> Forms:
         """A step of DINO-MC, with the same views."""
@@ -240,7 +267,17 @@ class Bench:
         return run
 
 
-ROWS = ('loss', 'ema', 'optimizer', 'views', 'crops', 'softcon', 'two_views', 'dino_mc')
+ROWS = (
+    'loss',
+    'ema',
+    'optimizer',
+    'views',
+    'crops',
+    'masking',
+    'softcon',
+    'two_views',
+    'dino_mc',
+)
 
 #: Sizes at which all rows take seconds. test_vit is made for 160 pixels.
 TOY = {'model': 'test_vit', 'channels': 2, 'batch': 2, 'image': 160, 'size': 160}

@@ -3,6 +3,7 @@
 
 """Slow forms: what the methods say, one operation after the other."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from kornia import augmentation as K
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchgeo.transforms.color import RandomGrayscale
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
 
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.tasks.optimizers import parameter_groups
@@ -85,6 +88,48 @@ class DINOMCStep:
             ema(student, average, 0.996)
         self.center.lerp_(teacher.float().mean((0, 1)), 0.1)
         return loss.item()
+
+
+def views_one_by_one(
+    image: Tensor,
+    size: int,
+    scale: tuple[float, float],
+    vertical_flip: float,
+    blur: float,
+) -> Tensor:
+    """Views of the distribution of ``RandomView``, image by image, as a dataset does it.
+
+    By torchvision, but for changes of colour, which it has for RGB alone.
+
+    Args:
+        image: Images of shape (B, C, H, W) on the CPU.
+        size: Side of a view in pixels.
+        scale: Range of the crops' shares of an image.
+        vertical_flip: Probability to mirror top and bottom.
+        blur: Probability of a Gaussian blur.
+
+    Returns:
+        Views of shape (B, C, size, size).
+    """
+    views = []
+    for x in image:
+        box = RandomResizedCrop.get_params(x, list(scale), [3 / 4, 4 / 3])
+        view = TF.resized_crop(x, *box, [size, size], antialias=False)
+        if torch.rand(()) < 0.5:
+            view = TF.hflip(view)
+        if torch.rand(()) < vertical_flip:
+            view = TF.vflip(view)
+        if torch.rand(()) < 0.8:
+            view = view * torch.empty(()).uniform_(0.6, 1.4)
+            mean = view.mean((-2, -1), keepdim=True)
+            view = mean.lerp(view, torch.empty(()).uniform_(0.6, 1.4))
+        if torch.rand(()) < 0.2:
+            view = view.mean(0, keepdim=True).expand_as(view)
+        if torch.rand(()) < blur:
+            sigma = float(torch.empty(()).uniform_(0.1, 2.0))
+            view = TF.gaussian_blur(view, 2 * math.ceil(3 * sigma) + 1, sigma)
+        views.append(view)
+    return torch.stack(views)
 
 
 def multi_crop(size: int, local_sizes: Sequence[int], channels: int) -> nn.Module:
