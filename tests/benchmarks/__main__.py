@@ -8,7 +8,8 @@
 Forms of a row are timed in turns, in CPU time on a CPU and with events on a GPU. The
 ratio is that of the medians; larger than 1 is faster than the first form of the row.
 Memory is on a GPU the peak of a call, less what was allocated before it (weights, the
-optimizer's state, what the other forms keep), and on a CPU what is kept for backward passes.
+optimizer's state, what the other forms keep), and on a CPU what is kept for backward passes,
+weights excepted.
 The last column is the share of the rate at which the device multiplies large matrices in
 that precision, measured first. (PyTorch does not count attention of all crops at once, on a
 GPU.) Last come the losses of DINO-MC steps, ours and those of the slow form.

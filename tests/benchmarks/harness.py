@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +31,7 @@ class Timing:
         ratio: Median of the first form of the row / median of this one.
         memory: Bytes: on a GPU the peak of a call, less what was allocated before it
             (weights, the optimizer's state, what other forms keep), on a CPU what is kept
-            for backward passes.
+            for backward passes, weights excepted.
         flops: Floating-point operations of matrix products, convolutions and attention.
         images: Number of images.
         peak: Matrix products of this device and precision, in operations per second.
@@ -71,7 +71,9 @@ class Kept:
         self._seen: dict[int, Tensor] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Count a tensor, once for each memory."""
+        """Count a tensor, once for each memory, unless it is there anyway."""
+        if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             # Held, or its address would be used again

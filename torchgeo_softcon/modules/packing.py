@@ -236,12 +236,12 @@ def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: Layout) -> 
         first = torch.cat(prefix, 1)  # (1, P, F)
         if skip:
             first = first + pos_embed[:, :skip]
-        first = first.to(tokens.dtype)
+    # Under autocast, patches are half as wide, and tokens float32 from here on, as in timm
     out = []
     for number, part, position in zip(
         numbers,
         tokens.split([n * count for n, count in zip(numbers, counts, strict=True)]),
-        positions.to(tokens.dtype).split(counts),
+        positions.split(counts),
         strict=True,
     ):
         sequences = part.unflatten(0, (number, -1)) + position
@@ -251,12 +251,13 @@ def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: Layout) -> 
     return vit.norm_pre(vit.pos_drop(torch.cat(out)))
 
 
-def _branch_dtype(x: Tensor) -> torch.dtype:
-    """Dtype that a branch of a block ends with, that of its linear layer."""
+def _branch_dtype(vit: VisionTransformer, x: Tensor) -> torch.dtype:
+    """Dtype that the branches of blocks end with: that of linear layers, or of scales."""
     kind = x.device.type
-    return (
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    )
+    linear = all(type(cast(Block, block).ls1) is nn.Identity for block in vit.blocks)
+    if linear and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _encode_packed(
@@ -272,7 +273,7 @@ def _encode_packed(
     of_tokens: Tensor | None = None
     if drop_paths is not None:
         # As wide as what they are multiplied with: the residuals, not their sum
-        drop_paths = drop_paths.to(_branch_dtype(x))
+        drop_paths = drop_paths.to(_branch_dtype(vit, x))
         of_tokens = drop_paths.index_select(1, layout.sequence)
     for i, block in enumerate(blocks):
         last = token and i == len(blocks) - 1
