@@ -100,7 +100,7 @@ def test_softcon(mask_ratio: float) -> None:
     assert +operations.host == {}
 
 
-@pytest.mark.parametrize(('make', 'most'), [(dino, 1500), (softcon, 200)])
+@pytest.mark.parametrize(('make', 'most'), [(dino, 600), (softcon, 150)])
 def test_views(make: Any, most: int) -> None:
     steps = make()
     with like_a_gpu(), Operations() as operations:

@@ -272,6 +272,13 @@ class TestMultiCropView:
             views = module(torch.rand(2, 3, 40, 40))
             assert tuple(view.shape[-1] for view in views) == (32, 32, *expected)
 
+    @pytest.mark.parametrize('views', ['multi_crop', 'temporal'])
+    def test_without_local_crops(self, views: Any) -> None:
+        module = MultiCropView(32, (16,), num_local_crops=0, views=views)
+        crops = module(torch.rand(2, 2, 4, 32, 32))
+        assert [crop.shape for crop in crops] == [(2, 4, 32, 32)] * module.num_global
+        assert len(module.boxes) == module.num_global
+
     def test_views_are_crops_of_their_boxes(self) -> None:
         torch.manual_seed(0)
         image = torch.randn(6, 5, 80, 70)
@@ -306,7 +313,7 @@ class TestMultiCropView:
         [
             {'global_scale': (0.2, 0.9), 'local_scale': (0.2, 0.9)},
             {'jitter_probability': 1.0},
-            {'global_blur': (1, 1), 'local_blur': 1},
+            {'global_blur': (1, 1), 'local_blur': 1, 'blur_sigma': (0.5, 2)},
         ],
     )
     @pytest.mark.parametrize('channels', [3, 4])

@@ -27,10 +27,8 @@ def jitter(view: Tensor, factors: list[Tensor]) -> Tensor:
     return grey + saturation * (view - grey)
 
 
-def blur(view: Tensor, probability: float) -> Tensor:
+def blur(view: Tensor, drawn: Tensor, sigmas: Tensor) -> Tensor:
     """A blur by kornia of the samples that are drawn."""
-    drawn = draw(view, probability)
-    sigmas = torch.empty(len(view)).uniform_(0.1, 2)
     for i, sigma in enumerate(sigmas.tolist()):
         if drawn[i]:
             kernel = get_gaussian_kernel1d(2 * math.ceil(3 * sigma) + 1, sigma)
@@ -45,19 +43,29 @@ def random_view(image: Tensor, size: int) -> Tensor:
     factors = (torch.rand(2, len(image)) * 2 - 1) * draw(image, 0.8)
     colour = ~draw(image, 0.2)
     view = jitter(view, [*(1 + 0.4 * factors), colour.float()])
-    return blur(view, 0.5)
+    drawn = draw(view, 0.5)
+    return blur(view, drawn, torch.empty(len(view)).uniform_(0.1, 2))
 
 
 def multi_crop(image: Tensor, sizes: list[int]) -> list[Tensor]:
-    """MultiCropView with its defaults."""
+    """MultiCropView with its defaults, with the draws of all views first."""
+    boxes, flips = [], []
+    for number, scale in ((2, (0.32, 1)), (len(sizes) - 2, (0.05, 0.32))):
+        every = image.repeat(number, 1, 1, 1)
+        boxes += random_boxes(every, scale, (3 / 4, 4 / 3)).split(len(image))
+        flips += draw(every, 0.5).split(len(image))
+        draw(every, 0)  # top and bottom
+    shape = len(sizes), len(image)
+    drawn, grey = torch.rand(shape) < 0.8, torch.rand(shape) < 0.2
+    factors = torch.rand(4, *shape) * 2 - 1
+    gains = torch.rand(*shape, image.shape[1]) * 2 - 1
+    blurred, sigmas = torch.rand(shape), torch.empty(shape).uniform_(0.1, 2)
+
     views = []
     for i, size in enumerate(sizes):
-        scale = (0.32, 1) if i < 2 else (0.05, 0.32)
-        boxes = random_boxes(image, scale, (3 / 4, 4 / 3))
-        flip, _ = draw(image, 0.5), draw(image, 0)
         crops = []
         for x, (left, top, right, bottom), mirror in zip(
-            image, boxes.tolist(), flip.tolist(), strict=True
+            image, boxes[i].tolist(), flips[i].tolist(), strict=True
         ):
             kind = InterpolationMode.BICUBIC if i < 2 else InterpolationMode.BILINEAR
             box = top, left, bottom - top, right - left
@@ -66,15 +74,12 @@ def multi_crop(image: Tensor, sizes: list[int]) -> list[Tensor]:
         view = torch.stack(crops)
 
         strengths = (0.4, 0.4, 0.2, 0.1) if i < 2 else (0.8, 0.8, 0.8, 0.2)
-        factors = torch.rand(4, len(image)) * 2 - 1
-        drawn = draw(image, 0.8)
-        colour = ~draw(image, 0.2)
-        factors *= torch.tensor(strengths)[:, None] * drawn
-        gain = torch.rand(image.shape[:2]) * 2 - 1
-        gain = 1 + strengths[3] * gain * drawn[:, None]
-        gain = (1 + factors[0])[:, None] * gain / gain.mean(1, keepdim=True)
-        view = jitter(view, [gain, 1 + factors[1], (1 + factors[2]) * colour])
-        views.append(blur(view, (1, 0.1)[i] if i < 2 else 0.5))
+        factor = factors[:, i] * torch.tensor(strengths)[:, None] * drawn[i]
+        gain = 1 + strengths[3] * gains[i] * drawn[i][:, None]
+        gain = (1 + factor[0])[:, None] * gain / gain.mean(1, keepdim=True)
+        view = jitter(view, [gain, 1 + factor[1], (1 + factor[2]) * ~grey[i]])
+        chosen = blurred[i] < ((1, 0.1)[i] if i < 2 else 0.5)
+        views.append(blur(view, chosen, sigmas[i]))
     return views
 
 

@@ -6,22 +6,21 @@
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
 
 import torch
 from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
 from .colours import colour_map, jitter_rgb
-from .draws import draw, random_boxes, random_kernels, uniform
+from .draws import constant, draw, random_blurs, random_boxes, uniform
 from .resample import means, resample
 from .views import check_fractions, check_range
-from .weights import Interpolation, blur_weights, crop_weights, identity
+from .weights import Crop, Interpolation, crop_weights, identity
 
 #: Strengths of brightness, contrast, saturation and hue.
 Strengths: TypeAlias = tuple[float, float, float, float]
-#: Weights of the rows and of the columns of a view.
-Crop: TypeAlias = tuple[Tensor, Tensor]
 
 
 class MultiCropView(nn.Module):
@@ -276,16 +275,15 @@ class MultiCropView(nn.Module):
             seasons = uniform(image, *image.shape[:2]).argmax(1)
             image = _take(image, seasons)
         image = self._prepare(image)
-        views = []
-        for blur, solarize in zip(self.global_blur, self.global_solarize, strict=True):
-            crop = self._draw_global(image, flip=True)
-            view = self._augment(image, crop, self.global_jitter, blur, solarize)
-            views.append(view)
-        for size in self._crop_sizes:
-            crop = self._draw_local(image, size, flip=True)
-            blur = self.local_blur
-            views.append(self._augment(image, crop, self.local_jitter, blur, 0))
-        return views
+        crops = [*self._draw_global(image, 2), *self._draw_local(image)]
+        number = len(self._crop_sizes)
+        return self._augment(
+            [image] * len(crops),
+            crops,
+            [self.global_jitter] * 2 + [self.local_jitter] * number,
+            [*self.global_blur, *[self.local_blur] * number],
+            [*self.global_solarize, *[0] * number],
+        )
 
     def _temporal(self, image: Tensor) -> list[Tensor]:
         """Views of three seasons."""
@@ -302,24 +300,21 @@ class MultiCropView(nn.Module):
         first, second, third = (
             self._prepare(_take(image, order[:, i])) for i in range(3)
         )
-        augmented = [
-            self._augment(season, None, self.global_jitter, blur, solarize)
-            for season, blur, solarize in zip(
-                (second, first), self.global_blur, self.global_solarize, strict=True
-            )
-        ]
+        augmented = self._augment(
+            [second, first],
+            None,
+            [self.global_jitter] * 2,
+            self.global_blur,
+            self.global_solarize,
+        )
         # To mirror a random crop is to mirror the image before
-        views = [
-            resample(season, *self._draw_global(season, flip))
-            for season, flip in (
-                (augmented[0], True),
-                (third, False),
-                (augmented[1], True),
-            )
+        shown = [
+            *zip(augmented[:1], self._draw_global(first, 1), strict=True),
+            *zip([third], self._draw_global(first, 1, flip=False), strict=True),
+            *zip(augmented[1:], self._draw_global(first, 1), strict=True),
+            *((first, crop) for crop in self._draw_local(first, flip=False)),
         ]
-        for size in self._crop_sizes:
-            views.append(resample(first, *self._draw_local(first, size, flip=False)))
-        return views
+        return [resample(season, *crop) for season, crop in shown]
 
     def _prepare(self, image: Tensor) -> Tensor:
         """Convert to float32, and a declared range to [0, 1]."""
@@ -338,74 +333,110 @@ class MultiCropView(nn.Module):
             view = view.clamp_(low, high)
         return view
 
+    def _draw_global(self, image: Tensor, number: int, flip: bool = True) -> list[Crop]:
+        """Draw global crops of each image."""
+        sizes = [self.global_size] * number
+        return self._draw(
+            image, sizes, self.global_scale, self.global_interpolation, flip
+        )
+
+    def _draw_local(self, image: Tensor, flip: bool = True) -> list[Crop]:
+        """Draw the local crops of each image."""
+        sizes = self._crop_sizes
+        return self._draw(
+            image, sizes, self.local_scale, self.local_interpolation, flip
+        )
+
     def _draw(
         self,
         image: Tensor,
-        size: int,
+        sizes: Sequence[int],
         scale: tuple[float, float],
         interpolation: Interpolation,
         flip: bool,
-    ) -> Crop:
-        """Draw a crop of each image."""
-        boxes = random_boxes(image, scale, self.ratio)
-        self.boxes.append(boxes)
-        flips = torch.zeros(2, len(image), dtype=torch.bool, device=image.device)
+    ) -> list[Crop]:
+        """Draw crops of each image, all at once: a GPU is asked for less."""
+        if not sizes:
+            return []
+        batch, number = len(image), len(sizes) * len(image)
+        every = image[:1].expand(number, -1, -1, -1)  # nothing but its shape is read
+        boxes = random_boxes(every, scale, self.ratio)
+        self.boxes += boxes.split(batch)
+        flips = torch.zeros(2, number, dtype=torch.bool, device=image.device)
         if flip:
             probabilities = self.horizontal_flip, self.vertical_flip
-            flips = torch.stack([draw(image, p) for p in probabilities])
-        return crop_weights(image, boxes, (size, size), flips, interpolation)
-
-    def _draw_global(self, image: Tensor, flip: bool) -> Crop:
-        """Draw a global crop of each image."""
-        return self._draw(
-            image, self.global_size, self.global_scale, self.global_interpolation, flip
-        )
-
-    def _draw_local(self, image: Tensor, size: int, flip: bool) -> Crop:
-        """Draw a local crop of each image."""
-        return self._draw(image, size, self.local_scale, self.local_interpolation, flip)
+            flips = torch.stack([draw(every, p) for p in probabilities])
+        crops: list[Crop] = []
+        for size, group in groupby(sizes):
+            part = slice(len(crops) * batch, (len(crops) + len(list(group))) * batch)
+            rows, columns = crop_weights(
+                image, boxes[part], (size, size), flips[:, part], interpolation
+            )
+            crops += zip(rows.split(batch), columns.split(batch), strict=True)
+        return crops
 
     def _augment(
         self,
-        image: Tensor,
-        crop: Crop | None,
-        strengths: Strengths,
-        blur: float,
-        solarize: float,
-    ) -> Tensor:
-        """Crop, jitter, grey, blur and solarise. Does not modify *image*."""
-        if crop is not None and self._is_rgb(image):
-            # Jitter clips, what is not linear: no single product with the blur
-            image, crop = resample(image, *crop), None
-        factors = uniform(image, 4, len(image)) * 2 - 1
-        drawn = draw(image, self.jitter_probability)
-        brightness, contrast, saturation, hue = (
-            strength * factor * drawn
-            for strength, factor in zip(strengths, factors, strict=True)
-        )
-        grey = draw(image, self.grey_probability)
-        colours = None
-        if self._is_rgb(image):
-            image = jitter_rgb(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-            image = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
-        else:
-            gain = uniform(image, *image.shape[:2]) * 2 - 1
-            gain = 1 + strengths[3] * gain * drawn[:, None]
-            gain = (1 + brightness)[:, None] * gain / gain.mean(1, keepdim=True)
-            mean = image.mean((-2, -1)) if crop is None else means(image, *crop)
-            # Grey is no saturation
-            colours = colour_map(mean, gain, 1 + contrast, (1 + saturation) * ~grey)
+        images: Sequence[Tensor],
+        crops: Sequence[Crop] | None,
+        strengths: Sequence[Strengths],
+        blurs: Sequence[float],
+        solarize: Sequence[float],
+    ) -> list[Tensor]:
+        """Crop, jitter, grey, blur and solarise. Does not modify *images*.
 
-        rows, columns = identity(image) if crop is None else crop
-        size = rows.shape[1], columns.shape[1]
-        kernels = random_kernels(image, size, blur, self.blur_sigma)
-        if kernels is not None:
-            rows, columns = (blur_weights(w, kernels) for w in (rows, columns))
-        view = resample(image, rows, columns, colours)
-        if solarize:
-            drawn = draw(view, solarize).view(-1, 1, 1, 1)
-            view = torch.where(drawn & (view >= 0.5), 1 - view, view)
-        return view
+        Args:
+            images: Images of V views, each of shape (B, C, H, W).
+            crops: Crops of them, the whole images if None.
+            strengths: Strengths of the jitter of each view.
+            blurs: Probability of a blur of each view.
+            solarize: Probability to solarise each view.
+
+        Returns:
+            The views, each of shape (B, C, h, w).
+        """
+        rgb = self._is_rgb(images[0])
+        if crops is not None and rgb:
+            # Jitter clips, what is not linear: no single product with the blur
+            pairs = zip(images, crops, strict=True)
+            images, crops = [resample(image, *crop) for image, crop in pairs], None
+
+        # All draws at once, shape (V, B)
+        like, shape = images[0], (len(images), len(images[0]))
+        drawn = uniform(like, *shape) < self.jitter_probability
+        grey = uniform(like, *shape) < self.grey_probability
+        scale = constant(tuple(map(tuple, strengths)), like.device)
+        scale = scale.T[..., None]  # (4, V, 1)
+        factors = (uniform(like, 4, *shape) * 2 - 1) * (scale * drawn)
+        if rgb:
+            images = [
+                _change_rgb(image, *view)
+                for image, *view in zip(images, *factors, grey, strict=True)
+            ]
+            colours: Sequence[Any] = [None] * len(images)
+        else:
+            mean = torch.stack(
+                [image.mean((-2, -1)) for image in images]
+                if crops is None
+                else [
+                    means(image, *crop)
+                    for image, crop in zip(images, crops, strict=True)
+                ]
+            )
+            colours = _draw_colours(mean, factors, scale[3] * drawn, grey)
+        if crops is None:
+            crops = [identity(image) for image in images]
+        crops = random_blurs(crops, blurs, self.blur_sigma)
+        views = [
+            resample(image, *crop, colour)
+            for image, crop, colour in zip(images, crops, colours, strict=True)
+        ]
+        for i, probability in enumerate(solarize):
+            if probability:
+                view = views[i]
+                chosen = draw(view, probability).view(-1, 1, 1, 1)
+                views[i] = torch.where(chosen & (view >= 0.5), 1 - view, view)
+        return views
 
     def _is_rgb(self, image: Tensor) -> bool:
         """Whether images are RGB images."""
@@ -415,3 +446,41 @@ class MultiCropView(nn.Module):
 def _take(image: Tensor, seasons: Tensor) -> Tensor:
     """Take one season (B,) of each sample (B, T, C, H, W)."""
     return image[torch.arange(len(image), device=image.device), seasons]
+
+
+def _change_rgb(
+    image: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+    hue: Tensor,
+    grey: Tensor,
+) -> Tensor:
+    """Jitter and grey of RGB images, each parameter of shape (B,)."""
+    image = jitter_rgb(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+    return torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
+
+
+def _draw_colours(
+    mean: Tensor, factors: Tensor, strength: Tensor, grey: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Jitter and grey of other images, for each view.
+
+    Args:
+        mean: Means of the bands of the views, shape (V, B, C).
+        factors: Of brightness, contrast and saturation (and of hue, which other
+            images do not have), shape (4, V, B).
+        strength: Strength of the gain of single bands, shape (V, B).
+        grey: Whether to make all bands equal, shape (V, B).
+
+    Returns:
+        What :func:`resample` takes.
+    """
+    brightness, contrast, saturation, _ = 1 + factors
+    gain = 1 + strength[..., None] * (uniform(mean, *mean.shape) * 2 - 1)
+    gain = brightness[..., None] * gain / gain.mean(-1, keepdim=True)
+    # Grey is no saturation
+    drawn = (mean, gain, contrast, saturation * ~grey)
+    matrix, offset = colour_map(*(x.flatten(0, 1) for x in drawn))
+    batch = mean.shape[1]
+    return [*zip(matrix.split(batch), offset.split(batch), strict=True)]

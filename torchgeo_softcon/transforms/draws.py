@@ -3,13 +3,15 @@
 
 """Random parameters of views, drawn per sample on the device of the batch."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .weights import gaussian_kernels
+from .weights import Crop, blur_weights, gaussian_kernels
 
 
 def draw(image: Tensor, probability: float) -> Tensor:
@@ -41,6 +43,22 @@ def uniform(like: Tensor, *shape: int, low: float = 0.0, high: float = 1.0) -> T
     """
     numbers = torch.empty(shape, dtype=torch.float32, device=like.device)
     return numbers.uniform_(low, high)
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, made once, as they come from the host.
+
+    Args:
+        values: Numbers, or tuples of numbers.
+        device: The device.
+
+    Returns:
+        The numbers, float32.
+    """
+    # A first call may come from prediction, and the second from training
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def random_crop_axes(
@@ -163,24 +181,35 @@ def random_boxes(
     return torch.stack([x, y, x + width_, y + height_], 1).long()
 
 
-def random_kernels(
-    image: Tensor, size: tuple[int, int], probability: float, sigma: tuple[float, float]
-) -> Tensor | None:
-    """Draw a Gaussian blur of some samples, with a standard deviation each.
+def random_blurs(
+    crops: Sequence[Crop], probabilities: Sequence[float], sigma: tuple[float, float]
+) -> list[Crop]:
+    """Draw a Gaussian blur of some samples of views, with a standard deviation each.
 
     Args:
-        image: Images of shape (B, ...).
-        size: Height and width of what is blurred.
-        probability: Probability that a sample is blurred.
+        crops: Weights of the rows and columns of V views of B images.
+        probabilities: Probability that a sample is blurred, for each view.
         sigma: Range of the standard deviation in pixels.
 
     Returns:
-        Kernels of shape (B, 2 r + 1), None if the probability is 0.
+        Weights with the blurs.
     """
-    if probability == 0:
-        return None
-    drawn = draw(image, probability)
-    sigmas = uniform(image, len(image), low=sigma[0], high=sigma[1])
-    # At most what reflection can pad
-    radius = min(math.ceil(3 * sigma[1]), min(size) - 1)
-    return gaussian_kernels(sigmas, drawn, radius)
+    if not any(probabilities):
+        return list(crops)
+    like = crops[0][0]
+    shape = len(crops), len(like)
+    drawn = uniform(like, *shape) < constant(tuple(probabilities), like.device)[:, None]
+    sigmas = uniform(like, *shape, low=sigma[0], high=sigma[1])
+    # Three standard deviations, at most what reflection can pad
+    sides = [min(weights.shape[1] for weights in crop) for crop in crops]
+    radii = [min(math.ceil(3 * sigma[1]), side - 1) for side in sides]
+    kernels = {
+        radius: gaussian_kernels(sigmas.flatten(), drawn.flatten(), radius)
+        for radius in dict.fromkeys(radii)
+    }
+    blurred = list(crops)
+    for i, (rows, columns) in enumerate(crops):
+        if probabilities[i]:
+            own = kernels[radii[i]].unflatten(0, shape)[i]
+            blurred[i] = blur_weights(rows, own), blur_weights(columns, own)
+    return blurred

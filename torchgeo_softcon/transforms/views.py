@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .colours import colour_map
-from .draws import draw, random_crop_axes, random_kernels, uniform
+from .draws import draw, random_blurs, random_crop_axes, uniform
 from .resample import means, resample
-from .weights import bilinear_weights, blur_weights
+from .weights import bilinear_weights
 
 
 def check_fractions(**values: float) -> None:
@@ -195,12 +195,9 @@ class RandomView(nn.Module):
             rows = bilinear_weights(y, image.shape[-2])
             columns = bilinear_weights(x, image.shape[-1])
             colours = self._draw_colours(means(image, rows, columns))
-            kernels = random_kernels(
-                image, self.size, self.blur_probability, self.blur_sigma
-            )
-            if kernels is not None:
-                rows, columns = (blur_weights(w, kernels) for w in (rows, columns))
-            view = resample(image, rows, columns, colours)
+            crops = [(rows, columns)]
+            (crop,) = random_blurs(crops, [self.blur_probability], self.blur_sigma)
+            view = resample(image, *crop, colours)
             if self.value_range is not None:
                 view = view.clamp_(*self.value_range)
         return view

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Interpolation: TypeAlias = Literal['bilinear', 'bicubic']
+#: Weights of the rows (B, h, H) and of the columns (B, w, W) of a view.
+Crop: TypeAlias = tuple[Tensor, Tensor]
 
 
 def resize_weights(
@@ -67,7 +69,7 @@ def crop_weights(
     size: tuple[int, int],
     flips: Tensor,
     interpolation: Interpolation = 'bilinear',
-) -> tuple[Tensor, Tensor]:
+) -> Crop:
     """Weights of resizing a box of each image, antialiased, and then mirroring it.
 
     Equal to torchvision's ``resized_crop(..., antialias=True)`` for each image, then
@@ -125,7 +127,7 @@ def _dense(index: Tensor, weight: Tensor, pixels: int) -> Tensor:
     return matrix.scatter_(2, index, weight)[..., :pixels]
 
 
-def identity(image: Tensor) -> tuple[Tensor, Tensor]:
+def identity(image: Tensor) -> Crop:
     """Weights of the rows and columns of images (B, C, H, W) as they are."""
     rows, columns = (
         torch.eye(side, dtype=torch.float32, device=image.device).expand(
