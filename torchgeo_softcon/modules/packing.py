@@ -5,6 +5,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Literal, cast
 
@@ -14,6 +15,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .packed_blocks import (
@@ -24,6 +26,14 @@ from .packed_blocks import (
     draw_drop_paths,
     token_block,
 )
+
+#: Attention of all crops at once is FlashAttention's. PyTorch 2.15 would prefer cuDNN's on
+#: Hopper, which takes single queries, those of the last block, for decoding: not tried.
+_BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,  # in float32
+    SDPBackend.MATH,
+]
 
 CropBatching = Literal['auto', 'packed', 'by_size']
 
@@ -123,7 +133,9 @@ def encode_crops(
             batching == 'auto' and can_use_varlen(vit, same_size[0].device),
         )
         run = _compiled() if compiled else _encode_packed
-        features = run(vit, same_size, layout, draw_drop_paths(vit, len(layout.first)))
+        drop_paths = draw_drop_paths(vit, len(layout.first))
+        with sdpa_kernel(_BACKENDS) if layout.varlen else nullcontext():
+            features = run(vit, same_size, layout, drop_paths)
     else:
         features = torch.cat([encoder(images) for images in same_size])
     return features.unflatten(0, (len(crops), -1))

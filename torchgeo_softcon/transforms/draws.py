@@ -58,7 +58,7 @@ def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float32).to(device)
 
 
 def random_crop_axes(
@@ -198,7 +198,10 @@ def random_blurs(
         return list(crops)
     like = crops[0][0]
     shape = len(crops), len(like)
-    drawn = uniform(like, *shape) < constant(tuple(probabilities), like.device)[:, None]
+    share: float | Tensor = probabilities[0]
+    if any(p != share for p in probabilities):
+        share = constant(tuple(probabilities), like.device)[:, None]
+    drawn = uniform(like, *shape) < share
     sigmas = uniform(like, *shape, low=sigma[0], high=sigma[1])
     # Three standard deviations, at most what reflection can pad
     sides = [min(weights.shape[1] for weights in crop) for crop in crops]
