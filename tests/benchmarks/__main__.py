@@ -80,13 +80,17 @@ class Bench:
         }
 
     def ema(self) -> Forms:
-        """Moving average of the encoder."""
+        """Moving average of the encoder. The floor is one pass over as much memory."""
         student = create_encoder(self.args.model, self.args.channels).to(DEVICE)
         teacher = make_teacher(student)
+        with torch.no_grad():
+            parameters = torch.cat([p.flatten() for p in student.parameters()])
+            average = parameters.clone()
         return {
             'loop over parameters': lambda: slow.ema(student, teacher, 0.99),
             'lightly': lambda: update_momentum(student, teacher, 0.99),
             'ours': lambda: update_ema(student, teacher, 0.99),
+            'floor: one tensor': lambda: average.lerp_(parameters, 0.01),
         }
 
     def optimizer(self) -> Forms:
