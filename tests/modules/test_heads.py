@@ -9,6 +9,7 @@ from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
 from torchgeo_softcon.modules import DINOHead, make_teacher, mlp_head, update_ema
+from torchgeo_softcon.modules.heads import Prototypes
 
 
 @pytest.mark.parametrize('num_layers', [1, 2, 3])
@@ -42,6 +43,47 @@ def test_last_layer_without_batch_norm() -> None:
     layers = list(mlp_head(6, 10, 4, 2, last_batch_norm=False).layers)
     assert isinstance(layers[-1], nn.Linear)
     assert layers[-1].bias is None
+
+
+class TestPrototypes:
+    def make(self, learn_norms: bool = True) -> Prototypes:
+        torch.manual_seed(0)
+        layer = Prototypes(6, 32, learn_norms)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.uniform_(0.5, 2)
+        return layer
+
+    @pytest.mark.parametrize('precision', [None, torch.bfloat16])
+    @pytest.mark.parametrize('learn_norms', [False, True])
+    def test_equals_weight_norm(
+        self, learn_norms: bool, precision: torch.dtype | None
+    ) -> None:
+        layer = self.make(learn_norms)
+        x = torch.randn(5, 6, requires_grad=True)
+        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        direction = torch.randn(5, 32)
+        results = []
+        for slow in (True, False):
+            with torch.autocast('cpu', precision, enabled=precision is not None):
+                if slow:
+                    weight = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
+                    logits = torch.nn.functional.linear(x, weight)
+                else:
+                    logits = layer(x)
+            grads = torch.autograd.grad(logits, inputs, direction.to(logits))
+            results.append([logits.float(), *grads])
+        tolerance = 1e-6 if precision is None else 0.02
+        for expected, actual in zip(*results, strict=True):
+            assert actual.dtype == expected.dtype
+            assert (actual - expected).norm() <= tolerance * expected.norm()
+
+    def test_gradient(self) -> None:
+        layer = self.make().double()
+        x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda x, *_: layer(x), (x, *layer.parameters())
+        )
 
 
 class TestDINOHead:

@@ -3,12 +3,13 @@
 
 """Projection and prediction heads."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightly.models.modules.heads import ProjectionHead
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def mlp_head(
@@ -52,12 +53,42 @@ def mlp_head(
     return ProjectionHead([*hidden, last])
 
 
+class _Cosines(torch.autograd.Function):
+    """Products of features with directions, divided by the norms of these.
+
+    What PyTorch's weight norm gives, which normalises all directions first, and keeps
+    them: with 65,536 of them, that and its backward pass take several times as long as
+    the products with the features of a small batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, direction: Tensor) -> Tensor:
+        """Cosines (B, K), if features (B, D) have norm 1, with directions (K, D)."""
+        norm = torch.linalg.vector_norm(direction, dim=1)
+        narrow = direction.to(x.dtype)
+        cosine = (x @ narrow.T).to(norm) / norm
+        ctx.save_for_backward(x, direction, narrow, norm, cosine)
+        return cosine
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of both. That of a direction has no part along itself."""
+        x, direction, narrow, norm, cosine = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            along = (grad * cosine).sum(0) / norm.square()
+            grad = (grad / norm).to(x.dtype)
+            of_direction = (grad.T @ x).to(direction)
+            of_direction.addcmul_(direction, along[:, None], value=-1)
+            return grad @ narrow, of_direction
+
+
 class Prototypes(nn.Module):
     """Linear layer without bias whose rows have their norms as parameters of their own.
 
-    PyTorch's weight norm as a module, because one with the older function cannot be
-    copied and one with the parametrization cannot be sent to other processes. The names
-    of the parameters are those of DINO's checkpoints.
+    A module of its own, because one with PyTorch's older weight norm cannot be copied and
+    one with its parametrization cannot be sent to other processes. The names of the
+    parameters are those of DINO's checkpoints.
     """
 
     def __init__(self, input_dim: int, output_dim: int, learn_norms: bool) -> None:
@@ -82,7 +113,12 @@ class Prototypes(nn.Module):
         Returns:
             Products of shape (B, K), cosines if features and prototypes have norm 1.
         """
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            cosine = cast(Tensor, _Cosines.apply(x, self.weight_v))  # type: ignore[no-untyped-call]
+            return cosine * self.weight_g.T
 
 
 class DINOHead(ProjectionHead):
