@@ -108,6 +108,10 @@ def test_slow_forms_are_equal() -> None:
     torch.testing.assert_close(
         slow.encode(task.student, crops, 2), encode_crops(task.student, crops)
     )
+    features = torch.randn(5, 4, task.feature_size)
+    torch.testing.assert_close(
+        slow.assign(task.head, features), task.assign(task.head, features)
+    )
     logits, target = torch.randn(5, 4, 24), torch.rand(2, 4, 24).softmax(-1)
     torch.testing.assert_close(
         slow.cross_entropy(logits, target), multi_crop_cross_entropy(logits, target)

@@ -5,9 +5,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from kornia import augmentation as K
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torchgeo.transforms.color import RandomGrayscale
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from torchgeo_softcon.modules import DINOHead
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.tasks.optimizers import parameter_groups
 
@@ -61,6 +63,17 @@ def encode(encoder: nn.Module, crops: Sequence[Tensor], num_global: int) -> Tens
     return features.unflatten(0, (len(crops), -1))
 
 
+def assign(head: DINOHead, features: Tensor) -> Tensor:
+    """Compare features with prototypes that PyTorch's weight norm normalises first."""
+    x = features.flatten(0, 1)
+    for layer in head.layers:
+        x = layer(x)
+    last = head.last_layer
+    weight = torch._weight_norm(last.weight_v, last.weight_g, 0)
+    logits = F.linear(F.normalize(x, dim=-1), weight)
+    return logits.unflatten(0, features.shape[:2])
+
+
 class DINOMCStep:
     """A training step of DINO-MC on the modules of a task."""
 
@@ -74,10 +87,10 @@ class DINOMCStep:
     def __call__(self, image: Tensor) -> float:
         task = self.task
         crops = task.augmentations(image)
-        logits = task.assign(task.head, encode(task.student, crops, 2))
+        logits = assign(task.head, encode(task.student, crops, 2))
         with torch.no_grad():
             features = encode(task.model, crops[:2], 2)
-            teacher = task.assign(task.teacher_head, features)
+            teacher = assign(cast(DINOHead, task.teacher_head), features)
             target = ((teacher - self.center) / 0.04).softmax(-1)
         loss = cross_entropy(logits.float(), target.float())
         loss.backward()  # type: ignore[no-untyped-call]
