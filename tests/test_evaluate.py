@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torchgeo.datamodules import BigEarthNetDataModule, EuroSATDataModule
 from torchgeo.datasets import EuroSAT
 
+from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.bands import SENTINEL2_BANDS
 from torchgeo_softcon.callbacks.features import encode
 from torchgeo_softcon.callbacks.labelled import LabelledSamples
+from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.evaluate import evaluate_encoder, extract_features
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.features import last_block_features
@@ -149,6 +151,22 @@ class TestEvaluate:
         data.setup = lambda stage: None
         with pytest.raises(ValueError, match='PatchesDataModule has the images of its'):
             evaluate_encoder(encoder, data)
+
+    @pytest.mark.parametrize('split', ['test', 'val'])
+    def test_training_ground_is_no_test(
+        self, split: str, scenes: SyntheticScenes
+    ) -> None:
+        """Windows of the same ground overlap: any encoder finds them."""
+        encoder = Encoder(Spectrum(), 'spectrum', 13, 32)
+        args: dict[str, Any] = {'root': scenes.root, 'size': 96, 'dates': 2}
+        args |= {'patch_size': 32, 'length': 16}
+        data = SyntheticScenesDataModule(**args)
+        with pytest.raises(ValueError, match=r'the same ground, .* by val_fraction'):
+            evaluate_encoder(encoder, data, split, k=(2,))
+        data = SyntheticScenesDataModule(**args, val_fraction=1 / 3)
+        values = evaluate_encoder(encoder, data, split, k=(2,))
+        # A third of two places of 96 pixels in windows of 32
+        assert (values['train_images'], values[f'{split}_images']) == (16, 6)
 
 
 class TestCommand:

@@ -138,11 +138,12 @@ def evaluate_encoder(
     torch.manual_seed(0)  # for samplers that draw
     bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
     queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
-    if bank.is_same(queries):
+    if bank.is_same(queries) or bank.shares_ground:
         raise ValueError(
             f'split = {split} of {type(datamodule).__name__} has the images of its training '
-            'split, so that scores would mean nothing. Keep images apart, for datamodules '
-            'of this package by val_fraction = 0.1'
+            'split, or others of the same ground, so that scores would mean nothing. Keep '
+            'them apart, for datamodules of this package by val_fraction = 0.1, or more '
+            'where patch_size asks for it'
         )
     chosen = choose_subset(len(bank.indices), fraction, seed)
     bank.indices = [bank.indices[i] for i in chosen]
