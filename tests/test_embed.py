@@ -238,10 +238,28 @@ class TestCommand:
         assert main(args) == 0
         assert len(pd.read_parquet(out)) == 24
 
+    def test_data_beside_a_configuration(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / 'config.yaml'
+        config.write_text(
+            f'data:\n  class_path: {PATCHES}\n  dict_kwargs:\n    length: 10\n'
+        )
+        out = tmp_path / 'e.parquet'
+        args = ['embed', '--checkpoint', str(checkpoint), '--out', str(out)]
+        args += ['--config', str(config), '--accelerator', 'cpu']
+        assert main([*args, '--data', PATCHES, '--data.batch_size', '3']) == 0
+        assert len(pd.read_parquet(out)) == 10
+        assert main([*args, '--data=SyntheticScenesDataModule', '--data.size=96']) == 1
+        message = 'PatchesDataModule, got SyntheticScenesDataModule. Leave out --config'
+        assert message in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ('args', 'message'),
         [
             ([], 'data must be given'),
+            (['--config', 'none.yaml'], 'config none.yaml does not exist'),
+            (['--config', __file__], 'test_embed.py is not YAML'),
             (['--data', PATCHES], 'one of checkpoint and weights must be given'),
             (['--data', PATCHES, '--checkpoint', 'none.ckpt'], 'does not exist'),
             (['--data', PATCHES, '--split', 'all'], 'split must be one of'),

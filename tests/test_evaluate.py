@@ -133,6 +133,7 @@ class TestEvaluate:
             ({}, {'split': 'train'}, "split must be 'test' or 'val', got 'train'"),
             ({}, {'k': (25,)}, r'k must be from 1 to .* 24, got \(25,\)'),
             ({}, {'fraction': 0}, 'fraction must be'),
+            ({}, {'device': 'cuda:99'}, 'device must be one .* here, got cuda:99: '),
             ({'kind': 'mask'}, {}, 'training split must have samples with image and'),
             ({'bad': math.nan}, {}, 'features of the training split .* are NaN'),
         ],
@@ -208,6 +209,7 @@ class TestCommand:
         ('args', 'message'),
         [
             (['--weights', 'ResNet50_Weights.SENTINEL2_SOFTCON'], 'data must be given'),
+            (['--config', 'none.yaml'], 'config none.yaml does not exist'),
             (['--data', PATCHES], 'one of checkpoint and weights must be given'),
             (['--data', PATCHES, '--checkpoint', 'none.ckpt'], 'does not exist'),
             (['--data', PATCHES, '--out', 'none/a.json'], 'the folder of out = none/a'),

@@ -6,7 +6,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -195,6 +194,30 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
     return parser
 
 
+def parse_options(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """Parse all options but those of data, whose class a configuration may name.
+
+    Args:
+        parser: From :func:`data_parser`.
+        args: Command-line arguments.
+
+    Returns:
+        The options.
+    """
+    kept: list[str] = []
+    value = False
+    for arg in args:
+        if value and not arg.startswith('--'):
+            value = False
+            continue
+        name, equals, _ = arg.partition('=')
+        data = name.partition('.')[0] == '--data'
+        value = data and not equals
+        if not data:
+            kept.append(arg)
+    return parser.parse_args(kept)
+
+
 def parse_data(
     parser: ArgumentParser, args: Sequence[str], run: Path | None = None
 ) -> tuple[Namespace, LightningDataModule | None]:
@@ -207,19 +230,48 @@ def parse_data(
 
     Returns:
         The options and the datamodule, None if none is named.
+
+    Raises:
+        FileNotFoundError: If there is no such configuration.
+        ValueError: If it is no YAML, or has data of another class than the options.
     """
-    config = _option(args, '--config')
-    if config is None and _option(args, '--data') is None:
-        checkpoint = _option(args, '--checkpoint')
-        if run is None and checkpoint is not None:
-            run = Path(checkpoint).absolute().parent.parent
+    options = parse_options(parser, args)
+    named = _option(args, '--data') or _option(args, '--data.class_path')
+    config = options.config
+    if config is None and named is None:
+        if run is None and options.checkpoint is not None:
+            run = Path(options.checkpoint).absolute().parent.parent
         if run is not None and (run / 'config.yaml').exists():
             config = str(run / 'config.yaml')
-    if config is not None and _option(args, '--data') is None:
-        data = yaml.safe_load(Path(config).read_text()).get('data')
-        args = [*(['--data', json.dumps(data)] if data else []), *args]
+    data = None if config is None else _read_yaml(Path(config)).get('data')
+    if data:
+        if named is not None and _class_name(yaml.safe_load(named)) != _class_name(
+            data
+        ):
+            raise ValueError(
+                f'data must be those of config {config}, {_class_name(data)}, got '
+                f'{named}. Leave out --config or --data'
+            )
+        args = ['--data', json.dumps(data), *args]
     namespace = parser.parse_args(list(args))
     return namespace, parser.instantiate_classes(namespace).get('data')
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a configuration."""
+    if not path.is_file():
+        raise FileNotFoundError(f'config {path} does not exist, or is no file')
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f'config {path} is not YAML: {error}') from error
+    return content if isinstance(content, dict) else {}
+
+
+def _class_name(data: Any) -> str:
+    """Name of the class of some data, without its module."""
+    path = data.get('class_path') if isinstance(data, dict) else data
+    return str(path).rpartition('.')[2]
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -247,6 +299,10 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         Exit status.
+
+    Raises:
+        OSError: If a file is missing, or is there already.
+        ValueError: If arguments, data and encoder do not fit each other.
     """
     parser = data_parser(
         'torchgeo-softcon embed',
@@ -268,39 +324,35 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument('--overwrite', action='store_true', help='replace the file')
     parser.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
     options, datamodule = parse_data(parser, args)
-    try:
-        if datamodule is None:
-            raise ValueError(
-                'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-            )
-        if options.split not in (None, *_STAGES):
-            raise ValueError(
-                f'split must be one of {", ".join(_STAGES)}, got {options.split}'
-            )
-        encoder = open_encoder(
-            options.checkpoint,
-            options.weights,
-            options.model,
-            options.bands,
-            options.unit_range,
+    if datamodule is None:
+        raise ValueError(
+            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
         )
-        rows = embed(
-            encoder,
-            datamodule,
-            options.out,
-            options.split,
-            options.size or encoder.size,
-            options.pooling,
-            options.overwrite,
-            {
-                'checkpoint': _fingerprint(options.checkpoint),
-                'weights': options.weights,
-                'data': json.dumps(options.data.as_dict(), default=str, sort_keys=True),
-            },
-            accelerator=options.accelerator,
+    if options.split not in (None, *_STAGES):
+        raise ValueError(
+            f'split must be one of {", ".join(_STAGES)}, got {options.split}'
         )
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon embed: {error}', file=sys.stderr)
-        return 1
+    encoder = open_encoder(
+        options.checkpoint,
+        options.weights,
+        options.model,
+        options.bands,
+        options.unit_range,
+    )
+    rows = embed(
+        encoder,
+        datamodule,
+        options.out,
+        options.split,
+        options.size or encoder.size,
+        options.pooling,
+        options.overwrite,
+        {
+            'checkpoint': _fingerprint(options.checkpoint),
+            'weights': options.weights,
+            'data': json.dumps(options.data.as_dict(), default=str, sort_keys=True),
+        },
+        accelerator=options.accelerator,
+    )
     print(f'{rows} embeddings are in {options.out}')
     return 0
