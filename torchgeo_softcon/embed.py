@@ -20,11 +20,15 @@ from torch.utils.data import DataLoader, default_collate
 from . import datamodules  # noqa: F401, for the short names of its classes
 from ._compat import BaseDataModule, Sample
 from .callbacks.embeddings import EmbeddingWriter
-from .callbacks.features import encode, prepare
+from .callbacks.features import encode, poolings, prepare
 from .callbacks.labelled import split_samples
 from .callbacks.parts import PartedFile
 from .datamodules.normalization import match_images
 from .models.trained import Encoder, open_encoder
+
+#: Options of datamodules that do not change what a sample is. (The choice of samples is
+#: compared on its own.)
+_READING = ('batch_size', 'num_workers', 'length')
 
 #: Stage of a datamodule that has a split.
 _STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
@@ -45,11 +49,6 @@ class _Embedder(LightningModule):
     def predict_step(self, batch: Sample, batch_idx: int) -> Tensor:
         image, seasons = prepare(batch['image'].float(), self.in_channels, self.size)
         features = encode(self.model, image)
-        if self.pooling is not None and self.pooling not in features:
-            raise ValueError(
-                f'pooling must be one that the encoder has ({", ".join(features)}), got '
-                f'{self.pooling!r}'
-            )
         pooled = features[self.pooling or next(iter(features))]
         return pooled.unflatten(0, (-1, seasons)).mean(1)
 
@@ -88,9 +87,18 @@ def embed(
 
     Raises:
         FileExistsError: If the file exists.
-        ValueError: If the datamodule has no such split, or if there is an incomplete
-            file of something else.
+        ValueError: If the encoder has no such pooling, the datamodule no such split, or
+            if there is an incomplete file of something else.
     """
+    known = poolings(encoder.model)
+    if pooling is not None and pooling not in known:
+        raise ValueError(
+            f'pooling must be one that the encoder has ({", ".join(known)}), got '
+            f'{pooling!r}'
+        )
+    writer = EmbeddingWriter(out)
+    arguments = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
+    runner = Trainer(**{**arguments, **trainer}, callbacks=[writer])
     split = set_up(datamodule, split)
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
@@ -102,6 +110,7 @@ def embed(
         'unit_range': encoder.unit_range,
         'split': split,
         'samples': len(indices),
+        'indices': _digest(indices),
     }
     file = PartedFile(Path(out), {**origin, 'processes': 1})
     file.open(overwrite)
@@ -111,6 +120,8 @@ def embed(
     if done == len(indices):
         return file.close()
 
+    # The number of processes that read may depend on its device
+    datamodule.trainer = runner
     loader = DataLoader(
         dataset,
         batch_size=getattr(datamodule, 'batch_size', None) or 64,
@@ -119,13 +130,19 @@ def embed(
         collate_fn=getattr(datamodule, 'collate_fn', default_collate),
     )
     cast(Any, datamodule).predict_dataloader = lambda: loader
-    writer = EmbeddingWriter(out)
     writer.origin, writer.skipped = origin, done
-    arguments = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
-    Trainer(**{**arguments, **trainer}, callbacks=[writer]).predict(
+    runner.predict(
         _Embedder(encoder, size, pooling), datamodule, return_predictions=False
     )
     return writer.rows
+
+
+def _digest(indices: Sequence[Any]) -> str:
+    """Tells whether samples are the same, in the same order."""
+    digest = hashlib.sha256()
+    for index in indices:
+        digest.update(f'{index!r}\n'.encode())
+    return digest.hexdigest()
 
 
 def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
@@ -284,6 +301,14 @@ def _option(args: Sequence[str], name: str) -> str | None:
     return None
 
 
+def _data_origin(data: Namespace) -> dict[str, Any]:
+    """What the class and the options of a datamodule say of its samples."""
+    values = data.as_dict()
+    options = {**values.get('init_args', {}), **values.get('dict_kwargs', {})}
+    origin = {f'data.{k}': v for k, v in options.items() if k not in _READING}
+    return {'data': values['class_path'], **origin}
+
+
 def _fingerprint(path: str | None) -> str | None:
     if path is None:
         return None
@@ -350,7 +375,7 @@ def main(args: Sequence[str]) -> int:
         {
             'checkpoint': _fingerprint(options.checkpoint),
             'weights': options.weights,
-            'data': json.dumps(options.data.as_dict(), default=str, sort_keys=True),
+            **_data_origin(options.data),
         },
         accelerator=options.accelerator,
     )
