@@ -374,6 +374,22 @@ class TestCommand:
             assert row in text
         assert f'torch {torch.__version__.partition("+")[0]}' in text
 
+    @pytest.mark.parametrize(
+        ('note', 'expected'),
+        [
+            ({'unit_range': True}, '[0, 1], as torchgeo_softcon.ToUnitRange scales'),
+            ({'callbacks': {'UnitRange': {}}}, '[0, 1], as torchgeo_softcon.ToUnitR'),
+            ({'unit_range': False}, 'not known |'),
+        ],
+    )
+    def test_value_range_of_the_checkpoint(
+        self, note: dict[str, Any], expected: str, tmp_path: Path
+    ) -> None:
+        path = save_run(tmp_path, 'resnet18', SOFTCON, *softcon('resnet18'))
+        torch.save({**torch.load(path, weights_only=True), **note}, path)
+        _, card = export(path, 'timm')
+        assert f'| value range | {expected}' in card.read_text()
+
     def test_settings_are_yaml(self, tmp_path: Path) -> None:
         path = save_run(tmp_path, 'resnet18', SOFTCON, *softcon('resnet18'))
         checkpoint = torch.load(path, weights_only=True)

@@ -42,6 +42,19 @@ class TrainedEncoder(NamedTuple):
         return hparams if isinstance(hparams, Mapping) else {}
 
 
+def noted_unit_range(checkpoint: Mapping[str, Any]) -> bool | None:
+    """Whether a checkpoint tells that images were scaled as :class:`.ToUnitRange` does.
+
+    Args:
+        checkpoint: All of a file.
+
+    Returns:
+        True if :class:`.UnitRange` or a task of this package has noted it, else None.
+    """
+    noted = 'UnitRange' in checkpoint.get('callbacks', {})
+    return True if noted or checkpoint.get('unit_range') else None
+
+
 def read_trained(
     path: str | os.PathLike[str], branch: Branch | None = None
 ) -> TrainedEncoder:
@@ -207,10 +220,7 @@ def open_encoder(
             )
         bands = bands or known
         if unit_range is None:
-            # What a callback and the tasks of this package note
-            content = trained.checkpoint
-            noted = 'UnitRange' in content.get('callbacks', {})
-            unit_range = True if noted or content.get('unit_range') else None
+            unit_range = noted_unit_range(trained.checkpoint)
     name = model or name
     if not name:
         raise ValueError(
