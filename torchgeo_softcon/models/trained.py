@@ -109,7 +109,8 @@ def _locate(
                 f'branch={branch!r} is for files with two encoders, but {path} has one. '
                 'Leave branch out'
             )
-        return next(p for p in _PREFIXES if any(k.startswith(p) for k in state)), None
+        found = (p for p in _PREFIXES if any(k.startswith(p) for k in state))
+        return next(found, ''), None
     # `model` is the encoder to use; beside it is the other branch
     names: dict[Branch, str] = {'student': 'model', 'teacher': 'teacher'}
     default: Branch = 'student'
