@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import rasterio
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from pyproj import CRS
 
 from torchgeo_softcon import SyntheticScenesDataModule
@@ -161,6 +162,26 @@ class TestEmbed:
             ValueError, match=r"the encoder has \(cls, mean\), got 'max'"
         ):
             embed(encoder, data, tmp_path / 'max', pooling='max', **options)
+        assert not list(tmp_path.glob('max*'))
+
+    def test_workers_are_those_of_the_trainer(
+        self, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        """Without a trainer, they are those of a GPU where there is one."""
+
+        class Asked(PatchesDataModule):
+            @property
+            def num_workers(self) -> int:
+                assert self.trainer is not None
+                assert isinstance(self.trainer.accelerator, CPUAccelerator)
+                return 0
+
+            @num_workers.setter
+            def num_workers(self, value: int) -> None:
+                pass
+
+        path = tmp_path / 'e.parquet'
+        embed(open_encoder(checkpoint), Asked(), path, accelerator='cpu', **QUIET)
 
     def test_datasets_of_the_host(self, checkpoint: Path, tmp_path: Path) -> None:
         datasets = import_module('torchgeo.datasets')
@@ -238,10 +259,47 @@ class TestCommand:
         assert main(args) == 0
         assert len(pd.read_parquet(out)) == 24
 
+    def test_data_beside_a_configuration(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / 'config.yaml'
+        config.write_text(
+            f'data:\n  class_path: {PATCHES}\n  dict_kwargs:\n    length: 10\n'
+        )
+        out = tmp_path / 'e.parquet'
+        args = ['embed', '--checkpoint', str(checkpoint), '--out', str(out)]
+        args += ['--config', str(config), '--accelerator', 'cpu']
+        assert main([*args, '--data', PATCHES, '--data.batch_size', '3']) == 0
+        assert len(pd.read_parquet(out)) == 10
+        assert main([*args, '--data=SyntheticScenesDataModule', '--data.size=96']) == 1
+        message = 'PatchesDataModule, got SyntheticScenesDataModule. Leave out --config'
+        assert message in capsys.readouterr().err
+
+    def test_goes_on_with_a_smaller_batch(
+        self,
+        checkpoint: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        out = tmp_path / 'e.parquet'
+        args = ['embed', '--checkpoint', str(checkpoint), '--out', str(out)]
+        args += ['--accelerator', 'cpu', '--data', PATCHES]
+        with monkeypatch.context() as patch:
+            patch.setattr(PartedFile, 'close', _disk_full)
+            assert main([*args, '--data.batch_size', '5']) == 1
+        assert main([*args, '--data.dict_kwargs.kind', 'multiclass']) == 1
+        message = 'interrupted run with data.kind = None, not multiclass. Choose'
+        assert message in capsys.readouterr().err
+        assert main([*args, '--data.batch_size', '2']) == 0
+        assert '24 of 24 samples are in' in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ('args', 'message'),
         [
             ([], 'data must be given'),
+            (['--config', 'none.yaml'], 'config none.yaml does not exist'),
+            (['--config', __file__], 'test_embed.py is not YAML'),
             (['--data', PATCHES], 'one of checkpoint and weights must be given'),
             (['--data', PATCHES, '--checkpoint', 'none.ckpt'], 'does not exist'),
             (['--data', PATCHES, '--split', 'all'], 'split must be one of'),
@@ -253,3 +311,16 @@ class TestCommand:
     ) -> None:
         assert main(['embed', *args]) == 1
         assert message in capsys.readouterr().err
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+    def test_no_such_accelerator(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        args = ['embed', '--checkpoint', str(checkpoint), '--data', PATCHES]
+        args += ['--accelerator', 'cuda', '--out', str(tmp_path / 'e.parquet')]
+        assert main(args) == 1
+        assert (
+            'embed: `CUDAAccelerator` can not run on your system'
+            in capsys.readouterr().err
+        )
+        assert not list(tmp_path.glob('e.*'))

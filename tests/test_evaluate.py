@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torchgeo.datamodules import BigEarthNetDataModule, EuroSATDataModule
 from torchgeo.datasets import EuroSAT
 
+from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.bands import SENTINEL2_BANDS
 from torchgeo_softcon.callbacks.features import encode
 from torchgeo_softcon.callbacks.labelled import LabelledSamples
+from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.evaluate import evaluate_encoder, extract_features
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.features import last_block_features
@@ -131,6 +133,7 @@ class TestEvaluate:
             ({}, {'split': 'train'}, "split must be 'test' or 'val', got 'train'"),
             ({}, {'k': (25,)}, r'k must be from 1 to .* 24, got \(25,\)'),
             ({}, {'fraction': 0}, 'fraction must be'),
+            ({}, {'device': 'cuda:99'}, 'device must be one .* here, got cuda:99: '),
             ({'kind': 'mask'}, {}, 'training split must have samples with image and'),
             ({'bad': math.nan}, {}, 'features of the training split .* are NaN'),
         ],
@@ -149,6 +152,22 @@ class TestEvaluate:
         data.setup = lambda stage: None
         with pytest.raises(ValueError, match='PatchesDataModule has the images of its'):
             evaluate_encoder(encoder, data)
+
+    @pytest.mark.parametrize('split', ['test', 'val'])
+    def test_training_ground_is_no_test(
+        self, split: str, scenes: SyntheticScenes
+    ) -> None:
+        """Windows of the same ground overlap: any encoder finds them."""
+        encoder = Encoder(Spectrum(), 'spectrum', 13, 32)
+        args: dict[str, Any] = {'root': scenes.root, 'size': 96, 'dates': 2}
+        args |= {'patch_size': 32, 'length': 16}
+        data = SyntheticScenesDataModule(**args)
+        with pytest.raises(ValueError, match=r'the same ground, .* by val_fraction'):
+            evaluate_encoder(encoder, data, split, k=(2,))
+        data = SyntheticScenesDataModule(**args, val_fraction=1 / 3)
+        values = evaluate_encoder(encoder, data, split, k=(2,))
+        # A third of two places of 96 pixels in windows of 32
+        assert (values['train_images'], values[f'{split}_images']) == (16, 6)
 
 
 class TestCommand:
@@ -190,6 +209,7 @@ class TestCommand:
         ('args', 'message'),
         [
             (['--weights', 'ResNet50_Weights.SENTINEL2_SOFTCON'], 'data must be given'),
+            (['--config', 'none.yaml'], 'config none.yaml does not exist'),
             (['--data', PATCHES], 'one of checkpoint and weights must be given'),
             (['--data', PATCHES, '--checkpoint', 'none.ckpt'], 'does not exist'),
             (['--data', PATCHES, '--out', 'none/a.json'], 'the folder of out = none/a'),

@@ -374,6 +374,22 @@ class TestCommand:
             assert row in text
         assert f'torch {torch.__version__.partition("+")[0]}' in text
 
+    @pytest.mark.parametrize(
+        ('note', 'expected'),
+        [
+            ({'unit_range': True}, '[0, 1], as torchgeo_softcon.ToUnitRange scales'),
+            ({'callbacks': {'UnitRange': {}}}, '[0, 1], as torchgeo_softcon.ToUnitR'),
+            ({'unit_range': False}, 'not known |'),
+        ],
+    )
+    def test_value_range_of_the_checkpoint(
+        self, note: dict[str, Any], expected: str, tmp_path: Path
+    ) -> None:
+        path = save_run(tmp_path, 'resnet18', SOFTCON, *softcon('resnet18'))
+        torch.save({**torch.load(path, weights_only=True), **note}, path)
+        _, card = export(path, 'timm')
+        assert f'| value range | {expected}' in card.read_text()
+
     def test_settings_are_yaml(self, tmp_path: Path) -> None:
         path = save_run(tmp_path, 'resnet18', SOFTCON, *softcon('resnet18'))
         checkpoint = torch.load(path, weights_only=True)
@@ -400,13 +416,13 @@ class TestCommand:
         self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         args = ['--format', 'timm']
-        assert main(['export', str(run), *args, '--img-size', '100']) == 2
+        assert main(['export', str(run), *args, '--img-size', '100']) == 1
         assert 'export: img_size must be a multiple' in capsys.readouterr().err
-        assert main(['export', str(tmp_path / 'none.ckpt'), *args]) == 2
+        assert main(['export', str(tmp_path / 'none.ckpt'), *args]) == 1
         assert 'none.ckpt' in capsys.readouterr().err
         assert (
             main(['export', str(run), '--format', 'torchgeo', '--output', str(run)])
-            == 2
+            == 1
         )
         assert 'output must be another file' in capsys.readouterr().err
         assert sorted(run.parent.iterdir()) == [run]

@@ -20,7 +20,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ('bands', 'legends', 'losses', 'modules', 'schedules', 'transforms'),
     ('_compat',),
     ('datasets', 'models'),
-    ('datamodules', 'export', 'labels', 'pack', 'tasks', 'unpack'),
+    ('card', 'datamodules', 'export', 'labels', 'pack', 'tasks', 'unpack'),
     ('callbacks',),
     ('bench_data', 'embed', 'evaluate', 'report'),
     ('__main__', 'plugin'),

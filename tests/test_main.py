@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from torchgeo_softcon import __version__, plugin
 from torchgeo_softcon.__main__ import main
@@ -103,6 +104,30 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match='2'):
         main([])
     assert 'required: COMMAND' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['embed', 'evaluate', 'report', 'export'])
+@pytest.mark.parametrize(
+    'error', [OSError, ValueError, MisconfigurationException, TypeError]
+)
+def test_errors_of_commands(
+    command: str,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> int:
+        raise error('so it is')
+
+    function = 'export' if command == 'export' else 'main'
+    monkeypatch.setattr(f'torchgeo_softcon.{command}.{function}', fail)
+    args = ['run.ckpt', '--format', 'timm'] if command == 'export' else []
+    if error is TypeError:  # not the user's
+        with pytest.raises(TypeError, match='so it is'):
+            main([command, *args])
+    else:
+        assert main([command, *args]) == 1
+        assert capsys.readouterr().err == f'torchgeo-softcon {command}: so it is\n'
 
 
 @pytest.mark.parametrize('option', ['--help', '--version'])

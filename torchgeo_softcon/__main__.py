@@ -6,8 +6,9 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from torchgeo_softcon import __version__, plugin
 
@@ -84,10 +85,32 @@ def main(args: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     if rest and rest[0] in _IN_MODULES:
         run = import_module(f'torchgeo_softcon.{rest[0].replace("-", "_")}').main
-        return int(run(rest[1:]))
+        return _status(run, rest[1:], rest[0])
 
     namespace = parser.parse_args(rest)
-    return int(namespace.run(namespace))
+    return _status(namespace.run, namespace, rest[0])
+
+
+def _status(run: Callable[[Any], int], arguments: Any, command: str) -> int:
+    """Exit status of a command: 1 with a line for what a user can change."""
+    try:
+        return run(arguments)
+    except Exception as error:
+        if not _is_of_user(error):
+            raise
+        print(f'torchgeo-softcon {command}: {error}', file=sys.stderr)
+        return 1
+
+
+def _is_of_user(error: Exception) -> bool:
+    if isinstance(error, OSError | ValueError):
+        return True
+    # Not needed before something fails, and slow to import
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from ._compat import MisconfigurationException as OfHost
+
+    return isinstance(error, MisconfigurationException | OfHost)
 
 
 def export_encoder(namespace: argparse.Namespace) -> int:
@@ -97,19 +120,19 @@ def export_encoder(namespace: argparse.Namespace) -> int:
         namespace: Parsed arguments.
 
     Returns:
-        0 if the files are written, else 2.
+        0.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If something does not fit.
     """
     from torchgeo_softcon.export import export
 
     options = {
         k: v for k, v in vars(namespace).items() if k not in ('run', 'checkpoint')
     }
-    try:
-        for path in export(namespace.checkpoint, **options):
-            print(path)
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon export: {error}', file=sys.stderr)
-        return 2
+    for path in export(namespace.checkpoint, **options):
+        print(path)
     return 0
 
 

@@ -6,7 +6,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +20,15 @@ from torch.utils.data import DataLoader, default_collate
 from . import datamodules  # noqa: F401, for the short names of its classes
 from ._compat import BaseDataModule, Sample
 from .callbacks.embeddings import EmbeddingWriter
-from .callbacks.features import encode, prepare
+from .callbacks.features import encode, poolings, prepare
 from .callbacks.labelled import split_samples
 from .callbacks.parts import PartedFile
 from .datamodules.normalization import match_images
 from .models.trained import Encoder, open_encoder
+
+#: Options of datamodules that do not change what a sample is. (The choice of samples is
+#: compared on its own.)
+_READING = ('batch_size', 'num_workers', 'length')
 
 #: Stage of a datamodule that has a split.
 _STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
@@ -46,11 +49,6 @@ class _Embedder(LightningModule):
     def predict_step(self, batch: Sample, batch_idx: int) -> Tensor:
         image, seasons = prepare(batch['image'].float(), self.in_channels, self.size)
         features = encode(self.model, image)
-        if self.pooling is not None and self.pooling not in features:
-            raise ValueError(
-                f'pooling must be one that the encoder has ({", ".join(features)}), got '
-                f'{self.pooling!r}'
-            )
         pooled = features[self.pooling or next(iter(features))]
         return pooled.unflatten(0, (-1, seasons)).mean(1)
 
@@ -89,9 +87,18 @@ def embed(
 
     Raises:
         FileExistsError: If the file exists.
-        ValueError: If the datamodule has no such split, or if there is an incomplete
-            file of something else.
+        ValueError: If the encoder has no such pooling, the datamodule no such split, or
+            if there is an incomplete file of something else.
     """
+    known = poolings(encoder.model)
+    if pooling is not None and pooling not in known:
+        raise ValueError(
+            f'pooling must be one that the encoder has ({", ".join(known)}), got '
+            f'{pooling!r}'
+        )
+    writer = EmbeddingWriter(out)
+    arguments = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
+    runner = Trainer(**{**arguments, **trainer}, callbacks=[writer])
     split = set_up(datamodule, split)
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
@@ -103,6 +110,7 @@ def embed(
         'unit_range': encoder.unit_range,
         'split': split,
         'samples': len(indices),
+        'indices': _digest(indices),
     }
     file = PartedFile(Path(out), {**origin, 'processes': 1})
     file.open(overwrite)
@@ -112,6 +120,8 @@ def embed(
     if done == len(indices):
         return file.close()
 
+    # The number of processes that read may depend on its device
+    datamodule.trainer = runner
     loader = DataLoader(
         dataset,
         batch_size=getattr(datamodule, 'batch_size', None) or 64,
@@ -120,13 +130,19 @@ def embed(
         collate_fn=getattr(datamodule, 'collate_fn', default_collate),
     )
     cast(Any, datamodule).predict_dataloader = lambda: loader
-    writer = EmbeddingWriter(out)
     writer.origin, writer.skipped = origin, done
-    arguments = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
-    Trainer(**{**arguments, **trainer}, callbacks=[writer]).predict(
+    runner.predict(
         _Embedder(encoder, size, pooling), datamodule, return_predictions=False
     )
     return writer.rows
+
+
+def _digest(indices: Sequence[Any]) -> str:
+    """Tells whether samples are the same, in the same order."""
+    digest = hashlib.sha256()
+    for index in indices:
+        digest.update(f'{index!r}\n'.encode())
+    return digest.hexdigest()
 
 
 def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
@@ -195,6 +211,30 @@ def data_parser(prog: str, description: str) -> ArgumentParser:
     return parser
 
 
+def parse_options(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """Parse all options but those of data, whose class a configuration may name.
+
+    Args:
+        parser: From :func:`data_parser`.
+        args: Command-line arguments.
+
+    Returns:
+        The options.
+    """
+    kept: list[str] = []
+    value = False
+    for arg in args:
+        if value and not arg.startswith('--'):
+            value = False
+            continue
+        name, equals, _ = arg.partition('=')
+        data = name.partition('.')[0] == '--data'
+        value = data and not equals
+        if not data:
+            kept.append(arg)
+    return parser.parse_args(kept)
+
+
 def parse_data(
     parser: ArgumentParser, args: Sequence[str], run: Path | None = None
 ) -> tuple[Namespace, LightningDataModule | None]:
@@ -207,19 +247,48 @@ def parse_data(
 
     Returns:
         The options and the datamodule, None if none is named.
+
+    Raises:
+        FileNotFoundError: If there is no such configuration.
+        ValueError: If it is no YAML, or has data of another class than the options.
     """
-    config = _option(args, '--config')
-    if config is None and _option(args, '--data') is None:
-        checkpoint = _option(args, '--checkpoint')
-        if run is None and checkpoint is not None:
-            run = Path(checkpoint).absolute().parent.parent
+    options = parse_options(parser, args)
+    named = _option(args, '--data') or _option(args, '--data.class_path')
+    config = options.config
+    if config is None and named is None:
+        if run is None and options.checkpoint is not None:
+            run = Path(options.checkpoint).absolute().parent.parent
         if run is not None and (run / 'config.yaml').exists():
             config = str(run / 'config.yaml')
-    if config is not None and _option(args, '--data') is None:
-        data = yaml.safe_load(Path(config).read_text()).get('data')
-        args = [*(['--data', json.dumps(data)] if data else []), *args]
+    data = None if config is None else _read_yaml(Path(config)).get('data')
+    if data:
+        if named is not None and _class_name(yaml.safe_load(named)) != _class_name(
+            data
+        ):
+            raise ValueError(
+                f'data must be those of config {config}, {_class_name(data)}, got '
+                f'{named}. Leave out --config or --data'
+            )
+        args = ['--data', json.dumps(data), *args]
     namespace = parser.parse_args(list(args))
     return namespace, parser.instantiate_classes(namespace).get('data')
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a configuration."""
+    if not path.is_file():
+        raise FileNotFoundError(f'config {path} does not exist, or is no file')
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f'config {path} is not YAML: {error}') from error
+    return content if isinstance(content, dict) else {}
+
+
+def _class_name(data: Any) -> str:
+    """Name of the class of some data, without its module."""
+    path = data.get('class_path') if isinstance(data, dict) else data
+    return str(path).rpartition('.')[2]
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -230,6 +299,14 @@ def _option(args: Sequence[str], name: str) -> str | None:
         if arg.startswith(f'{name}='):
             return arg.removeprefix(f'{name}=')
     return None
+
+
+def _data_origin(data: Namespace) -> dict[str, Any]:
+    """What the class and the options of a datamodule say of its samples."""
+    values = data.as_dict()
+    options = {**values.get('init_args', {}), **values.get('dict_kwargs', {})}
+    origin = {f'data.{k}': v for k, v in options.items() if k not in _READING}
+    return {'data': values['class_path'], **origin}
 
 
 def _fingerprint(path: str | None) -> str | None:
@@ -247,6 +324,10 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         Exit status.
+
+    Raises:
+        OSError: If a file is missing, or is there already.
+        ValueError: If arguments, data and encoder do not fit each other.
     """
     parser = data_parser(
         'torchgeo-softcon embed',
@@ -268,39 +349,35 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument('--overwrite', action='store_true', help='replace the file')
     parser.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
     options, datamodule = parse_data(parser, args)
-    try:
-        if datamodule is None:
-            raise ValueError(
-                'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-            )
-        if options.split not in (None, *_STAGES):
-            raise ValueError(
-                f'split must be one of {", ".join(_STAGES)}, got {options.split}'
-            )
-        encoder = open_encoder(
-            options.checkpoint,
-            options.weights,
-            options.model,
-            options.bands,
-            options.unit_range,
+    if datamodule is None:
+        raise ValueError(
+            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
         )
-        rows = embed(
-            encoder,
-            datamodule,
-            options.out,
-            options.split,
-            options.size or encoder.size,
-            options.pooling,
-            options.overwrite,
-            {
-                'checkpoint': _fingerprint(options.checkpoint),
-                'weights': options.weights,
-                'data': json.dumps(options.data.as_dict(), default=str, sort_keys=True),
-            },
-            accelerator=options.accelerator,
+    if options.split not in (None, *_STAGES):
+        raise ValueError(
+            f'split must be one of {", ".join(_STAGES)}, got {options.split}'
         )
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon embed: {error}', file=sys.stderr)
-        return 1
+    encoder = open_encoder(
+        options.checkpoint,
+        options.weights,
+        options.model,
+        options.bands,
+        options.unit_range,
+    )
+    rows = embed(
+        encoder,
+        datamodule,
+        options.out,
+        options.split,
+        options.size or encoder.size,
+        options.pooling,
+        options.overwrite,
+        {
+            'checkpoint': _fingerprint(options.checkpoint),
+            'weights': options.weights,
+            **_data_origin(options.data),
+        },
+        accelerator=options.accelerator,
+    )
     print(f'{rows} embeddings are in {options.out}')
     return 0

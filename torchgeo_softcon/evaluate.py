@@ -4,7 +4,6 @@
 """k-NN and linear evaluation of frozen features: ``torchgeo-softcon evaluate``."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,17 +131,19 @@ def evaluate_encoder(
     """
     if split not in ('test', 'val'):
         raise ValueError(f"split must be 'test' or 'val', got {split!r}")
+    device = _device(device)
     for name in ('train', split):
         set_up(datamodule, name)
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
     bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
     queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
-    if bank.is_same(queries):
+    if bank.is_same(queries) or bank.shares_ground:
         raise ValueError(
             f'split = {split} of {type(datamodule).__name__} has the images of its training '
-            'split, so that scores would mean nothing. Keep images apart, for datamodules '
-            'of this package by val_fraction = 0.1'
+            'split, or others of the same ground, so that scores would mean nothing. Keep '
+            'them apart, for datamodules of this package by val_fraction = 0.1, or more '
+            'where patch_size asks for it'
         )
     chosen = choose_subset(len(bank.indices), fraction, seed)
     bank.indices = [bank.indices[i] for i in chosen]
@@ -152,7 +153,6 @@ def evaluate_encoder(
             f'{len(chosen)}, got {tuple(k)}'
         )
     size = size or encoder.size or 224
-    device = torch.device(device)
     encoder.model.to(device)
     features, labels = extract_features(encoder, bank, size, device)
     query, answers = extract_features(encoder, queries, size, device)
@@ -188,6 +188,17 @@ def evaluate_encoder(
     return values
 
 
+def _device(name: str | torch.device) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(
+            f'device must be one that PyTorch finds here, got {name}: {reason}'
+        ) from error
+
+
 def main(args: Sequence[str]) -> int:
     """Run ``torchgeo-softcon evaluate``.
 
@@ -196,6 +207,10 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         Exit status.
+
+    Raises:
+        OSError: If a file is missing, or is there already.
+        ValueError: If arguments, data and encoder do not fit each other.
     """
     parser = data_parser(
         'torchgeo-softcon evaluate',
@@ -222,38 +237,34 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument('--out', type=str | None, help='JSON file for the result')
     parser.add_argument('--overwrite', action='store_true', help='replace the file')
     options, datamodule = parse_data(parser, args)
-    try:
-        out = None if options.out is None else Path(options.out)
-        if out is not None and not out.absolute().parent.is_dir():
-            raise FileNotFoundError(f'the folder of out = {out} does not exist')
-        if out is not None and out.exists() and not options.overwrite:
-            raise FileExistsError(f'out = {out} exists already. Set overwrite')
-        if datamodule is None:
-            raise ValueError(
-                'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-            )
-        encoder = open_encoder(
-            options.checkpoint,
-            options.weights,
-            options.model,
-            options.bands,
-            options.unit_range,
+    out = None if options.out is None else Path(options.out)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f'the folder of out = {out} does not exist')
+    if out is not None and out.exists() and not options.overwrite:
+        raise FileExistsError(f'out = {out} exists already. Set overwrite')
+    if datamodule is None:
+        raise ValueError(
+            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
         )
-        device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        values = evaluate_encoder(
-            encoder,
-            datamodule,
-            options.split,
-            options.k,
-            options.temperature,
-            options.size,
-            options.fraction,
-            options.seed,
-            device,
-        )
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon evaluate: {error}', file=sys.stderr)
-        return 1
+    encoder = open_encoder(
+        options.checkpoint,
+        options.weights,
+        options.model,
+        options.bands,
+        options.unit_range,
+    )
+    device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    values = evaluate_encoder(
+        encoder,
+        datamodule,
+        options.split,
+        options.k,
+        options.temperature,
+        options.size,
+        options.fraction,
+        options.seed,
+        device,
+    )
     print(_table(values))
     if out is not None:
         origin: dict[str, Any] = {

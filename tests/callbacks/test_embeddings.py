@@ -9,6 +9,7 @@ from typing import Any
 import geopandas
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -102,7 +103,7 @@ class TestEmbeddingWriter:
         path = tmp_path / 'e.parquet'
         with pytest.raises(RuntimeError, match='the power is off'):
             predict(path, Interrupted())
-        with pytest.raises(ValueError, match='samples = 14, this one has 15'):
+        with pytest.raises(ValueError, match=r'run with samples = 14, not 15\. Choose'):
             predict(path, length=15)
         assert predict(path, length=15, overwrite=True).rows == 15
 
@@ -128,6 +129,15 @@ class TestEmbeddingWriter:
 
 
 class TestPartedFile:
+    def test_what_was_to_be_written_without_parts(self, tmp_path: Path) -> None:
+        for value in (1, 2):
+            PartedFile(tmp_path / 'e.parquet', {'a': value}).open()
+        file = PartedFile(tmp_path / 'e.parquet', {'a': 2})
+        file.append(pa.table({'index': [0]}))
+        file.open()
+        with pytest.raises(ValueError, match='run with a = 2, not 3; b = None, not 4'):
+            PartedFile(tmp_path / 'e.parquet', {'a': 3, 'b': 4}).open()
+
     def test_small_parts_become_large_row_groups(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

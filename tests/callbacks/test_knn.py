@@ -4,6 +4,7 @@
 import csv
 import math
 import random
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from torchgeo.datamodules import EuroSATDataModule
 
+from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.callbacks.features import encode, find_encoder
+from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import create_encoder
 
 from ..datamodules.host_data import make_eurosat
@@ -197,6 +200,33 @@ class TestMetrics:
         # The bank comes first, in order
         bank = probed[: 96 if many else 15]
         assert bank == sorted(bank)
+
+    @pytest.mark.parametrize('val_fraction', [0, 1 / 3])
+    def test_windows_of_the_same_ground(
+        self, val_fraction: float, scenes: SyntheticScenes, tmp_path: Path
+    ) -> None:
+        data = SyntheticScenesDataModule(
+            str(scenes.root),
+            size=96,
+            dates=2,
+            patch_size=32,
+            batch_size=4,
+            length=4,
+            val_fraction=val_fraction,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            run(
+                tmp_path,
+                [KNNProbe(k=3, max_bank=16, max_queries=8)],
+                make_task(in_channels=13),
+                fit={'datamodule': data},
+                max_epochs=1,
+            )
+        texts = [str(warning.message) for warning in caught]
+        told = [text for text in texts if 'windows of the same ground' in text]
+        assert len(told) == (val_fraction == 0)
+        assert all('val_fraction of SyntheticScenesDataModule' in t for t in told)
 
     def test_resizes_to_the_size_of_the_task(self, tmp_path: Path) -> None:
         sizes: list[tuple[int, ...]] = []

@@ -109,9 +109,12 @@ def test_size_must_be_positive() -> None:
         ResizeInput(0)
 
 
-def test_masks_are_refused() -> None:
-    loader = make_loader(mask=torch.zeros(2, 20, 16))
-    with pytest.raises(ValueError, match='would keep its size'):
+@pytest.mark.parametrize(
+    'key', ['mask', 'masks', 'bbox', 'bbox_xyxy', 'boxes', 'keypoints']
+)
+def test_positions_are_refused(key: str) -> None:
+    loader = make_loader(**{key: torch.zeros(2, 20, 16)})
+    with pytest.raises(ValueError, match=rf"batch\['{key}'\] would keep its size"):
         make_trainer(ResizeInput(32)).predict(make_task(), loader)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
 from torchgeo.datamodules import (
     BigEarthNetDataModule,
     EuroSATDataModule,
@@ -161,10 +162,14 @@ class TestBadInput:
             UnitRange().setup(trainer, None, 'fit')  # type: ignore[arg-type]
 
     def test_unknown_bands(self) -> None:
+        kornia = import_module('kornia.augmentation')
+        datamodule: Any = PatchesDataModule()
+        normalize = kornia.Normalize(torch.tensor(0), torch.tensor(255))
+        datamodule.aug = nn.Sequential(normalize)
         with pytest.raises(
             ValueError, match=r'PatchesDataModule does not tell its bands'
         ):
-            seen(PatchesDataModule())
+            seen(datamodule)
 
     def test_several_steps(self) -> None:
         """SeasonalContrastS2DataModule: 8-bit images, whatever they mean."""
@@ -182,3 +187,10 @@ class TestBadInput:
     def test_no_normalization(self) -> None:
         with pytest.raises(ValueError, match=r'no normalization .*ToUnitRange'):
             seen(PatchesDataModule(), ['B2', 'B3', 'B4', 'B8'])
+
+    def test_a_datamodule_of_lightning(self) -> None:
+        """Which has neither mean nor std."""
+        trainer: Any = SimpleNamespace(datamodule=LightningDataModule())
+        message = r'LightningDataModule has no normalization .*ToUnitRange'
+        with pytest.raises(ValueError, match=message):
+            UnitRange().setup(trainer, None, 'fit')  # type: ignore[arg-type]

@@ -131,6 +131,9 @@ class TestOpenEncoder:
             open_encoder()
         with pytest.raises(FileNotFoundError, match='does not exist'):
             open_encoder(tmp_path / 'none.ckpt')
+        torch.save({}, tmp_path / 'empty.ckpt')
+        with pytest.raises(ValueError, match='has no parameters of a resnet18'):
+            open_encoder(tmp_path / 'empty.ckpt', model='resnet18')
         (tmp_path / 'text.ckpt').write_text('no checkpoint')
         with pytest.raises(ValueError, match='PyTorch can load safely'):
             open_encoder(tmp_path / 'text.ckpt')

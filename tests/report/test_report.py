@@ -25,7 +25,9 @@ from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.export import export
 from torchgeo_softcon.models import create_encoder
+from torchgeo_softcon.models.checkpoints import read_checkpoint
 from torchgeo_softcon.report.command import has_other_augmentations, load_task
 from torchgeo_softcon.report.curves import find_logs, plot_curves, read_logs
 from torchgeo_softcon.report.page import Section, write_page
@@ -73,6 +75,12 @@ def texts(figure: Figure) -> str:
         t.get_text() for a in axes if (g := a.get_legend()) for t in g.get_texts()
     ]
     return ' '.join([*words, figure.get_supxlabel()])
+
+
+def load(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
+    """The task of a checkpoint, and what is in the file."""
+    content = read_checkpoint(str(checkpoint))
+    return load_task(str(checkpoint), content), content
 
 
 class TestCurves:
@@ -320,6 +328,46 @@ class TestCommand:
         text, _ = self.report('logs', '--checkpoint', str(run / 'last.ckpt'), *out)
         assert 'The data are not known' in text
 
+    def test_exports_are_no_checkpoints_of_the_run(
+        self, run: Path, tmp_path: Path
+    ) -> None:
+        """TorchGeo's suffix is the same."""
+        folder = tmp_path / 'run'
+        folder.mkdir()
+        for name in ('metrics.csv', 'last.ckpt'):
+            (folder / name).write_bytes((run / name).read_bytes())
+        (exported, _) = export(folder / 'last.ckpt', 'torchgeo')
+        later = (folder / 'last.ckpt').stat().st_mtime + 1
+        os.utime(exported, (later, later))
+        options = ('--samples', '8', '--data', PATCHES, '--out', 'out')
+        text, pictures = self.report(*options, str(folder))
+        assert f'<td>{folder / "last.ckpt"}</td>' in text
+        assert 'views' in pictures
+        (folder / 'last.ckpt').unlink()
+        text, _ = self.report(*options, str(folder))
+        assert 'has no checkpoint' in text
+
+    def test_run_of_an_unknown_architecture(self, run: Path, tmp_path: Path) -> None:
+        folder = tmp_path / 'run'
+        folder.mkdir()
+        (folder / 'metrics.csv').write_bytes((run / 'metrics.csv').read_bytes())
+        content = read_checkpoint(str(run / 'last.ckpt'))
+        del content['hyper_parameters']['model']
+        torch.save(content, folder / 'last.ckpt')
+        text, pictures = self.report('run', '--data', PATCHES)
+        assert 'last.ckpt does not tell its architecture. Set model' in text
+        assert 'losses' in pictures
+        args = ['--checkpoint', 'run/last.ckpt', '--data', PATCHES]
+        assert main(['report', 'run', *args]) == 1
+
+    def test_checkpoint_with_numbers_of_numpy(self, run: Path) -> None:
+        content = read_checkpoint(str(run / 'last.ckpt'))
+        content['callbacks'] = {'Best': {'score': np.float64(1)}}
+        torch.save(content, 'a.ckpt')
+        args = ('--checkpoint', 'a.ckpt', '--data', PATCHES)
+        _, pictures = self.report(*args, '--samples', '8')
+        assert 'views' in pictures
+
     @pytest.mark.parametrize(
         ('args', 'message'),
         [
@@ -366,9 +414,9 @@ class TestAugmentations:
         )
         with warnings.catch_warnings():
             warnings.filterwarnings('error', 'The checkpoint was made')
-            task = load_task(str(checkpoint))
+            task, content = load(checkpoint)
         assert tuple(task.augmentations.scale) == (0.9, 1)
-        assert not has_other_augmentations(str(checkpoint), task)
+        assert not has_other_augmentations(content, task)
 
     @pytest.mark.parametrize(
         'chosen', [None, {'class_path': 'antigravity.View', 'init_args': {}}]
@@ -376,9 +424,9 @@ class TestAugmentations:
     def test_of_the_task(self, chosen: Any, checkpoint: Path, tmp_path: Path) -> None:
         self.configure(tmp_path, chosen)
         with pytest.warns(UserWarning, match='was made with augmentations'):
-            task = load_task(str(checkpoint))
+            task, content = load(checkpoint)
         assert task.augmentations.scale == (0.2, 1.0)
-        assert has_other_augmentations(str(checkpoint), task)
+        assert has_other_augmentations(content, task)
 
     @pytest.mark.usefixtures('quiet')
     def test_the_page_says_so(self, checkpoint: Path, tmp_path: Path) -> None:
@@ -395,13 +443,13 @@ def test_dino_without_a_configuration(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(make_dino(), make_loader())
     trainer.save_checkpoint(tmp_path / 'last.ckpt')
-    assert isinstance(load_task(str(tmp_path / 'last.ckpt')), DINOMCTask)
+    assert isinstance(load(tmp_path / 'last.ckpt')[0], DINOMCTask)
 
 
 def test_no_foreign_class_is_imported(tmp_path: Path) -> None:
     hparams = {'_class_path': 'antigravity.Task', 'model': 'resnet18'}
     torch.save({'hyper_parameters': hparams, 'state_dict': {}}, tmp_path / 'a.ckpt')
-    assert load_task(str(tmp_path / 'a.ckpt')) is None
+    assert load(tmp_path / 'a.ckpt')[0] is None
 
 
 def test_images_of_unknown_label_are_not_compared() -> None:

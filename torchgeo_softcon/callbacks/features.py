@@ -89,12 +89,26 @@ def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """
     model: Any = encoder
     pooled = model.forward_head(tokens, pre_logits=True).flatten(1)
-    if not isinstance(model, VisionTransformer) or model.cls_token is None:
-        return {'pooled': pooled}
-    prefix = model.num_prefix_tokens
-    if model.global_pool == 'token':
-        return {'cls': pooled, 'mean': model.fc_norm(tokens[:, prefix:].mean(1))}
-    return {'mean': pooled, 'cls': model.fc_norm(tokens[:, 0])}
+    names = poolings(encoder)
+    if len(names) == 1:
+        return {names[0]: pooled}
+    patches = tokens[:, model.num_prefix_tokens :].mean(1)
+    other = patches if names[1] == 'mean' else tokens[:, 0]
+    return {names[0]: pooled, names[1]: model.fc_norm(other)}
+
+
+def poolings(encoder: nn.Module) -> tuple[str, ...]:
+    """Names of the features of an encoder, see :func:`encode`.
+
+    Args:
+        encoder: A timm model, or any module from (B, C, H, W) to (B, F).
+
+    Returns:
+        The names, the encoder's own pooling first.
+    """
+    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+        return ('pooled',)
+    return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
 
 
 def prepare(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -67,7 +68,8 @@ class KNNProbe(Callback):
             data: Labelled data: a datamodule, of which the training split becomes the
                 bank of features and the validation split the queries, or a dataset for
                 the bank. Where both splits are the same images, bank and queries share
-                them out. Defaults to the datamodule of the training.
+                them out; where both are windows of the same ground, there is a warning.
+                Defaults to the datamodule of the training.
             queries: Labelled dataset for the queries, if *data* is a dataset.
             k: Number of neighbours.
             temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
@@ -162,6 +164,9 @@ class KNNProbe(Callback):
 
         Raises:
             ValueError: If data, task and options do not fit each other.
+
+        Warns:
+            UserWarning: If bank and queries are windows of the same ground.
         """
         with isolate_rng():
             torch.manual_seed(0)  # for samplers that draw
@@ -273,6 +278,13 @@ class KNNProbe(Callback):
         if isinstance(data, LightningDataModule):
             bank = LabelledSamples.of_split(data, 'train', 'bank of KNNProbe')
             queries = LabelledSamples.of_split(data, 'val', 'queries of KNNProbe')
+            if bank.shares_ground:
+                rank_zero_warn(
+                    f'bank and queries of KNNProbe are windows of the same ground, which '
+                    'neighbours find whatever the encoder has learnt: the scores are too '
+                    f'high. Keep ground apart by val_fraction of {type(data).__name__}, '
+                    'such as 0.25'
+                )
         else:
             bank, queries = (
                 LabelledSamples(dataset, range(len(dataset)), f'{name} of KNNProbe')  # type: ignore[arg-type]

@@ -69,6 +69,7 @@ class LabelledSamples:
         batch_size: int = 64,
         num_workers: int = 0,
         transform: Callable[[Sample], Sample] | None = None,
+        shares_ground: bool = False,
     ) -> None:
         """Initialize a new LabelledSamples instance.
 
@@ -79,6 +80,7 @@ class LabelledSamples:
             batch_size: Number of samples that are read at a time.
             num_workers: Number of processes that read.
             transform: What the datamodule does to a batch on the device.
+            shares_ground: Whether other splits have other samples of the same ground.
 
         Raises:
             ValueError: If there are no samples.
@@ -91,6 +93,7 @@ class LabelledSamples:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.transform = transform
+        self.shares_ground = shares_ground
 
     @classmethod
     def of_split(
@@ -118,6 +121,7 @@ class LabelledSamples:
             getattr(datamodule, 'num_workers', 0),
             # Validation images are not augmented, only normalized
             _first(datamodule, 'val_aug', 'aug'),
+            getattr(datamodule, 'shares_ground', False),
         )
 
     def limit(self, count: int) -> None:

@@ -58,17 +58,18 @@ class PartedFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(exist_ok=True)
         manifest = self.folder / 'origin.json'
-        if manifest.exists():
-            there = json.loads(manifest.read_text())
-            for key, value in self.origin.items():
-                if there.get(key) != value:
-                    raise ValueError(
-                        f'{self.folder} has parts of an interrupted run with {key} = '
-                        f'{there.get(key)}, this one has {value}. Choose another file, '
-                        'delete the folder, or set overwrite'
-                    )
-        else:
-            _write_text(manifest, json.dumps(self.origin, indent=2))
+        there = json.loads(manifest.read_text()) if manifest.exists() else {}
+        keys = [
+            k for k in {**there, **self.origin} if there.get(k) != self.origin.get(k)
+        ]
+        # Without parts, it does not matter what was about to be written
+        if keys and self.parts():
+            differ = (f'{k} = {there.get(k)}, not {self.origin.get(k)}' for k in keys)
+            raise ValueError(
+                f'{self.folder} has parts of an interrupted run with {"; ".join(differ)}. '
+                'Choose another file, delete the folder, or set overwrite'
+            )
+        _write_text(manifest, json.dumps(self.origin, indent=2))
 
     def parts(self, rank: int | None = None) -> list[Path]:
         """Complete parts in the order of their rows, of one process or of all."""

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from .._compat import get_weight
 from ..models.weights import EncoderWeights
 
+#: What tells positions in an image, in TorchGeo and in torchvision.
+_POSITIONS = ('mask', 'masks', 'bbox', 'bbox_xyxy', 'boxes', 'keypoints')
+
 
 class ResizeInput(Callback):
     """Resizes ``batch['image']`` on its way into any task of whole images.
@@ -79,11 +82,12 @@ class ResizeInput(Callback):
         if self._target is None or _shape(batch) in (None, self._target):
             return
         image: Tensor = batch['image']
-        if 'mask' in batch:
-            raise ValueError(
-                "batch['mask'] would keep its size: ResizeInput is for tasks with labels "
-                'of whole images. Resize both in the transforms of the dataset'
-            )
+        for key in _POSITIONS:
+            if key in batch:
+                raise ValueError(
+                    f'batch[{key!r}] would keep its size: ResizeInput is for tasks with '
+                    'labels of whole images. Resize both in the transforms of the dataset'
+                )
         flat = image.reshape(-1, *image.shape[-3:]).float()
         # As torchvision's Resize does for tensors
         flat = F.interpolate(flat, self._target, mode='bilinear', antialias=True)
@@ -101,7 +105,7 @@ class ResizeInput(Callback):
             batch_idx: Number of the mini-batch.
 
         Raises:
-            ValueError: If the mini-batch has a mask as well.
+            ValueError: If the mini-batch has masks or boxes as well.
         """
         self._resize(batch)
 

@@ -69,9 +69,22 @@ def use_unit_range(
             that could be replaced, or one of several steps.
     """
     plain: Any = datamodule
-    mean, std = (torch.as_tensor(v) for v in (plain.mean, plain.std))
-    if (mean == 0).all() and (std == 1).all():
-        return  # so say the datamodules of this package
+    if hasattr(plain, 'mean') and hasattr(plain, 'std'):
+        mean, std = (torch.as_tensor(v) for v in (plain.mean, plain.std))
+        if (mean == 0).all() and (std == 1).all():
+            return  # so say the datamodules of this package
+    found = _normalizations(datamodule)
+    if not any(found):
+        raise ValueError(
+            f'{type(datamodule).__name__} has no normalization (kornia.augmentation.'
+            'Normalize) that could be replaced. Scale its images by transforms of the '
+            'dataset: torchgeo_softcon.ToUnitRange'
+        )
+    if max(map(len, found)) > 1:
+        raise ValueError(
+            f'{type(datamodule).__name__} normalizes images in several steps, so they are '
+            'not digital numbers or dB, which unit_range is for. Leave it out'
+        )
     bands = bands or image_bands(datamodule)
     if bands is None:
         raise ValueError(
@@ -79,20 +92,8 @@ def use_unit_range(
             'names, such as [B4, B3, B2]'
         )
     unit = ToUnitRange.of(bands)
-    found = _normalizations(datamodule)
-    if max(map(len, found)) > 1:
-        raise ValueError(
-            f'{type(datamodule).__name__} normalizes images in several steps, so they are '
-            'not digital numbers or dB, which unit_range is for. Leave it out'
-        )
     for parent, child in chain(*found):
         setattr(parent, child, _UnitRange(unit))
-    if not any(found):
-        raise ValueError(
-            f'{type(datamodule).__name__} has no normalization (kornia.augmentation.'
-            'Normalize) that could be replaced. Scale its images by transforms of the '
-            'dataset: torchgeo_softcon.ToUnitRange'
-        )
     # TorchGeo's tasks undo the normalization by these to plot images
     plain.mean, plain.std = unit.low, unit.extent
 

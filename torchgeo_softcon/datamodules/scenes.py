@@ -119,6 +119,11 @@ class WorldCoverScenesDataModule(DrawDataModule):
         self.length = length
         self._scenes: WorldCoverScenes | None = None
 
+    @property
+    def shares_ground(self) -> bool:
+        """Whether the windows of all splits are drawn from the same ground."""
+        return self.val_fraction == 0
+
     def setup(self, stage: str) -> None:
         """Open the rasters and choose the windows.
 

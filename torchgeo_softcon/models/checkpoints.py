@@ -20,10 +20,10 @@ from .convert import has_layer_scale, is_head
 
 Branch = Literal['student', 'teacher']
 
-# What DINO and DINO-MC save besides tensors: their arguments, and learning rates of the
-# optimizer as numpy scalars. The module of numpy's scalars has changed its name.
 _scalar = np.float64(0).__reduce__()[0]
-_SAFE_GLOBALS: list[Any] = [
+#: What DINO and DINO-MC save besides tensors: their arguments, and learning rates of the
+#: optimizer as numpy scalars. The module of numpy's scalars has changed its name.
+SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     (_scalar, 'numpy.core.multiarray.scalar'),
     (_scalar, 'numpy._core.multiarray.scalar'),
@@ -61,7 +61,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             return dict(load_file(path))
         # Mapped, not read: of a training checkpoint, a tenth is needed
         mapped = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(
                 path, map_location='cpu', weights_only=True, mmap=mapped
             )

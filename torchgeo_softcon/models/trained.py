@@ -42,6 +42,19 @@ class TrainedEncoder(NamedTuple):
         return hparams if isinstance(hparams, Mapping) else {}
 
 
+def noted_unit_range(checkpoint: Mapping[str, Any]) -> bool | None:
+    """Whether a checkpoint tells that images were scaled as :class:`.ToUnitRange` does.
+
+    Args:
+        checkpoint: All of a file.
+
+    Returns:
+        True if :class:`.UnitRange` or a task of this package has noted it, else None.
+    """
+    noted = 'UnitRange' in checkpoint.get('callbacks', {})
+    return True if noted or checkpoint.get('unit_range') else None
+
+
 def read_trained(
     path: str | os.PathLike[str], branch: Branch | None = None
 ) -> TrainedEncoder:
@@ -96,7 +109,8 @@ def _locate(
                 f'branch={branch!r} is for files with two encoders, but {path} has one. '
                 'Leave branch out'
             )
-        return next(p for p in _PREFIXES if any(k.startswith(p) for k in state)), None
+        found = (p for p in _PREFIXES if any(k.startswith(p) for k in state))
+        return next(found, ''), None
     # `model` is the encoder to use; beside it is the other branch
     names: dict[Branch, str] = {'student': 'model', 'teacher': 'teacher'}
     default: Branch = 'student'
@@ -207,10 +221,7 @@ def open_encoder(
             )
         bands = bands or known
         if unit_range is None:
-            # What a callback and the tasks of this package note
-            content = trained.checkpoint
-            noted = 'UnitRange' in content.get('callbacks', {})
-            unit_range = True if noted or content.get('unit_range') else None
+            unit_range = noted_unit_range(trained.checkpoint)
     name = model or name
     if not name:
         raise ValueError(

@@ -4,8 +4,8 @@
 """What ``torchgeo-softcon report`` does."""
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +17,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from ..embed import data_parser, parse_data
+from ..embed import data_parser, parse_data, parse_options
 from ..models import is_vit
+from ..models.checkpoints import SAFE_GLOBALS, read_checkpoint
 from ..models.trained import Encoder, open_encoder
 from ..transforms.worldcover import WORLDCOVER_CODES
 from .curves import find_logs, plot_curves, read_logs
@@ -67,17 +68,23 @@ def main(args: Sequence[str]) -> int:
     """Run ``torchgeo-softcon report``.
 
     Args:
-        args: Command-line arguments, the folder of a run first, if there is one.
+        args: Command-line arguments.
 
     Returns:
         Exit status.
+
+    Raises:
+        OSError: If there is no such run, checkpoint or configuration.
+        ValueError: If there is nothing to report of.
     """
-    run = Path(args[0]) if args and not args[0].startswith('-') else None
     parser = data_parser(
-        'torchgeo-softcon report [RUN_DIR]',
+        'torchgeo-softcon report',
         'Write a page of pictures of a run: of its logs, and of what its last checkpoint '
         'makes of the images of its data. Without RUN_DIR, of a checkpoint or of weights '
         'and data.',
+    )
+    parser.add_argument(
+        'run_dir', type=str | None, nargs='?', metavar='RUN_DIR', help='folder of a run'
     )
     parser.add_argument(
         '--out', type=str | None, help='folder to write to, RUN_DIR/report by default'
@@ -88,51 +95,53 @@ def main(args: Sequence[str]) -> int:
         help='val, predict, test or train, the first there is',
     )
     parser.add_argument('--samples', type=int, default=200, help='number of images')
-    try:
-        logs = None if run is None else find_logs(run)
-        run = run if logs is None else logs[0].parent
-        options, datamodule = parse_data(parser, args[int(run is not None) :], run)
-        checkpoint = options.checkpoint
-        if run is not None and checkpoint is None and options.weights is None:
-            checkpoint = _last_checkpoint(run)
-        if run is None and checkpoint is None and options.weights is None:
-            raise ValueError(
-                'a report needs the folder of a run, or --checkpoint or --weights, and '
-                '--data'
-            )
-        facts: dict[str, str] = {}
-        sections: list[Section] = []
-        if logs is not None:
-            log = read_logs(logs)
-            facts |= {'run': str(run), **_last_values(log)}
-            for name, figure in plot_curves(log).items():
-                sections.append(Section(name, *_CURVES[name], figure))
-        if checkpoint is None and options.weights is None:
-            text = f'{run} has no checkpoint: give --checkpoint for pictures of images.'
-            sections.append(Section('pictures', 'Pictures', text))
-        elif datamodule is None:
-            text = 'The data are not known: give --data or --config for pictures of images.'
-            sections.append(Section('pictures', 'Pictures', text))
-        else:
+    run_dir = parse_options(parser, args).run_dir
+    logs = None if run_dir is None else find_logs(Path(run_dir))
+    run = None if logs is None else logs[0].parent
+    options, datamodule = parse_data(parser, args, run)
+    checkpoint, weights = options.checkpoint, options.weights
+    given = checkpoint is not None or weights is not None
+    if run is None and not given:
+        raise ValueError(
+            'a report needs the folder of a run, or --checkpoint or --weights, and --data'
+        )
+    if run is not None and not given:
+        checkpoint = _last_checkpoint(run)
+
+    facts: dict[str, str] = {}
+    sections: list[Section] = []
+    if logs is not None:
+        log = read_logs(logs)
+        facts |= {'run': str(run), **_last_values(log)}
+        for name, figure in plot_curves(log).items():
+            sections.append(Section(name, *_CURVES[name], figure))
+    encoder, text = None, ''
+    if checkpoint is None and weights is None:
+        text = f'{run} has no checkpoint: give --checkpoint for pictures of images.'
+    elif datamodule is None:
+        text = 'The data are not known: give --data or --config for pictures of images.'
+    else:
+        try:
             encoder = open_encoder(
-                checkpoint,
-                options.weights,
-                options.model,
-                options.bands,
-                options.unit_range,
+                checkpoint, weights, options.model, options.bands, options.unit_range
             )
-            facts |= {
-                'encoder': f'{encoder.name}, {encoder.in_channels} bands',
-                'weights': str(checkpoint or options.weights),
-            }
-            sections += picture_sections(
-                encoder, datamodule, checkpoint, options.split, options.samples
-            )
-        out = options.out or (run or Path()) / 'report'
-        page = write_page(Path(out), _title(run, checkpoint, options), facts, sections)
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon report: {error}', file=sys.stderr)
-        return 1
+        except ValueError as error:
+            if given:
+                raise
+            # Of a checkpoint that nobody has asked for
+            text = f'{error}.'
+    if encoder is None or datamodule is None:
+        sections.append(Section('pictures', 'Pictures', text))
+    else:
+        facts |= {
+            'encoder': f'{encoder.name}, {encoder.in_channels} bands',
+            'weights': str(checkpoint or weights),
+        }
+        sections += picture_sections(
+            encoder, datamodule, checkpoint, options.split, options.samples
+        )
+    out = options.out or (run or Path()) / 'report'
+    page = write_page(Path(out), _title(run, checkpoint, options), facts, sections)
     print(f'The report is in {page}')
     return 0
 
@@ -142,8 +151,13 @@ def _title(run: Path | None, checkpoint: str | None, options: Any) -> str:
 
 
 def _last_checkpoint(run: Path) -> str | None:
-    found = sorted(run.rglob('*.ckpt'), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
+    """The newest checkpoint of the training, not an export beside it."""
+    paths = sorted(run.rglob('*.ckpt'), key=lambda path: path.stat().st_mtime)
+    for path in map(str, reversed(paths)):
+        with suppress(ValueError):  # damaged, or of something else
+            if 'global_step' in read_checkpoint(path):
+                return path
+    return None
 
 
 def _last_values(log: pd.DataFrame) -> dict[str, str]:
@@ -184,19 +198,19 @@ def run_augmentations(config: Path) -> nn.Module | None:
     return cast(nn.Module, parser.instantiate_classes(parsed).augmentations)
 
 
-def load_task(checkpoint: str | None) -> Any:
+def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
     """The task of a checkpoint of this package, with the augmentations of its run.
 
     Args:
-        checkpoint: Path, or None.
+        checkpoint: Path of the checkpoint.
+        content: What is in it, from :func:`.read_checkpoint`.
 
     Returns:
         The task in training mode, or None if the checkpoint is of something else.
     """
-    if checkpoint is None:
+    hparams = content.get('hyper_parameters')
+    if not isinstance(hparams, Mapping):
         return None
-    content = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    hparams = content.get('hyper_parameters', {})
     package, _, name = str(hparams.get('_class_path', '')).rpartition('.')
     if not name:  # not made by the command line
         marks = {'soft_weight': 'SoftConTask', 'local_sizes': 'DINOMCTask'}
@@ -210,22 +224,22 @@ def load_task(checkpoint: str | None) -> Any:
     config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
     augmentations = run_augmentations(config)
     options = {} if augmentations is None else {'augmentations': augmentations}
-    return found and found.load_from_checkpoint(
-        checkpoint, map_location='cpu', weights_only=True, **options
-    )
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        return found and found.load_from_checkpoint(
+            checkpoint, map_location='cpu', weights_only=True, **options
+        )
 
 
-def has_other_augmentations(checkpoint: str, task: Any) -> bool:
+def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
     """Whether a run had other augmentations than the task that was made of it.
 
     Args:
-        checkpoint: Path of the checkpoint of the run.
+        content: What is in a checkpoint of the run.
         task: From :func:`load_task`.
 
     Returns:
         True if the checkpoint tells so.
     """
-    content = torch.load(checkpoint, 'cpu', weights_only=True, mmap=True)
     own = task.unsaved()['augmentations']
     return bool(content.get('unsaved', {}).get('augmentations', own) != own)
 
@@ -281,7 +295,8 @@ def picture_sections(
 
 def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     title = 'Views as the model sees them'
-    task = load_task(checkpoint)
+    content = {} if checkpoint is None else read_checkpoint(checkpoint)
+    task = None if checkpoint is None else load_task(checkpoint, content)
     figure = None
     if task is not None:
         torch.manual_seed(0)
@@ -304,7 +319,7 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         'Drawn anew from the images on the left. The frame of a view has the colour of '
         'its box on the image. '
     )
-    if has_other_augmentations(str(checkpoint), task):
+    if has_other_augmentations(content, task):
         text += (
             'These are the default augmentations of the task: the run had others, which '
             'neither its checkpoint nor a config.yaml beside it has. '
