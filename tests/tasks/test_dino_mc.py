@@ -331,10 +331,20 @@ class TestSchedules:
         start = task.head.get_parameter(PROTOTYPES).detach().clone()
         make_trainer(tmp_path, callbacks=[watch]).fit(task, make_loader())
         still = [torch.equal(p, start) for p in watch.prototypes]
-        # The first step of the warm-up has a learning rate of 0
-        assert still == [True] * max(1, 4 * epochs) + [False] * (
-            12 - max(1, 4 * epochs)
-        )
+        # The first step of the warm-up has a learning rate of 0; at most half of 12 steps
+        frozen = max(1, min(4 * epochs, 6))
+        assert still == [True] * frozen + [False] * (12 - frozen)
+
+    @pytest.mark.parametrize('length', [{'max_epochs': 1}, {'max_steps': 4}])
+    def test_prototypes_do_not_wait_for_the_end(
+        self, tmp_path: Path, length: dict[str, int]
+    ) -> None:
+        watch = Watch()
+        task = make_dino(lr=1, warmup_epochs=0)
+        with pytest.warns(UserWarning, match='freeze_last_layer = 1 is 4 of the 4'):
+            make_trainer(tmp_path, callbacks=[watch], **length).fit(task, make_loader())
+        moved = [not torch.equal(a, b) for a, b in pairwise(watch.prototypes)]
+        assert moved == [False, True, True]
 
 
 class TestClipping:

@@ -316,7 +316,7 @@ class EMATask(BaseTask):
         return int(total), int(epoch)
 
     def warmup_steps(self, name: str) -> int:
-        """Number of optimizer steps of a warm-up, at most one half of the run.
+        """Number of optimizer steps of a start, at most one half of the run.
 
         Args:
             name: Name of the hyperparameter that gives it in epochs.

@@ -81,6 +81,7 @@ class DINOMCTask(EMATask):
     plateau: Tensor
     _idle: Tensor
     _temperature_steps: int = 0
+    _frozen_steps: int = 0
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class DINOMCTask(EMATask):
             bottleneck_dim: Number of features that the prototypes are compared with.
             norm_last_layer: Whether to keep the norms of the prototypes at 1.
             freeze_last_layer: Number of first epochs in which the prototypes stay as
-                they are.
+                they are, at most one half of the run.
             student_temperature: Temperature of the student.
             teacher_temperature: Temperature of the teacher after its warm-up.
             warmup_teacher_temperature: Temperature of the teacher at the start.
@@ -409,6 +410,7 @@ class DINOMCTask(EMATask):
         """
         optimizers = super().configure_optimizers()
         self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
+        self._frozen_steps = self.warmup_steps('freeze_last_layer')
         return optimizers
 
     def configure_gradient_clipping(
@@ -417,7 +419,7 @@ class DINOMCTask(EMATask):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Leave the prototypes alone in the first epochs, and clip gradients.
+        """Leave the prototypes alone in the first steps, and clip gradients.
 
         Args:
             optimizer: The optimizer.
@@ -425,7 +427,7 @@ class DINOMCTask(EMATask):
                 sets it. Otherwise, *clip_grad* is used.
             gradient_clip_algorithm: Lightning's way to clip.
         """
-        if self.current_epoch < self.hparams['freeze_last_layer']:
+        if self.global_step < self._frozen_steps:
             # None and not zero, so that nothing decays them either
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None
