@@ -21,7 +21,7 @@ from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
 from torchgeo_softcon.tasks.base import split_seasons
-from torchgeo_softcon.tasks.guard import NonFiniteLossError
+from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
     create_optimizer,
     images_per_step,
@@ -261,6 +261,12 @@ class TestModelsOfThisPackage:
         assert max(getattr(m, 'drop_prob', 0) for m in task.student.modules()) > 0
 
 
+class OnMps(Tensor):
+    """A tensor that says to be on a device without CUDA's events."""
+
+    device = torch.device('mps')
+
+
 class TestNonFinite:
     def test_nan_pixels_stop_the_run_before_they_spoil_it(self, tmp_path: Path) -> None:
         class Spoilt(Scenes):
@@ -286,6 +292,16 @@ class TestNonFinite:
         batch['image'][0, 0, 0, 0] = -7
         with pytest.raises(NonFiniteLossError, match=r'ranges from -7 to (1|0\.99)'):
             task.training_step(batch, 0)
+
+    def test_other_devices_are_read_at_once(self) -> None:
+        guard, image = NonFiniteGuard(), torch.ones(2, 3)
+        guard.watch(0, torch.tensor(1.0).as_subclass(OnMps), image)
+        with pytest.raises(NonFiniteLossError, match='nan at optimizer step 1'):
+            guard.watch(1, torch.tensor(math.nan).as_subclass(OnMps), image)
+        task, batch = make_task(), make_batch()
+        label = -batch['label'].as_subclass(OnMps)
+        with pytest.raises(ValueError, match='must be finite and >= 0, got values'):
+            task.read_label({'label': label}, batch['image'][:, None])
 
 
 class TestCheckpoint:

@@ -19,7 +19,7 @@ from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import RandomView
 from .base import EMATask, split_seasons
-from .guard import label_message
+from .guard import label_message, read_at_once
 from .optimizers import OptimizerName
 
 
@@ -300,8 +300,8 @@ class SoftConTask(EMATask):
             Float labels of shape (B, T, K), or None if they are not needed.
 
         Raises:
-            ValueError: If *label* is missing, has another shape or, on the CPU, values
-                that no label has. (On a GPU, see :class:`.NonFiniteGuard`.)
+            ValueError: If *label* is missing, has another shape or values that no label
+                has. (For these on a CUDA device, see :class:`.NonFiniteGuard`.)
         """
         if self.hparams['soft_weight'] == 0:
             return None
@@ -324,7 +324,7 @@ class SoftConTask(EMATask):
                 f'and T = {seasons}, got {tuple(label.shape)}. Class indices are not '
                 'multi-labels: make them one-hot'
             )
-        if label.device.type == 'cpu' and not (label.isfinite() & (label >= 0)).all():
+        if read_at_once(label) and not (label.isfinite() & (label >= 0)).all():
             raise ValueError(label_message(float(label.min()), float(label.max())))
         return label.float()
 
