@@ -122,6 +122,17 @@ class TestSchedules:
         trainer.fit(make_task(lr=0.64, warmup_epochs=0), loader)
         assert watch.lr[0] == pytest.approx(0.64 * 8 / 256)
 
+    def test_batch_size_that_is_not_known(self, tmp_path: Path) -> None:
+        batches: Any = [make_batch()] * 2
+        watch = Watch()
+        trainer = make_trainer(tmp_path, callbacks=[watch], max_epochs=1)
+        with pytest.warns(UserWarning, match='batch size cannot be read .* as it is'):
+            trainer.fit(
+                make_task(lr=0.01, warmup_epochs=0),
+                DataLoader(batches, batch_size=None),
+            )
+        assert watch.lr[0] == 0.01
+
     def test_long_warmup_is_cut(self, tmp_path: Path) -> None:
         watch = Watch()
         trainer = make_trainer(tmp_path, callbacks=[watch], max_epochs=2)

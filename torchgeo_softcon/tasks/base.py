@@ -4,7 +4,6 @@
 """What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
 
 import functools
-import math
 import shlex
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,7 @@ from ..schedules import cosine_warmup
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
-from .optimizers import create_optimizer, images_per_step, parameter_groups
+from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
 
 
 @functools.cache
@@ -292,29 +291,6 @@ class EMATask(BaseTask):
         """
         self.guard.check()
 
-    def _steps(self) -> tuple[int, int]:
-        """Number of optimizer steps of the run, and of an epoch.
-
-        Raises:
-            ValueError: If the run has no end.
-        """
-        if self.trainer.train_dataloader is None:
-            # Lightning does not look at the data if max_steps alone ends the run
-            self.trainer.fit_loop.setup_data()
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < math.inf:
-            raise ValueError(
-                'the schedules need the length of the run, but trainer.max_epochs = '
-                f'{self.trainer.max_epochs} and trainer.max_steps = '
-                f'{self.trainer.max_steps}. Set one of them'
-            )
-
-        batches = self.trainer.num_training_batches
-        epoch = total
-        if batches < math.inf:
-            epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
-        return int(total), int(epoch)
-
     def warmup_steps(self, name: str) -> int:
         """Number of optimizer steps of a start, at most one half of the run.
 
@@ -351,16 +327,9 @@ class EMATask(BaseTask):
                 f'trainer.precision = {self.trainer.precision} rounds the small steps of '
                 'the EMA teacher away. Use bf16-mixed'
             )
-        self.total_steps, self.epoch_steps = self._steps()
+        self.total_steps, self.epoch_steps = run_length(self.trainer)
         warmup = self.warmup_steps('warmup_epochs')
-        batch_size = images_per_step(self.trainer)
-        if batch_size is None:
-            rank_zero_warn(
-                'The batch size cannot be read from the data loader, so lr is used as '
-                'it is, without scaling by the batch size.'
-            )
-            batch_size = 256
-        lr = self.hparams['lr'] * batch_size / 256
+        lr = peak_lr(self.hparams['lr'], self.trainer)
 
         # Lightning refuses to clip gradients of a fused optimizer in mixed precision
         fused = (

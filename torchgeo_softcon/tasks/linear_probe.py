@@ -24,7 +24,7 @@ from ..modules import input_layer
 from ..schedules import cosine_warmup
 from ..transforms import RandomView
 from ..transforms.center import center_view
-from .optimizers import images_per_step
+from .optimizers import peak_lr, run_length
 
 
 class LinearProbeTask(ClassificationTask):
@@ -200,11 +200,12 @@ class LinearProbeTask(ClassificationTask):
 
         Returns:
             SGD on the classifier, and a cosine to zero, per step.
+
+        Raises:
+            ValueError: If the run has no end.
         """
-        if self.trainer.train_dataloader is None:
-            self.trainer.fit_loop.setup_data()
-        lr = self.hparams['lr'] * (images_per_step(self.trainer) or 256) / 256
-        total = int(self.trainer.estimated_stepping_batches)
+        total, _ = run_length(self.trainer)
+        lr = peak_lr(self.hparams['lr'], self.trainer)
         optimizer = SGD(self.head.parameters(), lr=lr, momentum=0.9)
         scheduler = LambdaLR(
             optimizer, lambda step: cosine_warmup(step, total, 1, 0, 0)
