@@ -249,6 +249,10 @@ class TestWeights:
         ({'bands': ['B2']}, 'bands must name all in_channels = 4 bands, got 1'),
         ({'model': 'resnet18', 'last_blocks': 4}, 'with a class token, got ResNet'),
         ({'last_blocks': 9}, 'from 1 to 6'),
+        (
+            {'model': 'resnet18', 'average_patches': True},
+            "average_patches needs .* with a class token, got 'resnet18'",
+        ),
     ],
 )
 def test_bad_input(options: dict[str, Any], match: str) -> None:

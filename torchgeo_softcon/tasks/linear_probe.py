@@ -87,7 +87,7 @@ class LinearProbeTask(ClassificationTask):
                 to 4 for Vision Transformers, as DINO does for ViT-Small (1 for
                 ViT-Base), and to the pooled features of other encoders.
             average_patches: Whether to append the mean patch token of the last block, as
-                DINO does for ViT-Base.
+                DINO does for ViT-Base. Only for encoders with class tokens.
             size: Side of the images that the encoder sees, in pixels.
             crop_scale: Range of the share of the image's area that random crops show.
                 The authors of SSL4EO-S12 use (0.8, 1) for multi-labels of ResNets, not to
@@ -96,8 +96,8 @@ class LinearProbeTask(ClassificationTask):
                 of the papers).
 
         Raises:
-            ValueError: If *model*, *weights*, *bands* and *last_blocks* do not fit each
-                other, or an argument is out of range.
+            ValueError: If *model*, *weights*, *bands*, *last_blocks* and
+                *average_patches* do not fit each other, or an argument is out of range.
         """
         if size < 1 or lr <= 0:
             raise ValueError(f'size and lr must be positive, got {size} and {lr}')
@@ -150,6 +150,11 @@ class LinearProbeTask(ClassificationTask):
         plain = not (is_vit(self.model) and cast(Any, self.model).cls_token is not None)
         #: Number of blocks whose class tokens are used, None for pooled features.
         self.blocks = blocks if plain else 4 if blocks is None else blocks
+        if self.blocks is None and hparams['average_patches']:
+            raise ValueError(
+                'average_patches needs a Vision Transformer with a class token, got '
+                f'{hparams["model"]!r}. Leave it out for other encoders'
+            )
         classes = hparams['num_classes'] or hparams['num_labels'] or 1
         width = self.features(torch.zeros(1, channels, size, size)).shape[1]
         self.head = nn.Linear(width, classes)
