@@ -81,7 +81,14 @@ class TestConstructor:
             ({'local_scale': (0.5, 2)}, 'local_scale'),
             ({'views': 'tp'}, "views must be 'multi_crop' or 'temporal', got 'tp'"),
             ({'bands': ['B2']}, 'bands must name all in_channels = 4'),
-            ({'local_sizes': (8,)}, r'does not take crops of 8 x 8 pixels: a crop of'),
+            (
+                {'local_sizes': (8,)},
+                r'of 8 x 8 pixels: crops must have .* got 8 x 8\. Change size and local_s',
+            ),
+            (
+                {'augmentations': MultiCropView(32, (8,))},
+                'does not take crops of 8 x 8 pixels',
+            ),
             ({'model': 'vit_tiny'}, "must be the name of a timm model, got 'vit_tiny'"),
             ({'model': 'mixer_s16_224'}, 'does not take crops of 16 x 16'),
         ],
@@ -157,6 +164,10 @@ class TestConstructor:
         assert views.global_scale == (0.5, 0.9)
         assert views.local_scale == (0.1, 0.2)
         assert views.value_range == (-1, 1)
+
+    def test_local_sizes_are_not_those_of_own_augmentations(self) -> None:
+        task = make_dino(local_sizes=(8,), augmentations=Corners((32, 32)))
+        assert task.training_step(make_batch(), 0).isfinite()
 
     def test_teacher_starts_as_the_student(self) -> None:
         task = make_dino()

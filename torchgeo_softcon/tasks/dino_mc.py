@@ -242,8 +242,6 @@ class DINOMCTask(EMATask):
             if number < 0:
                 raise ValueError(f'{name} must be >= 0, got {number}')
 
-        self.weights = weights
-        super().__init__()
         if augmentations is None:
             augmentations = MultiCropView(
                 size,
@@ -254,6 +252,12 @@ class DINOMCTask(EMATask):
                 local_scale=local_scale,
                 value_range=value_range,
             )
+        self.weights = weights
+        # Sides of the crops, as far as they are known
+        self._sizes: tuple[int, ...] = (
+            augmentations.sizes if isinstance(augmentations, MultiCropView) else (size,)
+        )
+        super().__init__()
         self.augmentations = augmentations
 
     def configure_losses(self) -> None:
@@ -315,18 +319,12 @@ class DINOMCTask(EMATask):
         Raises:
             ValueError: If it does not take them.
         """
-        channels = self.hparams['in_channels']
-        local_sizes, number = (
-            self.hparams[k] for k in ('local_sizes', 'num_local_crops')
-        )
-        first = 0 if number is None else len(local_sizes) - number
-        sizes = {self.hparams['size'], *local_sizes[max(first, 0) :]}
         size = None
         try:
             with torch.no_grad():
                 encoder.eval()
-                for size in sorted(sizes):
-                    image = torch.zeros(1, channels, size, size)
+                for size in sorted(set(self._sizes)):
+                    image = torch.zeros(1, self.hparams['in_channels'], size, size)
                     features = encode_crops(encoder, [image])
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
