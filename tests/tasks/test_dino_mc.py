@@ -74,6 +74,7 @@ class TestConstructor:
             ({'drop_path_rate': 1.0}, r'drop_path_rate must be in \[0, 1\), got 1.0'),
             ({'drop_path_rate': -0.5}, r'drop_path_rate must be in \[0, 1\), got -0.5'),
             ({'teacher_temperature': math.nan}, 'teacher_temperature must be > 0'),
+            ({'warmup_epochs': math.nan}, 'warmup_epochs must be >= 0, got nan'),
             ({'value_range': (0, 1, 2)}, r'value_range must be \(low, high\)'),
             ({'num_local_crops': -1}, 'num_local_crops must be >= 0, got -1'),
             ({'num_local_crops': 4}, 'num_local_crops = 4 .* a size for each crop'),

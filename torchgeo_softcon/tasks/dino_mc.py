@@ -15,6 +15,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.builders import timm_name
@@ -204,43 +205,32 @@ class DINOMCTask(EMATask):
             ValueError: If an argument is out of range, or if *model*, *weights*,
                 *bands* and *size* do not fit each other.
         """
-        for name, value in {
-            'in_channels': in_channels,
-            'size': size,
-            'hidden_dim': hidden_dim,
-            'bottleneck_dim': bottleneck_dim,
-        }.items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        for name, share in {
-            'momentum': momentum,
-            'momentum_final': momentum_final,
-        }.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {share}')
+        check_counts(
+            in_channels=in_channels,
+            size=size,
+            hidden_dim=hidden_dim,
+            bottleneck_dim=bottleneck_dim,
+        )
+        check_fractions(momentum=momentum, momentum_final=momentum_final)
+        check_positive(
+            teacher_temperature=teacher_temperature,
+            warmup_teacher_temperature=warmup_teacher_temperature,
+            lr=lr,
+            clip_grad=clip_grad,
+        )
+        check_not_negative(
+            freeze_last_layer=freeze_last_layer,
+            teacher_temperature_epochs=teacher_temperature_epochs,
+            lr_final=lr_final,
+            weight_decay=weight_decay,
+            weight_decay_final=weight_decay_final,
+            warmup_epochs=warmup_epochs,
+        )
         if teacher_statistics not in ('own', 'student'):
             raise ValueError(
                 f"teacher_statistics must be 'own' or 'student', got "
                 f'{teacher_statistics!r}'
             )
-        for name, positive in {
-            'teacher_temperature': teacher_temperature,
-            'warmup_teacher_temperature': warmup_teacher_temperature,
-            'lr': lr,
-            'clip_grad': 1 if clip_grad is None else clip_grad,
-        }.items():
-            if not positive > 0:  # which NaN is not
-                raise ValueError(f'{name} must be > 0, got {positive}')
-        for name, number in {
-            'freeze_last_layer': freeze_last_layer,
-            'teacher_temperature_epochs': teacher_temperature_epochs,
-            'lr_final': lr_final,
-            'weight_decay': weight_decay,
-            'weight_decay_final': weight_decay_final,
-            'warmup_epochs': warmup_epochs,
-        }.items():
-            if number < 0:
-                raise ValueError(f'{name} must be >= 0, got {number}')
 
         if augmentations is None:
             augmentations = MultiCropView(

@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MultilabelAveragePrecision
 
+from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
 from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
 from ..models.convert import choose_bands
@@ -99,8 +100,8 @@ class LinearProbeTask(ClassificationTask):
             ValueError: If *model*, *weights*, *bands*, *last_blocks* and
                 *average_patches* do not fit each other, or an argument is out of range.
         """
-        if size < 1 or lr <= 0:
-            raise ValueError(f'size and lr must be positive, got {size} and {lr}')
+        check_counts(in_channels=in_channels, size=size)
+        check_positive(lr=lr)
         if bands is not None and len(bands) != in_channels:
             raise ValueError(
                 f'bands must name all in_channels = {in_channels} bands, got {len(bands)}'

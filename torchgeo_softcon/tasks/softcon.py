@@ -10,6 +10,7 @@ import torch
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
@@ -161,19 +162,20 @@ class SoftConTask(EMATask):
             ValueError: If an argument is out of range, or if *model*, *weights*,
                 *bands*, *size* and *mask_mode* do not fit each other.
         """
-        for name, value in {'in_channels': in_channels, 'size': size}.items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        for name, share in (('momentum', momentum), ('momentum_final', momentum_final)):
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {share}')
+        check_counts(
+            in_channels=in_channels,
+            size=size,
+            mask_patch_size=mask_patch_size,
+            hidden_dim=hidden_dim,
+            output_dim=output_dim,
+            projector_layers=projector_layers,
+            predictor_layers=predictor_layers,
+        )
+        check_fractions(momentum=momentum, momentum_final=momentum_final)
+        check_positive(lr=lr)
+        check_not_negative(weight_decay=weight_decay, warmup_epochs=warmup_epochs)
         if seasons not in ('same', 'different'):
             raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
-        if lr <= 0 or weight_decay < 0 or warmup_epochs < 0:
-            raise ValueError(
-                'lr must be > 0, weight_decay and warmup_epochs >= 0, got '
-                f'{lr}, {weight_decay} and {warmup_epochs}'
-            )
 
         self.weights = weights
         self.label_similarity = label_similarity

@@ -12,10 +12,10 @@ import torch
 from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
+from .._checks import check_fractions, check_range
 from .colours import colour_map, jitter_rgb
 from .draws import draw, random_boxes, random_kernels, uniform
 from .resample import means, resample
-from .views import check_fractions, check_range
 from .weights import Interpolation, blur_weights, crop_weights, identity
 
 #: Strengths of brightness, contrast, saturation and hue.
