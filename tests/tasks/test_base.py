@@ -20,13 +20,13 @@ from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
-from torchgeo_softcon.tasks.base import split_seasons
 from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
     create_optimizer,
     images_per_step,
     parameter_groups,
 )
+from torchgeo_softcon.tasks.seasons import _warn_once, split_seasons
 
 from ..models.helpers import WeightsFolder
 from .helpers import Scenes, make_batch, make_dino, make_loader, make_task, make_trainer
@@ -435,3 +435,30 @@ def test_seasons_in_channels_are_told(caplog: pytest.LogCaptureFixture) -> None:
     assert (
         caplog.text.count('33 channels are read as 3 seasons of in_channels = 11') == 1
     )
+
+
+class TestSeasonsInChannels:
+    """Channels may be seasons, or more bands than the task was told of."""
+
+    @pytest.fixture(autouse=True)
+    def forget(self) -> None:
+        _warn_once.cache_clear()
+
+    @pytest.mark.parametrize('make', [make_task, make_dino])
+    def test_not_asked_for(self, make: Any) -> None:
+        match = '12 channels are read as 3 seasons .* set in_channels .* bands, 12'
+        with pytest.warns(UserWarning, match=match):
+            make().training_step(make_batch(seasons=3), 0)
+
+    @pytest.mark.parametrize('asked', [False, True])
+    def test_silent(self, asked: bool) -> None:
+        batch = make_batch(seasons=3)
+        if not asked:
+            batch['image'] = batch['image'].unflatten(1, (3, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            for task in (
+                make_task(seasons='different' if asked else 'same'),
+                make_dino(views='temporal' if asked else 'multi_crop'),
+            ):
+                task.training_step(batch, 0)

@@ -3,7 +3,6 @@
 
 """What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
 
-import functools
 import shlex
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -32,44 +31,7 @@ from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
 from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
-
-
-@functools.cache
-def _tell_once(message: str) -> None:
-    """Log a message the first time it is due."""
-    rank_zero_info(message)
-
-
-def split_seasons(image: Tensor, in_channels: int) -> Tensor:
-    """Bring a batch of images to one layout.
-
-    Args:
-        image: Images of shape (B, C, H, W), seasons stacked in channels of shape
-            (B, T * C, H, W), or (B, T, C, H, W).
-        in_channels: Number of bands C of one image.
-
-    Returns:
-        The images, shape (B, T, C, H, W), T = 1 for single images.
-
-    Raises:
-        ValueError: If the number of bands does not fit.
-    """
-    if image.ndim == 4 and image.shape[1] and image.shape[1] % in_channels == 0:
-        seasons = image.shape[1] // in_channels
-        if seasons > 1:
-            _tell_once(
-                f'Images of {image.shape[1]} channels are read as {seasons} seasons of '
-                f'in_channels = {in_channels} bands.'
-            )
-        return image.unflatten(1, (seasons, in_channels))
-    if image.ndim == 5 and image.shape[2] == in_channels:
-        return image
-    raise ValueError(
-        f"batch['image'] must have the shape (B, C, H, W), (B, T * C, H, W) or "
-        f'(B, T, C, H, W) with C = in_channels = {in_channels}, got '
-        f'{tuple(image.shape)}. Set in_channels to the number of bands of the dataset, '
-        'or choose its bands'
-    )
+from .seasons import split_seasons
 
 
 class EMATask(BaseTask):
@@ -202,6 +164,23 @@ class EMATask(BaseTask):
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed % 2**63)
             yield
+
+    def read_image(self, batch: Sample, seasons: bool) -> Tensor:
+        """Images of a batch.
+
+        Args:
+            batch: Mini-batch with *image*, see :func:`.split_seasons`.
+            seasons: Whether the options of the task ask for several seasons.
+
+        Returns:
+            Images of shape (B, T, C, H, W).
+
+        Raises:
+            ValueError: If there are none, or their number of bands does not fit.
+        """
+        if 'image' not in batch:
+            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
+        return split_seasons(batch['image'], self.hparams['in_channels'], seasons)
 
     def augment(self, image: Tensor) -> Tensor:
         """Draw one view of each image.
@@ -422,7 +401,7 @@ class EMATask(BaseTask):
         """Compute the features of a batch.
 
         Args:
-            batch: Mini-batch with *image*, see :func:`split_seasons`.
+            batch: Mini-batch with *image*, see :func:`.split_seasons`.
             batch_idx: Index of this batch.
             dataloader_idx: Index of the current dataloader.
 

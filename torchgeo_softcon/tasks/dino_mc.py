@@ -24,7 +24,7 @@ from ..modules.packing import CropBatching
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import MultiCropView
-from .base import EMATask, split_seasons
+from .base import EMATask
 from .optimizers import OptimizerName, clip_each_gradient
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
@@ -452,10 +452,9 @@ class DINOMCTask(EMATask):
         Raises:
             ValueError: If the batch lacks something or has other shapes.
         """
-        if 'image' not in batch:
-            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
-        image = split_seasons(batch['image'], self.hparams['in_channels'])
-        if image.shape[1] == 1 and self.hparams['views'] == 'temporal':
+        temporal = self.hparams['views'] == 'temporal'
+        image = self.read_image(batch, temporal)
+        if image.shape[1] == 1 and temporal:
             raise ValueError(
                 "views='temporal' needs at least two seasons of every place, got "
                 f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels "

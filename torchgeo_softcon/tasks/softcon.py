@@ -19,7 +19,7 @@ from ..modules.masking import MaskMode
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import RandomView
-from .base import EMATask, split_seasons
+from .base import EMATask
 from .guard import label_message, read_at_once
 from .optimizers import OptimizerName
 
@@ -263,9 +263,8 @@ class SoftConTask(EMATask):
         Raises:
             ValueError: If the batch lacks something or has other shapes.
         """
-        if 'image' not in batch:
-            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
-        image = split_seasons(batch['image'], self.hparams['in_channels'])
+        different = self.hparams['seasons'] == 'different'
+        image = self.read_image(batch, different)
         if len(image) < 2:
             raise ValueError(
                 'SoftCon compares the images of a batch with each other and needs at '
@@ -276,7 +275,7 @@ class SoftConTask(EMATask):
         rows, seasons = torch.arange(len(image), device=image.device), image.shape[1]
         first = torch.randint(seasons, (len(image),), device=image.device)
         second = first
-        if self.hparams['seasons'] == 'different' and seasons > 1:
+        if different and seasons > 1:
             second = first + torch.randint(
                 1, seasons, (len(image),), device=image.device
             )
