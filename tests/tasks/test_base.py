@@ -235,6 +235,22 @@ class TestResume:
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), key
 
+    def test_in_a_task_that_was_trained_before(self, tmp_path: Path) -> None:
+        run = make_task()
+        run.rng_seed.fill_(7)
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(run, make_loader())
+        trainer.save_checkpoint(tmp_path / 'run.ckpt')
+
+        used, fresh = make_task(), make_task()
+        make_trainer(tmp_path, max_epochs=1).fit(used, make_loader())
+        for task in (used, fresh):
+            make_trainer(tmp_path, max_epochs=2).fit(
+                task, make_loader(), ckpt_path=tmp_path / 'run.ckpt'
+            )
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, used.state_dict()[key]), key
+
 
 def test_modules_used_before_are_trained(tmp_path: Path) -> None:
     task = make_task(model='test_resnet', mask_mode='pixel')
@@ -410,6 +426,13 @@ def test_precision_and_clipping(tmp_path: Path, precision: Any) -> None:
     trainer.fit(make_task(), make_loader())
     assert trainer.callback_metrics['train_loss'].isfinite()
     assert trainer.optimizers[0].defaults['fused'] is False
+
+
+@pytest.mark.parametrize('make', [make_task, make_dino])
+def test_double_precision(make: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1, precision='64-true')
+    trainer.fit(make(), make_loader())
+    assert trainer.callback_metrics['train_loss'].isfinite()
 
 
 def test_precision_that_stops_the_teacher(tmp_path: Path) -> None:

@@ -602,12 +602,6 @@ def test_load_from_checkpoint(tmp_path: Path) -> None:
             assert torch.equal(encoder.state_dict()[key], value)
 
 
-def test_double_precision(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_epochs=1, precision='64-true')
-    trainer.fit(make_dino(), make_loader())
-    assert trainer.callback_metrics['train_loss'].isfinite()
-
-
 @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
 def test_half_precision(tmp_path: Path, model: str) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1, precision='bf16-mixed')
