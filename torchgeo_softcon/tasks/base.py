@@ -4,7 +4,6 @@
 """What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
 
 import shlex
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -45,6 +44,9 @@ class EMATask(BaseTask):
     augmentations: nn.Module
     rng_seed: Tensor
 
+    #: EMA momentum at the start and at the end of the run.
+    momentum: tuple[float, float]
+
     #: Number of optimizer steps of the run and of an epoch. A step without a trainer is
     #: one of a run of one step.
     total_steps: int = 1
@@ -54,9 +56,16 @@ class EMATask(BaseTask):
         """Pairs of a trained module and the teacher that follows it."""
         return ()
 
-    @abstractmethod
     def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step."""
+        """EMA momentum of an optimizer step.
+
+        Args:
+            step: Index of the optimizer step.
+
+        Returns:
+            A cosine from *momentum* to *momentum_final*.
+        """
+        return cosine_warmup(step, self.total_steps, *self.momentum)
 
     def create_encoder(self, drop_path_rate: float) -> nn.Module:
         """Create the encoder that the hyperparameters ask for and load its weights.

@@ -275,6 +275,7 @@ class DINOMCTask(EMATask):
         )
         self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
+        self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
         if batching not in get_args(CropBatching):
@@ -333,18 +334,6 @@ class DINOMCTask(EMATask):
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Encoder and head, each with its teacher."""
         return [(self.student, self.model), (self.head, self.teacher_head)]
-
-    def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A cosine from *momentum* to *momentum_final*.
-        """
-        start, final = self.hparams['momentum'], self.hparams['momentum_final']
-        return cosine_warmup(step, self.total_steps, start, final)
 
     def weight_decay_at(self, step: int) -> float:
         """Weight decay of an optimizer step.

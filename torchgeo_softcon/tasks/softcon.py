@@ -17,7 +17,6 @@ from ..models import is_vit
 from ..modules import SiameseMasking, make_teacher, mlp_head
 from ..modules.masking import MaskMode
 from ..modules.patch_embed import InputLayerInit
-from ..schedules import cosine_warmup
 from ..transforms import RandomView
 from .base import EMATask
 from .guard import label_message, read_at_once
@@ -201,20 +200,27 @@ class SoftConTask(EMATask):
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
         self.model = self.create_encoder(self.hparams['drop_path_rate'])
+        vit = is_vit(self.model)
         width = self.feature_size
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
         self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
         # As MoCo v3: no batch norm at the end of the predictor of a ResNet
-        self.predictor = mlp_head(
-            out, hidden, out, self.hparams['predictor_layers'], is_vit(self.model)
-        )
+        layers = self.hparams['predictor_layers']
+        self.predictor = mlp_head(out, hidden, out, layers, vit)
         self.teacher = self.make_encoder_teacher(self.model)
         self.teacher_projector = make_teacher(self.projector)
 
+        start, final = self.hparams['momentum'], self.hparams['momentum_final']
+        if start is None:
+            start = 0.99 if vit else 0.999
+        if final is None:
+            final = 1.0 if vit else start
+        self.momentum = start, final
+
         mode = self.hparams['mask_mode']
         if mode is None:
-            mode = 'drop' if is_vit(self.model) else 'pixel'
-        elif mode != 'pixel' and not is_vit(self.model):
+            mode = 'drop' if vit else 'pixel'
+        elif mode != 'pixel' and not vit:
             raise ValueError(
                 f'mask_mode={mode!r} needs a Vision Transformer, got '
                 f"{self.hparams['model']!r}. Use mask_mode='pixel'"
@@ -233,21 +239,6 @@ class SoftConTask(EMATask):
             self.label_similarity, '__qualname__', str(self.label_similarity)
         )
         return {**super().unsaved(), 'label_similarity': name}
-
-    def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A cosine from *momentum* to *momentum_final*.
-        """
-        vit = is_vit(self.model)
-        start, final = self.hparams['momentum'], self.hparams['momentum_final']
-        start = (0.99 if vit else 0.999) if start is None else start
-        final = (1.0 if vit else start) if final is None else final
-        return cosine_warmup(step, self.total_steps, start, final)
 
     def draw_views(
         self, batch: Sample
