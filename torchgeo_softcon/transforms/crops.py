@@ -266,7 +266,7 @@ class MultiCropView(nn.Module):
             warnings.warn(
                 f'Crops of {", ".join(map(str, large))} pixels are larger than the '
                 f'images of {height} x {width} pixels, which are therefore magnified. '
-                'Choose a smaller global_size and smaller local_sizes.',
+                'Choose smaller local_sizes and a smaller global_size (size of DINOMCTask).',
                 stacklevel=3,
             )
 
