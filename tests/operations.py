@@ -139,6 +139,7 @@ def like_a_gpu() -> Iterator[None]:
     with (
         mock.patch('torch.nn.functional.scaled_dot_product_attention', _attention),
         mock.patch('torch.cuda.Event', Event),
+        mock.patch('torchgeo_softcon.tasks.guard._ASYNCHRONOUS', ('meta',)),
         mock.patch('torch.autocast', _autocast),
         mock.patch('torch.is_autocast_enabled', return_value=False),
         mock.patch(

@@ -33,7 +33,7 @@ def run_step(
         groups = parameter_groups([task], 0.1)
         optimizer = create_optimizer('adamw', groups, 1e-3, True)
         task._trainer = SimpleNamespace(  # type: ignore[assignment]
-            global_step=3, current_epoch=9, global_rank=0, optimizers=[optimizer]
+            global_step=3, global_rank=0, optimizers=[optimizer]
         )
         channels = seasons * task.hparams['in_channels']
         batch = {
@@ -47,6 +47,7 @@ def run_step(
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
         if isinstance(task, DINOMCTask):  # the other leaves it to Lightning
+            task._frozen_steps = task.hparams['freeze_last_layer']
             task.configure_gradient_clipping(optimizer)
         task.optimizer_step(0, 0, optimizer, lambda: loss)
 

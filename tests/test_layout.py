@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_lazy', '_version'),
+    ('_checks', '_lazy', '_version'),
     ('bands', 'legends', 'losses', 'modules', 'schedules', 'transforms'),
     ('_compat',),
     ('datasets', 'models'),

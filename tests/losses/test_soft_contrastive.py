@@ -235,8 +235,10 @@ class TestSoftContrastiveLoss:
         ('kwargs', 'match'),
         [
             ({'temperature': 0}, 'temperature must be > 0, got 0'),
-            ({'soft_temperature': -1}, 'soft_temperature must be > 0 or None, got -1'),
+            ({'temperature': math.nan}, 'temperature must be > 0, got nan'),
+            ({'soft_temperature': -1}, 'soft_temperature must be > 0, got -1'),
             ({'soft_weight': -1}, 'soft_weight must be >= 0, got -1'),
+            ({'soft_weight': math.nan}, 'soft_weight must be >= 0, got nan'),
             ({'soft_loss': 'kl'}, "soft_loss must be .* got 'kl'"),
             ({'label_similarity': 'dice'}, "label_similarity must be .* got 'dice'"),
         ],

@@ -189,6 +189,7 @@ class TestSiameseMasking:
         [
             ({'mode': 'black'}, "mode must be .* got 'black'"),
             ({'ratio': 1.0}, r'ratio must be in \[0, 1\), got 1.0'),
+            ({'patch_size': 0}, 'patch_size must be at least 1, got 0'),
             ({'mode': 'token'}, "embed_dim must be given for mode='token'"),
         ],
     )

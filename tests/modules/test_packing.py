@@ -412,5 +412,5 @@ def test_bad_crops() -> None:
         encode_crops(encoder, [torch.rand(2, 4, 32, 32), torch.rand(3, 4, 32, 32)])
     with pytest.raises(ValueError, match=r'one batch size, got \[\]'):
         encode_crops(encoder, [])
-    with pytest.raises(ValueError, match='15 x 15 pixels is smaller than a patch'):
+    with pytest.raises(ValueError, match='16 x 16 pixels of a patch, got 15 x 15'):
         encode_crops(encoder, [torch.rand(2, 4, 15, 15)])

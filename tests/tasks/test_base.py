@@ -20,13 +20,13 @@ from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
-from torchgeo_softcon.tasks.base import split_seasons
-from torchgeo_softcon.tasks.guard import NonFiniteLossError
+from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
     create_optimizer,
     images_per_step,
     parameter_groups,
 )
+from torchgeo_softcon.tasks.seasons import _warn_once, split_seasons
 
 from ..models.helpers import WeightsFolder
 from .helpers import Scenes, make_batch, make_dino, make_loader, make_task, make_trainer
@@ -121,6 +121,17 @@ class TestSchedules:
         trainer = make_trainer(tmp_path, callbacks=[watch], max_epochs=1)
         trainer.fit(make_task(lr=0.64, warmup_epochs=0), loader)
         assert watch.lr[0] == pytest.approx(0.64 * 8 / 256)
+
+    def test_batch_size_that_is_not_known(self, tmp_path: Path) -> None:
+        batches: Any = [make_batch()] * 2
+        watch = Watch()
+        trainer = make_trainer(tmp_path, callbacks=[watch], max_epochs=1)
+        with pytest.warns(UserWarning, match='batch size cannot be read .* as it is'):
+            trainer.fit(
+                make_task(lr=0.01, warmup_epochs=0),
+                DataLoader(batches, batch_size=None),
+            )
+        assert watch.lr[0] == 0.01
 
     def test_long_warmup_is_cut(self, tmp_path: Path) -> None:
         watch = Watch()
@@ -224,6 +235,22 @@ class TestResume:
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), key
 
+    def test_in_a_task_that_was_trained_before(self, tmp_path: Path) -> None:
+        run = make_task()
+        run.rng_seed.fill_(7)
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(run, make_loader())
+        trainer.save_checkpoint(tmp_path / 'run.ckpt')
+
+        used, fresh = make_task(), make_task()
+        make_trainer(tmp_path, max_epochs=1).fit(used, make_loader())
+        for task in (used, fresh):
+            make_trainer(tmp_path, max_epochs=2).fit(
+                task, make_loader(), ckpt_path=tmp_path / 'run.ckpt'
+            )
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, used.state_dict()[key]), key
+
 
 def test_modules_used_before_are_trained(tmp_path: Path) -> None:
     task = make_task(model='test_resnet', mask_mode='pixel')
@@ -261,6 +288,12 @@ class TestModelsOfThisPackage:
         assert max(getattr(m, 'drop_prob', 0) for m in task.student.modules()) > 0
 
 
+class OnMps(Tensor):
+    """A tensor that says to be on a device without CUDA's events."""
+
+    device = torch.device('mps')
+
+
 class TestNonFinite:
     def test_nan_pixels_stop_the_run_before_they_spoil_it(self, tmp_path: Path) -> None:
         class Spoilt(Scenes):
@@ -286,6 +319,16 @@ class TestNonFinite:
         batch['image'][0, 0, 0, 0] = -7
         with pytest.raises(NonFiniteLossError, match=r'ranges from -7 to (1|0\.99)'):
             task.training_step(batch, 0)
+
+    def test_other_devices_are_read_at_once(self) -> None:
+        guard, image = NonFiniteGuard(), torch.ones(2, 3)
+        guard.watch(0, torch.tensor(1.0).as_subclass(OnMps), image)
+        with pytest.raises(NonFiniteLossError, match='nan at optimizer step 1'):
+            guard.watch(1, torch.tensor(math.nan).as_subclass(OnMps), image)
+        task, batch = make_task(), make_batch()
+        label = -batch['label'].as_subclass(OnMps)
+        with pytest.raises(ValueError, match='must be finite and >= 0, got values'):
+            task.read_label({'label': label}, batch['image'][:, None])
 
 
 class TestCheckpoint:
@@ -385,6 +428,13 @@ def test_precision_and_clipping(tmp_path: Path, precision: Any) -> None:
     assert trainer.optimizers[0].defaults['fused'] is False
 
 
+@pytest.mark.parametrize('make', [make_task, make_dino])
+def test_double_precision(make: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1, precision='64-true')
+    trainer.fit(make(), make_loader())
+    assert trainer.callback_metrics['train_loss'].isfinite()
+
+
 def test_precision_that_stops_the_teacher(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, precision='bf16-true')
     with pytest.raises(ValueError, match=r'rounds the small steps .* Use bf16-mixed'):
@@ -408,3 +458,30 @@ def test_seasons_in_channels_are_told(caplog: pytest.LogCaptureFixture) -> None:
     assert (
         caplog.text.count('33 channels are read as 3 seasons of in_channels = 11') == 1
     )
+
+
+class TestSeasonsInChannels:
+    """Channels may be seasons, or more bands than the task was told of."""
+
+    @pytest.fixture(autouse=True)
+    def forget(self) -> None:
+        _warn_once.cache_clear()
+
+    @pytest.mark.parametrize('make', [make_task, make_dino])
+    def test_not_asked_for(self, make: Any) -> None:
+        match = '12 channels are read as 3 seasons .* set in_channels .* bands, 12'
+        with pytest.warns(UserWarning, match=match):
+            make().training_step(make_batch(seasons=3), 0)
+
+    @pytest.mark.parametrize('asked', [False, True])
+    def test_silent(self, asked: bool) -> None:
+        batch = make_batch(seasons=3)
+        if not asked:
+            batch['image'] = batch['image'].unflatten(1, (3, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            for task in (
+                make_task(seasons='different' if asked else 'same'),
+                make_dino(views='temporal' if asked else 'multi_crop'),
+            ):
+                task.training_step(batch, 0)

@@ -74,6 +74,7 @@ class TestConstructor:
             ({'drop_path_rate': 1.0}, r'drop_path_rate must be in \[0, 1\), got 1.0'),
             ({'drop_path_rate': -0.5}, r'drop_path_rate must be in \[0, 1\), got -0.5'),
             ({'teacher_temperature': math.nan}, 'teacher_temperature must be > 0'),
+            ({'warmup_epochs': math.nan}, 'warmup_epochs must be >= 0, got nan'),
             ({'value_range': (0, 1, 2)}, r'value_range must be \(low, high\)'),
             ({'num_local_crops': -1}, 'num_local_crops must be >= 0, got -1'),
             ({'num_local_crops': 4}, 'num_local_crops = 4 .* a size for each crop'),
@@ -81,7 +82,14 @@ class TestConstructor:
             ({'local_scale': (0.5, 2)}, 'local_scale'),
             ({'views': 'tp'}, "views must be 'multi_crop' or 'temporal', got 'tp'"),
             ({'bands': ['B2']}, 'bands must name all in_channels = 4'),
-            ({'local_sizes': (8,)}, r'does not take crops of 8 x 8 pixels: a crop of'),
+            (
+                {'local_sizes': (8,)},
+                r'of 8 x 8 pixels: crops must have .* got 8 x 8\. Change size and local_s',
+            ),
+            (
+                {'augmentations': MultiCropView(32, (8,))},
+                'does not take crops of 8 x 8 pixels',
+            ),
             ({'model': 'vit_tiny'}, "must be the name of a timm model, got 'vit_tiny'"),
             ({'model': 'mixer_s16_224'}, 'does not take crops of 16 x 16'),
         ],
@@ -157,6 +165,10 @@ class TestConstructor:
         assert views.global_scale == (0.5, 0.9)
         assert views.local_scale == (0.1, 0.2)
         assert views.value_range == (-1, 1)
+
+    def test_local_sizes_are_not_those_of_own_augmentations(self) -> None:
+        task = make_dino(local_sizes=(8,), augmentations=Corners((32, 32)))
+        assert task.training_step(make_batch(), 0).isfinite()
 
     def test_teacher_starts_as_the_student(self) -> None:
         task = make_dino()
@@ -331,10 +343,20 @@ class TestSchedules:
         start = task.head.get_parameter(PROTOTYPES).detach().clone()
         make_trainer(tmp_path, callbacks=[watch]).fit(task, make_loader())
         still = [torch.equal(p, start) for p in watch.prototypes]
-        # The first step of the warm-up has a learning rate of 0
-        assert still == [True] * max(1, 4 * epochs) + [False] * (
-            12 - max(1, 4 * epochs)
-        )
+        # The first step of the warm-up has a learning rate of 0; at most half of 12 steps
+        frozen = max(1, min(4 * epochs, 6))
+        assert still == [True] * frozen + [False] * (12 - frozen)
+
+    @pytest.mark.parametrize('length', [{'max_epochs': 1}, {'max_steps': 4}])
+    def test_prototypes_do_not_wait_for_the_end(
+        self, tmp_path: Path, length: dict[str, int]
+    ) -> None:
+        watch = Watch()
+        task = make_dino(lr=1, warmup_epochs=0)
+        with pytest.warns(UserWarning, match='freeze_last_layer = 1 is 4 of the 4'):
+            make_trainer(tmp_path, callbacks=[watch], **length).fit(task, make_loader())
+        moved = [not torch.equal(a, b) for a, b in pairwise(watch.prototypes)]
+        assert moved == [False, True, True]
 
 
 class TestClipping:
@@ -578,12 +600,6 @@ def test_load_from_checkpoint(tmp_path: Path) -> None:
     for encoder in (other.student, other.model):
         for key, value in task.model.state_dict().items():
             assert torch.equal(encoder.state_dict()[key], value)
-
-
-def test_double_precision(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_epochs=1, precision='64-true')
-    trainer.fit(make_dino(), make_loader())
-    assert trainer.callback_metrics['train_loss'].isfinite()
 
 
 @pytest.mark.parametrize('model', ['test_vit', 'resnet18'])

@@ -2,6 +2,7 @@
 # Licensed under the MIT License.
 
 import copy
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from torchgeo_softcon import LinearProbeTask, ResNet50_Weights, ViTSmall16_Weights
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask, get_weight
@@ -92,6 +94,18 @@ class TestTraining:
         assert Rates.seen[0] == pytest.approx(0.1 * 4 / 256)
         assert Rates.seen[6] == pytest.approx(0.05 * 4 / 256)
         assert group['lr'] == pytest.approx(0, abs=1e-9)
+
+    def test_run_without_end(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r'trainer\.max_epochs = -1 .* Set one'):
+            fit(make_probe(), tmp_path, max_epochs=-1)
+
+    def test_batch_size_that_is_not_known(self, tmp_path: Path) -> None:
+        batch = {'image': torch.rand(4, 4, 32, 32), 'label': torch.zeros(4).long()}
+        batches: Any = [batch] * 2
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        with pytest.warns(UserWarning, match='batch size cannot be read .* as it is'):
+            trainer.fit(make_probe(lr=0.1), DataLoader(batches, batch_size=None))
+        assert trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.1]
 
     def test_learns_what_is_easy(self, tmp_path: Path) -> None:
         trainer = fit(make_probe(lr=20, crop_scale=(0.5, 1)), tmp_path, max_epochs=20)
@@ -231,11 +245,17 @@ class TestWeights:
 @pytest.mark.parametrize(
     ('options', 'match'),
     [
-        ({'size': 0}, 'size and lr must be positive, got 0'),
-        ({'lr': 0}, 'size and lr must be positive'),
+        ({'size': 0}, 'size must be at least 1, got 0'),
+        ({'in_channels': 0}, 'in_channels must be at least 1, got 0'),
+        ({'lr': 0}, 'lr must be > 0, got 0'),
+        ({'lr': math.nan}, 'lr must be > 0, got nan'),
         ({'bands': ['B2']}, 'bands must name all in_channels = 4 bands, got 1'),
         ({'model': 'resnet18', 'last_blocks': 4}, 'with a class token, got ResNet'),
         ({'last_blocks': 9}, 'from 1 to 6'),
+        (
+            {'model': 'resnet18', 'average_patches': True},
+            "average_patches needs .* with a class token, got 'resnet18'",
+        ),
     ],
 )
 def test_bad_input(options: dict[str, Any], match: str) -> None:

@@ -136,6 +136,14 @@ class TestWorldCoverMultiLabel:
         label = WorldCoverMultiLabel(min_valid=0)({'mask': mask})['label']
         assert label.sum(1).tolist() == [0, 1, 1]
 
+    def test_smallest_share_is_enough(self) -> None:
+        """Of 100 pixels, 7 are .07, although .07 * 100 is more than 7 in floats."""
+        pixels = torch.arange(100).view(10, 10)
+        for number in range(1, 101):
+            transform = WorldCoverMultiLabel(min_valid=number / 100)
+            masks = torch.stack([(pixels < n) * 10 for n in (number - 1, number)])
+            assert transform({'mask': masks})['label'].sum(1).tolist() == [0, 1]
+
     @pytest.mark.parametrize(
         ('mask', 'image', 'label'),
         [

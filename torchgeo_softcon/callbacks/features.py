@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..tasks.base import split_seasons
+from ..tasks.seasons import split_seasons
 
 #: Where TorchGeo's self-supervised tasks keep their encoder: MoCo and SimCLR in
 #: ``backbone``, MAE in ``backbone.vit``, BYOL in ``model.backbone.model``. Other tasks,

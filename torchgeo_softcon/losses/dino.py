@@ -10,6 +10,8 @@ from lightly.utils import dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._checks import check_positive
+
 #: Logits that are turned into a gradient in one go on a CPU, so that they and the gradient
 #: stay in its cache from one pass to the next.
 _CACHED = 2**20
@@ -144,10 +146,7 @@ class DINOLoss(nn.Module):
             raise ValueError(
                 f'output_dim must be at least 2 prototypes, got {output_dim}'
             )
-        if student_temperature <= 0:
-            raise ValueError(
-                f'student_temperature must be > 0, got {student_temperature}'
-            )
+        check_positive(student_temperature=student_temperature)
         if not 0 <= center_momentum < 1:
             raise ValueError(
                 f'center_momentum must be in [0, 1), got {center_momentum}'

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from lightly.utils import dist
 from torch import Tensor, nn
 
+from .._checks import check_not_negative, check_positive
+
 #: Maps labels of shape (B, K) and (N, K) to similarities in [0, 1] of shape (B, N).
 LabelSimilarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -344,14 +346,8 @@ class SoftContrastiveLoss(nn.Module):
         Raises:
             ValueError: If an option is out of range or unknown.
         """
-        if temperature <= 0:
-            raise ValueError(f'temperature must be > 0, got {temperature}')
-        if soft_temperature is not None and soft_temperature <= 0:
-            raise ValueError(
-                f'soft_temperature must be > 0 or None, got {soft_temperature}'
-            )
-        if soft_weight < 0:
-            raise ValueError(f'soft_weight must be >= 0, got {soft_weight}')
+        check_positive(temperature=temperature, soft_temperature=soft_temperature)
+        check_not_negative(soft_weight=soft_weight)
         if soft_loss not in ('bce', 'cross_entropy', 'mse'):
             raise ValueError(
                 f"soft_loss must be 'bce', 'cross_entropy' or 'mse', got {soft_loss!r}"

@@ -11,6 +11,8 @@ from lightly.models.modules.heads import ProjectionHead
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._checks import check_counts
+
 
 def mlp_head(
     input_dim: int,
@@ -38,11 +40,9 @@ def mlp_head(
         A head from (B, input_dim) to (B, output_dim).
 
     Raises:
-        ValueError: If *num_layers* is not positive.
+        ValueError: If there are no layers, or they have no features.
     """
-    if num_layers < 1:
-        raise ValueError(f'num_layers must be at least 1, got {num_layers}')
-
+    check_counts(hidden_dim=hidden_dim, output_dim=output_dim, num_layers=num_layers)
     widths = [input_dim, *[hidden_dim] * (num_layers - 1)]
     hidden = [
         (width, hidden_dim, nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True))

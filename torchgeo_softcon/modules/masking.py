@@ -11,6 +11,8 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .._checks import check_counts
+
 MaskMode = Literal['drop', 'token', 'pixel']
 
 
@@ -150,6 +152,7 @@ class SiameseMasking(nn.Module):
             raise ValueError(f"mode must be 'drop', 'token' or 'pixel', got {mode!r}")
         if not 0 <= ratio < 1:
             raise ValueError(f'ratio must be in [0, 1), got {ratio}')
+        check_counts(patch_size=patch_size)
         if mode == 'token' and embed_dim is None:
             raise ValueError("embed_dim must be given for mode='token'")
 

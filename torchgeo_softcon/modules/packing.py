@@ -146,8 +146,8 @@ def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
     height, width = image.shape[-2:]
     if height < patch[0] or width < patch[1]:
         raise ValueError(
-            f'a crop of {height} x {width} pixels is smaller than a patch of {patch[0]} '
-            f'x {patch[1]} pixels. Choose larger sizes'
+            f'crops must have at least the {patch[0]} x {patch[1]} pixels of a patch, got '
+            f'{height} x {width}'
         )
     return image[..., : height - height % patch[0], : width - width % patch[1]]
 

@@ -3,10 +3,7 @@
 
 """What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
 
-import functools
-import math
 import shlex
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -32,45 +29,8 @@ from ..schedules import cosine_warmup
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
-from .optimizers import create_optimizer, images_per_step, parameter_groups
-
-
-@functools.cache
-def _tell_once(message: str) -> None:
-    """Log a message the first time it is due."""
-    rank_zero_info(message)
-
-
-def split_seasons(image: Tensor, in_channels: int) -> Tensor:
-    """Bring a batch of images to one layout.
-
-    Args:
-        image: Images of shape (B, C, H, W), seasons stacked in channels of shape
-            (B, T * C, H, W), or (B, T, C, H, W).
-        in_channels: Number of bands C of one image.
-
-    Returns:
-        The images, shape (B, T, C, H, W), T = 1 for single images.
-
-    Raises:
-        ValueError: If the number of bands does not fit.
-    """
-    if image.ndim == 4 and image.shape[1] and image.shape[1] % in_channels == 0:
-        seasons = image.shape[1] // in_channels
-        if seasons > 1:
-            _tell_once(
-                f'Images of {image.shape[1]} channels are read as {seasons} seasons of '
-                f'in_channels = {in_channels} bands.'
-            )
-        return image.unflatten(1, (seasons, in_channels))
-    if image.ndim == 5 and image.shape[2] == in_channels:
-        return image
-    raise ValueError(
-        f"batch['image'] must have the shape (B, C, H, W), (B, T * C, H, W) or "
-        f'(B, T, C, H, W) with C = in_channels = {in_channels}, got '
-        f'{tuple(image.shape)}. Set in_channels to the number of bands of the dataset, '
-        'or choose its bands'
-    )
+from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
+from .seasons import split_seasons
 
 
 class EMATask(BaseTask):
@@ -84,6 +44,9 @@ class EMATask(BaseTask):
     augmentations: nn.Module
     rng_seed: Tensor
 
+    #: EMA momentum at the start and at the end of the run.
+    momentum: tuple[float, float]
+
     #: Number of optimizer steps of the run and of an epoch. A step without a trainer is
     #: one of a run of one step.
     total_steps: int = 1
@@ -93,9 +56,16 @@ class EMATask(BaseTask):
         """Pairs of a trained module and the teacher that follows it."""
         return ()
 
-    @abstractmethod
     def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step."""
+        """EMA momentum of an optimizer step.
+
+        Args:
+            step: Index of the optimizer step.
+
+        Returns:
+            A cosine from *momentum* to *momentum_final*.
+        """
+        return cosine_warmup(step, self.total_steps, *self.momentum)
 
     def create_encoder(self, drop_path_rate: float) -> nn.Module:
         """Create the encoder that the hyperparameters ask for and load its weights.
@@ -204,6 +174,23 @@ class EMATask(BaseTask):
             torch.manual_seed(seed % 2**63)
             yield
 
+    def read_image(self, batch: Sample, seasons: bool) -> Tensor:
+        """Images of a batch.
+
+        Args:
+            batch: Mini-batch with *image*, see :func:`.split_seasons`.
+            seasons: Whether the options of the task ask for several seasons.
+
+        Returns:
+            Images of shape (B, T, C, H, W).
+
+        Raises:
+            ValueError: If there are none, or their number of bands does not fit.
+        """
+        if 'image' not in batch:
+            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
+        return split_seasons(batch['image'], self.hparams['in_channels'], seasons)
+
     def augment(self, image: Tensor) -> Tensor:
         """Draw one view of each image.
 
@@ -292,31 +279,8 @@ class EMATask(BaseTask):
         """
         self.guard.check()
 
-    def _steps(self) -> tuple[int, int]:
-        """Number of optimizer steps of the run, and of an epoch.
-
-        Raises:
-            ValueError: If the run has no end.
-        """
-        if self.trainer.train_dataloader is None:
-            # Lightning does not look at the data if max_steps alone ends the run
-            self.trainer.fit_loop.setup_data()
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < math.inf:
-            raise ValueError(
-                'the schedules need the length of the run, but trainer.max_epochs = '
-                f'{self.trainer.max_epochs} and trainer.max_steps = '
-                f'{self.trainer.max_steps}. Set one of them'
-            )
-
-        batches = self.trainer.num_training_batches
-        epoch = total
-        if batches < math.inf:
-            epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
-        return int(total), int(epoch)
-
     def warmup_steps(self, name: str) -> int:
-        """Number of optimizer steps of a warm-up, at most one half of the run.
+        """Number of optimizer steps of a start, at most one half of the run.
 
         Args:
             name: Name of the hyperparameter that gives it in epochs.
@@ -351,16 +315,9 @@ class EMATask(BaseTask):
                 f'trainer.precision = {self.trainer.precision} rounds the small steps of '
                 'the EMA teacher away. Use bf16-mixed'
             )
-        self.total_steps, self.epoch_steps = self._steps()
+        self.total_steps, self.epoch_steps = run_length(self.trainer)
         warmup = self.warmup_steps('warmup_epochs')
-        batch_size = images_per_step(self.trainer)
-        if batch_size is None:
-            rank_zero_warn(
-                'The batch size cannot be read from the data loader, so lr is used as '
-                'it is, without scaling by the batch size.'
-            )
-            batch_size = 256
-        lr = self.hparams['lr'] * batch_size / 256
+        lr = peak_lr(self.hparams['lr'], self.trainer)
 
         # Lightning refuses to clip gradients of a fused optimizer in mixed precision
         fused = (
@@ -453,7 +410,7 @@ class EMATask(BaseTask):
         """Compute the features of a batch.
 
         Args:
-            batch: Mini-batch with *image*, see :func:`split_seasons`.
+            batch: Mini-batch with *image*, see :func:`.split_seasons`.
             batch_idx: Index of this batch.
             dataloader_idx: Index of the current dataloader.
 

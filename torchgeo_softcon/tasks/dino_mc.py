@@ -15,6 +15,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.builders import timm_name
@@ -23,7 +24,7 @@ from ..modules.packing import CropBatching
 from ..modules.patch_embed import InputLayerInit
 from ..schedules import cosine_warmup
 from ..transforms import MultiCropView
-from .base import EMATask, split_seasons
+from .base import EMATask
 from .optimizers import OptimizerName, clip_each_gradient
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
@@ -81,6 +82,7 @@ class DINOMCTask(EMATask):
     plateau: Tensor
     _idle: Tensor
     _temperature_steps: int = 0
+    _frozen_steps: int = 0
 
     def __init__(
         self,
@@ -158,7 +160,7 @@ class DINOMCTask(EMATask):
             bottleneck_dim: Number of features that the prototypes are compared with.
             norm_last_layer: Whether to keep the norms of the prototypes at 1.
             freeze_last_layer: Number of first epochs in which the prototypes stay as
-                they are.
+                they are, at most one half of the run.
             student_temperature: Temperature of the student.
             teacher_temperature: Temperature of the teacher after its warm-up.
             warmup_teacher_temperature: Temperature of the teacher at the start.
@@ -203,46 +205,33 @@ class DINOMCTask(EMATask):
             ValueError: If an argument is out of range, or if *model*, *weights*,
                 *bands* and *size* do not fit each other.
         """
-        for name, value in {
-            'in_channels': in_channels,
-            'size': size,
-            'hidden_dim': hidden_dim,
-            'bottleneck_dim': bottleneck_dim,
-        }.items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        for name, share in {
-            'momentum': momentum,
-            'momentum_final': momentum_final,
-        }.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {share}')
+        check_counts(
+            in_channels=in_channels,
+            size=size,
+            hidden_dim=hidden_dim,
+            bottleneck_dim=bottleneck_dim,
+        )
+        check_fractions(momentum=momentum, momentum_final=momentum_final)
+        check_positive(
+            teacher_temperature=teacher_temperature,
+            warmup_teacher_temperature=warmup_teacher_temperature,
+            lr=lr,
+            clip_grad=clip_grad,
+        )
+        check_not_negative(
+            freeze_last_layer=freeze_last_layer,
+            teacher_temperature_epochs=teacher_temperature_epochs,
+            lr_final=lr_final,
+            weight_decay=weight_decay,
+            weight_decay_final=weight_decay_final,
+            warmup_epochs=warmup_epochs,
+        )
         if teacher_statistics not in ('own', 'student'):
             raise ValueError(
                 f"teacher_statistics must be 'own' or 'student', got "
                 f'{teacher_statistics!r}'
             )
-        for name, positive in {
-            'teacher_temperature': teacher_temperature,
-            'warmup_teacher_temperature': warmup_teacher_temperature,
-            'lr': lr,
-            'clip_grad': 1 if clip_grad is None else clip_grad,
-        }.items():
-            if not positive > 0:  # which NaN is not
-                raise ValueError(f'{name} must be > 0, got {positive}')
-        for name, number in {
-            'freeze_last_layer': freeze_last_layer,
-            'teacher_temperature_epochs': teacher_temperature_epochs,
-            'lr_final': lr_final,
-            'weight_decay': weight_decay,
-            'weight_decay_final': weight_decay_final,
-            'warmup_epochs': warmup_epochs,
-        }.items():
-            if number < 0:
-                raise ValueError(f'{name} must be >= 0, got {number}')
 
-        self.weights = weights
-        super().__init__()
         if augmentations is None:
             augmentations = MultiCropView(
                 size,
@@ -253,6 +242,12 @@ class DINOMCTask(EMATask):
                 local_scale=local_scale,
                 value_range=value_range,
             )
+        self.weights = weights
+        # Sides of the crops, as far as they are known
+        self._sizes: tuple[int, ...] = (
+            augmentations.sizes if isinstance(augmentations, MultiCropView) else (size,)
+        )
+        super().__init__()
         self.augmentations = augmentations
 
     def configure_losses(self) -> None:
@@ -280,6 +275,7 @@ class DINOMCTask(EMATask):
         )
         self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
+        self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
         if batching not in get_args(CropBatching):
@@ -314,18 +310,12 @@ class DINOMCTask(EMATask):
         Raises:
             ValueError: If it does not take them.
         """
-        channels = self.hparams['in_channels']
-        local_sizes, number = (
-            self.hparams[k] for k in ('local_sizes', 'num_local_crops')
-        )
-        first = 0 if number is None else len(local_sizes) - number
-        sizes = {self.hparams['size'], *local_sizes[max(first, 0) :]}
         size = None
         try:
             with torch.no_grad():
                 encoder.eval()
-                for size in sorted(sizes):
-                    image = torch.zeros(1, channels, size, size)
+                for size in sorted(set(self._sizes)):
+                    image = torch.zeros(1, self.hparams['in_channels'], size, size)
                     features = encode_crops(encoder, [image])
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
@@ -344,18 +334,6 @@ class DINOMCTask(EMATask):
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Encoder and head, each with its teacher."""
         return [(self.student, self.model), (self.head, self.teacher_head)]
-
-    def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A cosine from *momentum* to *momentum_final*.
-        """
-        start, final = self.hparams['momentum'], self.hparams['momentum_final']
-        return cosine_warmup(step, self.total_steps, start, final)
 
     def weight_decay_at(self, step: int) -> float:
         """Weight decay of an optimizer step.
@@ -409,6 +387,7 @@ class DINOMCTask(EMATask):
         """
         optimizers = super().configure_optimizers()
         self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
+        self._frozen_steps = self.warmup_steps('freeze_last_layer')
         return optimizers
 
     def configure_gradient_clipping(
@@ -417,7 +396,7 @@ class DINOMCTask(EMATask):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Leave the prototypes alone in the first epochs, and clip gradients.
+        """Leave the prototypes alone in the first steps, and clip gradients.
 
         Args:
             optimizer: The optimizer.
@@ -425,7 +404,7 @@ class DINOMCTask(EMATask):
                 sets it. Otherwise, *clip_grad* is used.
             gradient_clip_algorithm: Lightning's way to clip.
         """
-        if self.current_epoch < self.hparams['freeze_last_layer']:
+        if self.global_step < self._frozen_steps:
             # None and not zero, so that nothing decays them either
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None
@@ -462,10 +441,9 @@ class DINOMCTask(EMATask):
         Raises:
             ValueError: If the batch lacks something or has other shapes.
         """
-        if 'image' not in batch:
-            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
-        image = split_seasons(batch['image'], self.hparams['in_channels'])
-        if image.shape[1] == 1 and self.hparams['views'] == 'temporal':
+        temporal = self.hparams['views'] == 'temporal'
+        image = self.read_image(batch, temporal)
+        if image.shape[1] == 1 and temporal:
             raise ValueError(
                 "views='temporal' needs at least two seasons of every place, got "
                 f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels "

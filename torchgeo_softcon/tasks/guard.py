@@ -9,6 +9,21 @@ from collections import deque
 import torch
 from torch import Tensor
 
+#: Devices that compute while the host goes on, and whose events tell how far they are.
+_ASYNCHRONOUS = ('cuda',)
+
+
+def read_at_once(values: Tensor) -> bool:
+    """Whether values are looked at in the step that they are of.
+
+    Args:
+        values: Values on any device.
+
+    Returns:
+        False where they are read later, so as not to wait for the device.
+    """
+    return values.device.type not in _ASYNCHRONOUS
+
 
 class NonFiniteLossError(RuntimeError):
     """Raised if a loss is NaN or infinite."""
@@ -47,10 +62,10 @@ def _describe(step: int, loss: float, low: float, high: float, bad: int | None) 
 class NonFiniteGuard:
     """Watches the losses of a run.
 
-    On the CPU, a loss that is not finite raises at once, before it reaches the
-    parameters. On a GPU, reading it would make the host wait for the device, so the
-    values travel to the host asynchronously and are read when they have arrived, at the
-    latest by :meth:`check` before a checkpoint is written.
+    A loss that is not finite raises at once, before it reaches the parameters. On a CUDA
+    device, reading it would make the host wait for the device, so the values travel to the
+    host asynchronously and are read when they have arrived, at the latest by :meth:`check`
+    before a checkpoint is written.
     """
 
     def __init__(self) -> None:
@@ -66,15 +81,16 @@ class NonFiniteGuard:
             step: Index of the optimizer step.
             loss: The scalar loss.
             image: The images it was computed from, any shape.
-            label: Their labels, any shape. Only read on a GPU: on the CPU, labels are
-                checked before they are used.
+            label: Their labels, any shape. Only read on a CUDA device: on others, labels
+                are checked before they are used.
 
         Raises:
-            NonFiniteLossError: If this (on the CPU) or an earlier loss is not finite.
+            NonFiniteLossError: If this or, on a CUDA device, an earlier loss is not
+                finite.
             ValueError: If an earlier label was negative, NaN or infinite.
         """
         loss = loss.detach()
-        if loss.device.type == 'cpu':
+        if read_at_once(loss):
             if not loss.isfinite():
                 finite = image[image.isfinite()]
                 low, high = (

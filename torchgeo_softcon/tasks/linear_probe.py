@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MultilabelAveragePrecision
 
+from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
 from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
 from ..models.convert import choose_bands
@@ -24,7 +25,7 @@ from ..modules import input_layer
 from ..schedules import cosine_warmup
 from ..transforms import RandomView
 from ..transforms.center import center_view
-from .optimizers import images_per_step
+from .optimizers import peak_lr, run_length
 
 
 class LinearProbeTask(ClassificationTask):
@@ -87,7 +88,7 @@ class LinearProbeTask(ClassificationTask):
                 to 4 for Vision Transformers, as DINO does for ViT-Small (1 for
                 ViT-Base), and to the pooled features of other encoders.
             average_patches: Whether to append the mean patch token of the last block, as
-                DINO does for ViT-Base.
+                DINO does for ViT-Base. Only for encoders with class tokens.
             size: Side of the images that the encoder sees, in pixels.
             crop_scale: Range of the share of the image's area that random crops show.
                 The authors of SSL4EO-S12 use (0.8, 1) for multi-labels of ResNets, not to
@@ -96,11 +97,11 @@ class LinearProbeTask(ClassificationTask):
                 of the papers).
 
         Raises:
-            ValueError: If *model*, *weights*, *bands* and *last_blocks* do not fit each
-                other, or an argument is out of range.
+            ValueError: If *model*, *weights*, *bands*, *last_blocks* and
+                *average_patches* do not fit each other, or an argument is out of range.
         """
-        if size < 1 or lr <= 0:
-            raise ValueError(f'size and lr must be positive, got {size} and {lr}')
+        check_counts(in_channels=in_channels, size=size)
+        check_positive(lr=lr)
         if bands is not None and len(bands) != in_channels:
             raise ValueError(
                 f'bands must name all in_channels = {in_channels} bands, got {len(bands)}'
@@ -150,6 +151,11 @@ class LinearProbeTask(ClassificationTask):
         plain = not (is_vit(self.model) and cast(Any, self.model).cls_token is not None)
         #: Number of blocks whose class tokens are used, None for pooled features.
         self.blocks = blocks if plain else 4 if blocks is None else blocks
+        if self.blocks is None and hparams['average_patches']:
+            raise ValueError(
+                'average_patches needs a Vision Transformer with a class token, got '
+                f'{hparams["model"]!r}. Leave it out for other encoders'
+            )
         classes = hparams['num_classes'] or hparams['num_labels'] or 1
         width = self.features(torch.zeros(1, channels, size, size)).shape[1]
         self.head = nn.Linear(width, classes)
@@ -200,11 +206,12 @@ class LinearProbeTask(ClassificationTask):
 
         Returns:
             SGD on the classifier, and a cosine to zero, per step.
+
+        Raises:
+            ValueError: If the run has no end.
         """
-        if self.trainer.train_dataloader is None:
-            self.trainer.fit_loop.setup_data()
-        lr = self.hparams['lr'] * (images_per_step(self.trainer) or 256) / 256
-        total = int(self.trainer.estimated_stepping_batches)
+        total, _ = run_length(self.trainer)
+        lr = peak_lr(self.hparams['lr'], self.trainer)
         optimizer = SGD(self.head.parameters(), lr=lr, momentum=0.9)
         scheduler = LambdaLR(
             optimizer, lambda step: cosine_warmup(step, total, 1, 0, 0)

@@ -1,14 +1,16 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Optimizers of the tasks."""
+"""Optimizers of the tasks, and what a trainer tells about the length of a run."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from lightly.utils.lars import LARS
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -71,6 +73,36 @@ def create_optimizer(
     raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {name!r}")
 
 
+def run_length(trainer: Trainer) -> tuple[int, int]:
+    """Number of optimizer steps of a run, and of an epoch.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Both numbers.
+
+    Raises:
+        ValueError: If the run has no end.
+    """
+    if trainer.train_dataloader is None:
+        # Lightning does not look at the data if max_steps alone ends the run
+        trainer.fit_loop.setup_data()
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        raise ValueError(
+            'the schedules need the length of the run, but trainer.max_epochs = '
+            f'{trainer.max_epochs} and trainer.max_steps = {trainer.max_steps}. Set one '
+            'of them'
+        )
+
+    batches = trainer.num_training_batches
+    epoch = total
+    if batches < math.inf:
+        epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    return int(total), int(epoch)
+
+
 def images_per_step(trainer: Trainer) -> int | None:
     """Number of images per optimizer step, which learning rates are scaled by.
 
@@ -88,6 +120,29 @@ def images_per_step(trainer: Trainer) -> int | None:
     if size is None:
         return None
     return int(size * trainer.world_size * trainer.accumulate_grad_batches)
+
+
+def peak_lr(lr: float, trainer: Trainer) -> float:
+    """Peak learning rate of a run.
+
+    Args:
+        lr: Learning rate per 256 images.
+        trainer: The trainer, which knows its data.
+
+    Returns:
+        *lr* times the images per optimizer step over 256.
+
+    Warns:
+        UserWarning: If their number is not known, so that it is *lr*.
+    """
+    images = images_per_step(trainer)
+    if images is None:
+        rank_zero_warn(
+            'The batch size cannot be read from the data loader, so lr is used as it is, '
+            'without scaling by the batch size.'
+        )
+        return lr
+    return lr * images / 256
 
 
 @torch.no_grad()

@@ -10,16 +10,16 @@ import torch
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
 from ..modules import SiameseMasking, make_teacher, mlp_head
 from ..modules.masking import MaskMode
 from ..modules.patch_embed import InputLayerInit
-from ..schedules import cosine_warmup
 from ..transforms import RandomView
-from .base import EMATask, split_seasons
-from .guard import label_message
+from .base import EMATask
+from .guard import label_message, read_at_once
 from .optimizers import OptimizerName
 
 
@@ -161,19 +161,20 @@ class SoftConTask(EMATask):
             ValueError: If an argument is out of range, or if *model*, *weights*,
                 *bands*, *size* and *mask_mode* do not fit each other.
         """
-        for name, value in {'in_channels': in_channels, 'size': size}.items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        for name, share in (('momentum', momentum), ('momentum_final', momentum_final)):
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {share}')
+        check_counts(
+            in_channels=in_channels,
+            size=size,
+            mask_patch_size=mask_patch_size,
+            hidden_dim=hidden_dim,
+            output_dim=output_dim,
+            projector_layers=projector_layers,
+            predictor_layers=predictor_layers,
+        )
+        check_fractions(momentum=momentum, momentum_final=momentum_final)
+        check_positive(lr=lr)
+        check_not_negative(weight_decay=weight_decay, warmup_epochs=warmup_epochs)
         if seasons not in ('same', 'different'):
             raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
-        if lr <= 0 or weight_decay < 0 or warmup_epochs < 0:
-            raise ValueError(
-                'lr must be > 0, weight_decay and warmup_epochs >= 0, got '
-                f'{lr}, {weight_decay} and {warmup_epochs}'
-            )
 
         self.weights = weights
         self.label_similarity = label_similarity
@@ -199,20 +200,27 @@ class SoftConTask(EMATask):
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
         self.model = self.create_encoder(self.hparams['drop_path_rate'])
+        vit = is_vit(self.model)
         width = self.feature_size
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
         self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
         # As MoCo v3: no batch norm at the end of the predictor of a ResNet
-        self.predictor = mlp_head(
-            out, hidden, out, self.hparams['predictor_layers'], is_vit(self.model)
-        )
+        layers = self.hparams['predictor_layers']
+        self.predictor = mlp_head(out, hidden, out, layers, vit)
         self.teacher = self.make_encoder_teacher(self.model)
         self.teacher_projector = make_teacher(self.projector)
 
+        start, final = self.hparams['momentum'], self.hparams['momentum_final']
+        if start is None:
+            start = 0.99 if vit else 0.999
+        if final is None:
+            final = 1.0 if vit else start
+        self.momentum = start, final
+
         mode = self.hparams['mask_mode']
         if mode is None:
-            mode = 'drop' if is_vit(self.model) else 'pixel'
-        elif mode != 'pixel' and not is_vit(self.model):
+            mode = 'drop' if vit else 'pixel'
+        elif mode != 'pixel' and not vit:
             raise ValueError(
                 f'mask_mode={mode!r} needs a Vision Transformer, got '
                 f"{self.hparams['model']!r}. Use mask_mode='pixel'"
@@ -232,21 +240,6 @@ class SoftConTask(EMATask):
         )
         return {**super().unsaved(), 'label_similarity': name}
 
-    def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A cosine from *momentum* to *momentum_final*.
-        """
-        vit = is_vit(self.model)
-        start, final = self.hparams['momentum'], self.hparams['momentum_final']
-        start = (0.99 if vit else 0.999) if start is None else start
-        final = (1.0 if vit else start) if final is None else final
-        return cosine_warmup(step, self.total_steps, start, final)
-
     def draw_views(
         self, batch: Sample
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
@@ -261,9 +254,8 @@ class SoftConTask(EMATask):
         Raises:
             ValueError: If the batch lacks something or has other shapes.
         """
-        if 'image' not in batch:
-            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
-        image = split_seasons(batch['image'], self.hparams['in_channels'])
+        different = self.hparams['seasons'] == 'different'
+        image = self.read_image(batch, different)
         if len(image) < 2:
             raise ValueError(
                 'SoftCon compares the images of a batch with each other and needs at '
@@ -274,7 +266,7 @@ class SoftConTask(EMATask):
         rows, seasons = torch.arange(len(image), device=image.device), image.shape[1]
         first = torch.randint(seasons, (len(image),), device=image.device)
         second = first
-        if self.hparams['seasons'] == 'different' and seasons > 1:
+        if different and seasons > 1:
             second = first + torch.randint(
                 1, seasons, (len(image),), device=image.device
             )
@@ -300,8 +292,8 @@ class SoftConTask(EMATask):
             Float labels of shape (B, T, K), or None if they are not needed.
 
         Raises:
-            ValueError: If *label* is missing, has another shape or, on the CPU, values
-                that no label has. (On a GPU, see :class:`.NonFiniteGuard`.)
+            ValueError: If *label* is missing, has another shape or values that no label
+                has. (For these on a CUDA device, see :class:`.NonFiniteGuard`.)
         """
         if self.hparams['soft_weight'] == 0:
             return None
@@ -324,7 +316,7 @@ class SoftConTask(EMATask):
                 f'and T = {seasons}, got {tuple(label.shape)}. Class indices are not '
                 'multi-labels: make them one-hot'
             )
-        if label.device.type == 'cpu' and not (label.isfinite() & (label >= 0)).all():
+        if read_at_once(label) and not (label.isfinite() & (label >= 0)).all():
             raise ValueError(label_message(float(label.min()), float(label.max())))
         return label.float()
 

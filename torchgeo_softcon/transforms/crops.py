@@ -13,10 +13,10 @@ import torch
 from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
+from .._checks import check_fractions, check_range
 from .colours import colour_map, jitter_rgb
 from .draws import constant, draw, random_blurs, random_boxes, uniform
 from .resample import means, resample
-from .views import check_fractions, check_range
 from .weights import Crop, Interpolation, crop_weights, identity
 
 #: Strengths of brightness, contrast, saturation and hue.
@@ -265,7 +265,7 @@ class MultiCropView(nn.Module):
             warnings.warn(
                 f'Crops of {", ".join(map(str, large))} pixels are larger than the '
                 f'images of {height} x {width} pixels, which are therefore magnified. '
-                'Choose a smaller global_size and smaller local_sizes.',
+                'Choose smaller local_sizes and a smaller global_size (size of DINOMCTask).',
                 stacklevel=3,
             )
 

@@ -4,47 +4,15 @@
 """Random views of images with any number of bands, for a whole batch on its device."""
 
 import inspect
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_fractions, check_range
 from .colours import colour_map
 from .draws import draw, random_blurs, random_crop_axes, uniform
 from .resample import means, resample
 from .weights import bilinear_weights
-
-
-def check_fractions(**values: float) -> None:
-    """Check that options are in [0, 1].
-
-    Args:
-        **values: Values by the name of the option.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f'{name} must be in [0, 1], got {value}')
-
-
-def check_range(name: str, limits: Sequence[float], top: float = math.inf) -> None:
-    """Check that an option is an ordered range of positive numbers.
-
-    Args:
-        name: Name of the option.
-        limits: Smallest and largest value.
-        top: Largest value allowed.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= top:
-        raise ValueError(
-            f'{name} must be a range (low, high) in (0, {top:g}], got {limits}'
-        )
 
 
 class RandomView(nn.Module):

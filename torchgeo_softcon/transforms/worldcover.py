@@ -3,7 +3,6 @@
 
 """From masks of ESA WorldCover codes to multi-labels of whole images."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -255,7 +254,8 @@ class WorldCoverMultiLabel(nn.Module):
         if not self.fractions:
             label = (label >= self.min_fraction).float()
         pixels = mask.shape[-2] * mask.shape[-1]
-        valid = counts.sum(-1, keepdim=True) >= math.ceil(self.min_valid * pixels)
+        # A share, not a count: of 100 pixels, .07 are 7, but .07 * 100 is more than that
+        valid = counts.sum(-1, keepdim=True).float() / pixels >= self.min_valid
 
         sample = dict(sample)
         if not self.keep_mask:

@@ -1,0 +1,65 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Images of one or several seasons in one layout."""
+
+import functools
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    """Log a message the first time it is due."""
+    rank_zero_info(message)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warn the first time it is due."""
+    rank_zero_warn(message)
+
+
+def split_seasons(image: Tensor, in_channels: int, expected: bool = True) -> Tensor:
+    """Bring a batch of images to one layout.
+
+    Args:
+        image: Images of shape (B, C, H, W), seasons stacked in channels of shape
+            (B, T * C, H, W), or (B, T, C, H, W).
+        in_channels: Number of bands C of one image.
+        expected: Whether something asked for several seasons.
+
+    Returns:
+        The images, shape (B, T, C, H, W), T = 1 for single images.
+
+    Raises:
+        ValueError: If the number of bands does not fit.
+
+    Warns:
+        UserWarning: Once, if stacked seasons are not *expected*: they may be the bands of
+            one image, and *in_channels* wrong.
+    """
+    if image.ndim == 4 and image.shape[1] and image.shape[1] % in_channels == 0:
+        channels = image.shape[1]
+        seasons = channels // in_channels
+        reading = (
+            f'Images of {channels} channels are read as {seasons} seasons of '
+            f'in_channels = {in_channels} bands'
+        )
+        if seasons > 1 and expected:
+            _tell_once(f'{reading}.')
+        elif seasons > 1:
+            _warn_once(
+                f'{reading}, one of which is drawn for a view. If they are images of one '
+                f'date, set in_channels to their number of bands, {channels}.'
+            )
+        return image.unflatten(1, (seasons, in_channels))
+    if image.ndim == 5 and image.shape[2] == in_channels:
+        return image
+    raise ValueError(
+        f"batch['image'] must have the shape (B, C, H, W), (B, T * C, H, W) or "
+        f'(B, T, C, H, W) with C = in_channels = {in_channels}, got '
+        f'{tuple(image.shape)}. Set in_channels to the number of bands of the dataset, '
+        'or choose its bands'
+    )
