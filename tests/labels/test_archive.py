@@ -23,6 +23,7 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
+from torchgeo_softcon.labels.workers import InProcess
 from torchgeo_softcon.legends import (
     DYNAMICWORLD_CLASSES,
     WORLDCOVER_CODES,
@@ -504,6 +505,26 @@ class TestBadInput:
         assert 'cannot be opened as a raster' in reasons['d.tif']
         assert 'has no place' in reasons['e.tif']
         assert len(pq.read_table(out)) == 12
+
+    def test_results_that_are_lost(
+        self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def lose(self: InProcess, function: Any, units: Any) -> Any:
+            results = list(map(function, units))
+            return results[1:] if function is archive.count_unit else results
+
+        monkeypatch.setattr(plan, '_SMALLEST', 32)
+        monkeypatch.setattr(plan, '_LARGEST', 32)
+        out = tmp_path / 'a.parquet'
+        options: Any = {'footprints': boxes(tmp_path / 'a.csv', 64), 'out': out}
+        with monkeypatch.context() as patch:
+            patch.setattr(InProcess, 'map', lose)
+            with pytest.raises(
+                RuntimeError, match=r'no result for \d+ patches, such as'
+            ):
+                run(**options, worldcover=tiles)
+        assert not out.exists()
+        assert run(**options, worldcover=tiles).rows == 64
 
     def test_interrupted_by_the_keyboard(
         self, tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

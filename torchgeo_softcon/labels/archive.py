@@ -119,6 +119,7 @@ def label_archive(
         ImportError: If there is a *scheduler*, but no Dask.
         OSError: If there are no images or no tiles, if a tile cannot be opened, or if the
             file cannot be written.
+        RuntimeError: If workers die again and again, or results are lost.
         ValueError: If not exactly one archive is given, ids are not unique (for JSON, in
             their last folder and name), other options are out of range, or if the file has
             labels of another map, legend or archive, or is none of labels.
@@ -271,6 +272,7 @@ class _Run:
         uncounted &= _absent(names, self.store.parts('counts')['id'])
         uncounted[list(lost)] = False
         done = self._count(plan, footprints, uncounted)
+        self._check_none_is_lost(unfinished)
         rows = self.store.finish(
             self.source.ids,
             footprints,
@@ -285,6 +287,17 @@ class _Run:
             self.decoded,
             partial=self._partial(),
         )
+
+    def _check_none_is_lost(self, unfinished: pa.Array) -> None:
+        """Refuse to call it done if a patch has neither counts nor a reason."""
+        ids = self.source.ids.take(unfinished)
+        uncounted = ids.filter(pa.array(_absent(ids, self.store.parts('counts')['id'])))
+        lost = [name for name in uncounted.to_pylist() if name not in self.failures]
+        if lost:
+            raise RuntimeError(
+                f'workers gave no result for {len(lost)} patches, such as '
+                f'{", ".join(lost[:3])}. What is done is kept: start again to go on'
+            )
 
     def _partial(self) -> int:
         """Number of rows of the file with land cover for a part of their pixels."""
