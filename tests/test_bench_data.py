@@ -10,14 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from torchgeo_softcon import bench_data
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.bench_data import Speed
+from torchgeo_softcon.callbacks import KNNProbe
+from torchgeo_softcon.pack import pack
 from torchgeo_softcon.tasks import SoftConTask
 
 from .callbacks.helpers import Patches
+from .datasets import ssl4eo
+from .datasets.ssl4eo import write_archive
 
 SIMCLR = 'SimCLR' if HAS_TASKS else 'SimCLRTask'
 CONFIG = """
@@ -133,6 +138,55 @@ def test_all_batches_of_a_run_that_overfits(
     assert rates['both'] == pytest.approx(1 / 4)
 
 
+def test_images_that_are_made_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ssl4eo, 'SIDES', {10: 24, 20: 12, 60: 4})
+    days = {'s2c': {f'{place:07}': ['20200604'] for place in range(4)}}
+    pack(write_archive(Path('archive'), days), 'packed')
+    args = [*configure(), '--steps', '1', '--json', '--model.in_channels', '13']
+    args += ['--model.soft_weight', '0']
+    config = yaml.safe_load(Path('run.yaml').read_text())
+    config['data'] = {
+        'class_path': 'SSL4EOS12MLDataModule',
+        'init_args': {'root': 'packed', 'batch_size': 3},
+    }
+    Path('run.yaml').write_text(yaml.safe_dump(config))
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)['batch_size'] == 3
+
+
+@pytest.mark.parametrize('several', [True, False])
+def test_callbacks_that_change_the_images_stay(
+    several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = set()
+    step = SoftConTask.training_step
+
+    def watch(self: SoftConTask, batch: Any, *args: Any) -> Any:
+        shapes.add(tuple(batch['image'].shape))
+        return step(self, batch, *args)
+
+    monkeypatch.setattr(SoftConTask, 'training_step', watch)
+    monkeypatch.setattr(KNNProbe, 'probe', None)
+    args = configure()
+    resize = {
+        'class_path': 'torchgeo_softcon.callbacks.ResizeInput',
+        'init_args': {'size': 48},
+    }
+    # What would write, and what would fail without a logger
+    others = ['ModelCheckpoint', 'TQDMProgressBar', 'DeviceStatsMonitor']
+    others += ['torchgeo_softcon.KNNProbe']
+    callbacks = [resize, *({'class_path': name} for name in others)]
+    Path('callbacks.yaml').write_text(
+        json.dumps({'trainer': {'callbacks': callbacks if several else resize}})
+    )
+    assert main([*args, '-c', 'callbacks.yaml', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['batch_size'] == 4
+    assert shapes == {(4, 4, 48, 48)}
+    assert {path.name for path in Path().iterdir()} == {'run.yaml', 'callbacks.yaml'}
+
+
 class TestAdvice:
     def test_enough_cores(self) -> None:
         (line,) = SPEED.advice()
@@ -186,9 +240,10 @@ def test_bad_data(
     assert main(args) == 1
     assert 'length 0' in capsys.readouterr().err
 
-    monkeypatch.setattr(Patches, '__getitem__', lambda self, index: {'x': index})
+    monkeypatch.setattr(Patches, '__getitem__', lambda self, index: {'x': 'text'})
     assert main(configure()) == 1
-    assert "must have the key 'image', got ['x']" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "must have the key 'image', or other tensors, got ['x']" in error
 
 
 @pytest.mark.parametrize(
