@@ -147,7 +147,6 @@ def label_archive(
     elif remote_bucket(worldcover) is None:
         find_files(worldcover, year)
     source, name = _find_archive(images, footprints, layout)
-    _check_unique(source.ids)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
         check_places(source.ids.to_pylist())
@@ -196,18 +195,6 @@ def _find_archive(
     with open(footprints, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     return table, f'footprints {digest}'
-
-
-def _check_unique(ids: pa.StringArray) -> None:
-    """Refuse ids that are not unique."""
-    if pc.count_distinct(ids).as_py() == len(ids):
-        return
-    counted = ids.value_counts()
-    often = counted.field('values').filter(pc.greater(counted.field('counts'), 1))
-    raise ValueError(
-        f'ids must be unique, {len(often)} occur more than once, such as '
-        f'{", ".join(often[:3].to_pylist())}'
-    )
 
 
 def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:

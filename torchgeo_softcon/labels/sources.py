@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.compute as pc
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -133,6 +133,25 @@ def read(unit: Any) -> Read:
     )
 
 
+def check_unique(ids: pa.StringArray) -> None:
+    """Refuse ids that are not unique.
+
+    Args:
+        ids: Names of patches.
+
+    Raises:
+        ValueError: If some are the same.
+    """
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counted = ids.value_counts()
+    often = counted.field('values').filter(pc.greater(counted.field('counts'), 1))
+    raise ValueError(
+        f'ids must be unique, {len(often)} occur more than once, such as '
+        f'{", ".join(often[:3].to_pylist())}'
+    )
+
+
 def find_images(pattern: str | os.PathLike[str]) -> Images:
     """List the images of an archive.
 
@@ -144,6 +163,7 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If the pattern matches the same twice.
     """
     text = os.fspath(pattern)
     if os.path.isdir(text):
@@ -166,9 +186,11 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
             f'images must match at least one raster, got {text!r}, which matches none. '
             "Quote patterns: --images 'DIR/**/*.tif'"
         )
-    return Images(
+    images = Images(
         [os.path.relpath(path, root).replace(os.sep, '/') for path in paths], paths
     )
+    check_unique(images.ids)
+    return images
 
 
 def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
