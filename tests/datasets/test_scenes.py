@@ -298,6 +298,9 @@ class TestWorldCoverScenes:
         assert (len(upper), len(lower), len(whole)) == (7, 9, 10)
         with pytest.raises(ValueError, match=r'rows 0 to 2 of 20'):
             whole.with_windows(rows=(0, 0.1))
+        for bad in ({'seasons': 0}, {'length': 0}, {'rows': (0.5, 0.2)}):
+            with pytest.raises(ValueError, match=f'{next(iter(bad))}.* must be'):
+                whole.with_windows(**bad)
 
     def test_plot(self, root: Path) -> None:
         figure = scenes(root, seasons=2).plot(scenes(root, seasons=2)[0], 'a title')
