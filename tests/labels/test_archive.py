@@ -30,11 +30,13 @@ from torchgeo_softcon.legends import (
     WORLDCOVER_TO_DYNAMICWORLD,
 )
 
+from ..datasets.ssl4eo import season
 from .helpers import centres, codes_at, grid, histogram, write_image, write_tile
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*official tile.*:UserWarning')
 
 COUNTS = [f'count_{code}' for code in WORLDCOVER_CODES]
+SEASONS = [season('s2c', day) for day in ('20210101', '20210401')]
 FRACTIONS = [f'fraction_{code}' for code in WORLDCOVER_CODES]
 
 
@@ -164,10 +166,10 @@ class TestFile:
         assert list(about['classes'].values()) == list(DYNAMICWORLD_CLASSES)
 
     def test_json_of_ssl4eo_s12(self, tiles: Path, tmp_path: Path) -> None:
-        for season in ('20210101', '20210401'):
+        for name in SEASONS:
             for band, res in (('B2', 100), ('B5', 200)):
                 write_image(
-                    tmp_path / 's2c' / '0000007' / season / f'{band}.tif',
+                    tmp_path / 's2c' / '0000007' / name / f'{band}.tif',
                     'EPSG:32632',
                     grid('EPSG:32632', 7, 46, res),
                 )
@@ -175,17 +177,17 @@ class TestFile:
         options = {'layout': ('ssl4eo-s12', tmp_path), 'worldcover': tiles, 'out': out}
         run(**options, min_fraction=0.09)
         table = pd.read_parquet(tmp_path / 'ml.parquet')
-        assert table.id.tolist() == ['s2c/0000007/20210101', 's2c/0000007/20210401']
+        assert table.id.tolist() == [f's2c/0000007/{name}' for name in SEASONS]
         assert (table.pixels == 32 * 32).all()
         present = [
             code for code in WORLDCOVER_CODES if table[f'fraction_{code}'][0] >= 0.09
         ]
         assert 0 < len(present) < 11
-        seasons = {'20210101': present, '20210401': present}
+        seasons = dict.fromkeys(SEASONS, present)
         assert json.loads(out.read_text()) == {'0000007': seasons}
         # Other thresholds need no counting
         assert run(**options, min_fraction=0.001).new == 0
-        assert json.loads(out.read_text())['0000007']['20210101'] == [*WORLDCOVER_CODES]
+        assert json.loads(out.read_text())['0000007'][SEASONS[0]] == [*WORLDCOVER_CODES]
 
     def test_json_that_is_something_else(
         self, images: Path, tiles: Path, tmp_path: Path
@@ -222,11 +224,11 @@ class TestFile:
         self, tiles: Path, tmp_path: Path
     ) -> None:
         for product in ('s2a', 's2c'):
-            path = tmp_path / product / '07' / '20210101' / 'B2.tif'
+            path = tmp_path / product / '07' / SEASONS[0] / 'B2.tif'
             write_image(path, 'EPSG:32632', grid('EPSG:32632', 7, 46, 100))
         out = tmp_path / 'ml.json'
         run(layout=('ssl4eo-s12', tmp_path), worldcover=tiles, out=out)
-        assert list(json.loads(out.read_text())['07']) == ['20210101']
+        assert list(json.loads(out.read_text())['07']) == [SEASONS[0]]
 
     def test_delhi(self, shared: Path, tmp_path: Path) -> None:
         expected = pd.read_csv(

@@ -24,6 +24,7 @@ from torchgeo_softcon.labels.footprints import (
 from torchgeo_softcon.labels.sources import Read, find_images, find_layout, read
 from torchgeo_softcon.labels.tables import read_footprints
 
+from ..datasets.ssl4eo import season
 from .helpers import grid, write_image
 
 
@@ -86,9 +87,19 @@ class TestImages:
             find_layout('ssl4eo-s12', tmp_path)
 
     def test_a_date_without_its_band(self, tmp_path: Path) -> None:
-        (tmp_path / 's1' / '0000001' / '20210101').mkdir(parents=True)
+        name = season('s1', '20210101')
+        (tmp_path / 's1' / '0000001' / name).mkdir(parents=True)
         whole = read_all(find_layout('ssl4eo-s12', tmp_path))
-        assert list(whole.failures) == ['s1/0000001/20210101']
+        assert list(whole.failures) == [f's1/0000001/{name}']
+
+    def test_what_is_no_image(self, tmp_path: Path) -> None:
+        name = season('s2c', '20210101')
+        # A run of `unpack` that was killed leaves the second
+        for folder in (name, f'.{name}.tmp', 'thumbnails'):
+            (tmp_path / 's2c' / '0000001' / folder).mkdir(parents=True)
+        (tmp_path / 's2c' / 'notes' / name).mkdir(parents=True)
+        found = find_layout('ssl4eo-s12', tmp_path)
+        assert found.ids.to_pylist() == [f's2c/0000001/{name}']
 
 
 def frame() -> geopandas.GeoDataFrame:

@@ -202,7 +202,7 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
         root: Folder of the archive.
 
     Returns:
-        One patch per image, with ids of its folders, such as
+        One patch per image, as :class:`.TiffArchive` finds them, with ids of its folders, such as
         ``s2c/0000000/20180710T125311_20180710T125627_T24KVE``. Where a 10 m band is, is
         its grid.
 
@@ -212,17 +212,14 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
     """
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    # Not before: it needs PyTorch
+    from ..datasets.ssl4eo_s12 import list_images
+
     ids, paths = [], []
     for product, band in _SSL4EO_S12.items():
-        folder = os.path.join(os.fspath(root), product)
-        if not os.path.isdir(folder):
-            continue
-        for location in sorted(os.listdir(folder)):
-            place = os.path.join(folder, location)
-            for date in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-                if os.path.isdir(os.path.join(place, date)):
-                    ids.append(f'{product}/{location}/{date}')
-                    paths.append(os.path.join(place, date, band))
+        for location, date in list_images(root, product):
+            ids.append(f'{product}/{location}/{date}')
+            paths.append(os.path.join(root, product, location, date, band))
     if not ids:
         raise FileNotFoundError(
             f'root must have {", ".join(_SSL4EO_S12)} with folders LOCATION/DATE of '
