@@ -22,6 +22,7 @@ from tests.datasets import ssl4eo
 from tests.datasets.ssl4eo import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.datasets import SSL4EOS12ML
+from torchgeo_softcon.datasets.packed import PackedArchive
 from torchgeo_softcon.pack import pack, verify
 from torchgeo_softcon.unpack import Unpacked, unpack
 
@@ -330,6 +331,43 @@ def test_interrupted(
     monkeypatch.setattr('torchgeo_softcon.pack._write_shard', stop)
     assert main(['pack', str(root), str(tmp_path)]) == status
     assert message in capsys.readouterr().err
+
+
+def test_unpacking_is_interrupted(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    pack(root, tmp_path / 'packed', 's2a')
+    monkeypatch.setattr('torchgeo_softcon.unpack._write', stop)
+    assert main(['unpack', str(tmp_path / 'packed'), str(tmp_path / 'back')]) == 130
+    assert 'stopped, start again to go on' in capsys.readouterr().err
+
+
+def test_unpacking_into_the_same_folder(root: Path, tmp_path: Path) -> None:
+    pack(root, tmp_path / 'packed', 's2a')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(ValueError, match='out must be another folder than root'):
+        unpack(tmp_path / 'packed', tmp_path / 'x' / '..' / 'packed')
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_more_is_packed_while_an_archive_is_open(root: Path, tmp_path: Path) -> None:
+    part = tmp_path / 'part'
+    shutil.copytree(root / 's2a' / '0000003', part / 's2a' / '0000003')
+    pack(part, tmp_path / 'packed', 's2a')
+    opened = PackedArchive(tmp_path / 'packed', 's2a')
+    record = opened.read([0])
+    pack(root, tmp_path / 'packed', 's2a')
+    assert np.array_equal(opened.read([0]), record)
+    with pytest.raises(ValueError, match=r'index\.parquet has changed since it was'):
+        opened.georeference(0)
+    again = PackedArchive(tmp_path / 'packed', 's2a')
+    assert np.array_equal(again.read([6]), record)
 
 
 def test_labels_may_come_later(root: Path, tmp_path: Path) -> None:
