@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import geopandas
@@ -554,6 +555,18 @@ class TestBadInput:
         assert capfd.readouterr().err == 'interrupted, start again to go on\n'
         assert not out.exists()
 
+    def test_interrupted_while_it_loads(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Loading(ModuleType):
+            def __getattr__(self, name: str) -> None:
+                raise (KeyboardInterrupt if name == 'label_archive' else AttributeError)
+
+        name = 'torchgeo_softcon.labels.archive'
+        monkeypatch.setitem(sys.modules, name, Loading(name))
+        assert main(['labels', '--images', 'a', '--worldcover', 'b']) == 130
+        assert capsys.readouterr().err == 'interrupted, start again to go on\n'
+
     def test_a_corrupt_tile_in_the_middle_of_a_run(
         self, tiles: Path, tmp_path: Path
     ) -> None:
@@ -648,6 +661,7 @@ class TestBadInput:
         pd.DataFrame({'a': [1]}).to_parquet(out)
         with pytest.raises(ValueError, match='is there, but is no file of labels'):
             run(images=images, worldcover=tiles, out=out)
+        assert not (tmp_path / 'a.parquet.parts').exists()
 
     def test_parts_of_another_run(self, tiles: Path, tmp_path: Path) -> None:
         parts = tmp_path / 'a.parquet.parts'

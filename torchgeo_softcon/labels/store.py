@@ -31,6 +31,9 @@ from .footprints import LONLAT, SCHEMA, outlines
 #: Rows of a row group of the file.
 _ROWS = 2**16
 
+#: What to do about something else at the place of a file.
+_REMEDY = 'Choose another file, or set overwrite to replace it'
+
 #: Version of the columns of the file.
 _VERSION = 1
 
@@ -76,6 +79,9 @@ class LabelStore:
             BlockingIOError: If another run writes the file.
             ValueError: If there are labels of another map or legend.
         """
+        self._replaced = overwrite
+        if not self.folder.exists():
+            self._check_file()  # before it is
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(exist_ok=True)
         # It does not outlive its process, unlike a file that is there or not
@@ -92,7 +98,6 @@ class LabelStore:
 
     def _check(self, archive: str, overwrite: bool) -> None:
         """Raise an error if what is there is something else."""
-        remedy = 'Choose another file, or set overwrite to replace it'
         origin = {'archive': archive, 'year': self.year, 'version': _VERSION}
         # Without parts, it is left over from a run that did nothing: a wrong command
         if any(self.folder.glob('*.parquet')) and self._manifest.exists():
@@ -101,19 +106,23 @@ class LabelStore:
                 if there.get(key) != value:
                     raise ValueError(
                         f'{self.folder} has parts of an interrupted run with {key} = '
-                        f'{there.get(key)}, this one has {value}. {remedy}'
+                        f'{there.get(key)}, this one has {value}. {_REMEDY}'
                     )
         else:
             there = {**origin, 'overwrite': overwrite, 'tiles': []}
             _write(self._manifest, json.dumps(there).encode())
         self._replaced = there.get('overwrite', False)
+        self._check_file()
+
+    def _check_file(self) -> None:
+        """Raise an error if the file has other labels, or none."""
         if self._there():
             there = self.about()
             for key, value in self._origin().items():
                 if there.get(key) != value:
                     raise ValueError(
                         f'{self.path} has labels with {key} = {there.get(key)}, this run '
-                        f'has {value}. {remedy}'
+                        f'has {value}. {_REMEDY}'
                     )
 
     def _there(self) -> bool:
@@ -131,8 +140,7 @@ class LabelStore:
             return dict(json.loads(metadata[b'labels']))
         except (KeyError, pa.ArrowInvalid) as error:
             raise ValueError(
-                f'{self.path} is there, but is no file of labels. Choose another file, or '
-                'set overwrite to replace it'
+                f'{self.path} is there, but is no file of labels. {_REMEDY}'
             ) from error
 
     def _origin(self) -> dict[str, Any]:
