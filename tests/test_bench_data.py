@@ -10,12 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from torchgeo_softcon import bench_data
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS
-from torchgeo_softcon.bench_data import Speed
+from torchgeo_softcon.bench_data import Speed, _Measured, _Phases
 from torchgeo_softcon.callbacks import KNNProbe
 from torchgeo_softcon.pack import pack
 from torchgeo_softcon.tasks import SoftConTask
@@ -112,6 +113,40 @@ def test_task_of_the_host_and_workers(capsys: pytest.CaptureFixture[str]) -> Non
     result = json.loads(capsys.readouterr().out)
     assert result['num_workers'] == 1
     assert all(rate > 0 for rate in result['images_per_second'].values())
+
+
+def test_what_workers_have_prepared_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0]
+
+    class Loader:
+        num_workers, prefetch_factor = 2, 2
+        taken = 0
+
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            while True:
+                self.taken += 1
+                # Two batches of each worker are there before they are asked for
+                now[0] += 0 if self.taken <= 4 else 1
+                yield {'image': torch.zeros(6, 1)}
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(bench_data, 'time', clock)
+    loader = Loader()
+    batches = iter(_Phases(loader, torch.device('cpu'), 3))
+    next(batches)
+    # They count little in twice as many, and are no part of the first ones
+    assert loader.taken == 2 + 4 + 8 + 1
+
+    def train() -> None:
+        for _ in batches:
+            now[0] += 1
+
+    with pytest.raises(_Measured) as measured:
+        train()
+    speed = measured.value.speed
+    assert (speed.data, speed.both, speed.step) == (6, 3, 6)
 
 
 def test_later_configurations_win(

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -354,6 +355,15 @@ def test_unpacking_into_the_same_folder(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='out must be another folder than root'):
         unpack(tmp_path / 'packed', tmp_path / 'x' / '..' / 'packed')
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_open_files_are_not_pickled(root: Path, tmp_path: Path) -> None:
+    pack(root, tmp_path, 's2a')
+    archive = PackedArchive(tmp_path, 's2a')
+    records = archive.read([0, 9])
+    pickled = pickle.dumps(archive)
+    assert len(pickled) < archive.dtype.itemsize
+    assert np.array_equal(pickle.loads(pickled).read([0, 9]), records)
 
 
 def test_more_is_packed_while_an_archive_is_open(root: Path, tmp_path: Path) -> None:

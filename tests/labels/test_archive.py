@@ -166,6 +166,26 @@ class TestFile:
         )
         assert list(about['classes'].values()) == list(DYNAMICWORLD_CLASSES)
 
+    def test_boxes_across_the_antimeridian(self, tmp_path: Path) -> None:
+        for west in (177, -180):
+            write_tile(tmp_path / 'tiles', west, 66)
+        table = tmp_path / 'a.csv'
+        # 100 x 50 pixels of the map, half of them on either side
+        rows = ''.join(
+            f'p{x},{x - 0.1},67,{x + 0.1},67.1,50,100\n' for x in (180, -180)
+        )
+        table.write_text(f'id,left,bottom,right,top,height,width\n{rows}')
+        out = tmp_path / 'a.parquet'
+        run(footprints=table, worldcover=tmp_path / 'tiles', out=out)
+        labels = pd.read_parquet(out)
+        lon, lat = (
+            180 + (np.arange(100) - 49.5) * 0.002,
+            67 + (np.arange(50) + 0.5) * 0.002,
+        )
+        expected = histogram(codes_at(lon[None], lat[:, None]))
+        assert labels[COUNTS].to_numpy().tolist() == [expected] * 2
+        assert (labels.valid == 1).all()
+
     def test_json_of_ssl4eo_s12(self, tiles: Path, tmp_path: Path) -> None:
         for name in SEASONS:
             for band, res in (('B2', 100), ('B5', 200)):
