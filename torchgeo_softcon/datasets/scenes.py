@@ -29,6 +29,7 @@ from .plotting import plot_sample
 from .rasters import Grid, RasterReader, Scene, find_files, find_scenes
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 from .worldcover import ESAWorldCover
+from .worldcover_tiles import BUCKET, tile_path
 
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -263,16 +264,12 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 for place in shown
                 for tile in worldcover.tiles(place.crs, place.grid.bounds)
             }
-            url = worldcover.url.format(
-                year=worldcover.year,
-                version='v200' if worldcover.year == 2021 else 'v100',
-                tile='',
-            ).rpartition('/')[0]
+            folder = tile_path('', worldcover.year).rpartition('/')[0]
             raise FileNotFoundError(
                 'no WorldCover tile lies under '
                 f'{", ".join(place.scenes[0].name for place in shown)}'
                 f'{f" and {more} more" if more else ""}. Expected '
-                f'{", ".join(sorted(tiles))} from {url}/. Set allow_unlabelled to go on '
+                f'{", ".join(sorted(tiles))} from {BUCKET}/{folder}/. Set allow_unlabelled to go on '
                 'without'
             )
 
