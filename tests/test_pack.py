@@ -23,7 +23,7 @@ from tests.datasets import ssl4eo
 from tests.datasets.ssl4eo import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.datasets import SSL4EOS12ML
-from torchgeo_softcon.datasets.packed import PackedArchive
+from torchgeo_softcon.datasets.packed import SCHEMA, PackedArchive, write_index
 from torchgeo_softcon.pack import pack, verify
 from torchgeo_softcon.unpack import Unpacked, unpack
 
@@ -195,6 +195,15 @@ def test_disk_full(
     assert not list(tmp_path.rglob('*.tmp'))
     assert main(['pack', str(root), str(tmp_path), '--split', 's2a', '--verify']) == 0
     assert contents(tmp_path) == expected
+
+
+def test_no_room_for_an_index(tmp_path: Path) -> None:
+    path = tmp_path / 'index.parquet'
+    # Takes a name and has no room for a byte
+    (tmp_path / 'index.parquet.tmp').symlink_to('/dev/full')
+    with pytest.raises(OSError, match=r'cannot write .*index\.parquet: .*make room'):
+        write_index(path, SCHEMA.empty_table(), None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_are_named(
@@ -505,9 +514,9 @@ class TestErrors:
         pack(root, tmp_path, 's2a')
         folder = tmp_path / 's2a'
         others = [folder / n for n in ('mine.npy', 'notes.tmp', '1.npy', 'x.parquet')]
-        for path in (*others, folder / '00007.npy', folder / 'index.tmp'):
+        for path in (*others, folder / '00007.npy', folder / 'index.parquet.tmp'):
             path.touch()
         pack(root, tmp_path, 's2a')
         assert all(path.exists() for path in others)
         assert not (folder / '00007.npy').exists()
-        assert not (folder / 'index.tmp').exists()
+        assert not (folder / 'index.parquet.tmp').exists()

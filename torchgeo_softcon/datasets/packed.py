@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ._whole import whole_file
 from .buffers import BufferPool
 from .season_labels import SeasonLabels
 from .ssl4eo_s12 import BANDS, Archive, Georeference
@@ -305,16 +306,15 @@ def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> N
         path: The file, which is there once it is complete.
         table: Rows of :data:`SCHEMA`.
         labels: What the labels are, None if there are none.
+
+    Raises:
+        OSError: If the file can not be written. What there is of it is deleted.
     """
     metadata = {_METADATA: json.dumps({'format': FORMAT, 'labels': labels})}
-    unfinished = path.with_suffix('.tmp')
-    with open(unfinished, 'wb') as file:
+    with whole_file(path) as unfinished:
         pq.write_table(
-            table.replace_schema_metadata(metadata), file, compression='zstd'
+            table.replace_schema_metadata(metadata), unfinished, compression='zstd'
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def georeferences(table: pa.Table) -> list[Georeference]:
@@ -348,19 +348,8 @@ def write_records(path: Path, records: npt.NDArray[Any]) -> None:
     Raises:
         OSError: If the file can not be written. What there is of it is deleted.
     """
-    unfinished = path.with_suffix('.tmp')
     header = np.lib.format.header_data_from_array_1_0(records)
-    try:
-        with open(unfinished, 'wb') as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            # Not numpy.save, whose error does not tell that the disk is full
-            file.write(records.view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f'cannot write {path}: {error.strerror}. Make room, and start again to go on',
-        ) from error
+    with whole_file(path) as unfinished, open(unfinished, 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        # Not numpy.save, whose error does not tell that the disk is full
+        file.write(records.view(np.uint8).data)

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
+from ..datasets._whole import whole_file
 from ..legends import WORLDCOVER_CODES, Legend
 from .counting import Counted, Counts
 from .footprints import LONLAT, SCHEMA, outlines
@@ -180,7 +180,7 @@ class LabelStore:
                 part = pq.read_table(path)
                 whole = _by_code(part).sum(1) == part['pixels'].to_numpy()
                 if not whole.all():
-                    with _whole(path) as unfinished:
+                    with whole_file(path) as unfinished:
                         pq.write_table(
                             part.filter(pa.array(whole)), unfinished, compression='zstd'
                         )
@@ -197,7 +197,7 @@ class LabelStore:
         last = max(self.folder.glob(f'{kind}-*.parquet'), default=None)
         number = 0 if last is None else int(last.stem.rpartition('-')[2]) + 1
         path = self.folder / f'{kind}-{number:08d}.parquet'
-        with _whole(path) as unfinished:
+        with whole_file(path) as unfinished:
             pq.write_table(table, unfinished, compression='zstd')
 
     def finish(
@@ -221,7 +221,7 @@ class LabelStore:
         before, counts = self.labels(), self.parts('counts')
         schema = self._schema({**self._origin(), **about})
         rows = 0
-        with _whole(self.path) as unfinished:
+        with whole_file(self.path) as unfinished:
             with pq.ParquetWriter(unfinished, schema, compression='zstd') as writer:
                 for start in range(0, len(ids), _ROWS):
                     chunk = ids.slice(start, _ROWS)
@@ -319,7 +319,7 @@ class LabelStore:
             self.failures.unlink(missing_ok=True)
             return
         with (
-            _whole(self.failures) as unfinished,
+            whole_file(self.failures) as unfinished,
             unfinished.open('w', newline='') as file,
         ):
             writer = csv.writer(file)
@@ -358,23 +358,6 @@ def _by_code(counts: pa.Table) -> Counts:
     return np.asarray(flat).reshape(-1, len(WORLDCOVER_CODES))
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the real one once all is written."""
-    unfinished = path.with_name(f'{path.name}.tmp')
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise OSError(
-            error.errno or 0,
-            f'{path} cannot be written ({error.strerror or error}). What is done is kept: '
-            'make room and start again',
-        ) from error
-
-
 def _write(path: Path, data: bytes) -> None:
-    with _whole(path) as unfinished:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(data)
