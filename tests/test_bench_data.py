@@ -10,14 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from torchgeo_softcon import bench_data
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS
-from torchgeo_softcon.bench_data import Speed
+from torchgeo_softcon.bench_data import Speed, _Measured, _Phases
+from torchgeo_softcon.callbacks import KNNProbe
+from torchgeo_softcon.pack import pack
 from torchgeo_softcon.tasks import SoftConTask
 
 from .callbacks.helpers import Patches
+from .datasets import ssl4eo
+from .datasets.ssl4eo import write_archive
 
 SIMCLR = 'SimCLR' if HAS_TASKS else 'SimCLRTask'
 CONFIG = """
@@ -109,6 +115,40 @@ def test_task_of_the_host_and_workers(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(rate > 0 for rate in result['images_per_second'].values())
 
 
+def test_what_workers_have_prepared_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0]
+
+    class Loader:
+        num_workers, prefetch_factor = 2, 2
+        taken = 0
+
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            while True:
+                self.taken += 1
+                # Two batches of each worker are there before they are asked for
+                now[0] += 0 if self.taken <= 4 else 1
+                yield {'image': torch.zeros(6, 1)}
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(bench_data, 'time', clock)
+    loader = Loader()
+    batches = iter(_Phases(loader, torch.device('cpu'), 3))
+    next(batches)
+    # They count little in twice as many, and are no part of the first ones
+    assert loader.taken == 2 + 4 + 8 + 1
+
+    def train() -> None:
+        for _ in batches:
+            now[0] += 1
+
+    with pytest.raises(_Measured) as measured:
+        train()
+    speed = measured.value.speed
+    assert (speed.data, speed.both, speed.step) == (6, 3, 6)
+
+
 def test_later_configurations_win(
     clock: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +171,55 @@ def test_all_batches_of_a_run_that_overfits(
     assert main([*args, '-c', 'over.yaml', '--json']) == 0
     rates = json.loads(capsys.readouterr().out)['images_per_second']
     assert rates['both'] == pytest.approx(1 / 4)
+
+
+def test_images_that_are_made_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ssl4eo, 'SIDES', {10: 24, 20: 12, 60: 4})
+    days = {'s2c': {f'{place:07}': ['20200604'] for place in range(4)}}
+    pack(write_archive(Path('archive'), days), 'packed')
+    args = [*configure(), '--steps', '1', '--json', '--model.in_channels', '13']
+    args += ['--model.soft_weight', '0']
+    config = yaml.safe_load(Path('run.yaml').read_text())
+    config['data'] = {
+        'class_path': 'SSL4EOS12MLDataModule',
+        'init_args': {'root': 'packed', 'batch_size': 3},
+    }
+    Path('run.yaml').write_text(yaml.safe_dump(config))
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)['batch_size'] == 3
+
+
+@pytest.mark.parametrize('several', [True, False])
+def test_callbacks_that_change_the_images_stay(
+    several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = set()
+    step = SoftConTask.training_step
+
+    def watch(self: SoftConTask, batch: Any, *args: Any) -> Any:
+        shapes.add(tuple(batch['image'].shape))
+        return step(self, batch, *args)
+
+    monkeypatch.setattr(SoftConTask, 'training_step', watch)
+    monkeypatch.setattr(KNNProbe, 'probe', None)
+    args = configure()
+    resize = {
+        'class_path': 'torchgeo_softcon.callbacks.ResizeInput',
+        'init_args': {'size': 48},
+    }
+    # What would write, and what would fail without a logger
+    others = ['ModelCheckpoint', 'TQDMProgressBar', 'DeviceStatsMonitor']
+    others += ['torchgeo_softcon.KNNProbe']
+    callbacks = [resize, *({'class_path': name} for name in others)]
+    Path('callbacks.yaml').write_text(
+        json.dumps({'trainer': {'callbacks': callbacks if several else resize}})
+    )
+    assert main([*args, '-c', 'callbacks.yaml', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['batch_size'] == 4
+    assert shapes == {(4, 4, 48, 48)}
+    assert {path.name for path in Path().iterdir()} == {'run.yaml', 'callbacks.yaml'}
 
 
 class TestAdvice:
@@ -186,9 +275,10 @@ def test_bad_data(
     assert main(args) == 1
     assert 'length 0' in capsys.readouterr().err
 
-    monkeypatch.setattr(Patches, '__getitem__', lambda self, index: {'x': index})
+    monkeypatch.setattr(Patches, '__getitem__', lambda self, index: {'x': 'text'})
     assert main(configure()) == 1
-    assert "must have the key 'image', got ['x']" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "must have the key 'image', or other tensors, got ['x']" in error
 
 
 @pytest.mark.parametrize(

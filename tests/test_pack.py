@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -22,6 +23,7 @@ from tests.datasets import ssl4eo
 from tests.datasets.ssl4eo import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.datasets import SSL4EOS12ML
+from torchgeo_softcon.datasets.packed import SCHEMA, PackedArchive, write_index
 from torchgeo_softcon.pack import pack, verify
 from torchgeo_softcon.unpack import Unpacked, unpack
 
@@ -195,6 +197,15 @@ def test_disk_full(
     assert contents(tmp_path) == expected
 
 
+def test_no_room_for_an_index(tmp_path: Path) -> None:
+    path = tmp_path / 'index.parquet'
+    # Takes a name and has no room for a byte
+    (tmp_path / 'index.parquet.tmp').symlink_to('/dev/full')
+    with pytest.raises(OSError, match=r'cannot write .*index\.parquet: .*make room'):
+        write_index(path, SCHEMA.empty_table(), None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_files_are_named(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +343,52 @@ def test_interrupted(
     assert message in capsys.readouterr().err
 
 
+def test_unpacking_is_interrupted(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    pack(root, tmp_path / 'packed', 's2a')
+    monkeypatch.setattr('torchgeo_softcon.unpack._write', stop)
+    assert main(['unpack', str(tmp_path / 'packed'), str(tmp_path / 'back')]) == 130
+    assert 'stopped, start again to go on' in capsys.readouterr().err
+
+
+def test_unpacking_into_the_same_folder(root: Path, tmp_path: Path) -> None:
+    pack(root, tmp_path / 'packed', 's2a')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(ValueError, match='out must be another folder than root'):
+        unpack(tmp_path / 'packed', tmp_path / 'x' / '..' / 'packed')
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_open_files_are_not_pickled(root: Path, tmp_path: Path) -> None:
+    pack(root, tmp_path, 's2a')
+    archive = PackedArchive(tmp_path, 's2a')
+    records = archive.read([0, 9])
+    pickled = pickle.dumps(archive)
+    assert len(pickled) < archive.dtype.itemsize
+    assert np.array_equal(pickle.loads(pickled).read([0, 9]), records)
+
+
+def test_more_is_packed_while_an_archive_is_open(root: Path, tmp_path: Path) -> None:
+    part = tmp_path / 'part'
+    shutil.copytree(root / 's2a' / '0000003', part / 's2a' / '0000003')
+    pack(part, tmp_path / 'packed', 's2a')
+    opened = PackedArchive(tmp_path / 'packed', 's2a')
+    record = opened.read([0])
+    pack(root, tmp_path / 'packed', 's2a')
+    assert np.array_equal(opened.read([0]), record)
+    with pytest.raises(ValueError, match=r'index\.parquet has changed since it was'):
+        opened.georeference(0)
+    again = PackedArchive(tmp_path / 'packed', 's2a')
+    assert np.array_equal(again.read([6]), record)
+
+
 def test_labels_may_come_later(root: Path, tmp_path: Path) -> None:
     labels = tmp_path / 'l.json'
     entries = {
@@ -457,9 +514,9 @@ class TestErrors:
         pack(root, tmp_path, 's2a')
         folder = tmp_path / 's2a'
         others = [folder / n for n in ('mine.npy', 'notes.tmp', '1.npy', 'x.parquet')]
-        for path in (*others, folder / '00007.npy', folder / 'index.tmp'):
+        for path in (*others, folder / '00007.npy', folder / 'index.parquet.tmp'):
             path.touch()
         pack(root, tmp_path, 's2a')
         assert all(path.exists() for path in others)
         assert not (folder / '00007.npy').exists()
-        assert not (folder / 'index.tmp').exists()
+        assert not (folder / 'index.parquet.tmp').exists()

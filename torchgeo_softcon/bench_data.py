@@ -17,9 +17,19 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import exceptions, move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    LearningRateFinder,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+from torch import Tensor
 
 from . import datamodules, tasks  # noqa: F401, for the short names of their classes
 from ._compat import MisconfigurationException, Sample, host_main
+from .callbacks import KNNProbe
 from .datamodules.loading import count_cores
 
 #: Share of the time from which a run is called data-bound.
@@ -28,11 +38,11 @@ _BOUND = 0.1
 #: What `torchgeo fit` is told on top of the configuration: to train on one device and to
 #: do nothing else, and not to end before the measurement does.
 _OVERRIDES = {
-    'trainer.callbacks': '[torchgeo_softcon.bench_data.Stopwatch]',
-    'trainer.logger': 'false',
-    'trainer.enable_checkpointing': 'false',
-    'trainer.enable_progress_bar': 'false',
-    'trainer.enable_model_summary': 'false',
+    # Added: others may change what is trained on, such as ResizeInput
+    'trainer.callbacks+': 'torchgeo_softcon.bench_data.Stopwatch',
+    # Not off: that would be an error where callbacks for the same are given
+    'trainer.enable_checkpointing': 'true',
+    'trainer.enable_progress_bar': 'true',
     'trainer.num_sanity_val_steps': '0',
     'trainer.limit_train_batches': 'null',
     'trainer.limit_val_batches': '0',
@@ -47,6 +57,18 @@ _OVERRIDES = {
     'ckpt_path': 'null',
 }
 
+#: Callbacks that write, watch, or end a run, and change nothing of its steps.
+_LEFT_OUT = (
+    BatchSizeFinder,
+    Checkpoint,
+    KNNProbe,
+    LearningRateFinder,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+
+_LOGGER = 'lightning.pytorch.loggers.CSVLogger'
 
 #: What a user can do something about.
 _ERRORS = (
@@ -185,14 +207,16 @@ class Stopwatch(Callback):
     steps = 20
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place of the training data.
+        """Take the place of the training data, and be alone with what changes steps.
 
         Args:
             trainer: The trainer.
             pl_module: The task.
             stage: The stage.
         """
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        run: Any = trainer
+        run.callbacks = [x for x in run.callbacks if not isinstance(x, _LEFT_OUT)]
+        datamodule = run.datamodule
         make = datamodule.train_dataloader
         datamodule.train_dataloader = lambda: _Phases(
             make(), trainer.strategy.root_device, self.steps
@@ -285,10 +309,21 @@ class _Phases:
 
 def _images(batch: Sample) -> int:
     """Number of images of a batch."""
-    if not isinstance(batch, dict) or 'image' not in batch:
-        got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f"batches must have the key 'image', got {got}")
-    return len(batch['image'])
+    if isinstance(batch, dict):
+        # A datamodule may make the images of something else on the device
+        for tensor in _tensors(batch.get('image', batch)):
+            return len(tensor)
+    got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+    raise ValueError(f"batches must have the key 'image', or other tensors, got {got}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors of a batch, also within its values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
 
 
 def measure(args: Sequence[str], steps: int = 20) -> Speed:
@@ -306,8 +341,10 @@ def measure(args: Sequence[str], steps: int = 20) -> Speed:
     """
     overrides = [x for k, v in _OVERRIDES.items() for x in (f'--{k}', v)]
     with tempfile.TemporaryDirectory() as folder:
-        # The host writes its configuration there
+        # The host writes its configuration there. Callbacks may need a logger
+        logger = {'class_path': _LOGGER, 'init_args': {'save_dir': folder}}
         overrides += ['--trainer.default_root_dir', folder]
+        overrides += ['--trainer.logger', json.dumps(logger)]
         previous, Stopwatch.steps = Stopwatch.steps, steps
         try:
             host_main(['fit', *args, *overrides])

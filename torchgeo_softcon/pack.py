@@ -52,7 +52,7 @@ SHARD_SIZE = 256
 
 
 #: Files of one shard: records, their rows, and either of them unfinished.
-_SHARD_FILE = re.compile(r'([0-9]{5,})\.(npy|parquet|tmp)')
+_SHARD_FILE = re.compile(r'([0-9]{5,})\.(npy|parquet)(\.tmp)?')
 
 #: Failures that are printed.
 _NAMED = 10
@@ -315,9 +315,10 @@ def _resume(
     for path in folder.iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         unfinished = match is not None and (
-            match[2] == 'tmp' or (match[2] == 'npy' and int(match[1]) not in complete)
+            match[3] is not None
+            or (match[2] == 'npy' and int(match[1]) not in complete)
         )
-        if unfinished or path.name == 'index.tmp':
+        if unfinished or path.name == 'index.parquet.tmp':
             path.unlink()
     if complete:
         dtype = np.load(shard_path(folder, min(complete)), mmap_mode='r').dtype

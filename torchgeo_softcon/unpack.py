@@ -64,7 +64,10 @@ def unpack(
     Raises:
         FileNotFoundError: If there is no packed archive.
         OSError: If a file can not be written.
+        ValueError: If *out* is *root*.
     """
+    if Path(root).resolve() == Path(out).resolve():
+        raise ValueError(f'out must be another folder than root, got {out} for both')
     done = Unpacked()
     for name in packed_splits(root) if split is None else split_names(split):
         archive = PackedArchive(root, name)
@@ -136,7 +139,8 @@ def main(args: Sequence[str]) -> int:
         args: Command-line arguments.
 
     Returns:
-        Exit status: 1 if records are not what they were, 2 if the run could not go on.
+        Exit status: 1 if records are not what they were, 2 if the run could not go on,
+        130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon unpack',
@@ -155,6 +159,9 @@ def main(args: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f'torchgeo-softcon unpack: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('torchgeo-softcon unpack: stopped, start again to go on', file=sys.stderr)
+        return 130
     for failure in done.failures[:_NAMED]:
         print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
     if done.failures:

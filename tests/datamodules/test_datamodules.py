@@ -3,6 +3,7 @@
 
 import csv
 import pickle
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,17 @@ class TestWorldCoverScenesDataModule:
         with pytest.raises(ValueError, match='seed must be at least 0, got -1'):
             scenes(root, seed=-1)
 
+    @pytest.mark.parametrize('length', [0, -5])
+    def test_bad_length(self, root: Path, length: int) -> None:
+        with pytest.raises(ValueError, match=f'length must be .* 1, got {length}'):
+            loaders(scenes(root, length=length))
+
+    def test_masks_have_no_shares(self, root: Path) -> None:
+        with pytest.raises(ValueError, match='fractions must be left out'):
+            scenes(root, target='mask', fractions=True)
+        with pytest.raises(ValueError, match='min_fraction'):
+            scenes(root, target='mask', min_fraction=7)
+
 
 class TestImageMaskFolderDataModule:
     @pytest.fixture
@@ -213,6 +225,15 @@ class TestImageMaskFolderDataModule:
         assert [len(part) for part in places] == [3, 1, 1]
         assert len(set.union(*places)) == 5
 
+    def test_predictions_are_of_every_image(self, folder: Path) -> None:
+        datamodule = ImageMaskFolderDataModule(
+            str(folder), batch_size=2, places=r'p\d', seasons=2, size=4
+        )
+        images = [batch['image'] for batch in loaders(datamodule)['predict']]
+        assert {image.shape for image in images} == {(2, 3, 4, 4)}
+        values = torch.cat(images)[:, 0, 0, 0] * 255
+        assert values.round().int().tolist() == list(range(10))
+
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -228,6 +249,33 @@ class TestSyntheticScenesDataModule:
         batch = next(iter(loaders(datamodule)['train']))
         assert batch['image'].shape == (2, 2, 13, 32, 32)
         assert batch['label'].any(1).all()
+
+    def test_options_to_fine_tune_on_the_same_data(self) -> None:
+        def options(needed: int | None = None, **kwargs: Any) -> dict[str, str]:
+            datamodule = SyntheticScenesDataModule(**kwargs)
+            words = shlex.split(datamodule.finetune_options(needed))
+            names = [word.removeprefix('--') for word in words[::2]]
+            return dict(zip(names, words[1::2], strict=True))
+
+        default = options()
+        assert {name for name in default if name.startswith('data')} == {'data'}
+        # All but what a task of classification determines
+        given: dict[str, Any] = {
+            'root': 'a folder',
+            'places': 2,
+            'size': 300,
+            'dates': 3,
+            'patch_size': 64,
+            'length': 100,
+            'min_fraction': 0.1,
+            'min_valid': 0.25,
+            'val_fraction': 0.2,
+            'seed': 3,
+        }
+        expected = {f'data.{name}': str(value) for name, value in given.items()}
+        bands = {'data.bands': '["B4", "B3"]'}
+        assert options(bands=('B4', 'B3'), **given) == default | expected | bands
+        assert options(224)['data.patch_size'] == '224'
 
 
 class TestCLI:

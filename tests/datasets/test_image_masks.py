@@ -102,6 +102,29 @@ class TestImageMaskFolder:
         assert dataset.places == ['01', '02', '03']
         with pytest.raises(ValueError, match="'x' does not p0/2020-01"):
             folder(dated, places='x')
+        # The group takes no part in a match of p alone
+        with pytest.raises(ValueError, match=r"'p\(1\)\?' does not p0/2020-01"):
+            folder(dated, places='p(1)?')
+
+    def test_images_on_their_own(self, dated: Path) -> None:
+        images = folder(dated, seasons=2, size=4).images()
+        assert (len(images), images.seasons) == (6, 1)
+        assert images.places == ['p0'] * 3 + ['p1'] * 3
+        starts = [sample['image'][0, 0, 0].mul(255).round().item() for sample in images]
+        # The middle begins at column 2
+        assert starts == [2, 12, 22, 102, 112, 122]
+        assert images[6]['image'].equal(images[0]['image'])
+        assert [sample['mask'][0, 0].item() for sample in images][3:] == [30, 40, 50]
+        wholes = folder(dated, seasons=2).images()
+        assert wholes[0]['image'].shape == (3, 8, 8)
+
+    def test_nodata_of_a_mask(self, root: Path) -> None:
+        values = np.full((1, 8, 8), 10, np.uint8)
+        values[:, :2] = 255
+        write_raster(root / 'masks' / 'a.tif', values, nodata=255)
+        mask = folder(root)[0]['mask']
+        assert (mask[:2] == 0).all()
+        assert (mask[2:] == 10).all()
 
     def test_crops_of_image_and_mask_are_the_same(self, dated: Path) -> None:
         dataset = folder(dated, seasons=3, size=4)
@@ -259,6 +282,7 @@ class TestErrors:
             ({'mask_band': 4}, 'mask_band must be from 1 to 3'),
             ({'image_bands': (0, 1)}, 'image_bands must be from 1 to 3'),
             ({'bands': ('B4', 'B3')}, 'bands must name the 3 image_bands'),
+            ({'masks': 'a', 'mask_band': 1}, 'masks = a and mask_band = 1'),
         ],
     )
     def test_bad_argument(

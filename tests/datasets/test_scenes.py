@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from tests.datamodules.helpers import DATA, two_zones, write_raster, write_worldcover
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS
+from torchgeo_softcon.datasets.rasters import _interpolate
 from torchgeo_softcon.datasets.scaling import resolve_value_range, to_unit_range
 from torchgeo_softcon.datasets.scenes import SceneGrid, WorldCoverScenes
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
@@ -298,6 +299,9 @@ class TestWorldCoverScenes:
         assert (len(upper), len(lower), len(whole)) == (7, 9, 10)
         with pytest.raises(ValueError, match=r'rows 0 to 2 of 20'):
             whole.with_windows(rows=(0, 0.1))
+        for bad in ({'seasons': 0}, {'length': 0}, {'rows': (0.5, 0.2)}):
+            with pytest.raises(ValueError, match=f'{next(iter(bad))}.* must be'):
+                whole.with_windows(**bad)
 
     def test_plot(self, root: Path) -> None:
         figure = scenes(root, seasons=2).plot(scenes(root, seasons=2)[0], 'a title')
@@ -490,6 +494,13 @@ class TestBands:
         write_raster(path, np.ones((1, 8, 8), np.uint16), crs='EPSG:32634')
         with pytest.raises(ValueError, match='share one CRS'):
             unlabelled(tmp_path)
+
+
+def test_a_neighbour_of_weight_0_does_not_count() -> None:
+    values = np.array([[1, np.nan, 3, 5]], np.float32)
+    positions = np.array([0, 0.5, 1, 2, 2.5, 3])
+    expected = [[1, np.nan, np.nan, 3, 4, 5]]
+    np.testing.assert_array_equal(_interpolate(values, positions, 1), expected)
 
 
 class TestErrors:

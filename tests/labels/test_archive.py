@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import geopandas
@@ -23,17 +24,20 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
+from torchgeo_softcon.labels.workers import InProcess
 from torchgeo_softcon.legends import (
     DYNAMICWORLD_CLASSES,
     WORLDCOVER_CODES,
     WORLDCOVER_TO_DYNAMICWORLD,
 )
 
+from ..datasets.ssl4eo import season
 from .helpers import centres, codes_at, grid, histogram, write_image, write_tile
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*official tile.*:UserWarning')
 
 COUNTS = [f'count_{code}' for code in WORLDCOVER_CODES]
+SEASONS = [season('s2c', day) for day in ('20210101', '20210401')]
 FRACTIONS = [f'fraction_{code}' for code in WORLDCOVER_CODES]
 
 
@@ -162,11 +166,31 @@ class TestFile:
         )
         assert list(about['classes'].values()) == list(DYNAMICWORLD_CLASSES)
 
+    def test_boxes_across_the_antimeridian(self, tmp_path: Path) -> None:
+        for west in (177, -180):
+            write_tile(tmp_path / 'tiles', west, 66)
+        table = tmp_path / 'a.csv'
+        # 100 x 50 pixels of the map, half of them on either side
+        rows = ''.join(
+            f'p{x},{x - 0.1},67,{x + 0.1},67.1,50,100\n' for x in (180, -180)
+        )
+        table.write_text(f'id,left,bottom,right,top,height,width\n{rows}')
+        out = tmp_path / 'a.parquet'
+        run(footprints=table, worldcover=tmp_path / 'tiles', out=out)
+        labels = pd.read_parquet(out)
+        lon, lat = (
+            180 + (np.arange(100) - 49.5) * 0.002,
+            67 + (np.arange(50) + 0.5) * 0.002,
+        )
+        expected = histogram(codes_at(lon[None], lat[:, None]))
+        assert labels[COUNTS].to_numpy().tolist() == [expected] * 2
+        assert (labels.valid == 1).all()
+
     def test_json_of_ssl4eo_s12(self, tiles: Path, tmp_path: Path) -> None:
-        for season in ('20210101', '20210401'):
+        for name in SEASONS:
             for band, res in (('B2', 100), ('B5', 200)):
                 write_image(
-                    tmp_path / 's2c' / '0000007' / season / f'{band}.tif',
+                    tmp_path / 's2c' / '0000007' / name / f'{band}.tif',
                     'EPSG:32632',
                     grid('EPSG:32632', 7, 46, res),
                 )
@@ -174,17 +198,17 @@ class TestFile:
         options = {'layout': ('ssl4eo-s12', tmp_path), 'worldcover': tiles, 'out': out}
         run(**options, min_fraction=0.09)
         table = pd.read_parquet(tmp_path / 'ml.parquet')
-        assert table.id.tolist() == ['s2c/0000007/20210101', 's2c/0000007/20210401']
+        assert table.id.tolist() == [f's2c/0000007/{name}' for name in SEASONS]
         assert (table.pixels == 32 * 32).all()
         present = [
             code for code in WORLDCOVER_CODES if table[f'fraction_{code}'][0] >= 0.09
         ]
         assert 0 < len(present) < 11
-        seasons = {'20210101': present, '20210401': present}
+        seasons = dict.fromkeys(SEASONS, present)
         assert json.loads(out.read_text()) == {'0000007': seasons}
         # Other thresholds need no counting
         assert run(**options, min_fraction=0.001).new == 0
-        assert json.loads(out.read_text())['0000007']['20210101'] == [*WORLDCOVER_CODES]
+        assert json.loads(out.read_text())['0000007'][SEASONS[0]] == [*WORLDCOVER_CODES]
 
     def test_json_that_is_something_else(
         self, images: Path, tiles: Path, tmp_path: Path
@@ -221,11 +245,11 @@ class TestFile:
         self, tiles: Path, tmp_path: Path
     ) -> None:
         for product in ('s2a', 's2c'):
-            path = tmp_path / product / '07' / '20210101' / 'B2.tif'
+            path = tmp_path / product / '07' / SEASONS[0] / 'B2.tif'
             write_image(path, 'EPSG:32632', grid('EPSG:32632', 7, 46, 100))
         out = tmp_path / 'ml.json'
         run(layout=('ssl4eo-s12', tmp_path), worldcover=tiles, out=out)
-        assert list(json.loads(out.read_text())['07']) == ['20210101']
+        assert list(json.loads(out.read_text())['07']) == [SEASONS[0]]
 
     def test_delhi(self, shared: Path, tmp_path: Path) -> None:
         expected = pd.read_csv(
@@ -505,6 +529,26 @@ class TestBadInput:
         assert 'has no place' in reasons['e.tif']
         assert len(pq.read_table(out)) == 12
 
+    def test_results_that_are_lost(
+        self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def lose(self: InProcess, function: Any, units: Any) -> Any:
+            results = list(map(function, units))
+            return results[1:] if function is archive.count_unit else results
+
+        monkeypatch.setattr(plan, '_SMALLEST', 32)
+        monkeypatch.setattr(plan, '_LARGEST', 32)
+        out = tmp_path / 'a.parquet'
+        options: Any = {'footprints': boxes(tmp_path / 'a.csv', 64), 'out': out}
+        with monkeypatch.context() as patch:
+            patch.setattr(InProcess, 'map', lose)
+            with pytest.raises(
+                RuntimeError, match=r'no result for \d+ patches, such as'
+            ):
+                run(**options, worldcover=tiles)
+        assert not out.exists()
+        assert run(**options, worldcover=tiles).rows == 64
+
     def test_interrupted_by_the_keyboard(
         self, tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -530,6 +574,18 @@ class TestBadInput:
         assert len(list(tmp_path.glob('a.parquet.parts/counts-*.parquet'))) == 1
         assert capfd.readouterr().err == 'interrupted, start again to go on\n'
         assert not out.exists()
+
+    def test_interrupted_while_it_loads(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Loading(ModuleType):
+            def __getattr__(self, name: str) -> None:
+                raise (KeyboardInterrupt if name == 'label_archive' else AttributeError)
+
+        name = 'torchgeo_softcon.labels.archive'
+        monkeypatch.setitem(sys.modules, name, Loading(name))
+        assert main(['labels', '--images', 'a', '--worldcover', 'b']) == 130
+        assert capsys.readouterr().err == 'interrupted, start again to go on\n'
 
     def test_a_corrupt_tile_in_the_middle_of_a_run(
         self, tiles: Path, tmp_path: Path
@@ -625,6 +681,7 @@ class TestBadInput:
         pd.DataFrame({'a': [1]}).to_parquet(out)
         with pytest.raises(ValueError, match='is there, but is no file of labels'):
             run(images=images, worldcover=tiles, out=out)
+        assert not (tmp_path / 'a.parquet.parts').exists()
 
     def test_parts_of_another_run(self, tiles: Path, tmp_path: Path) -> None:
         parts = tmp_path / 'a.parquet.parts'

@@ -24,6 +24,7 @@ from torchgeo_softcon.labels.footprints import (
 from torchgeo_softcon.labels.sources import Read, find_images, find_layout, read
 from torchgeo_softcon.labels.tables import read_footprints
 
+from ..datasets.ssl4eo import season
 from .helpers import grid, write_image
 
 
@@ -86,9 +87,19 @@ class TestImages:
             find_layout('ssl4eo-s12', tmp_path)
 
     def test_a_date_without_its_band(self, tmp_path: Path) -> None:
-        (tmp_path / 's1' / '0000001' / '20210101').mkdir(parents=True)
+        name = season('s1', '20210101')
+        (tmp_path / 's1' / '0000001' / name).mkdir(parents=True)
         whole = read_all(find_layout('ssl4eo-s12', tmp_path))
-        assert list(whole.failures) == ['s1/0000001/20210101']
+        assert list(whole.failures) == [f's1/0000001/{name}']
+
+    def test_what_is_no_image(self, tmp_path: Path) -> None:
+        name = season('s2c', '20210101')
+        # A run of `unpack` that was killed leaves the second
+        for folder in (name, f'.{name}.tmp', 'thumbnails'):
+            (tmp_path / 's2c' / '0000001' / folder).mkdir(parents=True)
+        (tmp_path / 's2c' / 'notes' / name).mkdir(parents=True)
+        found = find_layout('ssl4eo-s12', tmp_path)
+        assert found.ids.to_pylist() == [f's2c/0000001/{name}']
 
 
 def frame() -> geopandas.GeoDataFrame:
@@ -192,6 +203,48 @@ class TestTables:
         assert whole.table['id'].to_pylist() == ['a']
         assert whole.failures == {'b': 'cannot be read', 'c': 'is no polygon'}
 
+    @pytest.mark.parametrize('suffix', ['gpkg', 'parquet'])
+    def test_rows_without_a_crs_have_that_of_the_file(
+        self, tmp_path: Path, suffix: str
+    ) -> None:
+        path = tmp_path / f'a.{suffix}'
+        table = frame().to_crs('EPSG:32632')
+        table['crs'] = [None, '', 'EPSG:32633']
+        table.to_parquet(path) if suffix == 'parquet' else table.to_file(path)
+        systems = read_all(read_footprints(path)).table['crs'].to_pylist()
+        assert systems == ['EPSG:32632', 'EPSG:32632', 'EPSG:32633']
+
+    def test_the_geometry_that_a_file_says(self, tmp_path: Path) -> None:
+        table = frame().rename_geometry('outline')
+        table['Geometry'] = 'a square'
+        table.to_crs('EPSG:32632').to_parquet(tmp_path / 'a.parquet')
+        whole = read_all(read_footprints(tmp_path / 'a.parquet'))
+        assert whole.table['crs'].to_pylist() == ['EPSG:32632'] * 3
+        assert shapely.equals_exact(
+            outlines(whole.table), frame().geometry.to_numpy(), 1e-5
+        ).all()
+
+    def test_the_first_column_of_a_name(self, tmp_path: Path) -> None:
+        path = tmp_path / 'a.csv'
+        path.write_text('ID,id,left,bottom,right,top\na,b,1,2,3,4\n')
+        assert read_footprints(path).ids.to_pylist() == ['a']
+
+    def test_geometries_in_another_encoding(self, tmp_path: Path) -> None:
+        frame().to_parquet(tmp_path / 'a.parquet', geometry_encoding='geoarrow')
+        with pytest.raises(ValueError, match=r"list<.*: write it with .*'WKB'"):
+            read_footprints(tmp_path / 'a.parquet')
+
+    @pytest.mark.parametrize('height', ['', '10.7', '0', 'ten'])
+    def test_rows_without_a_size(self, tmp_path: Path, height: str) -> None:
+        path = tmp_path / 'a.csv'
+        rows = f'a,0,0,1,1,{height},9\nb,0,0,1,1,8,9\n'
+        path.write_text(f'id,left,bottom,right,top,height,width\n{rows}')
+        whole = read_all(read_footprints(path))
+        assert whole.table['id'].to_pylist() == ['b']
+        assert whole.table['height'].to_pylist() == [8]
+        reason = 'has no height and width that are whole numbers of 1 or more'
+        assert whole.failures == {'a': reason}
+
     @pytest.mark.parametrize(
         ('columns', 'message'),
         [
@@ -219,16 +272,8 @@ class TestTables:
                 'with height and width must be boxes',
             ),
             (
-                {
-                    'id': ['a'],
-                    'left': 0,
-                    'bottom': 0,
-                    'right': 1,
-                    'top': 1,
-                    'height': 0,
-                    'width': 9,
-                },
-                'height and width of 1 or more',
+                {'id': ['a', 'b', 'a'], 'wkt': ['POLYGON ((0 0, 1 0, 1 1, 0 0))'] * 3},
+                'ids must be unique, 1 occur more than once, such as a',
             ),
             (
                 {'id': [None, 'b'], 'wkt': 'POINT (1 1)'},

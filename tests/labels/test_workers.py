@@ -70,6 +70,18 @@ class TestLocal:
         assert sorted(LocalWorkers(2).map(die_once, units)) == list(range(12))
         assert (tmp_path / 'died').exists()
 
+    def test_a_worker_that_dies_while_nobody_waits(self, tmp_path: Path) -> None:
+        units = [(tmp_path / 'died', number) for number in range(12)]
+        results = []
+        for result in LocalWorkers(2).map(die_once, units):
+            results.append(result)
+            if len(results) == 1:
+                # Now the next unit is handed to processes that are no longer there
+                while not (tmp_path / 'died').exists():
+                    time.sleep(0.01)
+                time.sleep(0.3)
+        assert sorted(results) == list(range(12))
+
     def test_a_unit_that_kills_its_workers(self) -> None:
         with pytest.raises(RuntimeError, match=r'died 3 times.*use fewer workers'):
             list(LocalWorkers(2).map(die, range(6)))

@@ -60,9 +60,11 @@ def target_transform(target: Target, min_fraction: float, fractions: bool) -> nn
     """
     if target not in ('label', 'mask'):
         raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
-    if target == 'mask':
-        return _OrdinalMask()
     label = WorldCoverMultiLabel(min_fraction=min_fraction, fractions=fractions)
+    if target == 'mask':
+        if fractions:
+            raise ValueError("fractions must be left out, or target='label' be set")
+        return _OrdinalMask()
     return label if fractions else nn.Sequential(label, _LongLabel())
 
 

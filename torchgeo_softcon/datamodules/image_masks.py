@@ -18,6 +18,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
 
     Without *val_fraction*, all images are used for training, validation and testing
     alike. With it, images of one place (see *places*) are never in two of them.
+    Predictions are of single images, of their middle if they are cropped to *size*.
 
     .. versionadded:: 0.1
     """
@@ -113,4 +114,4 @@ class ImageMaskFolderDataModule(DrawDataModule):
             self._folder = ImageMaskFolder(**self.kwargs)
         self._divide(stage, self._folder)
         if stage == 'predict':
-            self.predict_dataset = self._folder
+            self.predict_dataset = self._folder.images()

@@ -91,6 +91,7 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             val_fraction=val_fraction,
             seed=seed,
         )
+        self.min_fraction = min_fraction
         self._files: dict[str, Any] = {
             'root': root,
             'places': places,
@@ -121,6 +122,10 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             'data.bands': json.dumps(list(self._files['bands'])),
             'data.patch_size': size or self.kwargs['patch_size'],
             'data.length': self.length,
+            'data.min_fraction': self.min_fraction,
+            'data.min_valid': self.kwargs['min_valid'],
+            'data.val_fraction': self.val_fraction,
+            'data.seed': self.seed,
             'trainer.max_epochs': 3,
         }
         defaults = inspect.signature(type(self)).parameters

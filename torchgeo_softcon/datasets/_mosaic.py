@@ -395,6 +395,18 @@ class Mosaic:
         return shapely.union_all(boxes).buffer(1e-9)
 
 
+def join_halves(lon: Floats) -> Floats:
+    """Bring the halves of an outline across the antimeridian together.
+
+    Args:
+        lon: Degrees of longitude of its corners, in [-180, 180].
+
+    Returns:
+        The same places, beyond 180 if it crosses that line.
+    """
+    return np.where(lon < 0, lon + 360, lon) if np.ptp(lon) > 180 else lon
+
+
 def outline(
     source: CRS, target: CRS, bounds: tuple[float, float, float, float]
 ) -> shapely.Polygon:
@@ -415,6 +427,6 @@ def outline(
     to_target = projection(source, target)
     if to_target is not None:
         x, y = to_target.transform(x, y)
-        if target.is_geographic and np.ptp(x) > 180:
-            x = np.where(x < 0, x + 360, x)
+        if target.is_geographic:
+            x = join_halves(x)
     return shapely.Polygon(np.column_stack([x, y]))

@@ -127,6 +127,11 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
             raise ValueError(
                 'root must be given, or images together with masks or mask_band'
             )
+        if masks is not None and mask_band is not None:
+            raise ValueError(
+                f'masks must be left out, or mask_band, got masks = {masks} and mask_band = '
+                f'{mask_band}'
+            )
         if seed < 0:
             raise ValueError(f'seed must be at least 0, got {seed}')
         if seasons < 1 or (size is not None and size < 1):
@@ -136,6 +141,7 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
 
         self.seasons = seasons
         self.size = size
+        self._random = True
         self.mask_band = mask_band
         self.nodata = nodata
         self.seed = seed
@@ -272,11 +278,26 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
             folder = os.path.dirname(stem) if self.seasons > 1 else ''
             return folder or stem
         match = re.search(places, stem)
-        if match is None:
+        # A group that takes no part, as in x(y)?, has not found the place either
+        found = None if match is None else match[min(match.re.groups, 1)]
+        if found is None:
             raise ValueError(
                 f'places must match every image, {places!r} does not {stem}'
             )
-        return str(match[1] if match.re.groups else match[0])
+        return str(found)
+
+    def images(self) -> 'ImageMaskFolder':
+        """Every image as a sample of its own, in order, and its middle if it is cropped.
+
+        Returns:
+            The same images without random choices.
+        """
+        other = copy.copy(self)
+        groups = zip(self.places, self.samples, strict=True)
+        other.places = [place for place, group in groups for _ in group]
+        other.samples = [[patch] for group in self.samples for patch in group]
+        other.seasons, other._random = 1, False
+        return other
 
     def divide(
         self, fraction: float
@@ -354,9 +375,11 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
     def _crop(self, patch: Patch, rng: np.random.Generator) -> Window | None:
         if self.size is None:
             return None
-        top = rng.integers(0, patch.height - self.size + 1)
-        left = rng.integers(0, patch.width - self.size + 1)
-        return Window(int(left), int(top), self.size, self.size)
+        down, right = patch.height - self.size, patch.width - self.size
+        top, left = down // 2, right // 2
+        if self._random:
+            top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
+        return Window(left, top, self.size, self.size)
 
     def _image(self, patch: Patch, window: Window | None) -> npt.NDArray[np.float32]:
         with open_raster(patch.image) as source:
@@ -376,9 +399,13 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
         return to_unit_range(values, self.value_range)
 
     def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
+        band = self.mask_band or 1
         with open_raster(patch.mask) as source:
-            raw = read_raster(source, patch.mask, [self.mask_band or 1], window)
-        return np.asarray(raw[0])
+            mask: npt.NDArray[Any] = read_raster(source, patch.mask, [band], window)[0]
+            nodata = source.nodatavals[band - 1]
+        if nodata is not None:
+            mask[mask == nodata] = 0
+        return mask
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
         """Plot a sample.

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ._whole import whole_file
 from .buffers import BufferPool
 from .season_labels import SeasonLabels
 from .ssl4eo_s12 import BANDS, Archive, Georeference
@@ -126,8 +127,9 @@ class PackedArchive(Archive):
         self.split = split
         self.bands = BANDS[split]
         self.index = index_path(root, split)
+        self._version = _version(self.index)
         self.metadata = read_metadata(self.index)
-        table = pq.read_table(self.index, columns=['id', 'season', 'shard', 'offset'])
+        table = self._columns('id', 'season', 'shard', 'offset')
         self.location = np.array(table['id'].to_pylist(), dtype=np.bytes_)
         self.season = np.array(table['season'].to_pylist(), dtype=np.bytes_)
         self._shard = table['shard'].to_numpy()
@@ -145,7 +147,7 @@ class PackedArchive(Archive):
         """Labels that are packed with the images, None if there are none."""
         if self.metadata['labels'] is None:
             return None
-        column = pq.read_table(self.index, columns=['label'])['label'].combine_chunks()
+        column = self._columns('label')['label'].combine_chunks()
         values = column.flatten().to_numpy().reshape(len(self), -1)
         return SeasonLabels(
             str(self.index),
@@ -196,19 +198,29 @@ class PackedArchive(Archive):
 
         Returns:
             Its georeference.
+
+        Raises:
+            ValueError: If more was packed since this was opened: rows have moved.
         """
         return georeferences(self._places.slice(row, 1))[0]
 
     @property
     def checksums(self) -> npt.NDArray[np.uint32]:
         """Checksums of the records, shape (N,)."""
-        return np.asarray(pq.read_table(self.index, columns=['checksum'])['checksum'])
+        return np.asarray(self._columns('checksum')['checksum'])
 
     @functools.cached_property
     def _places(self) -> pa.Table:
-        return pq.read_table(
-            self.index, columns=['crs', 'bounds', 'transforms', 'nodata']
-        )
+        return self._columns('crs', 'bounds', 'transforms', 'nodata')
+
+    def _columns(self, *names: str) -> pa.Table:
+        """Columns of the index, whose rows must be those of the start."""
+        table = pq.read_table(self.index, columns=list(names))
+        if _version(self.index) != self._version:
+            raise ValueError(
+                f'{self.index} has changed since it was opened: open the archive again'
+            )
+        return table
 
     def _check(self) -> np.dtype[Any]:
         """Find the type of the records, and look at the length of all files."""
@@ -229,6 +241,12 @@ class PackedArchive(Archive):
                     f'cut off after {path.stat().st_size} bytes. Delete it, and pack again'
                 )
         return dtype
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """What tells a file from another that takes its place."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
@@ -288,16 +306,15 @@ def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> N
         path: The file, which is there once it is complete.
         table: Rows of :data:`SCHEMA`.
         labels: What the labels are, None if there are none.
+
+    Raises:
+        OSError: If the file can not be written. What there is of it is deleted.
     """
     metadata = {_METADATA: json.dumps({'format': FORMAT, 'labels': labels})}
-    unfinished = path.with_suffix('.tmp')
-    with open(unfinished, 'wb') as file:
+    with whole_file(path) as unfinished:
         pq.write_table(
-            table.replace_schema_metadata(metadata), file, compression='zstd'
+            table.replace_schema_metadata(metadata), unfinished, compression='zstd'
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def georeferences(table: pa.Table) -> list[Georeference]:
@@ -331,19 +348,8 @@ def write_records(path: Path, records: npt.NDArray[Any]) -> None:
     Raises:
         OSError: If the file can not be written. What there is of it is deleted.
     """
-    unfinished = path.with_suffix('.tmp')
     header = np.lib.format.header_data_from_array_1_0(records)
-    try:
-        with open(unfinished, 'wb') as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            # Not numpy.save, whose error does not tell that the disk is full
-            file.write(records.view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f'cannot write {path}: {error.strerror}. Make room, and start again to go on',
-        ) from error
+    with whole_file(path) as unfinished, open(unfinished, 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        # Not numpy.save, whose error does not tell that the disk is full
+        file.write(records.view(np.uint8).data)

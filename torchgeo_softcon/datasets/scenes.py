@@ -29,6 +29,7 @@ from .plotting import plot_sample
 from .rasters import Grid, RasterReader, Scene, find_files, find_scenes
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 from .worldcover import ESAWorldCover
+from .worldcover_tiles import BUCKET, tile_path
 
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -169,18 +170,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 band without a name are taken for dates of one place, or later, if no
                 window with enough data is found.
         """
-        _check_seed(seed)
-        if patch_size < 1 or seasons < 1:
-            raise ValueError(
-                'patch_size and seasons must be at least 1, got '
-                f'{patch_size} and {seasons}'
-            )
+        _check_draws(patch_size, length, seed, seasons)
         if not 0 <= min_valid <= 1:
             raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
-        if not 0 <= rows[0] < rows[1] <= 1:
-            raise ValueError(f'rows must be 0 <= first < last <= 1, got {rows}')
-        if length is not None and length < 1:
-            raise ValueError(f'length must be at least 1, got {length}')
 
         self.patch_size = patch_size
         self.seasons = seasons
@@ -226,6 +218,8 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
 
     def _set_rows(self, rows: tuple[float, float]) -> None:
         """Find the rows of each place, and how likely it is drawn."""
+        if not 0 <= rows[0] < rows[1] <= 1:
+            raise ValueError(f'rows must be 0 <= first < last <= 1, got {rows}')
         self._rows = []
         for place in self.places:
             height, width = place.grid.height, place.grid.width
@@ -270,16 +264,12 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 for place in shown
                 for tile in worldcover.tiles(place.crs, place.grid.bounds)
             }
-            url = worldcover.url.format(
-                year=worldcover.year,
-                version='v200' if worldcover.year == 2021 else 'v100',
-                tile='',
-            ).rpartition('/')[0]
+            folder = tile_path('', worldcover.year).rpartition('/')[0]
             raise FileNotFoundError(
                 'no WorldCover tile lies under '
                 f'{", ".join(place.scenes[0].name for place in shown)}'
                 f'{f" and {more} more" if more else ""}. Expected '
-                f'{", ".join(sorted(tiles))} from {url}/. Set allow_unlabelled to go on '
+                f'{", ".join(sorted(tiles))} from {BUCKET}/{folder}/. Set allow_unlabelled to go on '
                 'without'
             )
 
@@ -305,15 +295,15 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             A new dataset.
 
         Raises:
-            ValueError: If a window does not fit into the rows of a raster, or if *seed*
-                is out of range.
+            ValueError: If a window does not fit into the rows of a raster, or if an
+                argument is out of range.
         """
         other = copy.copy(self)
         other._reader = RasterReader()
         other.seed = self.seed if seed is None else seed
         other.stream = stream
-        _check_seed(other.seed)
         other.seasons = self.seasons if seasons is None else seasons
+        _check_draws(self.patch_size, length, other.seed, other.seasons)
         other._check_dates()
         other._set_rows(rows)
         covered = int(other._areas.sum()) // self.patch_size**2
@@ -501,7 +491,13 @@ def _starts(first: int, last: int, size: int) -> list[int]:
     return starts
 
 
-def _check_seed(seed: int) -> None:
+def _check_draws(patch_size: int, length: int | None, seed: int, seasons: int) -> None:
+    if patch_size < 1 or seasons < 1:
+        raise ValueError(
+            f'patch_size and seasons must be at least 1, got {patch_size} and {seasons}'
+        )
+    if length is not None and length < 1:
+        raise ValueError(f'length must be at least 1, got {length}')
     # One word of entropy. A larger one would take the place of the index behind it.
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be from 0 to 2**32 - 1, got {seed}')

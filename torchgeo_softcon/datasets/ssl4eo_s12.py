@@ -116,11 +116,7 @@ class TiffArchive(Archive):
         self.root = Path(root) / split
         self.split = split
         self.bands = BANDS[split]
-        found = [
-            (location, season)
-            for location in _folders(self.root, _LOCATION)
-            for season in _folders(self.root / location, _SEASON[split])
-        ]
+        found = list_images(root, split)
         if not found:
             raise FileNotFoundError(
                 f'root must be a folder of SSL4EO-S12 with images such as '
@@ -269,6 +265,24 @@ def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
             f'split must be one or several of {", ".join(BANDS)}, got {split!r}'
         )
     return names
+
+
+def list_images(root: str | os.PathLike[str], split: str) -> list[tuple[str, str]]:
+    """Find images by the names of their folders. Others are passed over.
+
+    Args:
+        root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
+        split: Name of one of them.
+
+    Returns:
+        Location and name of each image, sorted.
+    """
+    folder = Path(root) / split
+    return [
+        (location, season)
+        for location in _folders(folder, _LOCATION)
+        for season in _folders(folder / location, _SEASON[split])
+    ]
 
 
 def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:

@@ -119,6 +119,7 @@ def label_archive(
         ImportError: If there is a *scheduler*, but no Dask.
         OSError: If there are no images or no tiles, if a tile cannot be opened, or if the
             file cannot be written.
+        RuntimeError: If workers die again and again, or results are lost.
         ValueError: If not exactly one archive is given, ids are not unique (for JSON, in
             their last folder and name), other options are out of range, or if the file has
             labels of another map, legend or archive, or is none of labels.
@@ -146,7 +147,6 @@ def label_archive(
     elif remote_bucket(worldcover) is None:
         find_files(worldcover, year)
     source, name = _find_archive(images, footprints, layout)
-    _check_unique(source.ids)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
         check_places(source.ids.to_pylist())
@@ -195,18 +195,6 @@ def _find_archive(
     with open(footprints, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     return table, f'footprints {digest}'
-
-
-def _check_unique(ids: pa.StringArray) -> None:
-    """Refuse ids that are not unique."""
-    if pc.count_distinct(ids).as_py() == len(ids):
-        return
-    counted = ids.value_counts()
-    often = counted.field('values').filter(pc.greater(counted.field('counts'), 1))
-    raise ValueError(
-        f'ids must be unique, {len(often)} occur more than once, such as '
-        f'{", ".join(often[:3].to_pylist())}'
-    )
 
 
 def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
@@ -271,6 +259,7 @@ class _Run:
         uncounted &= _absent(names, self.store.parts('counts')['id'])
         uncounted[list(lost)] = False
         done = self._count(plan, footprints, uncounted)
+        self._check_none_is_lost(unfinished)
         rows = self.store.finish(
             self.source.ids,
             footprints,
@@ -285,6 +274,17 @@ class _Run:
             self.decoded,
             partial=self._partial(),
         )
+
+    def _check_none_is_lost(self, unfinished: pa.Array) -> None:
+        """Refuse to call it done if a patch has neither counts nor a reason."""
+        ids = self.source.ids.take(unfinished)
+        uncounted = ids.filter(pa.array(_absent(ids, self.store.parts('counts')['id'])))
+        lost = [name for name in uncounted.to_pylist() if name not in self.failures]
+        if lost:
+            raise RuntimeError(
+                f'workers gave no result for {len(lost)} patches, such as '
+                f'{", ".join(lost[:3])}. What is done is kept: start again to go on'
+            )
 
     def _partial(self) -> int:
         """Number of rows of the file with land cover for a part of their pixels."""

@@ -141,13 +141,13 @@ def main(args: Sequence[str]) -> int:
         Exit status: 0, 1 if patches failed, 2 if the run did, 130 if interrupted.
     """
     options = vars(parser().parse_args(list(args)))
-    # Not before: help must not wait for it
-    from .archive import label_archive
-
     options['progress'] = not options.pop('quiet')
     if options['layout'] is not None:
         options['layout'] = tuple(options['layout'])
     try:
+        # Not before: help must not wait for it
+        from .archive import label_archive
+
         labelled = label_archive(**options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'torchgeo-softcon labels: {error}', file=sys.stderr)

@@ -28,7 +28,7 @@ from pyproj import CRS
 from pyproj.exceptions import ProjError
 from rasterio.features import geometry_mask
 
-from ..datasets._mosaic import EDGE, Tile, projection
+from ..datasets._mosaic import EDGE, Tile, join_halves, projection
 from .blocks import BlockMosaic, gdal_options
 from .footprints import (
     EDGE_DEGREES,
@@ -408,8 +408,7 @@ def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geome
         if transformer is not None:
             x, y = transformer.transform(x, y)
         if target.is_geographic:
-            if np.ptp(x) > 180:
-                x = np.where(x < 0, x + 360, x)
+            x = join_halves(x)
             x = x - 360 * np.round((x.min() + x.max()) / 720)
         return np.column_stack([x, y])
 

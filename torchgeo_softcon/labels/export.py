@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from .store import _whole
+from ..datasets._whole import whole_file
 
 
 def write_json(
@@ -57,7 +57,7 @@ def write_json(
                         f'last folder and the name of {name} and of another patch: '
                         f'JSON cannot have both, use the Parquet file {labels}'
                     )
-    with _whole(Path(out)) as unfinished:
+    with whole_file(Path(out)) as unfinished:
         unfinished.write_text(json.dumps(locations))
 
 

@@ -23,7 +23,7 @@ import shapely
 from pyproj import CRS
 from pyproj.exceptions import CRSError, ProjError
 
-from ..datasets._mosaic import projection
+from ..datasets._mosaic import join_halves, projection
 
 Floats = npt.NDArray[np.float64]
 
@@ -218,9 +218,7 @@ def _to_degrees(polygon: shapely.Geometry, to_degrees: Any) -> shapely.Geometry 
         x, y = points.T
         if to_degrees is not None:
             x, y = to_degrees.transform(x, y)
-        if np.ptp(x) > 180:  # the halves of a polygon across the antimeridian
-            x = np.where(x < 0, x + 360, x)
-        return np.column_stack([x, y])
+        return np.column_stack([join_halves(x), y])
 
     moved = shapely.transform(polygon, move)
     return moved if np.isfinite(shapely.get_coordinates(moved)).all() else None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.compute as pc
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -133,6 +133,25 @@ def read(unit: Any) -> Read:
     )
 
 
+def check_unique(ids: pa.StringArray) -> None:
+    """Refuse ids that are not unique.
+
+    Args:
+        ids: Names of patches.
+
+    Raises:
+        ValueError: If some are the same.
+    """
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counted = ids.value_counts()
+    often = counted.field('values').filter(pc.greater(counted.field('counts'), 1))
+    raise ValueError(
+        f'ids must be unique, {len(often)} occur more than once, such as '
+        f'{", ".join(often[:3].to_pylist())}'
+    )
+
+
 def find_images(pattern: str | os.PathLike[str]) -> Images:
     """List the images of an archive.
 
@@ -144,6 +163,7 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If the pattern matches the same twice.
     """
     text = os.fspath(pattern)
     if os.path.isdir(text):
@@ -166,9 +186,11 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
             f'images must match at least one raster, got {text!r}, which matches none. '
             "Quote patterns: --images 'DIR/**/*.tif'"
         )
-    return Images(
+    images = Images(
         [os.path.relpath(path, root).replace(os.sep, '/') for path in paths], paths
     )
+    check_unique(images.ids)
+    return images
 
 
 def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
@@ -180,7 +202,7 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
         root: Folder of the archive.
 
     Returns:
-        One patch per image, with ids of its folders, such as
+        One patch per image, as :class:`.TiffArchive` finds them, with ids of its folders, such as
         ``s2c/0000000/20180710T125311_20180710T125627_T24KVE``. Where a 10 m band is, is
         its grid.
 
@@ -190,17 +212,14 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
     """
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    # Not before: it needs PyTorch
+    from ..datasets.ssl4eo_s12 import list_images
+
     ids, paths = [], []
     for product, band in _SSL4EO_S12.items():
-        folder = os.path.join(os.fspath(root), product)
-        if not os.path.isdir(folder):
-            continue
-        for location in sorted(os.listdir(folder)):
-            place = os.path.join(folder, location)
-            for date in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-                if os.path.isdir(os.path.join(place, date)):
-                    ids.append(f'{product}/{location}/{date}')
-                    paths.append(os.path.join(place, date, band))
+        for location, date in list_images(root, product):
+            ids.append(f'{product}/{location}/{date}')
+            paths.append(os.path.join(root, product, location, date, band))
     if not ids:
         raise FileNotFoundError(
             f'root must have {", ".join(_SSL4EO_S12)} with folders LOCATION/DATE of '

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +23,16 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
+from ..datasets._whole import whole_file
 from ..legends import WORLDCOVER_CODES, Legend
 from .counting import Counted, Counts
 from .footprints import LONLAT, SCHEMA, outlines
 
 #: Rows of a row group of the file.
 _ROWS = 2**16
+
+#: What to do about something else at the place of a file.
+_REMEDY = 'Choose another file, or set overwrite to replace it'
 
 #: Version of the columns of the file.
 _VERSION = 1
@@ -76,6 +79,9 @@ class LabelStore:
             BlockingIOError: If another run writes the file.
             ValueError: If there are labels of another map or legend.
         """
+        self._replaced = overwrite
+        if not self.folder.exists():
+            self._check_file()  # before it is
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(exist_ok=True)
         # It does not outlive its process, unlike a file that is there or not
@@ -92,7 +98,6 @@ class LabelStore:
 
     def _check(self, archive: str, overwrite: bool) -> None:
         """Raise an error if what is there is something else."""
-        remedy = 'Choose another file, or set overwrite to replace it'
         origin = {'archive': archive, 'year': self.year, 'version': _VERSION}
         # Without parts, it is left over from a run that did nothing: a wrong command
         if any(self.folder.glob('*.parquet')) and self._manifest.exists():
@@ -101,19 +106,23 @@ class LabelStore:
                 if there.get(key) != value:
                     raise ValueError(
                         f'{self.folder} has parts of an interrupted run with {key} = '
-                        f'{there.get(key)}, this one has {value}. {remedy}'
+                        f'{there.get(key)}, this one has {value}. {_REMEDY}'
                     )
         else:
             there = {**origin, 'overwrite': overwrite, 'tiles': []}
             _write(self._manifest, json.dumps(there).encode())
         self._replaced = there.get('overwrite', False)
+        self._check_file()
+
+    def _check_file(self) -> None:
+        """Raise an error if the file has other labels, or none."""
         if self._there():
             there = self.about()
             for key, value in self._origin().items():
                 if there.get(key) != value:
                     raise ValueError(
                         f'{self.path} has labels with {key} = {there.get(key)}, this run '
-                        f'has {value}. {remedy}'
+                        f'has {value}. {_REMEDY}'
                     )
 
     def _there(self) -> bool:
@@ -131,8 +140,7 @@ class LabelStore:
             return dict(json.loads(metadata[b'labels']))
         except (KeyError, pa.ArrowInvalid) as error:
             raise ValueError(
-                f'{self.path} is there, but is no file of labels. Choose another file, or '
-                'set overwrite to replace it'
+                f'{self.path} is there, but is no file of labels. {_REMEDY}'
             ) from error
 
     def _origin(self) -> dict[str, Any]:
@@ -172,7 +180,7 @@ class LabelStore:
                 part = pq.read_table(path)
                 whole = _by_code(part).sum(1) == part['pixels'].to_numpy()
                 if not whole.all():
-                    with _whole(path) as unfinished:
+                    with whole_file(path) as unfinished:
                         pq.write_table(
                             part.filter(pa.array(whole)), unfinished, compression='zstd'
                         )
@@ -189,7 +197,7 @@ class LabelStore:
         last = max(self.folder.glob(f'{kind}-*.parquet'), default=None)
         number = 0 if last is None else int(last.stem.rpartition('-')[2]) + 1
         path = self.folder / f'{kind}-{number:08d}.parquet'
-        with _whole(path) as unfinished:
+        with whole_file(path) as unfinished:
             pq.write_table(table, unfinished, compression='zstd')
 
     def finish(
@@ -213,7 +221,7 @@ class LabelStore:
         before, counts = self.labels(), self.parts('counts')
         schema = self._schema({**self._origin(), **about})
         rows = 0
-        with _whole(self.path) as unfinished:
+        with whole_file(self.path) as unfinished:
             with pq.ParquetWriter(unfinished, schema, compression='zstd') as writer:
                 for start in range(0, len(ids), _ROWS):
                     chunk = ids.slice(start, _ROWS)
@@ -311,7 +319,7 @@ class LabelStore:
             self.failures.unlink(missing_ok=True)
             return
         with (
-            _whole(self.failures) as unfinished,
+            whole_file(self.failures) as unfinished,
             unfinished.open('w', newline='') as file,
         ):
             writer = csv.writer(file)
@@ -350,23 +358,6 @@ def _by_code(counts: pa.Table) -> Counts:
     return np.asarray(flat).reshape(-1, len(WORLDCOVER_CODES))
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the real one once all is written."""
-    unfinished = path.with_name(f'{path.name}.tmp')
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise OSError(
-            error.errno or 0,
-            f'{path} cannot be written ({error.strerror or error}). What is done is kept: '
-            'make room and start again',
-        ) from error
-
-
 def _write(path: Path, data: bytes) -> None:
-    with _whole(path) as unfinished:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(data)

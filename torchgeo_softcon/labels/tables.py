@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -17,8 +18,8 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
-from .footprints import make_footprints, parse_crs
-from .sources import Read
+from .footprints import Floats, make_footprints, parse_crs
+from .sources import Read, check_unique
 
 #: Columns of a table that has boxes instead of geometries.
 _BOX = ('left', 'bottom', 'right', 'top')
@@ -32,6 +33,7 @@ _CSV_TYPES = {
 #: Why a row is left out.
 _NO_POLYGON = 'is no polygon'
 _UNREADABLE = 'cannot be read'
+_NO_PIXELS = 'has no height and width that are whole numbers of 1 or more'
 
 #: Rows that are read at once.
 _ROWS = 2**16
@@ -63,15 +65,16 @@ class Table:
 def read_footprints(path: str | os.PathLike[str]) -> Table:
     """Read a table of footprints.
 
-    It has a column *id* (or the first column of that name in any case), and one of
+    It has a column *id*, and one of
 
     * geometries, polygons: the geometry of a GeoPackage, GeoParquet or any vector file, or
       a column *geometry* or *wkt* with well-known text in a CSV file,
     * boxes: columns *left*, *bottom*, *right*, *top*,
 
-    and, if wanted, *crs* (default: that of the file, else longitude and latitude), and
-    *height* and *width*: then the box of each patch has so many pixels, and is labelled
-    on these. Without them it is labelled by the pixels of the map inside of it.
+    and, if wanted, *crs* (where there is none: that of the file, else longitude and
+    latitude), and *height* and *width*: then the box of each patch has so many pixels, and
+    is labelled on these. Without them it is labelled by the pixels of the map inside of
+    it. Names of columns may be in any case, the first of each name counts.
 
     Args:
         path: A GeoPackage, Parquet, CSV, or what else GeoPandas reads.
@@ -106,7 +109,9 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
             'footprints must be polygons in well-known text or binary, none of the '
             f'{len(failures)} rows of {path} is'
         )
-    return Table(Read(table, failures), pa.concat_arrays(names))
+    ids = pa.concat_arrays(names)
+    check_unique(ids)
+    return Table(Read(table, failures), ids)
 
 
 def _batches(path: str) -> Iterator[pa.Table]:
@@ -125,9 +130,9 @@ def _batches(path: str) -> Iterator[pa.Table]:
                 yield _rename(pa.Table.from_batches([batch]), path)
     elif suffix in ('.parquet', '.geoparquet', '.pq'):
         with pq.ParquetFile(path) as file:
-            crs = _crs_of_geoparquet(file.schema_arrow.metadata)
+            geometry, crs = _geoparquet(file.schema_arrow.metadata)
             for batch in file.iter_batches(_ROWS):
-                table = _rename(pa.Table.from_batches([batch]), path)
+                table = _rename(pa.Table.from_batches([batch]), path, geometry)
                 yield _with_crs(table, crs)
     else:
         import geopandas
@@ -147,14 +152,17 @@ def _batches(path: str) -> Iterator[pa.Table]:
                 return
 
 
-def _rename(table: pa.Table, path: str) -> pa.Table:
+def _rename(table: pa.Table, path: str, geometry: str = 'geometry') -> pa.Table:
     """Bring the names of columns to lower case, and look for those that must be there."""
-    table = table.rename_columns([name.lower() for name in table.column_names])
-    if 'wkt' in table.column_names and 'geometry' not in table.column_names:
-        at = table.column_names.index('wkt')
-        names = [*table.column_names]
-        names[at] = 'geometry'
-        table = table.rename_columns(names)
+    given = table.column_names
+    # What the file says is its geometry comes before others of the name
+    order = sorted(range(len(given)), key=lambda i: given[i] != geometry)
+    names = [given[i].lower() if given[i] != geometry else 'geometry' for i in order]
+    if 'wkt' in names and 'geometry' not in names:
+        names[names.index('wkt')] = 'geometry'
+    unique = list(dict.fromkeys(names))
+    table = table.select([order[names.index(name)] for name in unique])
+    table = table.rename_columns(unique)
     boxes = set(_BOX) <= set(table.column_names)
     if 'id' not in table.column_names or not (
         boxes or 'geometry' in table.column_names
@@ -165,20 +173,31 @@ def _rename(table: pa.Table, path: str) -> pa.Table:
         )
     if ('height' in table.column_names) != ('width' in table.column_names):
         raise ValueError(f'footprints must have both of height and width, see {path}')
+    if 'geometry' in unique and pa.types.is_nested(table['geometry'].type):
+        raise ValueError(
+            'footprints must have geometries as well-known binary or text, got '
+            f"{table['geometry'].type} in {path}: write it with geometry_encoding='WKB'"
+        )
     return table
 
 
 def _with_crs(table: pa.Table, crs: str | None) -> pa.Table:
-    if crs is None or 'crs' in table.column_names:
+    """Give the rows without a CRS that of the file."""
+    if crs is None:
         return table
-    return table.append_column('crs', pa.array([crs] * len(table), pa.string()))
+    if 'crs' not in table.column_names:
+        return table.append_column('crs', pa.array([crs] * len(table), pa.string()))
+    given = table['crs'].cast(pa.string())
+    filled = pc.if_else(pc.equal(given.fill_null(''), ''), crs, given)
+    return table.set_column(table.column_names.index('crs'), 'crs', filled)
 
 
-def _crs_of_geoparquet(metadata: dict[bytes, bytes] | None) -> str | None:
-    """CRS of the geometries of a GeoParquet file, None for longitude and latitude."""
+def _geoparquet(metadata: dict[bytes, bytes] | None) -> tuple[str, str | None]:
+    """Column of geometries of a Parquet file, and its CRS unless in degrees."""
     geo = json.loads((metadata or {}).get(b'geo', b'{}'))
-    crs = geo.get('columns', {}).get(geo.get('primary_column'), {}).get('crs')
-    return None if crs is None else str(CRS.from_json_dict(crs).to_string())
+    column = geo.get('primary_column', 'geometry')
+    crs = geo.get('columns', {}).get(column, {}).get('crs')
+    return column, None if crs is None else str(CRS.from_json_dict(crs).to_string())
 
 
 def _normalize(table: pa.Table, path: str) -> Read:
@@ -215,20 +234,19 @@ def _normalize(table: pa.Table, path: str) -> Read:
             same = np.array([system == text for system in systems])
             bad |= same
             failures |= {ids[row]: str(error) for row in np.flatnonzero(same)}
-    good = np.flatnonzero(~(bad | flat))
+    sized = 'height' in columns
+    sizes = _sizes(table) if sized else np.ones((len(ids), 2))
+    empty = ~((sizes >= 1) & (sizes < 2**31) & (sizes == np.floor(sizes))).all(1)
+    failures |= {ids[row]: _NO_PIXELS for row in np.flatnonzero(empty & ~(bad | flat))}
+    good = np.flatnonzero(~(bad | flat | empty))
     ids = [ids[row] for row in good]
     systems = [systems[row] for row in good]
-    if 'height' not in columns:
+    if not sized:
         return Read(
             make_footprints(ids, systems, polygons=shapely.to_wkb(shapes[good])),
             failures,
         )
-    sizes = np.stack([table[n].to_numpy() for n in ('height', 'width')], 1)[good]
-    sizes = sizes.astype(np.int32)
-    if (sizes < 1).any():
-        raise ValueError(
-            f'footprints must have height and width of 1 or more, see {path}'
-        )
+    pixels = sizes[good].astype(np.int32)
     if (shapely.area(shapes) < (1 - 1e-6) * shapely.area(shapely.box(*bounds.T)))[
         good
     ].any():
@@ -239,11 +257,20 @@ def _normalize(table: pa.Table, path: str) -> Read:
     left, bottom, right, top = bounds[good].T
     zero = np.zeros(len(good))
     grid = [
-        (right - left) / sizes[:, 1],
+        (right - left) / pixels[:, 1],
         zero,
         left,
         zero,
-        (bottom - top) / sizes[:, 0],
+        (bottom - top) / pixels[:, 0],
         top,
     ]
-    return Read(make_footprints(ids, systems, np.stack(grid, 1), sizes), failures)
+    return Read(make_footprints(ids, systems, np.stack(grid, 1), pixels), failures)
+
+
+def _sizes(table: pa.Table) -> Floats:
+    """Heights and widths of shape (N, 2), not a number where there is none."""
+    columns = (table[name].to_pandas() for name in ('height', 'width'))
+    numbers = [pd.to_numeric(column, errors='coerce') for column in columns]
+    return np.stack(
+        [column.to_numpy(np.float64, na_value=np.nan) for column in numbers], 1
+    )

@@ -25,7 +25,6 @@ _TRIES = 3
 #: Units that are handed out per worker, so that none waits for the next one.
 _AHEAD = 2
 
-
 #: How long a scheduler has to answer.
 _TIMEOUT = '30s'
 
@@ -93,7 +92,11 @@ class LocalWorkers:
                         unit = again.pop() if again else _next(source)
                         if unit is None:
                             break
-                        running[pool.submit(function, unit[0])] = unit
+                        try:
+                            running[pool.submit(function, unit[0])] = unit
+                        except BrokenProcessPool:  # while nobody waited for results
+                            again.append(unit)
+                            raise
                     if not running:
                         return
                     done = concurrent.futures.wait(

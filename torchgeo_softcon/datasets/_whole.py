@@ -1,0 +1,39 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Files that are there once they are complete."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file gets its real name once it is on the disk.
+
+    Args:
+        path: The file, which is replaced if there is one.
+
+    Yields:
+        The path for the time being, the same with ``.tmp`` at its end.
+
+    Raises:
+        OSError: If it can not be written. What there is of it is deleted.
+    """
+    unfinished = path.with_name(f'{path.name}.tmp')
+    try:
+        yield unfinished
+        with open(unfinished, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(
+            error.errno or 0,
+            f'cannot write {path}: {error.strerror or error}. What is done is kept: make '
+            'room and start again to go on',
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
