@@ -723,7 +723,7 @@ class TestBadInput:
                 {'images': 'a', 'classes': 'esri'},
                 "classes must be one of .* got 'esri'",
             ),
-            ({'images': 'a', 'workers': 0}, 'workers must be 1 or more, got 0'),
+            ({'images': 'a', 'workers': 0}, 'workers must be at least 1, got 0'),
             (
                 {'images': 'a', 'min_fraction': 0},
                 r'min_fraction must be in \(0, 1\], got 0',

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from .._checks import check_counts, check_not_negative
 from .features import encode, find_encoder, gather, prepare, quietly
 
 
@@ -113,17 +114,10 @@ class CollapseMonitor(Callback):
         Raises:
             ValueError: If an argument is out of range.
         """
-        for name, value in {
-            'every_n_steps': every_n_steps,
-            'patience': patience,
-            'plateau_steps': plateau_steps,
-        }.items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        if min_std < 0 or min_rank < 0:
-            raise ValueError(
-                f'min_std and min_rank must be >= 0, got {min_std} and {min_rank}'
-            )
+        check_counts(
+            every_n_steps=every_n_steps, patience=patience, plateau_steps=plateau_steps
+        )
+        check_not_negative(min_std=min_std, min_rank=min_rank)
 
         super().__init__()
         self.every_n_steps = every_n_steps

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._checks import check_counts, check_positive
 from ..datamodules.normalization import use_unit_range
 from .features import encode, find_encoder, gather, prepare, quietly
 from .labelled import LabelledSamples
@@ -96,18 +97,15 @@ class KNNProbe(Callback):
         Raises:
             ValueError: If an argument is out of range, or *queries* is missing.
         """
-        for name, value in {
-            'k': k,
-            'every_n_epochs': every_n_epochs,
-            'every_n_steps': every_n_steps,
-            'max_bank': max_bank,
-            'max_queries': max_queries,
-            'size': size,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        if temperature <= 0:
-            raise ValueError(f'temperature must be > 0, got {temperature}')
+        check_counts(
+            k=k,
+            every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
+            max_bank=max_bank,
+            max_queries=max_queries,
+            size=size,
+        )
+        check_positive(temperature=temperature)
         if max_bank is not None and k > max_bank:
             raise ValueError(f'k must be at most max_bank = {max_bank}, got {k}')
         single = data is not None and not isinstance(data, LightningDataModule)

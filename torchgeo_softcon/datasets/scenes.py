@@ -22,6 +22,7 @@ from pyproj import CRS
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._checks import check_fractions
 from .._compat import NonGeoDataset, Sample
 from ..transforms.worldcover import WorldCoverMultiLabel
 from ._mosaic import outline
@@ -171,8 +172,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 window with enough data is found.
         """
         _check_draws(patch_size, length, seed, seasons)
-        if not 0 <= min_valid <= 1:
-            raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+        check_fractions(min_valid=min_valid)
 
         self.patch_size = patch_size
         self.seasons = seasons

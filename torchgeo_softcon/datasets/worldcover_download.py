@@ -17,6 +17,7 @@ import requests
 from rasterio.errors import RasterioError
 from tqdm import tqdm
 
+from .._checks import check_counts
 from .worldcover_tiles import (
     BUCKET,
     check_official,
@@ -117,8 +118,7 @@ def download_tiles(
     tiles = sorted({*names})
     for tile in tiles:
         tile_corner(tile)
-    if workers < 1:
-        raise ValueError(f'workers must be at least 1, got {workers}')
+    check_counts(workers=workers)
     if not timeout > 0:
         raise ValueError(f'timeout must be positive, got {timeout}')
     if not base_url.startswith(('https://', 'http://')):

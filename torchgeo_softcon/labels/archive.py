@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import shapely
 from tqdm import tqdm
 
+from .._checks import check_counts, check_fractions
 from ..datasets.worldcover_files import Path
 from ..datasets.worldcover_tiles import BUCKET, VERSIONS, check_year
 from ..legends import LEGENDS, WORLDCOVER_CODES
@@ -129,12 +130,10 @@ def label_archive(
         raise ValueError(
             f'classes must be one of {", ".join(LEGENDS)}, got {classes!r}'
         )
-    if workers is not None and workers < 1:
-        raise ValueError(f'workers must be 1 or more, got {workers}')
+    check_counts(workers=workers)
     if not 0 < min_fraction <= 1:
         raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
-    if not 0 <= min_valid <= 1:
-        raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+    check_fractions(min_valid=min_valid)
     path = FilePath(out)
     format = format or ('json' if path.suffix == '.json' else 'parquet')
     if format not in ('parquet', 'json'):

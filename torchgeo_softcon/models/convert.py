@@ -14,6 +14,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
+from .._checks import check_counts
 from ..modules.patch_embed import select_bands
 
 _PATCHES = 'patch_embed.proj.weight'
@@ -146,8 +147,7 @@ def resample_positions(
             'state_dict must be of a Vision Transformer with pos_embed of shape '
             f'(1, 1 + grid * grid, D), got {found}'
         )
-    if grid < 1:
-        raise ValueError(f'grid must be at least 1, got {grid}')
+    check_counts(grid=grid)
     if positions.shape[1] != 1 + grid * grid:
         positions = resample_abs_pos_embed(positions, [grid, grid])
     return {**state_dict, 'pos_embed': positions}
@@ -192,8 +192,7 @@ def to_patch_size(
             f'patch_size needs a Vision Transformer with {_PATCHES} and pos_embed, got '
             f'{[*state_dict][:3]}'
         )
-    if patch_size < 1:
-        raise ValueError(f'patch_size must be at least 1, got {patch_size}')
+    check_counts(patch_size=patch_size)
     result = fold_layer_scale(drop_head(state_dict))
     result[_PATCHES] = resample_patch_embed(
         result[_PATCHES], [patch_size, patch_size], 'bicubic', True

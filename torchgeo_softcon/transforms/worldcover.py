@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_fractions
 from ..legends import WORLDCOVER_CODES
 
 #: Class codes are bytes.
@@ -194,8 +195,7 @@ class WorldCoverMultiLabel(nn.Module):
         codes = check_codes(codes)
         if not 0 < min_fraction <= 1:
             raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
-        if not 0 <= min_valid <= 1:
-            raise ValueError(f'min_valid must be in [0, 1], got {min_valid}')
+        check_fractions(min_valid=min_valid)
         if foreign not in ('error', 'ignore'):
             raise ValueError(f"foreign must be 'error' or 'ignore', got {foreign!r}")
 
