@@ -167,7 +167,7 @@ def test_all_batches_of_a_run_that_overfits(
     clock: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = configure()
-    Path('over.yaml').write_text('trainer: {overfit_batches: 1}')
+    Path('over.yaml').write_text('trainer: {overfit_batches: 1, barebones: true}')
     assert main([*args, '-c', 'over.yaml', '--json']) == 0
     rates = json.loads(capsys.readouterr().out)['images_per_second']
     assert rates['both'] == pytest.approx(1 / 4)

@@ -274,6 +274,8 @@ class TestCommand:
         assert main([*args, '--data=SyntheticScenesDataModule', '--data.size=96']) == 1
         message = 'PatchesDataModule, got SyntheticScenesDataModule. Leave out --config'
         assert message in capsys.readouterr().err
+        assert main([*args, '--data', '{bad']) == 1
+        assert 'data {bad is not YAML' in capsys.readouterr().err
 
     def test_goes_on_with_a_smaller_batch(
         self,

@@ -100,7 +100,7 @@ def test_dino_tp() -> None:
 
 
 def test_attention_of_all_crops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once per layer and network, of queries that are all tokens or the first ones."""
+    """Once per layer of the student, of queries that are all tokens or the first ones."""
     calls, attend = [], packed_blocks.varlen_attn
 
     def counted(q: Any, k: Any, v: Any, *args: Any) -> Any:
@@ -113,12 +113,11 @@ def test_attention_of_all_crops_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert not calls
     task = make_dino()
     run_step(task, BF16)
-    assert len(calls) == 2 * len(task.student.blocks)  # type: ignore[arg-type]
-    # Four images: two crops of 2 x 2 patches for the teacher, and for the student crops of
-    # 1 x 1 patches besides, each with a class token
-    student, teacher = 4 * (2 * 5 + 3 * 2), 4 * 2 * 5
-    assert {k for _, k, _ in calls} == {student, teacher}
-    assert {q for q, *_ in calls} == {student, teacher, 4 * 5, 4 * 2}
+    assert len(calls) == len(task.student.blocks)  # type: ignore[arg-type]
+    # Four images: two crops of 2 x 2 patches and three of 1 x 1, each with a class token
+    tokens = 4 * (2 * 5 + 3 * 2)
+    assert {k for _, k, _ in calls} == {tokens}
+    assert {q for q, *_ in calls} == {tokens, 4 * 5}
     assert {dtype for *_, dtype in calls} == {BF16}
 
 

@@ -41,6 +41,7 @@ _OVERRIDES = {
     # Added: others may change what is trained on, such as ResizeInput
     'trainer.callbacks+': 'torchgeo_softcon.bench_data.Stopwatch',
     # Not off: that would be an error where callbacks for the same are given
+    'trainer.barebones': 'false',
     'trainer.enable_checkpointing': 'true',
     'trainer.enable_progress_bar': 'true',
     'trainer.num_sanity_val_steps': '0',

@@ -262,9 +262,7 @@ def parse_data(
             config = str(run / 'config.yaml')
     data = None if config is None else _read_yaml(Path(config)).get('data')
     if data:
-        if named is not None and _class_name(yaml.safe_load(named)) != _class_name(
-            data
-        ):
+        if named is not None and _named_class(named) != _class_name(data):
             raise ValueError(
                 f'data must be those of config {config}, {_class_name(data)}, got '
                 f'{named}. Leave out --config or --data'
@@ -289,6 +287,16 @@ def _class_name(data: Any) -> str:
     """Name of the class of some data, without its module."""
     path = data.get('class_path') if isinstance(data, dict) else data
     return str(path).rpartition('.')[2]
+
+
+def _named_class(data: str) -> str:
+    """Name of the class of an option, which is a name, YAML, or a file of that."""
+    if Path(data).is_file():
+        return _class_name(_read_yaml(Path(data)))
+    try:
+        return _class_name(yaml.safe_load(data))
+    except yaml.YAMLError as error:
+        raise ValueError(f'data {data} is not YAML: {error}') from error
 
 
 def _option(args: Sequence[str], name: str) -> str | None:

@@ -81,14 +81,33 @@ def test_equals_one_forward_pass_per_crop(
 
 def test_batching_by_size() -> None:
     encoder, crops = make_encoder(), make_crops()
+    packed = encode_crops(encoder, crops)
     shapes: list[torch.Size] = []
-    encoder.register_forward_hook(lambda _, images, out: shapes.append(images[0].shape))
+    forward = encoder.forward
+
+    def watched(image: Tensor) -> Any:
+        shapes.append(image.shape)
+        return forward(image)
+
+    encoder.forward = watched
     features = encode_crops(encoder, crops, batching='by_size')
     assert [(s[0], s[2]) for s in shapes] == [(4, 64), (4, 48), (4, 32), (2, 16)]
-    torch.testing.assert_close(
-        features, encode_crops(encoder, crops, batching='packed')
-    )
-    assert len(shapes) == 4
+    torch.testing.assert_close(features, packed)
+
+
+@pytest.mark.parametrize('part', ['', 'blocks.1'])
+def test_modules_that_must_be_called_are_called(part: str) -> None:
+    encoder, crops = make_encoder(), make_crops()
+    expected = encode_crops(encoder, crops)
+    calls: list[Any] = []
+    module = encoder.get_submodule(part)
+    handle = module.register_forward_hook(lambda *args: calls.append(args))
+    torch.testing.assert_close(encode_crops(encoder, crops), expected)
+    assert len(calls) == 4  # sizes
+    handle.remove()
+    assert can_pack(encoder)
+    module.compile()
+    assert not can_pack(encoder)
 
 
 def test_batching_packed_is_for_vision_transformers() -> None:

@@ -7,11 +7,11 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .._checks import check_counts
+from .packing import encode_crops, encode_tokens
 
 MaskMode = Literal['drop', 'token', 'pixel']
 
@@ -71,16 +71,6 @@ def mask_pixels(image: Tensor, masked: Tensor, patch_size: int) -> Tensor:
     return image.masked_fill(grid[..., :height, :width], 0)
 
 
-def _encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Run a Vision Transformer on tokens that have their positions already."""
-    tokens = vit.norm_pre(tokens)
-    if vit.grad_checkpointing:
-        tokens = checkpoint_seq(vit.blocks, tokens)
-    else:
-        tokens = vit.blocks(tokens)
-    return vit.forward_head(vit.norm(tokens), pre_logits=True)
-
-
 def _embed_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:
     """Embed the visible patches alone, as a linear layer: equal to the convolution."""
     patch_embed = vit.patch_embed
@@ -116,7 +106,7 @@ def encode_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Te
     prefix, positions = positions.tensor_split([vit.num_prefix_tokens], dim=1)
     patches = patches + positions[0, visible]
     tokens = torch.cat([prefix.expand(len(patches), -1, -1), patches], dim=1)
-    return _encode_tokens(vit, tokens)
+    return encode_tokens(vit, tokens)
 
 
 class SiameseMasking(nn.Module):
@@ -175,7 +165,7 @@ class SiameseMasking(nn.Module):
             Features of shape (B, F).
         """
         if self.ratio == 0:
-            return cast(Tensor, encoder(image))
+            return encode_crops(encoder, [image])[0]
 
         patch_size = self.patch_size
         if self.mode != 'pixel':
@@ -187,10 +177,10 @@ class SiameseMasking(nn.Module):
 
         masked = masked_patches(visible, rows * columns)
         if self.mode == 'pixel':
-            return cast(Tensor, encoder(mask_pixels(image, masked, patch_size)))
+            return encode_crops(encoder, [mask_pixels(image, masked, patch_size)])[0]
 
         vit = cast(VisionTransformer, encoder)
         tokens = vit.patch_embed(image)  # (B, H, W, F)
         masked = masked.view(*tokens.shape[:-1], 1)
         tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
-        return _encode_tokens(vit, vit._pos_embed(tokens))
+        return encode_tokens(vit, vit._pos_embed(tokens))

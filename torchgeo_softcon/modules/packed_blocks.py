@@ -34,15 +34,17 @@ class Layout(NamedTuple):
     sequence: Tensor
     #: First token of every sequence, shape (N,), int32.
     first: Tensor
-    #: Resamples position embeddings to the patches of one sequence of each group, shape
-    #: (sum of their numbers, positions).
-    positions: Tensor
     #: Where sequences end if they have all their tokens, shape (N + 1,), int32, from 0.
     ends: Tensor
     #: The same of sequences of one token each.
     each: Tensor
     #: Whether attention may run once for all sequences.
     varlen: bool
+
+
+def concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors along the first axis, without a copy of a single one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def can_use_varlen(vit: VisionTransformer, device: torch.device) -> bool:
@@ -116,7 +118,7 @@ def attend(
         _attend(*(x.unflatten(0, (number, -1)) for x in part)).flatten(0, 1)
         for number, *part in parts
     ]
-    return torch.cat(out).flatten(1)
+    return concatenate(out).flatten(1)
 
 
 def _attention(attn: Attention, x: Tensor, layout: Layout) -> Tensor:

@@ -4,6 +4,7 @@
 """Encodes crops of several sizes at once."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import groupby
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.layers.attention import Attention
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +25,7 @@ from .packed_blocks import (
     Layout,
     can_use_varlen,
     class_block,
+    concatenate,
     draw_drop_paths,
     token_block,
 )
@@ -46,10 +49,12 @@ def can_pack(encoder: nn.Module) -> bool:
 
     Returns:
         True for Vision Transformers of timm's standard blocks that take any image size
-        and pool a token or an average: ViT, DeiT, DINO and DINOv2.
+        and pool a token or an average: ViT, DeiT, DINO and DINOv2. False if the encoder
+        or a block was compiled or has hooks: these are for calls of the modules.
     """
     return (
         type(encoder) is VisionTransformer
+        and not any(map(_must_be_called, (encoder, *encoder.blocks)))
         and type(encoder.patch_embed) is PatchEmbed
         and encoder.dynamic_img_size
         and encoder.pos_embed is not None
@@ -59,11 +64,23 @@ def can_pack(encoder: nn.Module) -> bool:
         and all(
             type(block) is Block
             and type(block.attn) is Attention
+            and type(block.attn.qkv) is nn.Linear
             and getattr(block.attn, 'gate', None) is None
             and block.attn.attn_drop.p == 0
             for block in encoder.blocks
         )
     )
+
+
+def _must_be_called(module: nn.Module) -> bool:
+    """Whether a module does more than its ``forward`` when it is called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or getattr(module, '_compiled_call_impl', None) is not None
 
 
 def encode_crops(
@@ -88,8 +105,7 @@ def encode_crops(
     Crops that patches do not cover lose their last rows and columns, as in DINO.
 
     Args:
-        encoder: A timm model that pools its features. Its forward hooks are not called
-            if it is packed.
+        encoder: A timm model that pools its features.
         crops: S crops of each of B images, each of shape (B, C, H, W) with its own size.
         compiled: Whether to run the packed forward pass with ``torch.compile``, as one
             graph. Other encoders are run as they are.
@@ -120,25 +136,53 @@ def encode_crops(
     if isinstance(patch_embed, PatchEmbed):
         crops = [_cover(crop, patch_embed.patch_size) for crop in crops]
     sizes = groupby(crops, key=lambda crop: crop.shape[-2:])
-    same_size = [torch.cat(list(group)) for _, group in sizes]
+    same_size = [concatenate(list(group)) for _, group in sizes]
     if packed:
         vit = cast(VisionTransformer, encoder)
         rows, columns = vit.patch_embed.patch_size
+        grids = tuple((i.shape[2] // rows, i.shape[3] // columns) for i in same_size)
+        device = same_size[0].device
         layout = _layout(
-            tuple(len(images) for images in same_size),
-            tuple((i.shape[2] // rows, i.shape[3] // columns) for i in same_size),
-            vit.num_prefix_tokens,
-            vit.patch_embed.grid_size,
-            same_size[0].device,
-            batching == 'auto' and can_use_varlen(vit, same_size[0].device),
+            tuple(
+                Group(len(images), math.prod(grid) + vit.num_prefix_tokens)
+                for images, grid in zip(same_size, grids, strict=True)
+            ),
+            device,
+            # Of one length, there is nothing to win
+            batching == 'auto' and len(grids) > 1 and can_use_varlen(vit, device),
         )
+        positions = _positions(vit.patch_embed.grid_size, grids, device)
         run = _compiled() if compiled else _encode_packed
         drop_paths = draw_drop_paths(vit, len(layout.first))
         with sdpa_kernel(_BACKENDS) if layout.varlen else nullcontext():
-            features = run(vit, same_size, layout, drop_paths)
+            features = run(vit, same_size, layout, positions, drop_paths)
     else:
-        features = torch.cat([encoder(images) for images in same_size])
+        features = concatenate([encoder(images) for images in same_size])
     return features.unflatten(0, (len(crops), -1))
+
+
+def encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Encode sequences of tokens, as the blocks and the head of a Vision Transformer do.
+
+    The last block computes only the class token if nothing else is read.
+
+    Args:
+        vit: A timm model.
+        tokens: Tokens with their positions, shape (B, N, F).
+
+    Returns:
+        Pooled features of shape (B, F).
+    """
+    tokens = vit.norm_pre(tokens)
+    if can_pack(vit):
+        layout = _layout((Group(*tokens.shape[:2]),), tokens.device, False)
+        drop_paths = draw_drop_paths(vit, len(tokens))
+        return _run_blocks(vit, tokens.flatten(0, 1), layout, drop_paths)
+    if vit.grad_checkpointing and torch.is_grad_enabled():
+        tokens = checkpoint_seq(vit.blocks, tokens)
+    else:
+        tokens = vit.blocks(tokens)
+    return vit.forward_head(vit.norm(tokens), pre_logits=True)
 
 
 def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -176,44 +220,47 @@ def position_matrix(
 
 
 @functools.lru_cache(maxsize=32)
-def _layout(
-    numbers: tuple[int, ...],
-    grids: tuple[tuple[int, int], ...],
-    prefix: int,
-    native: tuple[int, int],
-    device: torch.device,
-    varlen: bool,
-) -> Layout:
-    """Layout of batches of images, made once, as it comes from the host.
+def _positions(
+    native: tuple[int, int], grids: tuple[tuple[int, int], ...], device: torch.device
+) -> Tensor:
+    """Matrices of :func:`position_matrix` of several grids, made once.
 
     Args:
-        numbers: Number of images of each batch.
-        grids: Rows and columns of patches of each batch.
-        prefix: Number of tokens before the patches.
         native: Rows and columns of the position embedding.
+        grids: Rows and columns of patches.
+        device: Device of the matrix.
+
+    Returns:
+        Weights of shape (sum of the numbers of patches, positions).
+    """
+    # A first call may come from prediction, and the second from training
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        return torch.cat([position_matrix(native, grid, device) for grid in grids])
+
+
+@functools.lru_cache(maxsize=32)
+def _layout(groups: tuple[Group, ...], device: torch.device, varlen: bool) -> Layout:
+    """Layout of sequences, made once, as it comes from the host.
+
+    Args:
+        groups: Sequences of one length each.
         device: Device of the tensors.
         varlen: Whether attention may run once for all sequences.
 
     Returns:
         The layout.
     """
-    groups = tuple(
-        Group(number, rows * columns + prefix)
-        for number, (rows, columns) in zip(numbers, grids, strict=True)
-    )
-    # A first call may come from prediction, and the second from training
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    # As above
+    with torch.inference_mode(False):
         lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
         each = torch.arange(len(lengths) + 1, dtype=torch.int32)
         total = sum(group.number * group.length for group in groups)
         sequence = each[:-1].repeat_interleave(lengths, output_size=total)
         ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        positions = torch.cat([position_matrix(native, g, device) for g in grids])
         return Layout(
             groups,
             sequence.to(device),
             ends[:-1].to(device),
-            positions,
             ends.to(device),
             each.to(device),
             varlen,
@@ -226,7 +273,9 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_encode_packed, dynamic=False)
 
 
-def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: Layout) -> Tensor:
+def _embed(
+    vit: VisionTransformer, images: Sequence[Tensor], layout: Layout, matrix: Tensor
+) -> Tensor:
     """Tokens with positions, of shape (T, F), one batch of images after the other."""
     patch_embed = vit.patch_embed
     height, width = patch_embed.patch_size
@@ -235,13 +284,13 @@ def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: Layout) -> 
         split = image.unflatten(3, (-1, width)).unflatten(2, (-1, height))
         patches.append(split.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1))
     weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
-    tokens = patch_embed.norm(F.linear(torch.cat(patches), weight.flatten(1), bias))
+    tokens = patch_embed.norm(F.linear(concatenate(patches), weight.flatten(1), bias))
 
     prefix: list[Tensor] = [p for p in (vit.cls_token, vit.reg_token) if p is not None]
     skip = 0 if vit.no_embed_class else vit.num_prefix_tokens
     pos_embed = cast(Tensor, vit.pos_embed)
     with torch.autocast(tokens.device.type, enabled=False):
-        positions = layout.positions.to(pos_embed) @ pos_embed[0, skip:]
+        positions = matrix.to(pos_embed) @ pos_embed[0, skip:]
     counts = [group.length - vit.num_prefix_tokens for group in layout.groups]
     numbers = [group.number for group in layout.groups]
     if prefix:
@@ -260,7 +309,7 @@ def _embed(vit: VisionTransformer, images: Sequence[Tensor], layout: Layout) -> 
         if prefix:
             sequences = torch.cat([first.expand(number, -1, -1), sequences], 1)
         out.append(sequences.flatten(0, 1))
-    return vit.norm_pre(vit.pos_drop(torch.cat(out)))
+    return vit.norm_pre(vit.pos_drop(concatenate(out)))
 
 
 def _branch_dtype(vit: VisionTransformer, x: Tensor) -> torch.dtype:
@@ -276,10 +325,17 @@ def _encode_packed(
     vit: VisionTransformer,
     images: Sequence[Tensor],
     layout: Layout,
+    positions: Tensor,
     drop_paths: Tensor | None,
 ) -> Tensor:
     """Features of shape (N, F) of batches of images of different sizes."""
-    x = _embed(vit, images, layout)
+    return _run_blocks(vit, _embed(vit, images, layout, positions), layout, drop_paths)
+
+
+def _run_blocks(
+    vit: VisionTransformer, x: Tensor, layout: Layout, drop_paths: Tensor | None
+) -> Tensor:
+    """Features of shape (N, F) of tokens of shape (T, F)."""
     token = vit.global_pool == 'token'
     blocks = [cast(Block, block) for block in vit.blocks]
     of_tokens: Tensor | None = None
@@ -301,7 +357,7 @@ def _encode_packed(
         return vit.head_drop(vit.fc_norm(x))
     groups = layout.groups
     parts = x.split([g.number * g.length for g in groups])
-    return torch.cat(
+    return concatenate(
         [
             vit.forward_head(part.unflatten(0, group), pre_logits=True)
             for part, group in zip(parts, groups, strict=True)

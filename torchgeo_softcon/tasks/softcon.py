@@ -14,7 +14,7 @@ from .._checks import check_counts, check_fractions, check_not_negative, check_p
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
-from ..modules import SiameseMasking, make_teacher, mlp_head
+from ..modules import SiameseMasking, encode_crops, make_teacher, mlp_head
 from ..modules.masking import MaskMode
 from ..modules.patch_embed import InputLayerInit
 from ..transforms import RandomView
@@ -377,6 +377,7 @@ class SoftConTask(EMATask):
         features = self.masking(self.model, views[0])  # (B, F)
         query = self.predictor(self.projector(features))  # (B, D)
         with torch.no_grad():
-            key = self.teacher_projector(self.teacher(views[1]))  # (B, D)
+            seen = encode_crops(self.teacher, [views[1]])[0]  # (B, F)
+            key = self.teacher_projector(seen)  # (B, D)
         terms = self.criterion.terms(query, key, *labels)
         return torch.stack(terms), features
