@@ -50,7 +50,7 @@ class Steps:
             groups = parameter_groups([self.task], 0.1)
             optimizer = create_optimizer('adamw', groups, 1e-3, True)
             self.task._trainer = SimpleNamespace(
-                global_step=0, global_rank=0, optimizers=[optimizer]
+                global_step=0, current_epoch=0, global_rank=0, optimizers=[optimizer]
             )
             for _ in range(2):  # the first allocates, and uploads what is kept
                 with Operations() as operations:

@@ -72,7 +72,7 @@ class TestPrototypes:
                 else:
                     logits = layer(x)
             grads = torch.autograd.grad(logits, inputs, direction.to(logits))
-            results.append([logits.float(), *grads])
+            results.append([logits, *grads])
         tolerance = 1e-6 if precision is None else 0.02
         for expected, actual in zip(*results, strict=True):
             assert actual.dtype == expected.dtype

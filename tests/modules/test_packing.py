@@ -346,6 +346,24 @@ class TestVarlen:
             assert (one - other).norm() < 0.02 * one.norm()
         assert calls.call_count == len(encoder.blocks)
 
+    def test_computed_again_by_the_same_backend(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder, crops = make_encoder().train(), make_crops()
+        encoder.set_grad_checkpointing()
+        cudnn: list[bool] = []
+
+        def watched(*args: Any) -> Tensor:
+            cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return slow_varlen(*args)
+
+        monkeypatch.setattr(packed_blocks, 'varlen_attn', watched)
+        monkeypatch.setattr(packing, 'can_use_varlen', lambda *args: True)
+        with torch.autocast('cpu', torch.bfloat16):
+            features = encode_crops(encoder, crops)
+        features.float().sum().backward()
+        assert cudnn == [False] * 2 * len(encoder.blocks)
+
     def test_not_in_single_precision(self, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder, crops = make_encoder(), make_crops()
         expected = encode_crops(encoder, crops)

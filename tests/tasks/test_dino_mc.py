@@ -4,6 +4,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from torchgeo_softcon.modules import DINOHead
 from torchgeo_softcon.schedules import cosine_warmup
@@ -357,6 +358,22 @@ class TestSchedules:
             make_trainer(tmp_path, callbacks=[watch], **length).fit(task, make_loader())
         moved = [not torch.equal(a, b) for a, b in pairwise(watch.prototypes)]
         assert moved == [False, True, True]
+
+    def test_prototypes_wait_for_an_epoch_of_unknown_length(
+        self, tmp_path: Path
+    ) -> None:
+        class Endless(IterableDataset[dict[str, Tensor]]):
+            def __iter__(self) -> Iterator[dict[str, Tensor]]:
+                scenes = Scenes()
+                return (scenes[i] for i in range(len(scenes)))
+
+        watch = Watch()
+        task = make_dino(lr=1, warmup_epochs=0)
+        make_trainer(tmp_path, callbacks=[watch], max_epochs=-1, max_steps=20).fit(
+            task, DataLoader(Endless(), batch_size=4)
+        )
+        moved = [not torch.equal(a, b) for a, b in pairwise(watch.prototypes)]
+        assert moved == [False] * 3 + [True] * 16
 
 
 class TestClipping:

@@ -53,34 +53,36 @@ def mlp_head(
     return ProjectionHead([*hidden, last])
 
 
-class _Cosines(torch.autograd.Function):
-    """Products of features with directions, divided by the norms of these.
+class _WeightNorm(torch.autograd.Function):
+    """Products of features with directions that have other norms than their own.
 
-    What PyTorch's weight norm gives, which normalises all directions first, and keeps
-    them: with 65,536 of them, that and its backward pass take several times as long as
-    the products with the features of a small batch.
+    What PyTorch's weight norm gives, which scales all directions first, and keeps them:
+    with 65,536 of them, that and its backward pass take several times as long as the
+    products with the features of a small batch.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, direction: Tensor) -> Tensor:
-        """Cosines (B, K), if features (B, D) have norm 1, with directions (K, D)."""
-        norm = torch.linalg.vector_norm(direction, dim=1)
+    def forward(ctx: Any, x: Tensor, direction: Tensor, norm: Tensor) -> Tensor:
+        """Products (B, K) of features (B, D) with directions (K, D) of norms (K, 1)."""
+        own = torch.linalg.vector_norm(direction, dim=1)
         narrow = direction.to(x.dtype)
-        cosine = (x @ narrow.T).to(norm) / norm
-        ctx.save_for_backward(x, direction, narrow, norm, cosine)
-        return cosine
+        scale = norm[:, 0] / own
+        out = ((x @ narrow.T) * scale).to(x.dtype)
+        ctx.save_for_backward(x, direction, narrow, own, norm, out)
+        return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of both. That of a direction has no part along itself."""
-        x, direction, narrow, norm, cosine = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of all three. That of a direction has no part along itself."""
+        x, direction, narrow, own, norm, out = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            along = (grad * cosine).sum(0) / norm.square()
-            grad = (grad / norm).to(x.dtype)
+            along = (grad.to(own) * out).sum(0)
+            grad = (grad * (norm[:, 0] / own)).to(x.dtype)
             of_direction = (grad.T @ x).to(direction)
-            of_direction.addcmul_(direction, along[:, None], value=-1)
-            return grad @ narrow, of_direction
+            share = (along / own.square())[:, None]
+            of_direction.addcmul_(direction, share, value=-1)
+            return grad @ narrow, of_direction, along[:, None] / norm
 
 
 class Prototypes(nn.Module):
@@ -117,8 +119,8 @@ class Prototypes(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            cosine = cast(Tensor, _Cosines.apply(x, self.weight_v))  # type: ignore[no-untyped-call]
-            return cosine * self.weight_g.T
+            out = _WeightNorm.apply(x, self.weight_v, self.weight_g)  # type: ignore[no-untyped-call]
+            return cast(Tensor, out)
 
 
 class DINOHead(ProjectionHead):

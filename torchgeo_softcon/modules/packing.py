@@ -6,7 +6,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Literal, cast
 
@@ -18,7 +18,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from .packed_blocks import (
     Group,
@@ -332,6 +332,13 @@ def _encode_packed(
     return _run_blocks(vit, _embed(vit, images, layout, positions), layout, drop_paths)
 
 
+def _same_backends() -> tuple[
+    AbstractContextManager[None], AbstractContextManager[None]
+]:
+    """Contexts of blocks, and of computing them again, when that of the first is over."""
+    return nullcontext(), sdpa_kernel(_BACKENDS)
+
+
 def _run_blocks(
     vit: VisionTransformer, x: Tensor, layout: Layout, drop_paths: Tensor | None
 ) -> Tensor:
@@ -349,7 +356,10 @@ def _run_blocks(
         drop = () if factors is None else factors[2 * i : 2 * i + 2, :, None].unbind()
         step = class_block if last else token_block
         if vit.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(step, block, x, layout, drop, use_reentrant=False)
+            context = _same_backends if layout.varlen else noop_context_fn
+            x = checkpoint(
+                step, block, x, layout, drop, use_reentrant=False, context_fn=context
+            )
         else:
             x = step(block, x, layout, drop)
     x = vit.norm(x)

@@ -404,7 +404,9 @@ class DINOMCTask(EMATask):
                 sets it. Otherwise, *clip_grad* is used.
             gradient_clip_algorithm: Lightning's way to clip.
         """
-        if self.global_step < self._frozen_steps:
+        # Both: an epoch may be of unknown length, or the run of one epoch
+        epochs = self.hparams['freeze_last_layer']
+        if self.global_step < self._frozen_steps and self.current_epoch < epochs:
             # None and not zero, so that nothing decays them either
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None

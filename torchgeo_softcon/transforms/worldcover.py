@@ -3,6 +3,7 @@
 
 """From masks of ESA WorldCover codes to multi-labels of whole images."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -254,8 +255,9 @@ class WorldCoverMultiLabel(nn.Module):
         if not self.fractions:
             label = (label >= self.min_fraction).float()
         pixels = mask.shape[-2] * mask.shape[-1]
-        # A share, not a count: of 100 pixels, .07 are 7, but .07 * 100 is more than that
-        valid = counts.sum(-1, keepdim=True).float() / pixels >= self.min_valid
+        # Of 100 pixels, .07 are 7, but .07 * 100 is a little more than that
+        least = math.ceil(self.min_valid * pixels - 1e-6)
+        valid = counts.sum(-1, keepdim=True) >= least
 
         sample = dict(sample)
         if not self.keep_mask:
