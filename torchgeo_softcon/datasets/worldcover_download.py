@@ -6,6 +6,7 @@
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -133,8 +134,12 @@ def download_tiles(
 
     fetch = _Fetch(folder, year, base_url.rstrip('/'), timeout)
     result = TileDownload()
+    threads: list[int] = []
     with (
-        ThreadPoolExecutor(min(workers, max(len(tiles), 1))) as pool,
+        ThreadPoolExecutor(
+            min(workers, max(len(tiles), 1)),
+            initializer=lambda: threads.append(threading.get_native_id()),
+        ) as pool,
         tqdm(
             total=len(tiles), desc='WorldCover', unit='tile', disable=not progress
         ) as bar,
@@ -152,12 +157,28 @@ def download_tiles(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
+    _wait_for_end(threads)
     for future, tile in futures.items():
         try:
             getattr(result, future.result()).append(tile)
         except OSError as error:
             result.failed[tile] = str(error) or repr(error)
     return result
+
+
+def _wait_for_end(threads: Iterable[int]) -> None:
+    """Wait until threads have ended for the system, which is after Python has joined them.
+
+    As they end, PROJ closes the database that it has opened for each. A process that is
+    forked meanwhile waits for its locks forever. Where there is no ``/proc``, none forks.
+
+    Args:
+        threads: Native identifiers of threads.
+    """
+    end = time.monotonic() + 5
+    paths = [f'/proc/self/task/{thread}' for thread in threads]
+    while any(map(os.path.exists, paths)) and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 class _Again(Exception):
