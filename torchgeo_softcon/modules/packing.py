@@ -250,7 +250,7 @@ def _layout(groups: tuple[Group, ...], device: torch.device, varlen: bool) -> La
     Returns:
         The layout.
     """
-    # As above
+    # See _positions
     with torch.inference_mode(False):
         lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
         each = torch.arange(len(lengths) + 1, dtype=torch.int32)
