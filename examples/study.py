@@ -38,8 +38,8 @@ from torchgeo.trainers import MoCoTask
 from tqdm import tqdm
 
 from torchgeo_softcon import DINOMCTask, SoftConTask
-from torchgeo_softcon.callbacks.probes import evaluate, knn_scores, linear_scores
 from torchgeo_softcon.datasets import ImageMaskFolder, SyntheticScenes, WorldCoverScenes
+from torchgeo_softcon.evaluation.probes import evaluate, knn_scores, linear_scores
 from torchgeo_softcon.transforms import MultiCropView, WorldCoverMultiLabel
 
 SIZE = 64  # of windows and views, in pixels

@@ -23,7 +23,7 @@ from torchgeo.datasets import BigEarthNetV2, SeasonalContrastS2
 from torchgeo.main import main
 
 from tests.datamodules.helpers import write_raster
-from tests.datasets import ssl4eo
+from tests.ssl4eo import archives
 from tests.tasks.helpers import make_task, make_trainer
 from torchgeo_softcon.__main__ import main as softcon_main
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
@@ -224,9 +224,9 @@ SEASONS = {f'{place:07}': ['20200604', '20200902'] for place in range(4)}
 
 @pytest.mark.parametrize('form', ['folders', 'packed'])
 def test_ssl4eo_s12_ml(form: str) -> None:
-    ssl4eo.write_archive(Path('data'), {'s2c': SEASONS})
+    archives.write_archive(Path('data'), {'s2c': SEASONS})
     labels = {
-        place: {ssl4eo.season('s2c', day): [int(place)] for day in days}
+        place: {archives.season('s2c', day): [int(place)] for day in days}
         for place, days in SEASONS.items()
     }
     Path('labels.json').write_text(json.dumps(labels))

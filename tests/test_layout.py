@@ -16,13 +16,21 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_checks', '_lazy', '_version'),
-    ('bands', 'legends', 'losses', 'modules', 'schedules', 'transforms'),
+    ('_checks', '_lazy', '_version', 'bands'),
     ('_compat',),
-    ('datasets', 'models'),
-    ('card', 'datamodules', 'export', 'labels', 'pack', 'tasks', 'unpack'),
-    ('callbacks',),
-    ('bench_data', 'embed', 'evaluate', 'report'),
+    ('storage',),
+    ('geo',),
+    ('landcover',),
+    ('losses', 'modules', 'transforms'),
+    ('synthetic',),
+    ('ssl4eo',),
+    ('models',),
+    ('datasets',),
+    ('labels',),
+    ('tasks',),
+    ('export',),
+    ('datamodules',),
+    ('callbacks', 'cli', 'evaluation', 'report'),
     ('__main__', 'plugin'),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -721,13 +721,13 @@ class TestRegister:
     def test_model_is_registered_once(self) -> None:
         import timm
 
-        from torchgeo_softcon.models import builders
+        from torchgeo_softcon.models import timm_models
 
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            plugin._register_model(builders.softcon_resnet50)
+            plugin._register_model(timm_models.softcon_resnet50)
         entry = timm.models.model_entrypoint('softcon_resnet50')
-        assert entry is builders.softcon_resnet50
+        assert entry is timm_models.softcon_resnet50
 
     def test_enum_without_a_new_member_is_not_registered(self, api: Any) -> None:
         before = dict(api._model_weights)

@@ -27,8 +27,8 @@ from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
 
 from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
-from .datasets.ssl4eo import season, write_archive
 from .models.helpers import WeightsFolder
+from .ssl4eo.archives import season, write_archive
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 

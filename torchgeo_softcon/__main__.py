@@ -5,12 +5,11 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from torchgeo_softcon import __version__, plugin
+from torchgeo_softcon import __version__
 
 #: Commands in modules of their own.
 _IN_MODULES = {
@@ -49,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
         description='Show what the package declares to torch and TorchGeo, and whether '
         'it loads. The exit status is 1 if something does not.',
     )
-    command.set_defaults(run=list_declared)
+    command.set_defaults(run='list')
 
     command = commands.add_parser(
         'export',
@@ -77,18 +76,20 @@ def main(args: Sequence[str] | None = None) -> int:
     command.add_argument(
         '--output', metavar='FILE', help='default: beside the checkpoint'
     )
-    command.set_defaults(run=export_encoder)
+    command.set_defaults(run='export')
 
     # They have a parser of their own
     rest = list(sys.argv[1:] if args is None else args)
     for name, text in _IN_MODULES.items():
         commands.add_parser(name, help=text, add_help=False)
     if rest and rest[0] in _IN_MODULES:
-        run = import_module(f'torchgeo_softcon.{rest[0].replace("-", "_")}').main
+        module = f'torchgeo_softcon.cli.{rest[0].replace("-", "_")}'
+        run = import_module(module).main
         return _status(run, rest[1:], rest[0])
 
     namespace = parser.parse_args(rest)
-    return _status(namespace.run, namespace, rest[0])
+    run = import_module(f'torchgeo_softcon.cli.{namespace.run}').run
+    return _status(run, namespace, rest[0])
 
 
 def _status(run: Callable[[Any], int], arguments: Any, command: str) -> int:
@@ -111,69 +112,6 @@ def _is_of_user(error: Exception) -> bool:
     from ._compat import MisconfigurationException as OfHost
 
     return isinstance(error, MisconfigurationException | OfHost)
-
-
-def export_encoder(namespace: argparse.Namespace) -> int:
-    """Write the encoder of a checkpoint.
-
-    Args:
-        namespace: Parsed arguments.
-
-    Returns:
-        0.
-
-    Raises:
-        OSError: If a file cannot be read or written.
-        ValueError: If something does not fit.
-    """
-    from torchgeo_softcon.export import export
-
-    options = {
-        k: v for k, v in vars(namespace).items() if k not in ('run', 'checkpoint')
-    }
-    for path in export(namespace.checkpoint, **options):
-        print(path)
-    return 0
-
-
-def list_declared(namespace: argparse.Namespace) -> int:
-    """Print the entry points of the package as a table.
-
-    Args:
-        namespace: Parsed arguments, none.
-
-    Returns:
-        0 if everything loads, else 1.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        host = version('torchgeo')
-    except PackageNotFoundError:
-        host = 'not installed'
-
-    reason = plugin.why_inactive()
-    print(f'torchgeo-softcon  {__version__}')
-    print(f'torchgeo          {host}')
-    print('activation        ' + ('on' if reason is None else f'off, {reason}'))
-
-    with warnings.catch_warnings():
-        # The activation meets the same errors, which are about to be shown
-        warnings.filterwarnings('ignore', 'torchgeo-softcon could not', RuntimeWarning)
-        declared = plugin.declared()
-    if not declared:
-        print('\nNothing is declared: the package is not installed')
-        return 1
-
-    rows = [('GROUP', 'NAME', 'OBJECT', 'STATUS')]
-    rows += [(e.group, e.name, e.value, error or 'ok') for e, error in declared]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print()
-    for *cells, status in rows:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        # The message of an exception may have several lines
-        print(*padded, status.partition('\n')[0], sep='  ')
-    return int(any(error for _, error in declared))
 
 
 if __name__ == '__main__':

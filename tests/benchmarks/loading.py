@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 from torchgeo.datasets import SSL4EOS12
 
-from tests.datasets.ssl4eo import write_archive
+from tests.ssl4eo.archives import write_archive
 from torchgeo_softcon.datamodules.ssl4eo_s12_ml import collate
 from torchgeo_softcon.datasets import SSL4EOS12ML
-from torchgeo_softcon.pack import pack
+from torchgeo_softcon.ssl4eo.pack import pack
 
 
 def per_second(run: Callable[[], int], clock: Callable[[], float]) -> float:

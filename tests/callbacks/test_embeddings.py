@@ -19,10 +19,11 @@ from pyproj import CRS, Transformer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchgeo_softcon.callbacks import EmbeddingWriter, parts
+from torchgeo_softcon.callbacks import EmbeddingWriter
 from torchgeo_softcon.callbacks.embeddings import join_tables, make_table
-from torchgeo_softcon.callbacks.parts import PartedFile
 from torchgeo_softcon.callbacks.places import footprints
+from torchgeo_softcon.storage import parted_parquet
+from torchgeo_softcon.storage.parted_parquet import PartedFile
 
 from ..tasks.helpers import Scenes, make_task, make_trainer
 
@@ -141,7 +142,7 @@ class TestPartedFile:
     def test_small_parts_become_large_row_groups(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(parts, 'ROWS', 5)
+        monkeypatch.setattr(parted_parquet, 'ROWS', 5)
         file = PartedFile(tmp_path / 'e.parquet', {})
         file.open()
         for i in range(6):

@@ -21,8 +21,8 @@ from torchgeo.datamodules import EuroSATDataModule
 from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
-from torchgeo_softcon.callbacks.features import encode, find_encoder
 from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.evaluation.features import encode, find_encoder
 from torchgeo_softcon.models import create_encoder
 
 from ..datamodules.host_data import make_eurosat

@@ -20,7 +20,7 @@ from torchgeo.datamodules import (
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.callbacks import UnitRange
 from torchgeo_softcon.datamodules.normalization import match_images
-from torchgeo_softcon.models.trained import open_encoder
+from torchgeo_softcon.models.encoders import open_encoder
 from torchgeo_softcon.transforms import ToUnitRange
 
 from ..datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12

@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.datasets.ssl4eo import season, write_archive
+from tests.ssl4eo.archives import season, write_archive
 from tests.tasks.helpers import make_task, make_trainer
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_SUBSETS
-from torchgeo_softcon.callbacks.labelled import LabelledSamples
 from torchgeo_softcon.datamodules import SSL4EOS12MLDataModule
 from torchgeo_softcon.datasets import SSL4EOS12ML
-from torchgeo_softcon.pack import pack
+from torchgeo_softcon.evaluation.samples import LabelledSamples
+from torchgeo_softcon.ssl4eo.pack import pack
 
 DAYS = ['20200604', '20200902']
 PLACES = [f'{place:07}' for place in range(4)]

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 
 from tests.datamodules.helpers import DATA, two_zones, write_raster, write_worldcover
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS
-from torchgeo_softcon.datasets.rasters import _interpolate
 from torchgeo_softcon.datasets.scaling import resolve_value_range, to_unit_range
 from torchgeo_softcon.datasets.scenes import SceneGrid, WorldCoverScenes
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
+from torchgeo_softcon.geo.rasters import _interpolate
 
 
 @pytest.fixture(scope='module')

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 from torchgeo.datasets import SSL4EOS12
 
-from tests.datasets.ssl4eo import season, write_archive, write_image
+from tests.ssl4eo.archives import season, write_archive, write_image
 from torchgeo_softcon.datasets import SSL4EOS12ML
-from torchgeo_softcon.datasets.records import decode, record_dtype
-from torchgeo_softcon.datasets.ssl4eo_s12 import BANDS
-from torchgeo_softcon.pack import pack
+from torchgeo_softcon.ssl4eo.pack import pack
+from torchgeo_softcon.ssl4eo.records import decode, record_dtype
+from torchgeo_softcon.ssl4eo.tiffs import BANDS
 
 JUNE, SEPTEMBER, DECEMBER = '20200604', '20200902', '20201204'
 

@@ -26,7 +26,7 @@ from torchgeo.samplers import GridGeoSampler, RandomGeoSampler
 from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
 from torchgeo_softcon.datasets import _mosaic
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
-from torchgeo_softcon.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from torchgeo_softcon.landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
 from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
 
 REAL = Path(__file__).parents[2].parent / 'shared' / 'data' / 'worldcover_tiles'

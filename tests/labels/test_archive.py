@@ -25,13 +25,13 @@ from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
 from torchgeo_softcon.labels.workers import InProcess
-from torchgeo_softcon.legends import (
+from torchgeo_softcon.landcover.legends import (
     DYNAMICWORLD_CLASSES,
     WORLDCOVER_CODES,
     WORLDCOVER_TO_DYNAMICWORLD,
 )
 
-from ..datasets.ssl4eo import season
+from ..ssl4eo.archives import season
 from .helpers import centres, codes_at, grid, histogram, write_image, write_tile
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*official tile.*:UserWarning')
@@ -438,7 +438,8 @@ class TestKilled:
         whole, out = tmp_path / 'whole.parquet', tmp_path / 'a.parquet'
         # Small units, so that there is something to go on with
         code = (
-            'import sys; from torchgeo_softcon.labels import main, plan; '
+            'import sys; from torchgeo_softcon.cli.labels import main; '
+            'from torchgeo_softcon.labels import plan; '
             'plan._SMALLEST = plan._LARGEST = 64; sys.exit(main(sys.argv[1:]))'
         )
         command = [sys.executable, '-W', 'ignore', '-c', code, '--quiet']
@@ -556,7 +557,8 @@ class TestBadInput:
         # To the whole group as a terminal does, after the first of ten units
         code = (
             'import os, signal, sys\n'
-            'from torchgeo_softcon.labels import main, plan, store\n'
+            'from torchgeo_softcon.cli.labels import main\n'
+            'from torchgeo_softcon.labels import plan, store\n'
             'plan._SMALLEST = plan._LARGEST = 32\n'
             'append = store.LabelStore.append\n'
             'def interrupt(self, kind, table):\n'

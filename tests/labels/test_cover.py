@@ -14,9 +14,9 @@ import rasterio
 from affine import Affine
 
 from torchgeo_softcon import label_archive
-from torchgeo_softcon.datasets import worldcover_download
-from torchgeo_softcon.datasets.worldcover_tiles import tile_path
 from torchgeo_softcon.labels.cover import find_files, remote_bucket
+from torchgeo_softcon.landcover import download
+from torchgeo_softcon.landcover.tiles import tile_path
 
 from .helpers import CODES, grid, write_image
 
@@ -175,7 +175,7 @@ class TestDownload:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(worldcover_download, '_BACKOFF', 0.001)
+        monkeypatch.setattr(download, '_BACKOFF', 0.001)
         bucket.broken = 'N45E009'
         options = {'download': True, 'base_url': bucket.url}
         labelled, table = run(images, tmp_path / 'tiles', **options)

@@ -14,17 +14,17 @@ import shapely
 from affine import Affine
 from pyproj import Transformer
 
-from torchgeo_softcon.labels import sources, tables
-from torchgeo_softcon.labels.footprints import (
+from torchgeo_softcon.geo.footprints import (
     SCHEMA,
     make_footprints,
     outlines,
     transforms_of,
 )
+from torchgeo_softcon.labels import sources, tables
 from torchgeo_softcon.labels.sources import Read, find_images, find_layout, read
 from torchgeo_softcon.labels.tables import read_footprints
 
-from ..datasets.ssl4eo import season
+from ..ssl4eo.archives import season
 from .helpers import grid, write_image
 
 

@@ -1,6 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,175 +9,187 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torchgeo.models import ResNet50_Weights
-from torchvision.models._api import Weights, WeightsEnum
 
-from torchgeo_softcon.bands import SENTINEL2_BANDS
-from torchgeo_softcon.models import create_encoder, is_vit, load_encoder, read_weights
+from torchgeo_softcon import WorldCoverScenesDataModule
+from torchgeo_softcon._compat import HAS_TASKS, BaseTask
+from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.evaluation.features import encode
+from torchgeo_softcon.models import create_encoder, read_weights
+from torchgeo_softcon.models.encoders import open_encoder, read_trained
+
+from ..tasks.helpers import make_loader, make_task, make_trainer
+from .helpers import WeightsFolder, dino_checkpoint, torchvision_backbone
+
+TASKS = import_module(BaseTask.__module__.rpartition('.')[0])
 
 
-class TestCreateEncoder:
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('run')
+    trainer = make_trainer(folder, max_epochs=1)
+    trainer.fit(make_task(), make_loader())
+    trainer.save_checkpoint(folder / 'run.ckpt')
+    return folder / 'run.ckpt'
+
+
+def save_host_task(name: str, path: Path, **options: Any) -> nn.Module:
+    """A checkpoint of one of TorchGeo's own tasks."""
+    task = getattr(TASKS, name if HAS_TASKS else f'{name}Task')(**options)
+    hparams = {k: v for k, v in task.hparams.items() if isinstance(v, int | str)}
+    torch.save({'state_dict': task.state_dict(), 'hyper_parameters': hparams}, path)
+    return task
+
+
+class TestReadTrained:
+    """One reader for all who open a file."""
+
     @pytest.mark.parametrize(
-        ('model', 'size', 'width'),
+        ('beside', 'default'), [('teacher', 'student'), ('student', 'teacher')]
+    )
+    def test_branches(self, beside: Any, default: str, tmp_path: Path) -> None:
+        state = {'model.a': torch.zeros(1), f'{beside}.a': torch.ones(1)}
+        hparams = {'model': 'resnet18'}
+        torch.save({'state_dict': state, 'hyper_parameters': hparams}, tmp_path / 'a')
+        trained = read_trained(tmp_path / 'a')
+        assert (trained.branch, trained.model) == (default, 'resnet18')
+        assert trained.state_dict == {'a': torch.zeros(1)}
+        assert read_trained(tmp_path / 'a', beside).state_dict == {'a': torch.ones(1)}
+
+    def test_training_checkpoint_of_dino_mc(self, tmp_path: Path) -> None:
+        student, teacher = ({'conv1.weight': torch.full((1,), i)} for i in (1.0, 2.0))
+        path = tmp_path / 'run.pth'
+        torch.save(dino_checkpoint(student, teacher, False), path)
+        assert read_trained(path).state_dict == teacher
+        assert read_trained(path).branch == 'teacher'
+        assert read_trained(path, 'student').state_dict == student
+        assert read_weights(str(path)) == teacher
+
+    def test_swin_of_torchvision(self, tmp_path: Path) -> None:
+        torch.save(torchvision_backbone('swin_t').state_dict(), tmp_path / 'a')
+        encoder = open_encoder(tmp_path / 'a', model='swin_tiny_patch4_window7_224')
+        own = torchvision_backbone('swin_t').eval()
+        own.load_state_dict(torch.load(tmp_path / 'a', weights_only=True))
+        image = torch.rand(1, 3, 224, 224)
+        torch.testing.assert_close(encoder.model(image), own(image))
+
+    def test_initial_weights_from_tasks_of_the_host(self, tmp_path: Path) -> None:
+        """TorchGeo itself does not open checkpoints of its self-supervised tasks."""
+        path = tmp_path / 'run.ckpt'
+        task: Any = save_host_task('MoCo', path, model='resnet18', in_channels=4)
+        own: dict[str, Tensor] = task.backbone.state_dict()
+        for key, value in read_weights(str(path)).items():
+            assert torch.equal(value, own[key])
+
+    def test_bad_input(self, tmp_path: Path) -> None:
+        torch.save({'model.a': torch.ones(1)}, tmp_path / 'a')
+        with pytest.raises(ValueError, match=r"branch='teacher' is for files with two"):
+            read_trained(tmp_path / 'a', 'teacher')
+        with pytest.raises(ValueError, match="must be 'student' or 'teacher', got 'x'"):
+            read_trained(tmp_path / 'a', 'x')  # type: ignore[arg-type]
+
+
+class TestOpenEncoder:
+    def test_task(self, checkpoint: Path) -> None:
+        encoder = open_encoder(checkpoint)
+        assert (encoder.name, encoder.in_channels, encoder.size) == ('test_vit', 4, 32)
+        state = torch.load(checkpoint, weights_only=True)['state_dict']
+        for key, value in encoder.model.state_dict().items():
+            assert torch.equal(value, state[f'model.{key}'])
+        assert not encoder.model.training
+
+    @pytest.mark.parametrize('name', ['MoCo', 'SimCLR', 'BYOL'])
+    def test_tasks_of_the_host(self, name: str, tmp_path: Path) -> None:
+        path = tmp_path / 'run.ckpt'
+        task: Any = save_host_task(name, path, model='resnet18', in_channels=4)
+        encoder = open_encoder(path)
+        image = torch.rand(2, 4, 64, 64)
+        own = task.model.backbone.model if name == 'BYOL' else task.backbone
+        expected = encode(own.eval(), image)['pooled']
+        torch.testing.assert_close(encoder.model(image), expected)
+
+    def test_state_dict_needs_a_name(self, tmp_path: Path) -> None:
+        path = tmp_path / 'encoder.pth'
+        torch.save(create_encoder('resnet18', 2).state_dict(), path)
+        assert open_encoder(path, model='resnet18').in_channels == 2
+        with pytest.raises(ValueError, match='Set model to the name'):
+            open_encoder(path)
+        with pytest.raises(
+            ValueError, match=r'no parameters of a test_vit: patch_embed'
+        ):
+            open_encoder(path, model='test_vit')
+
+    def test_positions_of_another_size_are_not_resampled(self, tmp_path: Path) -> None:
+        vit = timm.create_model('vit_tiny_patch16_384', img_size=224, num_classes=0)
+        path = tmp_path / 'encoder.pth'
+        torch.save(vit.state_dict(), path)
+        encoder = open_encoder(path, model='vit_tiny_patch16_384')
+        image = torch.rand(1, 3, 224, 224)
+        torch.testing.assert_close(encoder.model(image), vit.eval()(image))
+
+    def test_bad_input(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match='one of checkpoint and weights'):
+            open_encoder()
+        with pytest.raises(FileNotFoundError, match='does not exist'):
+            open_encoder(tmp_path / 'none.ckpt')
+        torch.save({}, tmp_path / 'empty.ckpt')
+        with pytest.raises(ValueError, match='has no parameters of a resnet18'):
+            open_encoder(tmp_path / 'empty.ckpt', model='resnet18')
+        (tmp_path / 'text.ckpt').write_text('no checkpoint')
+        with pytest.raises(ValueError, match='PyTorch can load safely'):
+            open_encoder(tmp_path / 'text.ckpt')
+
+    def test_bands_of_a_checkpoint(self, tmp_path: Path) -> None:
+        state = create_encoder('resnet18', 2).state_dict()
+        hparams = {'model': 'resnet18', 'bands': ['B2', 'B3']}
+        torch.save({'state_dict': state, 'hyper_parameters': hparams}, tmp_path / 'a')
+        assert open_encoder(tmp_path / 'a', bands=['B02', 'B03']).in_channels == 2
+        with pytest.raises(
+            ValueError, match=r"with, \('B2', 'B3'\), got \('B3', 'B2'\)"
+        ):
+            open_encoder(tmp_path / 'a', bands=['B3', 'B2'])
+
+    def test_bands_of_weights_of_the_host(self) -> None:
+        name = 'ResNet18_Weights.SENTINEL2_RGB_MOCO'
+        with pytest.raises(ValueError, match=r'weights of this package only, got .*B2'):
+            open_encoder(weights=name, bands=['B2'])
+
+    @pytest.mark.parametrize('value_range', ['softcon', (0, 10000)])
+    def test_range_of_a_run_on_data_of_this_package(
+        self, value_range: Any, scenes: SyntheticScenes, tmp_path: Path
+    ) -> None:
+        """What a frozen encoder needs when it sees other data."""
+        data = WorldCoverScenesDataModule(
+            str(scenes.images),
+            str(scenes.worldcover),
+            patch_size=48,
+            batch_size=4,
+            length=4,
+            value_range=value_range,
+        )
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(make_task(in_channels=13), data)
+        trainer.save_checkpoint(tmp_path / 'run.ckpt')
+        expected = True if value_range == 'softcon' else None
+        assert open_encoder(tmp_path / 'run.ckpt').unit_range is expected
+
+    @pytest.mark.parametrize(
+        ('weights', 'bands', 'unit'),
         [
-            ('test_vit', 96, 64),
-            ('vit_small_patch14_dinov2', 98, 384),
-            ('deit_tiny_patch16_224', 96, 192),
-            ('test_vit3', 96, 96),
-            ('resnet18', 75, 512),
-            ('swin_tiny_patch4_window7_224', 112, 768),
+            ('ViTSmall16_Weights.SENTINEL2_SOFTCON', 13, True),
+            ('ResNet50_Weights.SENTINEL1_SOFTCON', 2, True),
+            ('Swin_T_Weights.SENTINEL2_RGB_DINOMC', 3, False),
         ],
     )
-    def test_any_size_and_bands(self, model: str, size: int, width: int) -> None:
-        encoder = create_encoder(model, 5).eval()
-        assert encoder(torch.randn(1, 5, size, size)).shape == (1, width)
-
-    def test_parameters_are_those_of_timm(self) -> None:
-        for model in ('test_vit', 'resnet18'):
-            theirs = timm.create_model(model, in_chans=5, num_classes=0).state_dict()
-            ours = create_encoder(model, 5).state_dict()
-            assert {k: v.shape for k, v in ours.items()} == {
-                k: v.shape for k, v in theirs.items()
-            }
-
-    def test_native_size_is_timm_exactly(self) -> None:
-        theirs = timm.create_model('test_vit', num_classes=0).eval()
-        ours = create_encoder('test_vit').eval()
-        ours.load_state_dict(theirs.state_dict())
-        image = torch.randn(1, 3, 160, 160)
-        assert torch.equal(ours(image), theirs(image))
-
-    def test_drop_path(self) -> None:
-        encoder: Any = create_encoder('test_vit', drop_path_rate=0.1)
-        rates = [getattr(b.drop_path1, 'drop_prob', 0.0) for b in encoder.blocks]
-        torch.testing.assert_close(
-            torch.tensor(rates), torch.linspace(0, 0.1, 6), rtol=0, atol=1e-6
-        )
-
-    def test_no_drop_path_unless_asked_for(self) -> None:
-        # timm's own default is 0.1
-        encoder = create_encoder('swin_tiny_patch4_window7_224')
-        assert max(getattr(m, 'drop_prob', 0) for m in encoder.modules()) == 0
-
-    def test_unknown_name(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"'vit_tiny_patch16'.*vit_tiny_patch16_224"
-        ):
-            create_encoder('vit_tiny_patch16')
-
-    def test_hybrid_is_no_plain_vit(self) -> None:
-        assert not is_vit(create_encoder('vit_tiny_r_s16_p8_224'))
-
-    def test_is_vit(self) -> None:
-        assert is_vit(create_encoder('test_vit'))
-        assert not is_vit(create_encoder('resnet18'))
-
-
-def random_state(model: str, **kwargs: Any) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    return timm.create_model(model, **kwargs).state_dict()
-
-
-class TestLoadEncoder:
-    @pytest.mark.parametrize('model', ['resnet18', 'test_vit'])
-    def test_all_but_the_classifier(self, model: str) -> None:
-        state = random_state(model, in_chans=13)
-        encoder = create_encoder(model, 13)
-        load_encoder(encoder, state)
-        for key, value in encoder.state_dict().items():
-            assert torch.equal(value, state[key])
-
-    def test_classifier_of_another_name(self) -> None:
-        encoder = create_encoder('mobilenetv3_small_050')
-        load_encoder(encoder, random_state('mobilenetv3_small_050'))
-
-    @pytest.mark.parametrize('init', ['random', 'rgb', 'timm'])
-    def test_only_the_input_layer_is_adapted(self, init: Any) -> None:
-        state = random_state('test_vit')
-        encoder = create_encoder('test_vit', 13)
-        load_encoder(encoder, state, init, SENTINEL2_BANDS)
-        for key, value in encoder.state_dict().items():
-            if key != 'patch_embed.proj.weight':
-                assert torch.equal(value, state[key])
-        red = state['patch_embed.proj.weight'][:, 0] * 3 / 13
-        new = encoder.state_dict()['patch_embed.proj.weight']
-        same = {'random': [], 'rgb': [3], 'timm': [0, 3, 6, 9, 12]}[init]
-        for i in range(13):
-            assert torch.allclose(new[:, i], red) == (i in same)
-
-    def test_same_bands_are_kept(self) -> None:
-        state = random_state('resnet18', in_chans=13)
-        encoder = create_encoder('resnet18', 13)
-        load_encoder(encoder, state, 'random')
-        assert torch.equal(encoder.state_dict()['conv1.weight'], state['conv1.weight'])
-
-    def test_position_embedding_of_another_grid(self) -> None:
-        # DINOv2 at 224 px, as SoftCon's authors publish it, with a mask token
-        state = random_state('vit_small_patch14_dinov2', img_size=224, num_classes=0)
-        state['mask_token'] = torch.zeros(1, 384)
-        encoder = create_encoder('vit_small_patch14_dinov2')
-        load_encoder(encoder, state)
-        reference = timm.create_model(
-            'vit_small_patch14_dinov2', img_size=224, num_classes=0
-        ).eval()
-        del state['mask_token']
-        reference.load_state_dict(state)
-        image = torch.randn(2, 3, 224, 224)
-        ours, theirs = encoder.eval()(image), reference(image)
-        assert nn.functional.cosine_similarity(ours, theirs).min() > 0.99
-
-    @pytest.mark.parametrize(
-        ('model', 'other'),
-        [('resnet18', 'resnet34'), ('resnet18', 'test_vit'), ('test_vit', 'test_vit2')],
-    )
-    def test_other_architecture(self, model: str, other: str) -> None:
-        with pytest.raises(ValueError, match='weights are of another architecture'):
-            load_encoder(create_encoder(model), random_state(other))
-
-
-class LocalWeights(WeightsEnum):  # type: ignore[misc]
-    A = Weights('file:///nowhere.pth', None, {})
-
-    def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return {'a': torch.ones(1)}
-
-
-class TestReadWeights:
-    def test_enum(self) -> None:
-        assert read_weights(LocalWeights.A) == {'a': torch.ones(1)}
-
-    def test_state_dict_file(self, tmp_path: Path) -> None:
-        state = random_state('resnet18')
-        torch.save(state, tmp_path / 'a.pth')
-        torch.save({'state_dict': state}, tmp_path / 'b.pth')
-        for name in ('a.pth', 'b.pth'):
-            loaded = read_weights(str(tmp_path / name))
-            assert loaded.keys() == state.keys()
-            assert torch.equal(loaded['fc.bias'], state['fc.bias'])
-
-    def test_neither_file_nor_name(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"existing file or the name .*'nope.ckpt'"
-        ):
-            read_weights('nope.ckpt')
-
-    def test_error_of_a_download_is_not_hidden(
-        self, monkeypatch: pytest.MonkeyPatch
+    def test_published_weights(
+        self,
+        weights: str,
+        bands: int,
+        unit: bool,
+        weights_folder: WeightsFolder,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        member = ResNet50_Weights.SENTINEL2_ALL_MOCO
-
-        def fail(*args: Any, **kwargs: Any) -> Any:
-            raise ValueError('hash mismatch')
-
-        monkeypatch.setattr(type(member), 'get_state_dict', fail)
-        with pytest.raises(ValueError, match='hash mismatch'):
-            read_weights(str(member))
-
-    def test_unreadable_file(self, tmp_path: Path) -> None:
-        path = tmp_path / 'broken.ckpt'
-        path.write_bytes(b'not a checkpoint')
-        with pytest.raises(ValueError, match=r'broken\.ckpt is not a checkpoint'):
-            read_weights(str(path))
-        torch.save([1, 2], path)
-        with pytest.raises(ValueError, match=r'must hold a state dict, got a list'):
-            read_weights(str(path))
+        weights_folder.use(monkeypatch)
+        encoder = open_encoder(weights=weights)
+        assert encoder.bands is not None
+        assert (encoder.in_channels, len(encoder.bands)) == (bands, bands)
+        assert (encoder.size, encoder.unit_range) == (224, unit)

@@ -25,10 +25,9 @@ from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
-from torchgeo_softcon.export import export
+from torchgeo_softcon.export.encoder import export
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.checkpoints import read_checkpoint
-from torchgeo_softcon.report.command import has_other_augmentations, load_task
 from torchgeo_softcon.report.curves import find_logs, plot_curves, read_logs
 from torchgeo_softcon.report.page import Section, write_page
 from torchgeo_softcon.report.pictures import (
@@ -42,6 +41,7 @@ from torchgeo_softcon.report.pictures import (
     plot_views,
 )
 from torchgeo_softcon.report.samples import Gallery
+from torchgeo_softcon.report.sections import has_other_augmentations, load_task
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.transforms import MultiCropView, RandomView
 

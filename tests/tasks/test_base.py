@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from torchgeo_softcon import ResNet50_Weights, ViTSmall16_Weights
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.losses import jaccard_similarity
-from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import SoftConTask
 from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
@@ -26,7 +25,8 @@ from torchgeo_softcon.tasks.optimizers import (
     images_per_step,
     parameter_groups,
 )
-from torchgeo_softcon.tasks.seasons import _warn_once, split_seasons
+from torchgeo_softcon.tasks.schedules import cosine_warmup
+from torchgeo_softcon.transforms.seasons import _warn_once, split_seasons
 
 from ..models.helpers import WeightsFolder
 from .helpers import Scenes, make_batch, make_dino, make_loader, make_task, make_trainer

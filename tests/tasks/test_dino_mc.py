@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchgeo_softcon.modules import DINOHead
-from torchgeo_softcon.schedules import cosine_warmup
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.tasks.dino_mc import default_drop_path_rate
 from torchgeo_softcon.tasks.optimizers import clip_each_gradient
+from torchgeo_softcon.tasks.schedules import cosine_warmup
 from torchgeo_softcon.transforms import MultiCropView
 
 from .helpers import Corners, Scenes, make_batch, make_dino, make_loader, make_trainer

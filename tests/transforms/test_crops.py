@@ -14,13 +14,13 @@ from torchvision.transforms.v2 import functional as T
 
 from torchgeo_softcon.transforms import MultiCropView, crops
 from torchgeo_softcon.transforms.colours import jitter_rgb, shift_hue
-from torchgeo_softcon.transforms.draws import random_boxes
+from torchgeo_softcon.transforms.interpolation import Interpolation, crop_weights
 from torchgeo_softcon.transforms.resample import (
     resample,
     resample_batch,
     resample_blocks,
 )
-from torchgeo_softcon.transforms.weights import Interpolation, crop_weights
+from torchgeo_softcon.transforms.sampling import random_boxes
 
 # No augmentation but the crops
 PLAIN: dict[str, Any] = {

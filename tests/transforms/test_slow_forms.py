@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
 from torchgeo_softcon.transforms import MultiCropView, RandomView, random_crop_grid
-from torchgeo_softcon.transforms.draws import draw, random_boxes
+from torchgeo_softcon.transforms.sampling import draw, random_boxes
 
 
 def jitter(view: Tensor, factors: list[Tensor]) -> Tensor:

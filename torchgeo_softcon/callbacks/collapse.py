@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from .._checks import check_counts, check_not_negative
-from .features import encode, find_encoder, gather, prepare, quietly
+from ..evaluation.features import encode, find_encoder, gather, prepare, quietly
 
 
 def effective_rank(features: Tensor) -> Tensor:

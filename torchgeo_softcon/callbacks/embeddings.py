@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from pyproj import CRS
 from torch import Tensor
 
-from .parts import ROWS, PartedFile
+from ..storage.parted_parquet import ROWS, PartedFile
 from .places import Footprint, footprints
 
 #: A part is written after so many seconds at the latest.

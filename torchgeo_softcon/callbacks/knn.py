@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from .._checks import check_counts, check_positive
 from ..datamodules.normalization import use_unit_range
-from .features import encode, find_encoder, gather, prepare, quietly
-from .labelled import LabelledSamples
-from .probes import evaluate, knn_scores, linear_scores
+from ..evaluation.features import encode, find_encoder, gather, prepare, quietly
+from ..evaluation.probes import evaluate, knn_scores, linear_scores
+from ..evaluation.samples import LabelledSamples
 
 #: By default, the images of a probe are one in so many of the images that are trained
 #: with between two probes. Training encodes an image four times or more (two views,
@@ -75,7 +75,7 @@ class KNNProbe(Callback):
             k: Number of neighbours.
             temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
             linear: Whether to also fit a linear classifier, see
-                :func:`~torchgeo_softcon.callbacks.probes.linear_scores`.
+                :func:`~torchgeo_softcon.evaluation.probes.linear_scores`.
             every_n_epochs: Epochs between two probes. There is always one before the
                 training, as a reference, and one after the last epoch.
             every_n_steps: Optimizer steps between two probes, instead of epochs.

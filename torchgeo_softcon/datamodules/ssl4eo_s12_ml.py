@@ -10,8 +10,8 @@ from torch.utils.data import default_collate
 
 from .._compat import Sample
 from ..datasets.scaling import ValueRange, resolve_value_range
-from ..datasets.ssl4eo_s12 import BANDS, Split, split_names
 from ..datasets.ssl4eo_s12_ml import SSL4EOS12ML, RecordBatch
+from ..ssl4eo.tiffs import BANDS, Split, split_names
 from ..transforms.unit_range import ToUnitRange
 from .base import DrawDataModule
 

@@ -20,9 +20,9 @@ from rasterio.windows import Window
 
 from .._compat import NonGeoDataset, Sample
 from ..bands import RGB_BANDS, normalize_band_names
+from ..geo.rasters import find_alpha, open_raster, read_raster, to_float
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .plotting import plot_sample
-from .rasters import find_alpha, open_raster, read_raster, to_float
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.

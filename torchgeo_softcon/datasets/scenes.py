@@ -24,13 +24,13 @@ from torch.utils.data import Dataset
 
 from .._checks import check_fractions
 from .._compat import NonGeoDataset, Sample
+from ..geo.mosaic import outline
+from ..geo.rasters import Grid, RasterReader, Scene, find_files, find_scenes
+from ..landcover.tiles import BUCKET, tile_path
 from ..transforms.worldcover import WorldCoverMultiLabel
-from ._mosaic import outline
 from .plotting import plot_sample
-from .rasters import Grid, RasterReader, Scene, find_files, find_scenes
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 from .worldcover import ESAWorldCover
-from .worldcover_tiles import BUCKET, tile_path
 
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .._compat import NonGeoDataset, Sample
+from ..ssl4eo.labels import match_labels, read_labels
+from ..ssl4eo.packed import PackedArchive, index_path
+from ..ssl4eo.records import decode
+from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
-from .packed import PackedArchive, index_path
 from .plotting import plot_sample
-from .records import decode
 from .scaling import resolve_value_range
-from .season_labels import match_labels, read_labels
-from .ssl4eo_s12 import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 
 #: Locations that a message names.
 _NAMED = 3

@@ -21,8 +21,8 @@ from affine import Affine
 from pyproj import CRS, Transformer
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
-from ._landscape import Landscape, optical, radar, random_field
-from ._mosaic import Tile, Window, outline, projection
+from ..geo.mosaic import Tile, Window, outline, projection
+from ..synthetic.landscape import Landscape, optical, radar, random_field
 from .worldcover import WORLDCOVER_COLORS
 
 Codes = npt.NDArray[np.uint8]

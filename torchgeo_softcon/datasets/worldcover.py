@@ -19,10 +19,10 @@ from pyproj import CRS
 from torch import Tensor
 
 from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
-from ..legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
-from ._mosaic import Mosaic, open_tile, outline
-from .worldcover_files import Path, find_tiles, warn_size
-from .worldcover_tiles import Bounds, check_year, tile_file, tiles_of
+from ..geo.mosaic import Mosaic, open_tile, outline
+from ..landcover.files import Path, find_tiles, warn_size
+from ..landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ..landcover.tiles import Bounds, check_year, tile_file, tiles_of
 
 #: Official colour of every class code, red, green, blue and opacity in [0, 255].
 WORLDCOVER_COLORS = {

@@ -12,16 +12,10 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .archive import Labelled, label_archive
-    from .command import main
     from .export import write_json
 
-__all__ = ('Labelled', 'label_archive', 'main', 'write_json')
+__all__ = ('Labelled', 'label_archive', 'write_json')
 
-_MODULES = {
-    'Labelled': 'archive',
-    'label_archive': 'archive',
-    'main': 'command',
-    'write_json': 'export',
-}
+_MODULES = {'Labelled': 'archive', 'label_archive': 'archive', 'write_json': 'export'}
 
 __getattr__, __dir__ = lazy_names(globals(), _MODULES)

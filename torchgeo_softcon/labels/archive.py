@@ -19,13 +19,13 @@ import shapely
 from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
-from ..datasets.worldcover_files import Path
-from ..datasets.worldcover_tiles import BUCKET, VERSIONS, check_year
-from ..legends import LEGENDS, WORLDCOVER_CODES
+from ..geo.footprints import Floats, outlines
+from ..landcover.files import Path
+from ..landcover.legends import LEGENDS, WORLDCOVER_CODES
+from ..landcover.tiles import BUCKET, VERSIONS, check_year
 from .counting import Counted, count_pixels
 from .cover import download_folder, find_cover, find_files, reasons, remote_bucket
 from .export import check_places, write_json
-from .footprints import Floats, outlines
 from .plan import Plan, Unit
 from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..datasets._mosaic import Mosaic, Tile
+from ..geo.mosaic import Mosaic, Tile
 
 #: Size of a cell in pixels, if the blocks of a file divide it: that of official tiles.
 _CELL = 1024

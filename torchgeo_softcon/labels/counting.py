@@ -28,9 +28,7 @@ from pyproj import CRS
 from pyproj.exceptions import ProjError
 from rasterio.features import geometry_mask
 
-from ..datasets._mosaic import EDGE, Tile, join_halves, projection
-from .blocks import BlockMosaic, gdal_options
-from .footprints import (
+from ..geo.footprints import (
     EDGE_DEGREES,
     EDGE_UNITS,
     Floats,
@@ -39,6 +37,8 @@ from .footprints import (
     transforms_of,
     unwrap,
 )
+from ..geo.mosaic import EDGE, Tile, join_halves, projection
+from .blocks import BlockMosaic, gdal_options
 
 Counts = npt.NDArray[np.int64]
 

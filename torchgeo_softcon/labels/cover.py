@@ -12,10 +12,11 @@ import numpy as np
 import rasterio
 import shapely
 
-from ..datasets._mosaic import Tile, open_tile
-from ..datasets.worldcover_download import download_tiles
-from ..datasets.worldcover_files import Path, find_tiles, warn_size
-from ..datasets.worldcover_tiles import (
+from ..geo.footprints import Floats
+from ..geo.mosaic import Tile, open_tile
+from ..landcover.download import download_tiles
+from ..landcover.files import Path, find_tiles, warn_size
+from ..landcover.tiles import (
     OFFICIAL,
     TILE_DEGREES,
     tile_corner,
@@ -24,7 +25,6 @@ from ..datasets.worldcover_tiles import (
     tiles_of,
 )
 from .blocks import gdal_options
-from .footprints import Floats
 from .workers import Workers
 
 

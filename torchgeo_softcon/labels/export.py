@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..datasets._whole import whole_file
+from ..storage.whole_file import whole_file
 
 
 def write_json(

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import shapely
 
-from ..datasets._mosaic import Tile, outline
-from .footprints import LONLAT, Floats, parse_crs
+from ..geo.footprints import LONLAT, Floats, parse_crs
+from ..geo.mosaic import Tile, outline
 
 #: Footprints per unit, at least and at most. What a unit has counted is lost if the run
 #: is killed, and blocks where one unit ends and another begins are decoded twice.

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from .footprints import make_footprints
+from ..geo.footprints import make_footprints
 
 #: File types that a folder is searched for.
 _IMAGES = ('.tif', '.tiff', '.jp2')
@@ -213,7 +213,7 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
     # Not before: it needs PyTorch
-    from ..datasets.ssl4eo_s12 import list_images
+    from ..ssl4eo.tiffs import list_images
 
     ids, paths = [], []
     for product, band in _SSL4EO_S12.items():

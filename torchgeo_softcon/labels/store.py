@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
-from ..datasets._whole import whole_file
-from ..legends import WORLDCOVER_CODES, Legend
+from ..geo.footprints import LONLAT, SCHEMA, outlines
+from ..landcover.legends import WORLDCOVER_CODES, Legend
+from ..storage.whole_file import whole_file
 from .counting import Counted, Counts
-from .footprints import LONLAT, SCHEMA, outlines
 
 #: Rows of a row group of the file.
 _ROWS = 2**16

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
-from .footprints import Floats, make_footprints, parse_crs
+from ..geo.footprints import Floats, make_footprints, parse_crs
 from .sources import Read, check_unique
 
 #: Columns of a table that has boxes instead of geometries.

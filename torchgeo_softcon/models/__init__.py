@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .encoders import (
+    from .loading import (
         create_encoder,
         feature_size,
         is_vit,
@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
     """Load a public name at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = 'weights' if name.endswith('_Weights') else 'encoders'
+    module = 'weights' if name.endswith('_Weights') else 'loading'
     value = getattr(import_module(f'.{module}', __name__), name)
     globals()[name] = value
     return value

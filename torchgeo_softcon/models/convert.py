@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from .._checks import check_counts
-from ..modules.patch_embed import select_bands
+from .input_layer import select_bands
 
 _PATCHES = 'patch_embed.proj.weight'
 
@@ -296,7 +296,7 @@ def choose_bands(
 
     Returns:
         Parameters with another input layer, see
-        :func:`~torchgeo_softcon.modules.patch_embed.select_bands`.
+        :func:`~torchgeo_softcon.models.input_layer.select_bands`.
 
     Raises:
         ValueError: If a band is not one of *names*, or there is no input layer.

@@ -1,228 +1,256 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Encoders from timm, for any number of bands and any image size."""
+"""Finding the encoder in whatever a training has left, and building it."""
 
-import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-import timm
-import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import is_model_in_modules
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .._compat import WeightsEnum, get_weight
-from ..modules.patch_embed import InputLayerInit, adapt_input_weight, input_layer
-from .builders import timm_name
-from .convert import drop_head, has_layer_scale, is_torchvision_swin, swin_to_timm
-from .trained import read_trained
+from .._compat import get_weight
+from ..bands import spell_band_name
+from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
+from .convert import is_torchvision_swin, swin_to_timm
+from .input_layer import input_layer
+
+#: Where the encoder is in checkpoints of tasks: in BYOL and segmentation of TorchGeo, in
+#: MAE, in MoCo and SimCLR, in others, and in a plain state dict.
+_PREFIXES = ('model.backbone.model.', 'backbone.vit.', 'backbone.', 'model.', '')
 
 
-def create_encoder(
-    model: str,
-    in_channels: int = 3,
-    pretrained: bool = False,
-    drop_path_rate: float = 0.0,
-) -> nn.Module:
-    """Create a timm model that pools its features and takes images of any size.
+class TrainedEncoder(NamedTuple):
+    """The parameters of an encoder in a file, and what the file tells of them."""
 
-    Vision Transformers resample their position embedding in every forward pass, so that
-    the parameters are those of timm's own model of that name and size, and other tools
-    can load them.
+    #: In timm's layout, with a classifier if there is one.
+    state_dict: dict[str, Tensor]
+    #: timm name of the encoder, if the file tells.
+    model: str | None
+    #: Which of two encoders it is, None if there is one.
+    branch: Branch | None
+    #: All of the file.
+    checkpoint: dict[str, Any]
+
+    @property
+    def hparams(self) -> Mapping[str, Any]:
+        """Hyperparameters of the task that the file is from."""
+        hparams = self.checkpoint.get('hyper_parameters')
+        return hparams if isinstance(hparams, Mapping) else {}
+
+
+def noted_unit_range(checkpoint: Mapping[str, Any]) -> bool | None:
+    """Whether a checkpoint tells that images were scaled as :class:`.ToUnitRange` does.
 
     Args:
-        model: Name of a timm model.
-        in_channels: Number of bands.
-        pretrained: Whether to load timm's weights.
-        drop_path_rate: Stochastic depth rate of the last block.
+        checkpoint: All of a file.
 
     Returns:
-        A model from (B, C, H, W) to (B, F).
+        True if :class:`.UnitRange` or a task of this package has noted it, else None.
+    """
+    noted = 'UnitRange' in checkpoint.get('callbacks', {})
+    return True if noted or checkpoint.get('unit_range') else None
+
+
+def read_trained(
+    path: str | os.PathLike[str], branch: Branch | None = None
+) -> TrainedEncoder:
+    """Find the encoder in a file.
+
+    Args:
+        path: A checkpoint of SoftConTask or DINOMCTask, of another task of TorchGeo, a
+            training checkpoint of the authors of DINO-MC, or a state dict.
+        branch: Of two encoders, ``'student'``, which is trained, or ``'teacher'``, its
+            moving average. Defaults to the one that the paper evaluates: the student of
+            SoftCon, the teacher of DINO-MC.
+
+    Returns:
+        The encoder.
 
     Raises:
-        ValueError: If timm has no model of that name.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read safely, or has no such branch.
     """
-    name = timm_name(model)
-    if ':' not in model and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f', did you mean {", ".join(close)}?' if close else '.'
-        raise ValueError(f'model must be the name of a timm model, got {model!r}{hint}')
-
-    kwargs: dict[str, Any] = {}
-    swin = is_model_in_modules(name, 'swin_transformer')
-    if drop_path_rate or swin:  # where timm's default is not 0
-        kwargs['drop_path_rate'] = drop_path_rate
-    if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
-        kwargs['dynamic_img_size'] = True
-    elif swin:
-        kwargs['strict_img_size'] = False
-    return timm.create_model(
-        model, pretrained=pretrained, in_chans=in_channels, num_classes=0, **kwargs
-    )
-
-
-def is_vit(model: nn.Module) -> bool:
-    """Whether a model is a plain Vision Transformer: patches that can be dropped.
-
-    Args:
-        model: A timm model.
-
-    Returns:
-        True for timm's ``VisionTransformer`` with a patch embedding (ViT, DeiT, DINOv2),
-        False for hybrids with a convolutional stem and for other families.
-    """
-    return isinstance(model, VisionTransformer) and isinstance(
-        model.patch_embed, PatchEmbed
-    )
-
-
-def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
-    """Number of features of an encoder, found out by using it once.
-
-    timm's ``num_features`` is not the width of the output for models with layers between
-    pooling and classifier.
-
-    Args:
-        encoder: A model made by :func:`create_encoder`.
-        in_channels: Number of bands.
-        size: Side of the images in pixels.
-
-    Returns:
-        The number F of (B, F) features.
-
-    Raises:
-        ValueError: If the encoder does not make (B, F) features of such images.
-    """
-    training = encoder.training
-    try:
-        with torch.no_grad():
-            out = encoder.eval()(torch.zeros(1, in_channels, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f'model {type(encoder).__name__} does not take images of size {size} x '
-            f'{size}: {error}. Choose another size or another model'
-        ) from error
-    finally:
-        encoder.train(training)
-    if out.ndim != 2:
-        raise ValueError(
-            f'model {type(encoder).__name__} must pool its features to (B, F), got '
-            f'{tuple(out.shape)}'
-        )
-    return int(out.shape[1])
-
-
-def read_pretrained(
-    model: str, in_channels: int, bands: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Read the weights that the name of a model stands for.
-
-    Args:
-        model: Name of a timm model.
-        in_channels: Number of bands.
-        bands: Their names.
-
-    Returns:
-        A state dict: of this package's models for those bands, of timm's own for RGB.
-    """
-    if timm_name(model) == model.split('/')[-1].split('.')[0]:
-        return dict(create_encoder(model, pretrained=True).state_dict())
-    created = timm.create_model(
-        model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
-    )
-    return dict(created.state_dict())
-
-
-def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
-    """Read the parameters of an encoder.
-
-    Args:
-        weights: A weight enum, the name of one, or the path of a file, see
-            :func:`~torchgeo_softcon.models.trained.read_trained`.
-
-    Returns:
-        A state dict in timm's layout.
-
-    Raises:
-        ValueError: If *weights* is neither a file nor a known name, or is unreadable.
-    """
-    if isinstance(weights, WeightsEnum):
-        state_dict = weights.get_state_dict(progress=True)
-    elif os.path.exists(weights):
-        state_dict = read_trained(weights).state_dict
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist, or is no file')
+    if branch not in (None, 'student', 'teacher'):
+        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    checkpoint = read_checkpoint(str(path))
+    hparams = checkpoint.get('hyper_parameters')
+    model = hparams.get('model') if isinstance(hparams, Mapping) else None
+    if 'state_dict' not in checkpoint and {'student', 'teacher'} <= checkpoint.keys():
+        branch = branch or 'teacher'
+        encoder = dino_mc_encoder(checkpoint, branch)
     else:
-        try:
-            member = get_weight(weights)
-        except ValueError as error:
+        state = checkpoint.get('state_dict', checkpoint)
+        prefix, branch = _locate(state, branch, path)
+        encoder = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+    if is_torchvision_swin(encoder):
+        encoder = swin_to_timm(encoder)
+        model = None if model == 'swin_t' else model
+    return TrainedEncoder(encoder, model, branch, checkpoint)
+
+
+def _locate(
+    state: Mapping[str, Tensor], branch: Branch | None, path: str | os.PathLike[str]
+) -> tuple[str, Branch | None]:
+    """What the keys of an encoder start with, and which of two encoders that is."""
+    parts = {str(key).partition('.')[0] for key in state}
+    if not parts & {'student', 'teacher'}:
+        if branch is not None:
             raise ValueError(
-                f'weights must be an existing file or the name of a weight enum member '
-                f'such as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
-            ) from error
-        state_dict = member.get_state_dict(progress=True)
-    if is_torchvision_swin(state_dict):
-        return swin_to_timm(state_dict)
-    return dict(state_dict)
+                f'branch={branch!r} is for files with two encoders, but {path} has one. '
+                'Leave branch out'
+            )
+        found = (p for p in _PREFIXES if any(k.startswith(p) for k in state))
+        return next(found, ''), None
+    # `model` is the encoder to use; beside it is the other branch
+    names: dict[Branch, str] = {'student': 'model', 'teacher': 'teacher'}
+    default: Branch = 'student'
+    if 'student' in parts:
+        names, default = {'teacher': 'model', 'student': 'student'}, 'teacher'
+    branch = branch or default
+    if names[branch] not in parts:
+        raise ValueError(
+            f'branch={branch!r} is not in {path}, which has {sorted(parts)}. Choose '
+            'another branch'
+        )
+    return f'{names[branch]}.', branch
 
 
-def load_encoder(
-    encoder: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    in_layer_init: InputLayerInit = 'random',
+@dataclass(frozen=True)
+class Encoder:
+    """A trained encoder, ready for use.
+
+    Attributes:
+        model: A timm model that pools its features.
+        name: Its timm name.
+        in_channels: Number of bands.
+        size: Side of the images that it was trained with in pixels, if it is known.
+        bands: Their names, if they are known.
+        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
+            if that is not known.
+    """
+
+    model: nn.Module
+    name: str
+    in_channels: int
+    size: int | None
+    bands: tuple[str, ...] | None = None
+    unit_range: bool | None = None
+
+
+def _spelled(bands: Sequence[str]) -> list[str]:
+    return [spell_band_name(band) for band in bands]
+
+
+def open_encoder(
+    checkpoint: str | os.PathLike[str] | None = None,
+    weights: str | None = None,
+    model: str | None = None,
     bands: Sequence[str] | None = None,
-) -> None:
-    """Load pretrained parameters into an encoder, strictly.
-
-    Classifiers are left out. The position embedding of a Vision Transformer is
-    resampled to the encoder's grid. If the number of bands differs, the input layer is
-    adapted by :func:`~torchgeo_softcon.modules.patch_embed.adapt_input_weight`.
+    unit_range: bool | None = None,
+) -> Encoder:
+    """Build the encoder that is in a file, or that the name of its weights tells.
 
     Args:
-        encoder: A model made by :func:`create_encoder`.
-        state_dict: Parameters in timm's layout.
-        in_layer_init: Rule for an input layer with another number of bands.
-        bands: Names of the encoder's bands.
+        checkpoint: See :func:`read_trained`.
+        weights: Name of a weight enum member.
+        model: timm name of the encoder, if the checkpoint does not have it.
+        bands: Names of the bands of the images: chosen from those of *weights* of this
+            package, and of a *checkpoint* that does not tell them, all in its order.
+        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, if
+            *weights* or *checkpoint* do not tell.
+
+    Returns:
+        The encoder, in evaluation mode.
 
     Raises:
-        ValueError: If the parameters belong to another architecture, or the input layer
-            cannot be adapted.
+        ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it
+            has no encoder, or if *bands* are not among those of *weights*, or not those
+            that *checkpoint* was trained with.
+        OSError: If there is no such file, or *weights* cannot be downloaded.
     """
-    own = encoder.state_dict()
-    encoder_only = drop_head(state_dict)
-    loaded = {k: v for k, v in state_dict.items() if k in own or k in encoder_only}
-    name, layer = input_layer(encoder)
-    key = f'{name}.weight'
-    if key in loaded and loaded[key].shape[1] != layer.in_channels:
-        loaded[key] = adapt_input_weight(
-            loaded[key], layer.in_channels, in_layer_init, bands
-        )
-    positions = own.get('pos_embed')
-    if positions is not None and 'pos_embed' in loaded:
-        vit = cast(VisionTransformer, encoder)
-        if loaded['pos_embed'].shape != positions.shape:
-            loaded['pos_embed'] = resample_abs_pos_embed(
-                loaded['pos_embed'],
-                new_size=list(vit.patch_embed.grid_size),
-                num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
-            )
+    # Late, as it is the one that reads files by the functions above
+    from .loading import create_encoder, is_vit, load_encoder
+    from .weights import EncoderWeights
 
-    missing = sorted(own.keys() - loaded.keys())
-    unexpected = sorted(loaded.keys() - own.keys())
-    shapes = [
-        f'{k} {tuple(loaded[k].shape)} instead of {tuple(v.shape)}'
-        for k, v in own.items()
-        if k in loaded and loaded[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        hint = 'Choose the model that the weights were made for'
-        if has_layer_scale(unexpected):
-            hint += ', or convert them with models.convert.to_patch_size'
+    if (checkpoint is None) == (weights is None):
         raise ValueError(
-            f'weights are of another architecture than {type(encoder).__name__}: '
-            f'{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected '
-            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. {hint}'
+            'one of checkpoint and weights must be given, got '
+            f'checkpoint = {checkpoint} and weights = {weights}'
         )
-    encoder.load_state_dict(loaded)
+    if weights is not None:
+        member = get_weight(weights)
+        if bands is not None and not isinstance(member, EncoderWeights):
+            raise ValueError(
+                f'bands are chosen from weights of this package only, got bands = '
+                f'{tuple(bands)} and weights = {weights}. Leave bands out, and choose and '
+                'order those of the dataset'
+            )
+        options: Any = {} if bands is None else {'bands': bands}
+        try:
+            state = dict(member.get_state_dict(progress=True, **options))
+        except RuntimeError as error:  # no network, or another hash
+            raise OSError(str(error)) from error
+        meta = member.meta
+        name, size = meta.get('model'), meta.get('img_size')
+        bands = bands or meta.get('bands')
+        # Those of DINO-MC are standardized after that
+        if unit_range is None:
+            unit_range = meta.get('value_range') == (0, 1) and 'mean' not in meta
+        if is_torchvision_swin(state):
+            state, name = swin_to_timm(state), 'swin_tiny_patch4_window7_224'
+    else:
+        trained = read_trained(cast(str, checkpoint))
+        state, hparams = trained.state_dict, trained.hparams
+        name, size = trained.model, hparams.get('size')
+        known = hparams.get('bands')
+        if bands and known and _spelled(bands) != _spelled(known):
+            raise ValueError(
+                f'bands must be those that {checkpoint} was trained with, '
+                f'{tuple(known)}, got {tuple(bands)}. Leave bands out, and choose and '
+                'order those of the dataset'
+            )
+        bands = bands or known
+        if unit_range is None:
+            unit_range = noted_unit_range(trained.checkpoint)
+    name = model or name
+    if not name:
+        raise ValueError(
+            f'{checkpoint or weights} does not tell its architecture. Set model to the '
+            'name of a timm model'
+        )
+
+    layer = input_layer(create_encoder(name))[0]
+    weight = state.get(f'{layer}.weight')
+    if weight is None:
+        raise ValueError(
+            f'{checkpoint or weights} has no parameters of a {name}: {layer}.weight is '
+            'not among them. Set model to the name of its architecture'
+        )
+    in_channels = int(weight.shape[1])
+    encoder: Any = create_encoder(name, in_channels)
+    positions = state.get('pos_embed')
+    if is_vit(encoder) and positions is not None:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        side = math.isqrt(positions.shape[1] - prefix)
+        if side != encoder.patch_embed.grid_size[0]:
+            # Not resampled to timm's native size and back
+            encoder.set_input_size(side * encoder.patch_embed.patch_size[0])
+    load_encoder(encoder, state)
+    return Encoder(
+        encoder.eval(),
+        name,
+        in_channels,
+        size or None,
+        None if bands is None else tuple(bands),
+        unit_range,
+    )

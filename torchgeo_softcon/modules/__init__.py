@@ -7,21 +7,17 @@ from .ema import copy_buffers, make_teacher, update_ema
 from .heads import DINOHead, mlp_head
 from .masking import SiameseMasking, encode_visible, mask_pixels, random_visible
 from .packing import can_pack, encode_crops
-from .patch_embed import adapt_input_weight, input_layer, select_bands
 
 __all__ = (
     'DINOHead',
     'SiameseMasking',
-    'adapt_input_weight',
     'can_pack',
     'copy_buffers',
     'encode_crops',
     'encode_visible',
-    'input_layer',
     'make_teacher',
     'mask_pixels',
     'mlp_head',
     'random_visible',
-    'select_bands',
     'update_ema',
 )

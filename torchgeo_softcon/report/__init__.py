@@ -3,7 +3,6 @@
 
 """A page of pictures of a run: ``torchgeo-softcon report``."""
 
-from .command import main
 from .page import write_page
 
-__all__ = ('main', 'write_page')
+__all__ = ('write_page',)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..bands import rgb_indices
 from ..datasets.worldcover import WORLDCOVER_COLORS
-from ..legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ..landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
 from ..modules.masking import mask_pixels, masked_patches, random_visible
 
 Array = npt.NDArray[Any]

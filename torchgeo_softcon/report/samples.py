@@ -14,11 +14,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from .._compat import Sample
-from ..callbacks.features import encode, prepare
-from ..callbacks.labelled import check_label, split_samples
 from ..datamodules.normalization import match_images
-from ..embed import set_up
-from ..models.trained import Encoder
+from ..evaluation.embed import set_up
+from ..evaluation.features import encode, prepare
+from ..evaluation.samples import check_label, split_samples
+from ..models.encoders import Encoder
 from .pictures import Array, Display
 
 #: Images that are encoded at a time.

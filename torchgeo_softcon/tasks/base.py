@@ -24,13 +24,14 @@ from ..models import (
     read_pretrained,
     read_weights,
 )
-from ..modules import input_layer, make_teacher, update_ema
-from ..schedules import cosine_warmup
+from ..models.input_layer import input_layer
+from ..modules import make_teacher, update_ema
+from ..transforms.seasons import split_seasons
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
 from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
-from .seasons import split_seasons
+from .schedules import cosine_warmup
 
 
 class EMATask(BaseTask):

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
-from ..models.builders import timm_name
+from ..models.input_layer import InputLayerInit
+from ..models.timm_models import timm_name
 from ..modules import DINOHead, can_pack, copy_buffers, encode_crops, make_teacher
 from ..modules.packing import CropBatching
-from ..modules.patch_embed import InputLayerInit
-from ..schedules import cosine_warmup
 from ..transforms import MultiCropView
 from .base import EMATask
 from .optimizers import OptimizerName, clip_each_gradient
+from .schedules import cosine_warmup
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
@@ -140,7 +140,7 @@ class DINOMCTask(EMATask):
             bands: Names of the bands, in the order of the channels. Only needed by
                 ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
-                :func:`~torchgeo_softcon.modules.patch_embed.adapt_input_weight`.
+                :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
             freeze_patch_embed: Whether to keep the input layer as it is.
             size: Side of the global crops in pixels.
             local_sizes: Sides of the local crops in pixels. What patches do not cover is

@@ -18,14 +18,14 @@ from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
 from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
 from ..models.convert import choose_bands
+from ..models.encoders import read_trained
 from ..models.features import last_block_features
-from ..models.trained import read_trained
+from ..models.input_layer import input_layer
 from ..models.weights import EncoderWeights
-from ..modules import input_layer
-from ..schedules import cosine_warmup
 from ..transforms import RandomView
-from ..transforms.center import center_view
+from ..transforms.center_view import center_view
 from .optimizers import peak_lr, run_length
+from .schedules import cosine_warmup
 
 
 class LinearProbeTask(ClassificationTask):

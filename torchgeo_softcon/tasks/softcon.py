@@ -14,9 +14,9 @@ from .._checks import check_counts, check_fractions, check_not_negative, check_p
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
+from ..models.input_layer import InputLayerInit
 from ..modules import SiameseMasking, encode_crops, make_teacher, mlp_head
 from ..modules.masking import MaskMode
-from ..modules.patch_embed import InputLayerInit
 from ..transforms import RandomView
 from .base import EMATask
 from .guard import label_message, read_at_once
@@ -97,7 +97,7 @@ class SoftConTask(EMATask):
             bands: Names of the bands, in the order of the channels. Only needed by
                 ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
-                :func:`~torchgeo_softcon.modules.patch_embed.adapt_input_weight`.
+                :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
                 ``'random'`` is the paper's choice.
             freeze_patch_embed: Whether to keep the input layer as it is. Not after
                 ``in_layer_init='random'``.

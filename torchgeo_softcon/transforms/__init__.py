@@ -5,7 +5,7 @@
 
 from .colours import jitter
 from .crops import MultiCropView
-from .draws import random_crop_grid
+from .sampling import random_crop_grid
 from .unit_range import ToUnitRange
 from .views import RandomView
 from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions

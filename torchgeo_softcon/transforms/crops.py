@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .._checks import check_fractions, check_range
 from .colours import colour_map, jitter_rgb
-from .draws import constant, draw, random_blurs, random_boxes, uniform
+from .interpolation import Crop, Interpolation, crop_weights, identity
 from .resample import means, resample
-from .weights import Crop, Interpolation, crop_weights, identity
+from .sampling import constant, draw, random_blurs, random_boxes, uniform
 
 #: Strengths of brightness, contrast, saturation and hue.
 Strengths: TypeAlias = tuple[float, float, float, float]

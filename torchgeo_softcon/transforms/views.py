@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .._checks import check_fractions, check_range
 from .colours import colour_map
-from .draws import draw, random_blurs, random_crop_axes, uniform
+from .interpolation import bilinear_weights
 from .resample import means, resample
-from .weights import bilinear_weights
+from .sampling import draw, random_blurs, random_crop_axes, uniform
 
 
 class RandomView(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_fractions
-from ..legends import WORLDCOVER_CODES
+from ..landcover.legends import WORLDCOVER_CODES
 
 #: Class codes are bytes.
 _BINS = 256

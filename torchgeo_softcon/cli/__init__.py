@@ -1,0 +1,4 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The commands of ``torchgeo-softcon``."""

@@ -1,0 +1,49 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""``torchgeo-softcon list``."""
+
+import argparse
+import warnings
+
+from .. import __version__, plugin
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Print the entry points of the package as a table.
+
+    Args:
+        namespace: Parsed arguments, none.
+
+    Returns:
+        0 if everything loads, else 1.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        host = version('torchgeo')
+    except PackageNotFoundError:
+        host = 'not installed'
+
+    reason = plugin.why_inactive()
+    print(f'torchgeo-softcon  {__version__}')
+    print(f'torchgeo          {host}')
+    print('activation        ' + ('on' if reason is None else f'off, {reason}'))
+
+    with warnings.catch_warnings():
+        # The activation meets the same errors, which are about to be shown
+        warnings.filterwarnings('ignore', 'torchgeo-softcon could not', RuntimeWarning)
+        declared = plugin.declared()
+    if not declared:
+        print('\nNothing is declared: the package is not installed')
+        return 1
+
+    rows = [('GROUP', 'NAME', 'OBJECT', 'STATUS')]
+    rows += [(e.group, e.name, e.value, error or 'ok') for e, error in declared]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print()
+    for *cells, status in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        # The message of an exception may have several lines
+        print(*padded, status.partition('\n')[0], sep='  ')
+    return int(any(error for _, error in declared))

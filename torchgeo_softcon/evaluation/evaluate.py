@@ -1,0 +1,194 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""k-NN and linear evaluation of frozen features."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..callbacks.subset import choose_subset
+from ..datamodules.normalization import match_images
+from ..models import is_vit
+from ..models.encoders import Encoder
+from ..transforms.center_view import center_view
+from .embed import set_up
+from .features import encode, pool, prepare
+from .probes import evaluate, knn_scores, linear_scores
+from .samples import LabelledSamples
+
+#: Blocks of a Vision Transformer whose class tokens are used side by side, as in DINO.
+_BLOCKS = 4
+
+
+@torch.inference_mode()
+def extract_features(
+    encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode the centre of labelled images.
+
+    Args:
+        encoder: The encoder, on *device*.
+        samples: The images.
+        size: Side in pixels of what the encoder sees.
+        device: Where to compute.
+
+    Returns:
+        Features of shape (N, F) by the names of :func:`.encode`, and *blocks*, the class
+        tokens of the last four blocks, of Vision Transformers. Labels of shape (N,) or
+        (N, K), those of images without any label left out.
+    """
+    batches: list[dict[str, Tensor]] = []
+    labels: list[Tensor] = []
+    for batch in tqdm(samples.batches(), samples.name, leave=False):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        if samples.transform is not None:
+            batch = samples.transform(batch)
+        image, seasons = prepare(batch['image'], encoder.in_channels, None)
+        image = center_view(image, size)
+        features = _encode(encoder.model, image)
+        batches.append(
+            {
+                name: value.unflatten(0, (-1, seasons)).mean(1).float().cpu()
+                for name, value in features.items()
+            }
+        )
+        labels.append(batch['label'].cpu())
+    label = torch.cat(labels)
+    known = (
+        label.any(1) if label.ndim == 2 else torch.ones_like(label, dtype=torch.bool)
+    )
+    whole = {
+        name: torch.cat([features[name] for features in batches])[known]
+        for name in batches[0]
+    }
+    for name, value in whole.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f'features of the {samples.name} ({name}) are NaN or infinite. Look for '
+                'NaN pixels in the images'
+            )
+    return whole, label[known]
+
+
+def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """All features of images, from one pass."""
+    model: Any = encoder
+    if not is_vit(encoder) or model.cls_token is None:
+        return encode(encoder, image)
+    depth = min(_BLOCKS, len(model.blocks))
+    tokens, layers = model.forward_intermediates(
+        image, depth, return_prefix_tokens=True, norm=True, output_fmt='NLC'
+    )  # per block: patch tokens (B, N, F), class token and registers (B, P, F)
+    blocks = torch.cat([prefix[:, 0] for _, prefix in layers], 1)
+    return {**pool(encoder, tokens), 'blocks': blocks}
+
+
+def evaluate_encoder(
+    encoder: Encoder,
+    datamodule: LightningDataModule,
+    split: str = 'test',
+    k: Sequence[int] = (20,),
+    temperature: float = 0.07,
+    size: int | None = None,
+    fraction: float = 1.0,
+    seed: int = 42,
+    device: str | torch.device = 'cpu',
+) -> dict[str, float]:
+    """Evaluate frozen features by nearest neighbours and by a linear classifier.
+
+    Args:
+        encoder: The encoder.
+        datamodule: Labelled data. Its training split is what neighbours are looked for
+            in and what the classifier is fitted to.
+        split: Either 'test' or 'val': what is classified.
+        k: Numbers of neighbours (5, 10, 15 and 20 in the code of DINO-MC).
+        temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
+        size: Side in pixels of what the encoder sees. Defaults to that of its training,
+            or 224.
+        fraction: Share of the training split to use.
+        seed: Seed of the choice of that share.
+        device: Where to compute.
+
+    Returns:
+        Accuracy, or for multi-labels *map* (macro) and *micro_map*, by names such as
+        ``knn20_accuracy_cls`` and ``linear_accuracy_blocks``. The linear classifier is
+        a ridge regression, see :func:`.linear_scores`; that of the papers is
+        :class:`.LinearProbeTask`.
+
+    Raises:
+        ValueError: If arguments, data and encoder do not fit each other.
+    """
+    if split not in ('test', 'val'):
+        raise ValueError(f"split must be 'test' or 'val', got {split!r}")
+    device = _device(device)
+    for name in ('train', split):
+        set_up(datamodule, name)
+    match_images(datamodule, encoder.bands, encoder.unit_range)
+    torch.manual_seed(0)  # for samplers that draw
+    bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
+    queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
+    if bank.is_same(queries) or bank.shares_ground:
+        raise ValueError(
+            f'split = {split} of {type(datamodule).__name__} has the images of its training '
+            'split, or others of the same ground, so that scores would mean nothing. Keep '
+            'them apart, for datamodules of this package by val_fraction = 0.1, or more '
+            'where patch_size asks for it'
+        )
+    chosen = choose_subset(len(bank.indices), fraction, seed)
+    bank.indices = [bank.indices[i] for i in chosen]
+    if min(k) < 1 or max(k) > len(chosen):
+        raise ValueError(
+            f'k must be from 1 to the number of training images that are used, '
+            f'{len(chosen)}, got {tuple(k)}'
+        )
+    size = size or encoder.size or 224
+    encoder.model.to(device)
+    features, labels = extract_features(encoder, bank, size, device)
+    query, answers = extract_features(encoder, queries, size, device)
+    multi = labels.ndim == 2
+    hot = labels.float()
+    if not multi:
+        hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
+
+    values = {
+        'train_images': float(len(labels)),
+        f'{split}_images': float(len(answers)),
+        'image_size': float(size),
+    }
+    chance = hot.mean(0).expand(len(answers), -1)
+    predictions = {'chance': {'': chance}}
+    for count in k:
+        predictions[f'knn{count}'] = {
+            name: knn_scores(query[name], features[name], hot, count, temperature)
+            for name in features
+            if name != 'blocks'
+        }
+    predictions['linear'] = {
+        name: linear_scores(query[name], features[name], hot) for name in features
+    }
+    for method, by_feature in predictions.items():
+        for name, scores in by_feature.items():
+            end = f'_{name}' if name else ''
+            if multi:
+                values[f'{method}_map{end}'] = evaluate(scores, answers)
+                values[f'{method}_micro_map{end}'] = evaluate(scores, answers, 'micro')
+            else:
+                values[f'{method}_accuracy{end}'] = evaluate(scores, answers)
+    return values
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(
+            f'device must be one that PyTorch finds here, got {name}: {reason}'
+        ) from error

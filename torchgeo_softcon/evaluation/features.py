@@ -1,0 +1,180 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Features of the encoder of a task, without a trace in the training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..transforms.seasons import split_seasons
+
+#: Where TorchGeo's self-supervised tasks keep their encoder: MoCo and SimCLR in
+#: ``backbone``, MAE in ``backbone.vit``, BYOL in ``model.backbone.model``. Other tasks,
+#: ours among them, have it in ``model``.
+_NAMES = ('backbone', 'vit', 'model')
+
+
+def find_encoder(task: nn.Module, name: str | None = None) -> nn.Module:
+    """Find the encoder that a task trains.
+
+    Args:
+        task: A task of this package or of TorchGeo.
+        name: Dotted name of the encoder in the task, if it is known.
+
+    Returns:
+        A timm model, or the module called *name*.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name is not None:
+        try:
+            return task.get_submodule(name)
+        except AttributeError as error:
+            children = ', '.join(child for child, _ in task.named_children())
+            raise ValueError(
+                f'encoder must be the name of a module of {type(task).__name__} '
+                f'({children}), or of a module in one of them, got {name!r}'
+            ) from error
+
+    module: Any = task
+    while not hasattr(module, 'forward_features'):
+        found = [n for n in _NAMES if isinstance(getattr(module, n, None), nn.Module)]
+        if not found:
+            raise ValueError(
+                f'{type(task).__name__} has no timm model in {" or ".join(_NAMES)}. Set '
+                'encoder to the name of the attribute that has the encoder'
+            )
+        module = getattr(module, found[0])
+    return cast(nn.Module, module)
+
+
+def encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Encode images by all poolings that an encoder knows.
+
+    Args:
+        encoder: A timm model, or any module from (B, C, H, W) to (B, F).
+        image: Images of shape (B, C, H, W).
+
+    Returns:
+        Features of shape (B, F): *cls* and *mean*, the class token and the mean of the
+        patch tokens, of a Vision Transformer that has a class token, and *pooled* of any
+        other encoder. The pooling that the encoder itself uses comes first, and equals
+        its output before a classifier.
+    """
+    model: Any = encoder
+    if not hasattr(model, 'forward_features'):
+        return {'pooled': model(image).flatten(1)}
+
+    return pool(encoder, model.forward_features(image))
+
+
+def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """Pool what an encoder makes of images, by all poolings that it knows.
+
+    Args:
+        encoder: A timm model.
+        tokens: From its ``forward_features``.
+
+    Returns:
+        See :func:`encode`.
+    """
+    model: Any = encoder
+    pooled = model.forward_head(tokens, pre_logits=True).flatten(1)
+    names = poolings(encoder)
+    if len(names) == 1:
+        return {names[0]: pooled}
+    patches = tokens[:, model.num_prefix_tokens :].mean(1)
+    other = patches if names[1] == 'mean' else tokens[:, 0]
+    return {names[0]: pooled, names[1]: model.fc_norm(other)}
+
+
+def poolings(encoder: nn.Module) -> tuple[str, ...]:
+    """Names of the features of an encoder, see :func:`encode`.
+
+    Args:
+        encoder: A timm model, or any module from (B, C, H, W) to (B, F).
+
+    Returns:
+        The names, the encoder's own pooling first.
+    """
+    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+        return ('pooled',)
+    return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
+
+
+def prepare(
+    image: Tensor, in_channels: int | None, size: int | None, first: bool = False
+) -> tuple[Tensor, int]:
+    """Bring images to what an encoder takes.
+
+    Args:
+        image: Images of shape (B, C, H, W), (B, T * C, H, W) or (B, T, C, H, W).
+        in_channels: Number of bands C of the encoder, None if it is not known.
+        size: Side to resize to in pixels, None for no resizing.
+        first: Whether to take the first of several seasons only.
+
+    Returns:
+        Images of shape (B * T, C, size, size), and T.
+
+    Raises:
+        ValueError: If the number of bands does not fit.
+    """
+    if in_channels is not None:
+        image = split_seasons(image, in_channels)
+        image = image[:, :1] if first else image
+        seasons = image.shape[1]
+        image = image.flatten(0, 1)
+    else:
+        seasons = 1
+    if size is not None and tuple(image.shape[-2:]) != (size, size):
+        image = F.interpolate(
+            image, (size, size), mode='bilinear', antialias=True, align_corners=False
+        )
+    return image, seasons
+
+
+@contextmanager
+def quietly(trainer: Trainer, task: LightningModule) -> Iterator[None]:
+    """Evaluate a task in the middle of its training.
+
+    All modules are in evaluation mode, so that no batch statistics move, there are no
+    gradients, and the precision is that of the training. Afterwards, every module is in
+    the mode it was in, and all random number generators are where they were.
+
+    Args:
+        trainer: The trainer.
+        task: The task.
+    """
+    modes = [(module, module.training) for module in task.modules()]
+    task.eval()
+    try:
+        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        # Not module.train(mode), which would overrule the modes of its children
+        for module, mode in modes:
+            module.training = mode
+
+
+def gather(trainer: Trainer, values: Tensor) -> Tensor:
+    """Collect what each rank has, of the same shape, in the order of ranks.
+
+    Args:
+        trainer: The trainer.
+        values: Values of shape (N, ...) of this rank.
+
+    Returns:
+        Values of shape (R, N, ...) of R ranks.
+    """
+    if trainer.world_size == 1:
+        return values[None]
+    return trainer.strategy.all_gather(values)

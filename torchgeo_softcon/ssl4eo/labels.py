@@ -1,0 +1,337 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Land-cover labels of the images of SSL4EO-S12, from a file."""
+
+import contextlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..transforms.worldcover import WORLDCOVER_CODES
+from .tiffs import days, pair
+
+#: Class codes of Dynamic World, the labels of SSL4EO-S12-ML: water, trees, grass, flooded
+#: vegetation, crops, shrub and scrub, built, bare, snow and ice.
+#: https://github.com/zhu-xlab/softcon#readme
+DYNAMIC_WORLD_CODES = tuple(range(9))
+
+#: Columns of a class in a Parquet file, by its code.
+_CLASS_COLUMN = re.compile(r'(count|fraction)_(\d+)')
+
+#: Smallest share of the pixels that must have a class, else the label is unknown.
+_MIN_VALID = 0.5
+
+#: Images that a message names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class SeasonLabels:
+    """Labels of images.
+
+    Attributes:
+        source: Where they are from, for messages.
+        split: What the images are of, shape (N,), empty where it is not said.
+        location: Names of locations, shape (N,).
+        season: Names of the images, shape (N,).
+        values: Shares of the classes, or 0 and 1, float32 of shape (N, K). All zeros is
+            unknown.
+        codes: Codes of the K classes.
+        shares: Whether *values* are shares.
+    """
+
+    source: str
+    split: npt.NDArray[np.bytes_]
+    location: npt.NDArray[np.bytes_]
+    season: npt.NDArray[np.bytes_]
+    values: npt.NDArray[np.float32]
+    codes: Sequence[int]
+    shares: bool
+
+
+def read_labels(path: str | os.PathLike[str]) -> SeasonLabels:
+    """Read a file of labels.
+
+    Args:
+        path: The JSON file of SSL4EO-S12-ML, ``{location: {season: [class, ...]}}`` with
+            classes of Dynamic World or codes of WorldCover, where an empty list is
+            unknown. Or a Parquet file of ``torchgeo-softcon labels``.
+
+    Returns:
+        The labels.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, or names an image twice.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'labels must be a file, found none at {path}')
+    suffix = Path(path).suffix.lower()
+    if suffix == '.json':
+        return _read_json(Path(path))
+    if suffix in ('.parquet', '.pq'):
+        return _read_parquet(Path(path))
+    raise ValueError(f'labels must be a .json or a .parquet file, got {path}')
+
+
+def _read_json(path: Path) -> SeasonLabels:
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise ValueError(f'labels {path} is no valid JSON file: {error}') from error
+    entries = [
+        (location, season, classes)
+        for location, seasons in _items(content, path)
+        for season, classes in _items(seasons, path, location)
+    ]
+    if not entries:
+        raise ValueError(f'labels {path} has no entries')
+    locations, seasons, classes = zip(*entries, strict=True)
+    codes = [c for one in classes if isinstance(one, list) for c in one]
+    # A bool is an int to Python, but no class
+    if not all(isinstance(c, list) for c in classes) or {*map(type, codes)} - {int}:
+        raise _wrong_json(path, 'an image')
+
+    known = {*codes}
+    kinds = (DYNAMIC_WORLD_CODES, WORLDCOVER_CODES)
+    kind = next((k for k in kinds if known <= {*k}), None)
+    if kind is None:
+        raise ValueError(
+            f'labels {path} must have classes of Dynamic World (0 to 8) or codes of '
+            f'WorldCover ({", ".join(map(str, WORLDCOVER_CODES))}), got '
+            f'{", ".join(map(str, sorted(known)[:20]))}'
+        )
+    values = np.zeros((len(entries), len(kind)), np.float32)
+    rows = np.repeat(np.arange(len(entries)), [len(c) for c in classes])
+    values[rows, np.searchsorted(kind, codes)] = 1
+    unsaid = np.zeros(len(entries), np.bytes_)
+    return SeasonLabels(
+        str(path),
+        unsaid,
+        _bytes(locations),
+        _bytes(seasons),
+        values,
+        kind,
+        shares=False,
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of names that come twice, Python would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f'{twice!r} comes twice')
+    return content
+
+
+def _items(content: Any, path: Path, what: str = 'the file') -> Any:
+    if not isinstance(content, dict):
+        raise _wrong_json(path, what)
+    return content.items()
+
+
+def _wrong_json(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f'labels {path} must be {{location: {{season: [class, ...]}}}}, {what} has '
+        'something else'
+    )
+
+
+def _bytes(names: Sequence[str]) -> npt.NDArray[np.bytes_]:
+    return np.array([name.encode() for name in names], dtype=np.bytes_)
+
+
+def _read_parquet(path: Path) -> SeasonLabels:
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f'labels {path} is no valid Parquet file: {error}') from error
+    # Counts become shares; a file that has both is not read twice
+    columns: dict[int, str] = {}
+    for name in schema.names:
+        match = _CLASS_COLUMN.fullmatch(name)
+        if match is not None and (match[1] == 'count' or int(match[2]) not in columns):
+            columns[int(match[2])] = name
+    codes = sorted(columns)
+    if 'id' not in schema.names or not columns:
+        raise ValueError(
+            f'labels {path} must have the column id and one column per class (count_10 or '
+            f'fraction_10 and so on), got {", ".join(schema.names)}'
+        )
+    names = [columns[code] for code in codes]
+    valid = ['valid'] if 'valid' in schema.names else []
+    table = pq.read_table(path, columns=['id', *valid, *names])
+    ids = pd.Series(table['id'].to_pylist(), dtype=object)
+    parts = ids.astype(str).str.extract(r'^(?:(?:.*/)?(s1|s2c|s2a)/)?([^/]+)/([^/]+)$')
+    wrong = ids[parts[1].isna()]
+    if len(wrong):
+        raise ValueError(
+            f'id in labels {path} must be split/location/image, as `torchgeo-softcon '
+            f'labels --layout ssl4eo-s12` writes it, {len(wrong)} of {len(ids)} are not: '
+            f'{", ".join(map(str, wrong[:_NAMED]))}'
+        )
+    twice = ids[ids.duplicated()]
+    if len(twice):
+        raise ValueError(
+            f'id in labels {path} must be unique, {len(twice)} come again: '
+            f'{", ".join(twice[:_NAMED])}'
+        )
+    counts = np.stack([table[name].to_numpy() for name in names], 1).astype(np.float64)
+    known = np.isfinite(counts).all(1)
+    if valid:
+        known &= table['valid'].to_numpy() >= _MIN_VALID
+    counts[~known] = 0
+    if (counts < 0).any():
+        raise ValueError(f'labels {path} must not be negative, got {counts.min():g}')
+    totals = counts.sum(1, keepdims=True)
+    values = (counts / np.where(totals > 0, totals, 1)).astype(np.float32)
+    split, location, season = (_bytes(parts[c].fillna('')) for c in parts)
+    return SeasonLabels(str(path), split, location, season, values, codes, shares=True)
+
+
+def match_labels(
+    labels: SeasonLabels,
+    split: str,
+    location: npt.NDArray[np.bytes_],
+    season: npt.NDArray[np.bytes_],
+) -> npt.NDArray[np.float32]:
+    """Find the label of each image by its name, if the names belong together.
+
+    Args:
+        labels: The labels.
+        split: What the images are of.
+        location: Their locations, shape (N,).
+        season: Their names, shape (N,).
+
+    Returns:
+        One label per image, shape (N, K), all zeros where there is none, as by
+        :func:`look_up_labels`.
+
+    Raises:
+        ValueError: If the names in the labels are not those of the images: if none of
+            them is there, or most of the locations that are there have other images.
+
+    Warns:
+        UserWarning: If some images are not in the labels.
+    """
+    labels = _best(labels, split)
+    found, by_name = _find(labels, split, location, season)
+    missing = found < 0
+    # Locations that are there, but with other images: an archive of other dates
+    known = np.isin(location, labels.location)
+    foreign = known & ~np.isin(location, location[~missing]) & by_name
+    other_dates = 2 * len({*location[foreign]}) > len({*location[known]})
+    if missing.all() or other_dates:
+        names = np.flatnonzero(missing if missing.all() else foreign)
+        example = (
+            f', where names are such as {_name(labels.location, labels.season, 0)}'
+            if len(labels.location)
+            else ', which is empty'
+        )
+        raise ValueError(
+            f'labels must have the names of the images: {len(names)} of {len(location)} '
+            f'images are not in {labels.source}{example}. The first are '
+            f'{_names(location, season, names)}'
+        )
+    if missing.any():
+        warnings.warn(
+            f'{missing.sum()} of {len(location)} images are not in {labels.source} and '
+            'count as unknown, such as '
+            f'{_names(location, season, np.flatnonzero(missing))}',
+            UserWarning,
+            stacklevel=2,
+        )
+    return _values(labels, found)
+
+
+def look_up_labels(
+    labels: SeasonLabels,
+    split: str,
+    location: npt.NDArray[np.bytes_],
+    season: npt.NDArray[np.bytes_],
+) -> npt.NDArray[np.float32]:
+    """Find the label of each image by its name, whether or not there are any.
+
+    Labels that were made for another split are as good: images of both levels of
+    Sentinel-2 have the same names, and one of Sentinel-1 takes the label of the image of
+    the same location that is nearest in time, see :func:`.pair`.
+
+    Args:
+        labels: The labels.
+        split: What the images are of.
+        location: Their locations, shape (N,).
+        season: Their names, shape (N,).
+
+    Returns:
+        One label per image, shape (N, K), all zeros where there is none.
+
+    Raises:
+        ValueError: If the labels have an image twice.
+    """
+    labels = _best(labels, split)
+    return _values(labels, _find(labels, split, location, season)[0])
+
+
+def _find(
+    labels: SeasonLabels,
+    split: str,
+    location: npt.NDArray[np.bytes_],
+    season: npt.NDArray[np.bytes_],
+) -> tuple[npt.NDArray[np.int64], bool]:
+    """Row of each image in the labels, -1 where there is none, and if names tell it."""
+    index = pd.MultiIndex.from_arrays([labels.location, labels.season])
+    if not index.is_unique:
+        raise ValueError(f'{labels.source} has images that come twice')
+    found = index.get_indexer(pd.MultiIndex.from_arrays([location, season]))
+    by_name = split != 's1' or bool((found >= 0).any())
+    if not by_name:
+        with contextlib.suppress(ValueError):  # names of something else
+            dates = days('s2c', labels.season)
+            found = pair(location, days('s1', season), labels.location, dates)
+    return found, by_name
+
+
+def _values(
+    labels: SeasonLabels, found: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    values = labels.values[found]
+    values[found < 0] = 0
+    return values
+
+
+def _best(labels: SeasonLabels, split: str) -> SeasonLabels:
+    """Labels of a split where there are some, else those that may stand for them."""
+    for name in (split, '', 's2c', 's2a'):
+        chosen = labels.split == name.encode()
+        if chosen.any():
+            return replace(
+                labels,
+                split=labels.split[chosen],
+                location=labels.location[chosen],
+                season=labels.season[chosen],
+                values=labels.values[chosen],
+            )
+    return labels
+
+
+def _name(location: Any, season: Any, row: int) -> str:
+    return f'{location[row].decode()}/{season[row].decode()}'
+
+
+def _names(location: Any, season: Any, rows: npt.NDArray[np.int64]) -> str:
+    return ', '.join(_name(location, season, row) for row in rows[:_NAMED])

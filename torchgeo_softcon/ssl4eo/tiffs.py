@@ -1,0 +1,357 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The folders of SSL4EO-S12: which images are there, and how one is read."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+
+from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
+from ..geo.rasters import open_raster, read_raster
+from .records import record_dtype
+
+#: Sentinel-1 GRD, Sentinel-2 Level-1C and Level-2A. The names are those of the folders.
+Split = Literal['s1', 's2c', 's2a']
+
+#: Bands of each, in the order of TorchGeo.
+BANDS: dict[str, tuple[str, ...]] = {
+    's1': SENTINEL1_BANDS,
+    's2c': SENTINEL2_BANDS,
+    's2a': SENTINEL2_SUBSETS[12],
+}
+
+#: Height and width of a patch at 10 m in pixels.
+SIZE = 264
+
+#: Images that are looked at to find out what all are like.
+_TRIED = 10
+
+_LOCATION = re.compile(r'\d+')
+
+#: Names of images are those of Earth Engine and contain the time of acquisition:
+#: 20200604T054639_20200604T054831_T43RCP, S1A_IW_GRDH_1SDV_20200607T010800_...
+_SEASON = {
+    's1': re.compile(r'S1[A-Z]_\w{12}_(\d{8})T\d{6}\w*'),
+    's2c': re.compile(r'(\d{8})T\d{6}\w*'),
+    's2a': re.compile(r'(\d{8})T\d{6}\w*'),
+}
+
+#: The seasons of a location are a quarter of a year apart, and the images of the sensors
+#: were taken within 30 days of one another. Halfway to the next season is too far.
+#: https://github.com/zhu-xlab/SSL4EO-S12/blob/main/src/download_data/ssl4eo_s12_downloader.py
+MAX_DAYS = 45
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Where the pixels of an image are.
+
+    Attributes:
+        crs: Coordinate reference system as an authority code or WKT, None if there is
+            none.
+        transforms: Affine transform of each band, six numbers.
+        nodata: Value without data of each band, None if there is none.
+        bounds: Left, bottom, right and top of the first band of the finest resolution.
+    """
+
+    crs: str | None
+    transforms: tuple[tuple[float, ...], ...]
+    nodata: tuple[float | None, ...]
+    bounds: tuple[float, float, float, float]
+
+
+class Archive:
+    """Images of one split, by number.
+
+    Attributes:
+        location: Location of each image, shape (N,).
+        season: Name of each image in its location, shape (N,).
+    """
+
+    location: npt.NDArray[np.bytes_]
+    season: npt.NDArray[np.bytes_]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.location)
+
+    def name(self, row: int) -> tuple[str, str]:
+        """Name of an image.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            Its location and its own name.
+        """
+        return self.location[row].decode(), self.season[row].decode()
+
+
+class TiffArchive(Archive):
+    """Images of one split in folders, as published.
+
+    ``s2c/0000200/20200604T054639_20200604T054831_T43RCP/B1.tif``: split, location, image,
+    band. Only what is on disk is listed, and other folders and files are passed over.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str) -> None:
+        """Initialize a new TiffArchive instance.
+
+        Args:
+            root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
+            split: Name of one of them.
+
+        Raises:
+            FileNotFoundError: If there is no image.
+            OSError: If none of the first images can be opened.
+        """
+        self.root = Path(root) / split
+        self.split = split
+        self.bands = BANDS[split]
+        found = list_images(root, split)
+        if not found:
+            raise FileNotFoundError(
+                f'root must be a folder of SSL4EO-S12 with images such as '
+                f'{split}/0000200/DATE_.../B1.tif, or one that is packed to the end, found none '
+                f'in {self.root}'
+            )
+        # Bytes, not text: a million names in 50 MB that processes share
+        location, season = zip(*found, strict=True)
+        self.location = np.array(location, dtype=np.bytes_)
+        self.season = np.array(season, dtype=np.bytes_)
+        self.dtype = self._first_dtype()
+
+    def folder(self, row: int) -> Path:
+        """Folder of an image.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            The folder with the bands.
+        """
+        return self.root.joinpath(*self.name(row))
+
+    def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
+        """Read an image with all that its files tell.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            Its record, of shape (), and its georeference.
+
+        Raises:
+            OSError: If a file is missing or can not be read, it is named.
+            ValueError: If a band has another size or type than in the first image, or
+                the bands have several coordinate reference systems.
+        """
+        record = np.zeros((), self.dtype)
+        places: dict[str, Any] = {}
+        for band, source, values in self._open(row):
+            record[band] = values
+            crs = source.crs.to_string() if source.crs else None
+            places[band] = (
+                crs,
+                tuple(source.transform[:6]),
+                source.nodata,
+                source.bounds,
+            )
+        systems = {crs for crs, *_ in places.values()}
+        if len(systems) > 1:
+            raise ValueError(
+                f'the bands of an image must have one CRS, those in {self.folder(row)} '
+                f'have {", ".join(sorted(map(str, systems)))}'
+            )
+        finest = max(self.bands, key=lambda band: self.dtype[band].shape)
+        return record, Georeference(
+            places[finest][0],
+            tuple(places[band][1] for band in self.bands),
+            tuple(places[band][2] for band in self.bands),
+            tuple(places[finest][3]),
+        )
+
+    def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Read images.
+
+        Args:
+            rows: Numbers of N images.
+
+        Returns:
+            Their records of R bytes, shape (N, R).
+
+        Raises:
+            OSError: If a file is missing or can not be read, it is named.
+            ValueError: If a band has another size or type than in the first image.
+        """
+        records = np.zeros(len(rows), self.dtype)
+        for record, row in zip(records, rows, strict=True):
+            for band, _, values in self._open(row):
+                record[band] = values
+        return records.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
+
+    def georeference(self, row: int) -> Georeference:
+        """Where an image is.
+
+        Args:
+            row: Number of the image.
+
+        Returns:
+            Its georeference.
+        """
+        return self.load(row)[1]
+
+    def _open(self, row: int) -> Iterator[tuple[str, Any, npt.NDArray[Any]]]:
+        """Each band of an image with its open file and its values."""
+        folder = self.folder(row)
+        # GDAL shall not list the folder to look for other files that belong to this one
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
+            for band in self.dtype.names or ():
+                path = folder / f'{band}.tif'
+                with open_raster(path) as source:
+                    actual = source.dtypes[0], (source.height, source.width)
+                    self._check(path, band, *actual)
+                    yield band, source, read_raster(source, path, [1])[0]
+
+    def _check(self, path: Path, band: str, dtype: str, shape: tuple[int, int]) -> None:
+        field = self.dtype[band]
+        if (dtype, shape) != (field.base.name, field.shape):
+            raise ValueError(
+                f'the images of an archive must be alike: {path} is {dtype} of '
+                f'{shape[0]} x {shape[1]} pixels, {self._model / path.name} is '
+                f'{field.base.name} of {field.shape[0]} x {field.shape[1]}'
+            )
+
+    def _first_dtype(self) -> np.dtype[Any]:
+        """Type of the records, from the files of the first image that can be opened."""
+        errors = []
+        for row in range(min(len(self), _TRIED)):
+            self._model = self.folder(row)
+            bands = {}
+            try:
+                for band in self.bands:
+                    with open_raster(self._model / f'{band}.tif') as source:
+                        bands[band] = source.dtypes[0], (source.height, source.width)
+            except OSError as error:
+                errors.append(error)
+            else:
+                return record_dtype(bands)
+        raise errors[0]
+
+
+def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
+    """Check the names of splits.
+
+    Args:
+        split: One name or several.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If there is none, or one is unknown or comes twice.
+    """
+    names = (split,) if isinstance(split, str) else tuple(split)
+    if not names or len({*names}) < len(names) or not {*names} <= {*BANDS}:
+        raise ValueError(
+            f'split must be one or several of {", ".join(BANDS)}, got {split!r}'
+        )
+    return names
+
+
+def list_images(root: str | os.PathLike[str], split: str) -> list[tuple[str, str]]:
+    """Find images by the names of their folders. Others are passed over.
+
+    Args:
+        root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
+        split: Name of one of them.
+
+    Returns:
+        Location and name of each image, sorted.
+    """
+    folder = Path(root) / split
+    return [
+        (location, season)
+        for location in _folders(folder, _LOCATION)
+        for season in _folders(folder / location, _SEASON[split])
+    ]
+
+
+def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        names = [e.name for e in entries if pattern.fullmatch(e.name) and e.is_dir()]
+    return sorted(names)
+
+
+def days(split: str, seasons: npt.NDArray[np.bytes_]) -> npt.NDArray[np.datetime64]:
+    """Dates of images.
+
+    Args:
+        split: What they are of.
+        seasons: Names of N images.
+
+    Returns:
+        Days, shape (N,).
+
+    Raises:
+        ValueError: If a name has no date.
+    """
+    texts = []
+    for name in seasons.tolist():
+        match = _SEASON[split].fullmatch(name.decode())
+        if match is None:
+            raise ValueError(f'{name.decode()!r} is no name of an image of {split}')
+        texts.append(f'{match[1][:4]}-{match[1][4:6]}-{match[1][6:]}')
+    return np.array(texts, dtype='datetime64[D]')
+
+
+def pair(
+    locations: npt.NDArray[np.bytes_],
+    dates: npt.NDArray[np.datetime64],
+    other_locations: npt.NDArray[np.bytes_],
+    other_dates: npt.NDArray[np.datetime64],
+) -> npt.NDArray[np.int64]:
+    """Find images of the same location and season in another list.
+
+    The two with the least days between them come first, and no image is taken twice.
+
+    Args:
+        locations: Names of locations, shape (N,).
+        dates: Dates of the images, shape (N,).
+        other_locations: The same of the other list, shape (M,).
+        other_dates: The same of the other list, shape (M,).
+
+    Returns:
+        Position of the partner of each image in the other list, shape (N,), -1 where
+        there is none within :data:`MAX_DAYS`.
+    """
+    partners: dict[bytes, list[int]] = {}
+    for position, location in enumerate(other_locations.tolist()):
+        partners.setdefault(location, []).append(position)
+    images: dict[bytes, list[int]] = {}
+    for position, location in enumerate(locations.tolist()):
+        images.setdefault(location, []).append(position)
+
+    ours = dates.astype(np.int64).tolist()
+    theirs = other_dates.astype(np.int64).tolist()
+    found = np.full(len(locations), -1)
+    for location, here in images.items():
+        there = partners.get(location, [])
+        gaps = sorted((abs(ours[i] - theirs[j]), i, j) for i in here for j in there)
+        taken = set()
+        for gap, i, j in gaps:
+            if gap <= MAX_DAYS and found[i] < 0 and j not in taken:
+                found[i] = j
+                taken.add(j)
+    return found

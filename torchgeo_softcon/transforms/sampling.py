@@ -1,0 +1,218 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Random parameters of views, drawn per sample on the device of the batch."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .interpolation import Crop, blur_weights, gaussian_kernels
+
+
+def draw(image: Tensor, probability: float) -> Tensor:
+    """Choose samples.
+
+    Args:
+        image: Images of shape (B, ...).
+        probability: Probability to choose a sample.
+
+    Returns:
+        True for the chosen samples, shape (B,).
+    """
+    return uniform(image, len(image)) < probability
+
+
+def uniform(like: Tensor, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Draw uniform numbers, in float32 whatever PyTorch's default is.
+
+    Positions of pixels need it: in bfloat16, 224 of them are no longer all different.
+
+    Args:
+        like: Tensor on the device.
+        *shape: Shape of the numbers.
+        low: Smallest number.
+        high: Largest number, excluded.
+
+    Returns:
+        The numbers, float32.
+    """
+    numbers = torch.empty(shape, dtype=torch.float32, device=like.device)
+    return numbers.uniform_(low, high)
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, made once, as they come from the host.
+
+    Args:
+        values: Numbers, or tuples of numbers.
+        device: The device.
+
+    Returns:
+        The numbers, float32.
+    """
+    # A first call may come from prediction, and the second from training
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32).to(device)
+
+
+def random_crop_axes(
+    image: Tensor,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    horizontal_flip: float = 0.0,
+    vertical_flip: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw a random resized crop with flips per sample, as positions in the image.
+
+    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
+    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
+    where torchvision would draw again.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        size: Height and width of the crops in pixels.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height.
+        horizontal_flip: Probability to mirror left and right.
+        vertical_flip: Probability to mirror top and bottom.
+
+    Returns:
+        Where the rows and the columns of the crops lie in the coordinates of
+        ``grid_sample(..., align_corners=False)``, shapes (B, h) and (B, w), float32.
+    """
+    batch, device = len(image), image.device
+    height, width = image.shape[-2:]
+    area = uniform(image, batch, low=scale[0], high=scale[1]) * (height * width)
+    low, high = map(math.log, ratio)
+    aspect = uniform(image, batch, low=low, high=high).exp()
+
+    # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
+    extent_x = ((area * aspect).sqrt() / width).clamp(max=1)
+    extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
+    centre = uniform(image, 2, batch) * 2 - 1
+    sign = uniform(image, 2, batch)
+    axes = []
+    for i, extent, flip, pixels in (
+        (1, extent_y, vertical_flip, size[0]),
+        (0, extent_x, horizontal_flip, size[1]),
+    ):
+        number = torch.arange(pixels, dtype=torch.float32, device=device)
+        base = (number * 2 + 1) / pixels - 1
+        signed = extent * torch.where(sign[i] < flip, -1, 1)
+        shift = centre[i] * (1 - extent)
+        axes.append(signed[:, None] * base + shift[:, None])
+    return axes[0], axes[1]
+
+
+def random_crop_grid(
+    image: Tensor,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    horizontal_flip: float = 0.0,
+    vertical_flip: float = 0.0,
+) -> Tensor:
+    """Draw a random resized crop with flips per sample, as a sampling grid.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        size: Height and width of the crops in pixels.
+        scale: As of :func:`random_crop_axes`.
+        ratio: As of :func:`random_crop_axes`.
+        horizontal_flip: Probability to mirror left and right.
+        vertical_flip: Probability to mirror top and bottom.
+
+    Returns:
+        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2), float32.
+    """
+    y, x = random_crop_axes(image, size, scale, ratio, horizontal_flip, vertical_flip)
+    shape = len(image), *size
+    return torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], -1)
+
+
+def random_boxes(
+    image: Tensor, scale: Sequence[float], ratio: Sequence[float]
+) -> Tensor:
+    """Draw the box of a random resized crop for each image of a batch.
+
+    The same distribution as torchvision's ``RandomResizedCrop``: area uniform in
+    *scale*, aspect ratio log-uniform in *ratio*, the first of ten draws that fits, and
+    a large central box if none does.
+
+    Args:
+        image: Images of shape (B, C, H, W).
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height.
+
+    Returns:
+        Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
+        int64.
+    """
+    draws = len(image), 10
+    height, width = image.shape[-2:]
+    area = uniform(image, *draws, low=scale[0], high=scale[1]) * (height * width)
+    low, high = map(math.log, ratio)
+    aspect = uniform(image, *draws, low=low, high=high).exp()
+    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()]).round_()
+
+    fits = (size[0] >= 1) & (size[0] <= width) & (size[1] >= 1) & (size[1] <= height)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    width_, height_ = (s.gather(1, first)[:, 0] for s in size)
+    left, top = uniform(image, 2, len(image))
+
+    # No draw fits: the largest central box of an allowed ratio
+    found = fits.any(1)
+    central = min(width, height * max(ratio)), min(height, width / min(ratio))
+    width_ = torch.where(found, width_, round(central[0]))
+    height_ = torch.where(found, height_, round(central[1]))
+    left = torch.where(found, left, 0.5)
+    top = torch.where(found, top, 0.5)
+
+    # Whole pixels, all of them equally likely; at the centre rounded down
+    x = (left * (width - width_ + found)).floor_()
+    y = (top * (height - height_ + found)).floor_()
+    return torch.stack([x, y, x + width_, y + height_], 1).long()
+
+
+def random_blurs(
+    crops: Sequence[Crop], probabilities: Sequence[float], sigma: tuple[float, float]
+) -> list[Crop]:
+    """Draw a Gaussian blur of some samples of views, with a standard deviation each.
+
+    Args:
+        crops: Weights of the rows and columns of V views of B images.
+        probabilities: Probability that a sample is blurred, for each view.
+        sigma: Range of the standard deviation in pixels.
+
+    Returns:
+        Weights with the blurs.
+    """
+    if not any(probabilities):
+        return list(crops)
+    like = crops[0][0]
+    shape = len(crops), len(like)
+    share: float | Tensor = probabilities[0]
+    if any(p != share for p in probabilities):
+        share = constant(tuple(probabilities), like.device)[:, None]
+    drawn = uniform(like, *shape) < share
+    sigmas = uniform(like, *shape, low=sigma[0], high=sigma[1])
+    # Three standard deviations, at most what reflection can pad
+    sides = [min(weights.shape[1] for weights in crop) for crop in crops]
+    radii = [min(math.ceil(3 * sigma[1]), side - 1) for side in sides]
+    kernels = {
+        radius: gaussian_kernels(sigmas.flatten(), drawn.flatten(), radius)
+        for radius in dict.fromkeys(radii)
+    }
+    blurred = list(crops)
+    for i, (rows, columns) in enumerate(crops):
+        if probabilities[i]:
+            own = kernels[radii[i]].unflatten(0, shape)[i]
+            blurred[i] = blur_weights(rows, own), blur_weights(columns, own)
+    return blurred
