@@ -1,0 +1,34 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""One writer at a time."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of something that one process writes at a time.
+
+    The system drops the lock when its process ends, however it ends, so a file that is
+    left behind locks nothing.
+
+    Args:
+        path: File of the lock, made if it is missing. Its folder must exist.
+        what: What is being written, for the message.
+
+    Raises:
+        BlockingIOError: If another run holds the lock.
+    """
+    with path.open('a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f'another run is writing {os.fspath(what)}: wait for it, or stop it first'
+            ) from error
+        yield
