@@ -7,17 +7,18 @@ Loaded on first use: the weights are registered whenever TorchGeo's models are i
 which must not pull in what the encoders need.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .encoders import read_weights
     from .loading import (
         create_encoder,
         feature_size,
         is_vit,
         load_encoder,
         read_pretrained,
-        read_weights,
     )
     from .weights import (
         ResNet50_Weights,
@@ -48,11 +49,11 @@ __all__ = (
 )
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name at its first use (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = 'weights' if name.endswith('_Weights') else 'loading'
-    value = getattr(import_module(f'.{module}', __name__), name)
-    globals()[name] = value
-    return value
+_MODULES = {'read_weights': 'encoders'}
+_MODULES |= {
+    name: 'weights' if name.endswith('_Weights') else 'loading'
+    for name in __all__
+    if name not in _MODULES
+}
+
+__getattr__, __dir__ = lazy_names(globals(), _MODULES)

@@ -1,11 +1,12 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
+"""What pretraining tasks share: encoder, views, randomness, schedules, checkpoints."""
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,8 @@ from ..models import (
     read_pretrained,
     read_weights,
 )
+from ..models.checkpoints import Branch
+from ..models.encoders import PRETRAINING
 from ..models.input_layer import input_layer
 from ..modules import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
@@ -34,8 +37,23 @@ from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
 from .schedules import cosine_warmup
 
 
-class EMATask(BaseTask):
-    """A task with an encoder, a teacher that follows it, and per-step schedules."""
+class PretrainingTask(BaseTask):
+    """Base of tasks that pretrain an encoder, with what they share.
+
+    A new method is a subclass that builds ``self.model``, the encoder to export, in
+    :meth:`configure_models` by :meth:`create_encoder`, and computes its loss in
+    :meth:`training_step`. Checkpoints note what it declares, so that ``export``,
+    ``embed``, ``evaluate`` and ``report`` know them.
+
+    .. versionadded:: 0.1
+    """
+
+    #: Name of the method. A task of several may choose by its hyperparameters.
+    method: str
+    #: Paper of the method.
+    reference: str | None = None
+    #: Attributes with the encoders of the task. The one in *model* is exported.
+    branches: Mapping[Branch, str] = MappingProxyType({'student': 'model'})
 
     #: Not saved as hyperparameters: a checkpoint holds plain values only, so that it
     #: opens safely and without this package.
@@ -221,8 +239,8 @@ class EMATask(BaseTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out augmentations, and refuse to overwrite a good checkpoint.
 
-        Whether images were scaled as :class:`.ToUnitRange` does is noted, if the datamodule
-        tells.
+        Noted are the task, its method and its branches, and whether images were scaled as
+        :class:`.ToUnitRange` does, if the datamodule tells.
 
         Args:
             checkpoint: The checkpoint.
@@ -236,6 +254,12 @@ class EMATask(BaseTask):
             del state[key]
         contiguous(state)
         checkpoint['unsaved'] = self.unsaved()
+        checkpoint[PRETRAINING] = {
+            'task': class_path(type(self)),
+            'method': getattr(self, 'method', type(self).__name__),
+            'reference': self.reference,
+            'branches': dict(self.branches),
+        }
         # For those who use the encoder with other data
         datamodule = getattr(self._trainer, 'datamodule', None)
         checkpoint['unit_range'] = getattr(datamodule, 'unit_range', False)
@@ -448,3 +472,8 @@ class EMATask(BaseTask):
                     'timm\nand load the file into a task: '
                     'task.model.load_state_dict(torch.load(FILE), strict=False)'
                 )
+
+
+def class_path(task: type[PretrainingTask]) -> str:
+    """Return the name by which checkpoints note the class of their task."""
+    return f'{task.__module__}.{task.__qualname__}'

@@ -6,6 +6,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -23,7 +24,7 @@ from ..models.timm_models import timm_name
 from ..modules import DINOHead, can_pack, copy_buffers, encode_crops, make_teacher
 from ..modules.packing import CropBatching
 from ..transforms import MultiCropView
-from .base import EMATask
+from .base import PretrainingTask
 from .optimizers import OptimizerName, clip_each_gradient
 from .schedules import cosine_warmup
 
@@ -50,7 +51,7 @@ def default_drop_path_rate(model: str) -> float:
     return 0.2 if is_model_in_modules(name, ('swin_transformer',)) else 0.0
 
 
-class DINOMCTask(EMATask):
+class DINOMCTask(PretrainingTask):
     """DINO-MC and DINO-TP: self-distillation with local crops of several sizes.
 
     A student encodes two global and several local crops of every image, each local crop
@@ -78,6 +79,9 @@ class DINOMCTask(EMATask):
 
     .. versionadded:: 0.1
     """
+
+    reference = 'arXiv 2303.06670'
+    branches = MappingProxyType({'teacher': 'model', 'student': 'student'})
 
     plateau: Tensor
     _idle: Tensor
@@ -249,6 +253,11 @@ class DINOMCTask(EMATask):
         )
         super().__init__()
         self.augmentations = augmentations
+
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """Name of the method, by *views*."""
+        return 'DINO-TP' if self.hparams['views'] == 'temporal' else 'DINO-MC'
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""

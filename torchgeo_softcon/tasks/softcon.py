@@ -4,6 +4,7 @@
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -18,12 +19,12 @@ from ..models.input_layer import InputLayerInit
 from ..modules import SiameseMasking, encode_crops, make_teacher, mlp_head
 from ..modules.masking import MaskMode
 from ..transforms import RandomView
-from .base import EMATask
+from .base import PretrainingTask
 from .guard import label_message, read_at_once
 from .optimizers import OptimizerName
 
 
-class SoftConTask(EMATask):
+class SoftConTask(PretrainingTask):
     """SoftCon: multi-label guided soft contrastive learning.
 
     Two views of every image are encoded, one by the trainable encoder, which sees only
@@ -45,6 +46,10 @@ class SoftConTask(EMATask):
 
     .. versionadded:: 0.1
     """
+
+    method = 'SoftCon'
+    reference = 'arXiv 2405.20462'
+    branches = MappingProxyType({'student': 'model', 'teacher': 'teacher'})
 
     def __init__(
         self,
