@@ -4,10 +4,10 @@
 """What pretraining tasks share: encoder, views, randomness, schedules, checkpoints."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
 from ..models import (
@@ -27,14 +28,32 @@ from ..models import (
 )
 from ..models.checkpoints import Branch
 from ..models.encoders import PRETRAINING
-from ..models.input_layer import input_layer
+from ..models.input_layer import InputLayerInit, input_layer
 from ..modules import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
-from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
+from .optimizers import (
+    OptimizerName,
+    create_optimizer,
+    parameter_groups,
+    peak_lr,
+    run_length,
+)
 from .schedules import cosine_warmup
+
+#: How the hyperparameters that tasks share are checked.
+_CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
+    check_counts: ('in_channels', 'size', 'hidden_dim', 'output_dim'),
+    check_fractions: ('momentum', 'momentum_final'),
+    check_positive: ('lr',),
+    check_not_negative: ('weight_decay', 'warmup_epochs', 'lr_final'),
+}
+_CHOICES = {
+    'optimizer': get_args(OptimizerName),
+    'in_layer_init': get_args(InputLayerInit),
+}
 
 
 class PretrainingTask(BaseTask):
@@ -64,15 +83,53 @@ class PretrainingTask(BaseTask):
     rng_seed: Tensor
 
     #: EMA momentum at the start and at the end of the run.
-    momentum: tuple[float, float]
+    momentum: tuple[float, float] = 1.0, 1.0
 
     #: Number of optimizer steps of the run and of an epoch. A step without a trainer is
     #: one of a run of one step.
     total_steps: int = 1
     epoch_steps: int = 1
 
-    def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
-        """Pairs of a trained module and the teacher that follows it."""
+    #: Options that a task need not have, and what stands for them.
+    defaults: Mapping[str, Any] = MappingProxyType(
+        {
+            'bands': None,
+            'in_layer_init': 'random',
+            'freeze_patch_embed': False,
+            'grad_checkpointing': False,
+            'channels_last': None,
+            'optimizer': 'adamw',
+            'lr_final': 0.0,
+            'weight_decay': 0.0,
+            'warmup_epochs': 0.0,
+        }
+    )
+
+    def __init__(
+        self,
+        weights: WeightsEnum | bool | str | None = None,
+        augmentations: nn.Module | None = None,
+    ) -> None:
+        """Initialize a new PretrainingTask instance.
+
+        All arguments of the subclass become hyperparameters, but those in *ignore*.
+        *model*, *in_channels*, *size* and *lr* must be among them.
+
+        Args:
+            weights: Initial weights, see :func:`~torchgeo_softcon.models.read_weights`.
+            augmentations: Module that draws views of images, None to take them as they
+                are.
+        """
+        self.weights = weights
+        super().__init__()
+        self.augmentations = nn.Identity() if augmentations is None else augmentations
+
+    def option(self, name: str) -> Any:
+        """Return a hyperparameter, or the default of a task that does not have it."""
+        return self.hparams.get(name, self.defaults.get(name))
+
+    def ema_pairs(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """Return pairs of a trained module and the teacher that follows it."""
         return ()
 
     def momentum_at(self, step: int) -> float:
@@ -86,7 +143,7 @@ class PretrainingTask(BaseTask):
         """
         return cosine_warmup(step, self.total_steps, *self.momentum)
 
-    def create_encoder(self, drop_path_rate: float) -> nn.Module:
+    def create_encoder(self, drop_path_rate: float = 0.0) -> nn.Module:
         """Create the encoder that the hyperparameters ask for and load its weights.
 
         Args:
@@ -99,10 +156,11 @@ class PretrainingTask(BaseTask):
             ValueError: If *drop_path_rate* is out of range, or *model*, *weights*, *bands*
                 and *size* do not fit each other.
         """
+        self._check_options()
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         name, channels = self.hparams['model'], self.hparams['in_channels']
-        bands = self.hparams['bands']
+        bands = self.option('bands')
         if bands is not None and len(normalize_band_names(bands)) != channels:
             raise ValueError(
                 f'bands must name all in_channels = {channels} bands, got {len(bands)}: '
@@ -117,14 +175,24 @@ class PretrainingTask(BaseTask):
                 state_dict = read_pretrained(name, channels, bands)
             else:
                 state_dict = read_weights(self.weights)
-            load_encoder(encoder, state_dict, self.hparams['in_layer_init'], bands)
-        if self.hparams['freeze_patch_embed']:
+            load_encoder(encoder, state_dict, self.option('in_layer_init'), bands)
+        if self.option('freeze_patch_embed'):
             input_layer(encoder)[1].requires_grad_(False)
-        set_memory_format(encoder, self.hparams['channels_last'])
+        set_memory_format(encoder, self.option('channels_last'))
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
         return encoder
+
+    def _check_options(self) -> None:
+        """Check the hyperparameters that tasks share."""
+        for check, names in _CHECKS.items():
+            check(**{name: self.option(name) for name in names})
+        for name, choices in _CHOICES.items():
+            if self.option(name) not in choices:
+                raise ValueError(
+                    f'{name} must be one of {choices}, got {self.option(name)!r}'
+                )
 
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
         """Copy the encoder into its teacher, and let it save memory if asked to.
@@ -139,7 +207,7 @@ class PretrainingTask(BaseTask):
             ValueError: If *grad_checkpointing* is not possible.
         """
         teacher = make_teacher(encoder)
-        if self.hparams['grad_checkpointing']:
+        if self.option('grad_checkpointing'):
             checkpoint_activations(encoder, self.hparams['model'])
         return teacher
 
@@ -313,10 +381,11 @@ class PretrainingTask(BaseTask):
         Returns:
             The number of steps.
         """
-        steps = round(self.hparams[name] * self.epoch_steps)
+        epochs = self.option(name)
+        steps = round(epochs * self.epoch_steps)
         if steps > self.total_steps // 2:
             rank_zero_warn(
-                f'{name} = {self.hparams[name]} is {steps} of the {self.total_steps} '
+                f'{name} = {epochs} is {steps} of the {self.total_steps} '
                 'optimizer steps of this run. It is cut to one half of the run.'
             )
             steps = self.total_steps // 2
@@ -351,9 +420,9 @@ class PretrainingTask(BaseTask):
             and getattr(self.trainer.precision_plugin, 'scaler', None) is None
             and self.trainer.strategy.root_device.type in ('cpu', 'cuda')
         )
-        groups = parameter_groups([self], self.hparams['weight_decay'])
-        optimizer = create_optimizer(self.hparams['optimizer'], groups, lr, fused)
-        total, final = self.total_steps, self.hparams.get('lr_final', 0) / lr
+        groups = parameter_groups([self], self.option('weight_decay'))
+        optimizer = create_optimizer(self.option('optimizer'), groups, lr, fused)
+        total, final = self.total_steps, self.option('lr_final') / lr
         scheduler = LambdaLR(
             optimizer, lambda step: cosine_warmup(step, total, 1, final, warmup)
         )
@@ -370,7 +439,7 @@ class PretrainingTask(BaseTask):
             *args: Of Lightning.
             **kwargs: Of Lightning.
         """
-        again = self.modules() if self.hparams['grad_checkpointing'] else ()
+        again = self.modules() if self.option('grad_checkpointing') else ()
         with paused_statistics(again):
             super().backward(loss, *args, **kwargs)
 
@@ -391,10 +460,10 @@ class PretrainingTask(BaseTask):
 
     def schedules(self) -> dict[str, float]:
         """What the schedules say at this step, to be logged."""
-        return {
-            'lr': self.trainer.optimizers[0].param_groups[0]['lr'],
-            'momentum': self.momentum_at(self.global_step),
-        }
+        values = {'lr': self.trainer.optimizers[0].param_groups[0]['lr']}
+        if self.ema_pairs():
+            values['momentum'] = self.momentum_at(self.global_step)
+        return values
 
     def log_step(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log the losses and where the schedules are.

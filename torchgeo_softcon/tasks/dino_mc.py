@@ -16,7 +16,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_counts, check_fractions, check_not_negative, check_positive
+from .._checks import check_counts, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
@@ -209,26 +209,16 @@ class DINOMCTask(PretrainingTask):
             ValueError: If an argument is out of range, or if *model*, *weights*,
                 *bands* and *size* do not fit each other.
         """
-        check_counts(
-            in_channels=in_channels,
-            size=size,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-        )
-        check_fractions(momentum=momentum, momentum_final=momentum_final)
+        check_counts(size=size, bottleneck_dim=bottleneck_dim)
         check_positive(
             teacher_temperature=teacher_temperature,
             warmup_teacher_temperature=warmup_teacher_temperature,
-            lr=lr,
             clip_grad=clip_grad,
         )
         check_not_negative(
             freeze_last_layer=freeze_last_layer,
             teacher_temperature_epochs=teacher_temperature_epochs,
-            lr_final=lr_final,
-            weight_decay=weight_decay,
             weight_decay_final=weight_decay_final,
-            warmup_epochs=warmup_epochs,
         )
         if teacher_statistics not in ('own', 'student'):
             raise ValueError(
@@ -246,13 +236,11 @@ class DINOMCTask(PretrainingTask):
                 local_scale=local_scale,
                 value_range=value_range,
             )
-        self.weights = weights
         # Sides of the crops, as far as they are known
         self._sizes: tuple[int, ...] = (
             augmentations.sizes if isinstance(augmentations, MultiCropView) else (size,)
         )
-        super().__init__()
-        self.augmentations = augmentations
+        super().__init__(weights, augmentations)
 
     @property
     def method(self) -> str:  # type: ignore[override]

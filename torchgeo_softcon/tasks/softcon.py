@@ -11,7 +11,7 @@ import torch
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_fractions, check_not_negative, check_positive
+from .._checks import check_counts
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
@@ -167,28 +167,19 @@ class SoftConTask(PretrainingTask):
                 *bands*, *size* and *mask_mode* do not fit each other.
         """
         check_counts(
-            in_channels=in_channels,
-            size=size,
             mask_patch_size=mask_patch_size,
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
             projector_layers=projector_layers,
             predictor_layers=predictor_layers,
         )
-        check_fractions(momentum=momentum, momentum_final=momentum_final)
-        check_positive(lr=lr)
-        check_not_negative(weight_decay=weight_decay, warmup_epochs=warmup_epochs)
         if seasons not in ('same', 'different'):
             raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
 
-        self.weights = weights
         self.label_similarity = label_similarity
         if callable(label_similarity):
             # A function in a checkpoint could not be loaded safely
             self.ignore = (*self.ignore, 'label_similarity')
-        super().__init__()
-        self.augmentations = (
-            RandomView(size) if augmentations is None else augmentations
+        super().__init__(
+            weights, RandomView(size) if augmentations is None else augmentations
         )
 
     def configure_losses(self) -> None:
