@@ -5,40 +5,11 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset, Subset
 
 from ..datamodules.base import DrawDataModule
-
-
-def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
-    """Choose some of a number of samples, always the same.
-
-    Without replacement, unlike in the code of SSL4EO-S12 and DINO-MC, whose 10 % have
-    duplicates.
-
-    Args:
-        count: Number of samples.
-        fraction: Share of them to choose, in (0, 1].
-        seed: Seed of the choice.
-
-    Returns:
-        Their indices, sorted.
-
-    Raises:
-        ValueError: If *fraction* is out of range, or leaves nothing.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f'fraction must be in (0, 1], got {fraction}')
-    chosen = round(count * fraction)
-    if not chosen:
-        raise ValueError(
-            f'fraction = {fraction} of {count} samples is nothing. Choose a larger one'
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)[:chosen]
-    return order.sort().values.tolist()
+from ..evaluation.samples import choose_subset
 
 
 class TrainSubset(Callback):
@@ -76,11 +47,6 @@ class TrainSubset(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Change the training set of the datamodule.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: What the trainer is about to do.
 
         Raises:
             ValueError: If the datamodule has no training set of its own, or a sampler, or

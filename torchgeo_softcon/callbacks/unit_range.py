@@ -48,11 +48,6 @@ class UnitRange(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Change the datamodule.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: What the trainer is about to do.
-
         Raises:
             ValueError: See
                 :func:`~torchgeo_softcon.datamodules.normalization.use_unit_range`.
