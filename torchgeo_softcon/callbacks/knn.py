@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .._checks import check_counts, check_positive
 from ..datamodules.normalization import use_unit_range
+from ..datamodules.protocol import loader_batch_size, trainer_datamodule
 from ..evaluation.loop import (
     LabelledFeatures,
     collect_labelled,
@@ -235,7 +236,7 @@ class KNNProbe(EncoderWatch):
 
     def _choose(self, trainer: Trainer) -> tuple[LabelledSamples, LabelledSamples]:
         """Choose the images of bank and queries."""
-        data = getattr(trainer, 'datamodule', None) if self.data is None else self.data
+        data = trainer_datamodule(trainer) if self.data is None else self.data
         if data is None:
             raise ValueError(
                 'KNNProbe needs labelled data: set data to a datamodule or a dataset, or '
@@ -274,11 +275,8 @@ class KNNProbe(EncoderWatch):
         return bank, queries
 
     def _images_between(self, trainer: Trainer) -> int:
-        """Number of images that are trained with between two probes, on all ranks."""
-        loader: Any = trainer.train_dataloader
-        size = getattr(loader, 'batch_size', None) or getattr(
-            getattr(loader, 'batch_sampler', None), 'batch_size', 1
-        )
+        """Count the images that are trained with between two probes, on all ranks."""
+        size = loader_batch_size(trainer.train_dataloader) or 1
         if self.every_n_steps is not None:
             batches: Any = self.every_n_steps * trainer.accumulate_grad_batches
         else:

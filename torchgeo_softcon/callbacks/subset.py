@@ -6,9 +6,10 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..datamodules.base import DrawDataModule
+from ..datamodules.protocol import find_split, offer_of, trainer_datamodule
 from ..evaluation.samples import choose_subset
 
 
@@ -54,16 +55,16 @@ class TrainSubset(Callback):
         """
         if stage != 'fit':
             return
-        datamodule: Any = getattr(trainer, 'datamodule', None)
+        datamodule: Any = trainer_datamodule(trainer)
         if isinstance(datamodule, DrawDataModule):
             raise ValueError(  # noqa: TRY004
                 f'TrainSubset is for data of fixed samples, but those of '
                 f'{type(datamodule).__name__} are draws without an end. Give it fewer '
                 'images instead'
             )
-        dataset: Dataset[Any] | None = getattr(datamodule, 'train_dataset', None)
-        samplers = ('train_sampler', 'train_batch_sampler', 'sampler', 'batch_sampler')
-        if dataset is None or any(getattr(datamodule, s, None) for s in samplers):
+        dataset = offer_of(datamodule).train_dataset
+        _, *samplers = find_split(datamodule, 'train')
+        if dataset is None or any(s is not None for s in samplers):
             raise ValueError(
                 f'TrainSubset needs a datamodule with a train_dataset and no sampler, got '
                 f'{type(datamodule).__name__}'

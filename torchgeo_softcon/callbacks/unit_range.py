@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..datamodules.normalization import use_unit_range
+from ..datamodules.protocol import trainer_datamodule
 
 
 class UnitRange(Callback):
@@ -52,7 +53,7 @@ class UnitRange(Callback):
             ValueError: See
                 :func:`~torchgeo_softcon.datamodules.normalization.use_unit_range`.
         """
-        datamodule = getattr(trainer, 'datamodule', None)
+        datamodule = trainer_datamodule(trainer)
         if datamodule is None:
             raise ValueError(
                 'UnitRange changes a datamodule, but the trainer has data loaders only. '

@@ -4,7 +4,7 @@
 """The one way from samples to features, labels and scores."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,13 +168,15 @@ def score_probes(
     if not multi:
         hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
 
-    predictions: list[tuple[Any, Tensor]] = [
-        (('chance', None, ''), hot.mean(0).expand(len(answers), -1))
+    predictions: list[tuple[str, int | None, str, Tensor]] = [
+        ('chance', None, '', hot.mean(0).expand(len(answers), -1))
     ]
     for count in k:
         predictions += [
             (
-                ('knn', count, name),
+                'knn',
+                count,
+                name,
                 knn_scores(queries.features[name], value, hot, count, temperature),
             )
             for name, value in bank.features.items()
@@ -182,10 +184,12 @@ def score_probes(
         ]
     if linear:
         predictions += [
-            (('linear', None, name), linear_scores(queries.features[name], value, hot))
+            ('linear', None, name, linear_scores(queries.features[name], value, hot))
             for name, value in bank.features.items()
         ]
-    for method, scores in predictions:
-        yield Score(*method, 'map' if multi else 'accuracy', evaluate(scores, answers))
+    metric = 'map' if multi else 'accuracy'
+    for method, neighbours, name, scores in predictions:
+        yield Score(method, neighbours, name, metric, evaluate(scores, answers))
         if multi and micro:
-            yield Score(*method, 'micro_map', evaluate(scores, answers, 'micro'))
+            value = evaluate(scores, answers, 'micro')
+            yield Score(method, neighbours, name, 'micro_map', value)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .._compat import Sample
+from ..datamodules.protocol import eval_transform, find_split, is_endless, offer_of
 
 #: Smallest share of an image that a class must cover to count, where labels are shares.
 #: As in WorldCoverMultiLabel.
@@ -42,7 +43,7 @@ def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
     datamodule.prepare_data()
     for name in STAGES if split is None else (split,):
         datamodule.setup(STAGES[name])
-        if getattr(datamodule, f'{name}_dataset', None) is not None:
+        if getattr(offer_of(datamodule), f'{name}_dataset') is not None:
             return name
     # Datamodules of one dataset for all splits
     split_samples(datamodule, split or 'predict')
@@ -64,19 +65,17 @@ def split_samples(
     Raises:
         ValueError: If the datamodule has no such split.
     """
-    dataset = _first(datamodule, f'{split}_dataset', 'dataset')
+    dataset, sampler, batches = find_split(datamodule, split)
     if dataset is None:
         raise ValueError(
             f'{type(datamodule).__name__} has no {split}_dataset. Choose another split, '
             'or other data'
         )
-    batches = _first(datamodule, f'{split}_batch_sampler', 'batch_sampler')
-    sampler = _first(datamodule, f'{split}_sampler', 'sampler')
     if batches is not None:
         return dataset, [i for batch in islice(batches, _MAX_DRAWS) for i in batch]
     if sampler is not None:
         return dataset, list(islice(sampler, _MAX_DRAWS))
-    return dataset, list(range(len(dataset)))
+    return dataset, list(range(len(dataset)))  # type: ignore[arg-type]
 
 
 def shuffled(count: int, seed: int) -> Tensor:
@@ -109,12 +108,6 @@ def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
             f'fraction = {fraction} of {count} samples is nothing. Choose a larger one'
         )
     return shuffled(count, seed)[:chosen].sort().values.tolist()
-
-
-def _first(datamodule: LightningDataModule, *attributes: str) -> Any:
-    """The first attribute that is set."""
-    values = (getattr(datamodule, a, None) for a in attributes)
-    return next((value for value in values if value is not None), None)
 
 
 class LabelledSamples:
@@ -171,16 +164,14 @@ class LabelledSamples:
         Raises:
             ValueError: If the datamodule has no such split.
         """
-        dataset, draws = split_samples(datamodule, split)
+        offer = offer_of(datamodule)
         return cls(
-            dataset,
-            draws,
+            *split_samples(datamodule, split),
             name,
-            getattr(datamodule, 'batch_size', None) or 64,
-            getattr(datamodule, 'num_workers', 0),
-            # Validation images are not augmented, only normalized
-            _first(datamodule, 'val_aug', 'aug'),
-            getattr(datamodule, 'shares_ground', False),
+            offer.batch_size,
+            offer.num_workers,
+            eval_transform(datamodule),
+            offer.shares_ground,
         )
 
     def limit(self, count: int) -> None:
@@ -189,7 +180,7 @@ class LabelledSamples:
         Args:
             count: Largest number of samples.
         """
-        if count > len(self.indices) and getattr(self.dataset, 'endless', False):
+        if count > len(self.indices) and is_endless(self.dataset):
             self.indices = range(count)
         self.indices = self._pick(shuffled(len(self.indices), 0)[:count])
 
@@ -219,7 +210,7 @@ class LabelledSamples:
             count: Largest number of samples.
             others: Largest number of samples of *other*.
         """
-        if getattr(self.dataset, 'endless', False):
+        if is_endless(self.dataset):
             self.indices = range(count + others)
         number = len(self.indices)
         count = min(count, number * 3 // 4)

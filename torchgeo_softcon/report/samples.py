@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from .._compat import Sample
 from ..datamodules.normalization import match_images
+from ..datamodules.protocol import dataset_bands, eval_transform
 from ..evaluation.features import prepare
 from ..evaluation.loop import encode_batches
 from ..evaluation.samples import check_label, set_up, split_samples
@@ -98,19 +99,18 @@ def collect(
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)
     chosen = [indices[i] for i in torch.randperm(len(indices))[:count]]
-    transform: Any = getattr(datamodule, 'val_aug', None) or getattr(
-        datamodule, 'aug', None
-    )
-    bands = getattr(dataset, 'bands', None) or getattr(
-        getattr(dataset, 'scenes', None), 'bands', None
-    )
+    bands = dataset_bands(dataset)
     small: list[Tensor] = []
     features: list[Tensor] = []
     labels: list[Tensor] = []
     kept: list[Sample] = []
     loader = DataLoader(dataset, _BATCH, sampler=chosen, collate_fn=_collate)
     for batch, images, found in encode_batches(
-        encoder.model, loader, transform, encoder.in_channels, encoder.size
+        encoder.model,
+        loader,
+        eval_transform(datamodule),
+        encoder.in_channels,
+        encoder.size,
     ):
         first, _ = prepare(images, encoder.in_channels, None, first=True)
         small.append(_shrink(first))
