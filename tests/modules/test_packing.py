@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import can_pack, encode_crops, packed_blocks, packing
+from torchgeo_softcon.modules import packed_blocks, packing
 from torchgeo_softcon.modules.packed_blocks import can_use_varlen, draw_drop_paths
-from torchgeo_softcon.modules.packing import position_matrix
+from torchgeo_softcon.modules.packing import can_pack, encode_crops, position_matrix
 
 SIZES = (64, 64, 52, 48, 41, 33, 16)
 
