@@ -71,7 +71,7 @@ def _smp_torchgeo(encoder: Encoder) -> Any:
 
 
 def _state_dict(encoder: Encoder) -> Any:
-    return dict(encoder.state_dict)
+    return encoder.state_dict
 
 
 class _Files(NamedTuple):

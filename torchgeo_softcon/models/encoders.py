@@ -56,7 +56,7 @@ class Encoder:
         options: What timm has to build *name* with, besides the number of bands.
     """
 
-    state_dict: Mapping[str, Tensor]
+    state_dict: dict[str, Tensor]
     name: str | None = None
     size: int | None = None
     bands: tuple[str, ...] | None = None
@@ -182,7 +182,7 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
     else:
         state = checkpoint.get('state_dict', checkpoint)
         attributes = {str(key).partition('.')[0] for key in state}
-        branches = dict(_mapping(note, 'branches')) or _guess_branches(attributes)
+        branches: Any = _mapping(note, 'branches') or _guess_branches(attributes)
         prefix, branch = _locate(state, branches, branch, path)
         if branches and not method:
             method = _guess_method(branches, hparams)
@@ -270,7 +270,7 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
         ValueError: If *weights* is neither a file nor a known name, or is unreadable.
     """
     if isinstance(weights, str) and os.path.exists(weights):
-        return dict(read_encoder(weights).state_dict)
+        return read_encoder(weights).state_dict
     if isinstance(weights, str):
         try:
             weights = get_weight(weights)

@@ -15,7 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._checks import check_counts, check_fractions, check_not_negative, check_positive
+from .._checks import (
+    check_choice,
+    check_counts,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+)
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
 from ..models import (
@@ -29,7 +35,7 @@ from ..models import (
 from ..models.checkpoints import Branch
 from ..models.encoders import PRETRAINING
 from ..models.input_layer import InputLayerInit, input_layer
-from ..modules import make_teacher, update_ema
+from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
@@ -189,10 +195,7 @@ class PretrainingTask(BaseTask):
         for check, names in _CHECKS.items():
             check(**{name: self.option(name) for name in names})
         for name, choices in _CHOICES.items():
-            if self.option(name) not in choices:
-                raise ValueError(
-                    f'{name} must be one of {choices}, got {self.option(name)!r}'
-                )
+            check_choice(name, self.option(name), choices)
 
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
         """Copy the encoder into its teacher, and let it save memory if asked to.

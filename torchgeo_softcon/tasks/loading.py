@@ -16,7 +16,10 @@ from .dino_mc import DINOMCTask
 from .softcon import SoftConTask
 
 #: Hyperparameters that tell the task of a checkpoint without a note of it.
-_MARKS = {'soft_weight': SoftConTask, 'local_sizes': DINOMCTask}
+_MARKS: dict[str, type[PretrainingTask]] = {
+    'soft_weight': SoftConTask,
+    'local_sizes': DINOMCTask,
+}
 
 
 def find_task(checkpoint: Mapping[str, Any]) -> type[PretrainingTask] | None:
@@ -34,7 +37,8 @@ def find_task(checkpoint: Mapping[str, Any]) -> type[PretrainingTask] | None:
     note = checkpoint.get(PRETRAINING)
     if isinstance(note, Mapping):
         noted = note.get('task')
-        classes = [c for c in _subclasses(PretrainingTask) if class_path(c) == noted]
+        base: Any = PretrainingTask
+        classes = [c for c in _subclasses(base) if class_path(c) == noted]
         return classes[-1] if classes else None
     hparams = checkpoint.get('hyper_parameters')
     if not isinstance(hparams, Mapping):
@@ -71,5 +75,5 @@ def load_task(
         return None
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         return task.load_from_checkpoint(
-            path, map_location='cpu', weights_only=True, **options
+            str(path), map_location='cpu', weights_only=True, **options
         )
