@@ -7,6 +7,12 @@ import math
 from collections.abc import Sequence
 
 
+def require(condition: object, message: str) -> None:
+    """Raise a ValueError with a message unless a condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 def check_counts(**values: int | None) -> None:
     """Check that options are at least 1.
 

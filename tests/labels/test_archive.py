@@ -20,16 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from affine import Affine
+from torchgeo_softcon.landcover.products import (
+    DYNAMICWORLD,
+    WORLDCOVER,
+    WORLDCOVER_CODES,
+    find_legend,
+)
 
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
 from torchgeo_softcon.labels.workers import InProcess
-from torchgeo_softcon.landcover.legends import (
-    DYNAMICWORLD_CLASSES,
-    WORLDCOVER_CODES,
-    WORLDCOVER_TO_DYNAMICWORLD,
-)
 
 from ..ssl4eo.archives import season
 from .helpers import centres, codes_at, grid, histogram, write_image, write_tile
@@ -157,14 +158,14 @@ class TestFile:
         ours = pd.read_parquet(tmp_path / 'worldcover.parquet')
         theirs = pd.read_parquet(tmp_path / 'dynamicworld.parquet')
         for target in range(9):
-            sources = [c for c, t in WORLDCOVER_TO_DYNAMICWORLD.items() if t == target]
+            sources = [c for c, t in WORLDCOVER.mappings['dynamicworld'].items() if t == target]
             assert sources
             expected = ours[[f'count_{code}' for code in sources]].sum(axis=1)
             assert (theirs[f'count_{target}'] == expected).all()
         about = json.loads(
             pq.read_schema(tmp_path / 'dynamicworld.parquet').metadata[b'labels']
         )
-        assert list(about['classes'].values()) == list(DYNAMICWORLD_CLASSES)
+        assert list(about['classes'].values()) == list(DYNAMICWORLD.class_names)
 
     def test_boxes_across_the_antimeridian(self, tmp_path: Path) -> None:
         for west in (177, -180):
@@ -631,7 +632,7 @@ class TestBadInput:
     ) -> None:
         out = tmp_path / 'a.parquet'
         options = {'images': images, 'worldcover': tiles, 'out': out}
-        first = store.LabelStore(out, archive.LEGENDS['worldcover'], 2021, 'any')
+        first = store.LabelStore(out, *find_legend(WORLDCOVER), 2021, 'any')
         with (
             first.open(f'images {os.path.abspath(images)}', False),
             pytest.raises(

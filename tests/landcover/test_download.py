@@ -19,14 +19,17 @@ import rasterio
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
-from torchgeo_softcon.datasets import ESAWorldCover, worldcover_download
+from torchgeo_softcon.datasets import ESAWorldCover
+from torchgeo_softcon.landcover import download
 from torchgeo_softcon.landcover.download import (
     ABSENT,
     TileDownload,
     download_tiles,
     tiles_of,
 )
-from torchgeo_softcon.landcover.tiles import tile_file, tile_path
+from torchgeo_softcon.landcover.products import WORLDCOVER
+
+tile_file, tile_path = WORLDCOVER.file_name, WORLDCOVER.file_path
 
 #: What a server does with a request, given the file that was asked for.
 Answer = Callable[[Any, bytes], None]
@@ -137,8 +140,8 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bucket(official: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    monkeypatch.setattr(worldcover_download, '_BACKOFF', 0.001)
-    monkeypatch.setattr(worldcover_download, '_POLL', 0.01)
+    monkeypatch.setattr(download, '_BACKOFF', 0.001)
+    monkeypatch.setattr(download, '_POLL', 0.01)
     bucket = Bucket(official)
     thread = threading.Thread(target=bucket.server.serve_forever, args=[0.01])
     thread.start()
@@ -200,8 +203,8 @@ class TestDownload:
             wait_for_end(threads)
             assert not any(os.path.exists(f'/proc/self/task/{t}') for t in threads)
 
-        wait_for_end = worldcover_download._wait_for_end
-        monkeypatch.setattr(worldcover_download, '_wait_for_end', watch)
+        wait_for_end = download._wait_for_end
+        monkeypatch.setattr(download, '_wait_for_end', watch)
         fetch(bucket, tmp_path, TILE, OTHER)
         assert waited
 
@@ -268,7 +271,7 @@ class TestFailures:
         assert files(tmp_path) == []
 
     def test_no_server(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(worldcover_download, '_BACKOFF', 0.001)
+        monkeypatch.setattr(download, '_BACKOFF', 0.001)
         result = download_tiles(
             [TILE], tmp_path, base_url='http://127.0.0.1:9', progress=False
         )
@@ -467,7 +470,7 @@ class TestInterruption:
             assert started.wait(5)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(worldcover_download, 'wait', interrupt)
+        monkeypatch.setattr(download, 'wait', interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch(bucket, tmp_path, TILE, OTHER, workers=1, timeout=0.5)
         # Nothing more was asked for

@@ -18,6 +18,8 @@ from ..datamodules.normalization import match_images
 from ..evaluation.embed import set_up
 from ..evaluation.features import encode, prepare
 from ..evaluation.samples import check_label, split_samples
+from ..landcover import LandCoverProduct
+from ..landcover.products import WORLDCOVER
 from ..models.encoders import Encoder
 from .pictures import Array, Display
 
@@ -47,6 +49,7 @@ class Gallery:
         thumbnails: Colours of all images.
         samples: The first of the samples, as the datamodule gives them.
         masks: Land cover of *samples*, codes of shape (H, W), or None.
+        product: Land-cover product that the codes are of.
     """
 
     split: str
@@ -57,6 +60,7 @@ class Gallery:
     thumbnails: list[Array]
     samples: list[Sample]
     masks: list[Tensor] | None
+    product: LandCoverProduct
 
     def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
         """Features, labels and thumbnails of the images whose label is known."""
@@ -135,7 +139,18 @@ def collect(
         [show(image) for image in pictures],
         kept,
         _masks(dataset, chosen[:_KEPT], kept),
+        _product(dataset),
     )
+
+
+def _product(dataset: Any) -> LandCoverProduct:
+    """Return the land-cover product of a dataset, or of one that it is made of."""
+    inner = [getattr(dataset, 'scenes', None), *getattr(dataset, 'datasets', ())]
+    for one in (dataset, *inner):
+        product = getattr(one, 'product', None)
+        if isinstance(product, LandCoverProduct):
+            return product
+    return WORLDCOVER
 
 
 def _split(
