@@ -36,12 +36,12 @@ from affine import Affine
 from pyproj import CRS, Transformer
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import reproject, transform_bounds
-from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 
 from torchgeo_softcon.geo.footprints import make_footprints, outlines
 from torchgeo_softcon.geo.mosaic import open_tile
 from torchgeo_softcon.labels.counting import count_pixels
 from torchgeo_softcon.labels.plan import Plan
+from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 
 UTM = 'EPSG:32632'
 WEST, NORTH, RES, BLOCK = 9, 48, 1 / 12000, 1024

@@ -20,17 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from affine import Affine
+
+from torchgeo_softcon import label_archive
+from torchgeo_softcon.__main__ import main
+from torchgeo_softcon.labels import archive, plan, store, write_json
+from torchgeo_softcon.labels.workers import InProcess
 from torchgeo_softcon.landcover.products import (
     DYNAMICWORLD,
     WORLDCOVER,
     WORLDCOVER_CODES,
     find_legend,
 )
-
-from torchgeo_softcon import label_archive
-from torchgeo_softcon.__main__ import main
-from torchgeo_softcon.labels import archive, plan, store, write_json
-from torchgeo_softcon.labels.workers import InProcess
 
 from ..ssl4eo.archives import season
 from .helpers import centres, codes_at, grid, histogram, write_image, write_tile
@@ -158,7 +158,9 @@ class TestFile:
         ours = pd.read_parquet(tmp_path / 'worldcover.parquet')
         theirs = pd.read_parquet(tmp_path / 'dynamicworld.parquet')
         for target in range(9):
-            sources = [c for c, t in WORLDCOVER.mappings['dynamicworld'].items() if t == target]
+            sources = [
+                c for c, t in WORLDCOVER.mappings['dynamicworld'].items() if t == target
+            ]
             assert sources
             expected = ours[[f'count_{code}' for code in sources]].sum(axis=1)
             assert (theirs[f'count_{target}'] == expected).all()

@@ -24,7 +24,7 @@ from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
 from .counting import Counted, count_pixels
-from .cover import download_folder, find_cover, find_files, reasons, remote_bucket
+from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_places, write_json
 from .plan import Plan, Unit
 from .sources import Images, find_images, find_layout, read
@@ -147,7 +147,7 @@ def label_archive(
     if download:
         download_folder(worldcover)
     elif remote_bucket(worldcover) is None:
-        find_files(worldcover, product, year)
+        find_year(worldcover, product, year)
     source, name = _find_archive(images, footprints, layout)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
@@ -306,7 +306,7 @@ class _Run:
         if remote_bucket(worldcover) is not None:
             return []
         try:
-            files = find_files(worldcover, self.product, self.year)
+            files = find_year(worldcover, self.product, self.year)
             return sorted(map(os.path.basename, files))
         except FileNotFoundError:
             return []

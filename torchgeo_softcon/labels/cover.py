@@ -94,7 +94,7 @@ def find_cover(
             folder, product, year
         ):
             return cover
-    files = find_files(worldcover, product, year)
+    files = find_year(worldcover, product, year)
     for file, opened in zip(files, _open(files, workers), strict=True):
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
@@ -104,7 +104,7 @@ def find_cover(
     return cover
 
 
-def find_files(
+def find_year(
     worldcover: Path | Iterable[Path], product: LandCoverProduct, year: int | None
 ) -> list[str]:
     """Find the tiles of a year, also among files that are named one by one.
@@ -218,7 +218,7 @@ def reasons(
 
 def _any_tiles(folder: str, product: LandCoverProduct, year: int | None) -> bool:
     try:
-        return bool(find_files(folder, product, year))
+        return bool(find_year(folder, product, year))
     except FileNotFoundError:
         return False
 

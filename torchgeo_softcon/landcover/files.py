@@ -3,12 +3,11 @@
 
 """Find the files of a land-cover product."""
 
-import glob
 import os
-import re
 import warnings
 from collections.abc import Iterable
 
+from ..geo.find_files import find_files
 from ..geo.mosaic import Tile
 from .product import LandCoverProduct
 
@@ -35,34 +34,25 @@ def find_map_files(
     Raises:
         FileNotFoundError: If there are none.
     """
+    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: set[str] = set()
     years: set[str] = set()
-    single = isinstance(paths, str | os.PathLike)
-    given: list[Path] = [paths] if single else list(paths)  # type: ignore[list-item, arg-type]
-    for path in map(os.fspath, given):
-        if not os.path.isdir(path):
-            # Also what only GDAL can find: /vsizip/..., https://...
-            if not os.path.exists(path) and not re.match(r'/vsi|\w+://', path):
-                raise FileNotFoundError(f'paths has {path!r}: no such file')
-            files.add(path)
-            continue
-
-        pattern = os.path.join(glob.escape(path), '**', '*')
-        for file in glob.iglob(pattern, recursive=True):
-            if not file.lower().endswith(('.tif', '.tiff')):
-                continue
+    for path in map(os.fspath, named):
+        for file in find_files(path, ('.tif', '.tiff')):
             match = product.official.search(os.path.basename(file))
-            if match is None or (match['map'] is not None and year is None):
+            if match is None or file == path:
                 files.add(file)
             elif match['map'] is not None:
-                found = match.groupdict().get('year', str(year))
-                years.add(found)
-                if found == str(year):
+                found = match.groupdict().get('year')
+                if found in (None, str(year)):
                     files.add(file)
+                else:
+                    years.add(found)
 
     if not files:
+        searched = ', '.join(map(os.fspath, named))
         raise FileNotFoundError(
-            f'paths={[*map(os.fspath, given)]!r} has no {product.title} file'
+            f'paths={searched!r} has no {product.title} file'
             + (f' of {year}' if year is not None else '')
             + (f', but tiles of {", ".join(sorted(years))}' if years else '')
             + _hint(product, year)
