@@ -21,12 +21,7 @@ from rasterio.windows import Window
 
 from torchgeo_softcon.datasets import ESAWorldCover
 from torchgeo_softcon.landcover import download
-from torchgeo_softcon.landcover.download import (
-    ABSENT,
-    TileDownload,
-    download_tiles,
-    tiles_of,
-)
+from torchgeo_softcon.landcover.download import TileDownload, download_tiles, tiles_of
 from torchgeo_softcon.landcover.products import WORLDCOVER
 
 tile_file, tile_path = WORLDCOVER.file_name, WORLDCOVER.file_path
@@ -34,6 +29,7 @@ tile_file, tile_path = WORLDCOVER.file_name, WORLDCOVER.file_path
 #: What a server does with a request, given the file that was asked for.
 Answer = Callable[[Any, bytes], None]
 
+ABSENT = 'ESA_WorldCover_absent.txt'
 TILE, OTHER, SEA = 'N51E003', 'N51E006', 'N00W030'
 
 
@@ -360,7 +356,7 @@ class TestTruncation:
 
         bucket.answers = [cut] * 5
         result = fetch(bucket, tmp_path)
-        assert 'no tile of WorldCover came: truncated after' in result.failed[TILE]
+        assert 'not a tile of ESA WorldCover: truncated after' in result.failed[TILE]
         assert files(tmp_path) == []
         bucket.answers = [cut]
         assert fetch(bucket, tmp_path).downloaded == [TILE]
@@ -371,7 +367,7 @@ class TestTruncation:
             bucket.send(handler, body[:-30_000] + bytes(10_000) + body[-20_000:])
 
         bucket.answers = [damage] * 5
-        assert 'no tile of' in fetch(bucket, tmp_path).failed[TILE]
+        assert 'not a tile of' in fetch(bucket, tmp_path).failed[TILE]
         assert files(tmp_path) == []
 
     def test_other_place(self, bucket: Bucket, tmp_path: Path) -> None:
@@ -497,7 +493,7 @@ class TestInterruption:
         ({'names': ['N52E003']}, "names must be .* got 'N52E003'"),
         ({'year': 2022}, 'year must be 2020 or 2021, got 2022'),
         ({'workers': 0}, 'workers must be at least 1, got 0'),
-        ({'timeout': 0}, 'timeout must be positive, got 0'),
+        ({'timeout': 0}, 'timeout must be > 0, got 0'),
         ({'base_url': 's3://bucket'}, "base_url must start .* got 's3://bucket'"),
         ({'root': os.devnull}, f"root must be a folder, got '{os.devnull}'"),
     ],

@@ -26,11 +26,7 @@ from .product import LandCoverProduct
 from .products import ProductLike, find_product
 from .tiles import Bounds, TileGrid
 
-__all__ = ('ABSENT', 'TileDownload', 'download_tiles', 'tiles_of')
-
-#: File in the folder of the tiles with the addresses that have none, one per line: tiles
-#: of open sea. They are not asked for again, unless somebody removes the line.
-ABSENT = 'ESA_WorldCover_absent.txt'
+__all__ = ('TileDownload', 'download_tiles', 'tiles_of')
 
 #: How often a tile is tried, and seconds before the second time. They double every time.
 _ATTEMPTS, _BACKOFF = 5, 1.0
@@ -229,9 +225,15 @@ class _Fetch:
     received: int = 0
 
     def __post_init__(self) -> None:
-        """Read which tiles are known not to exist."""
-        absent = self.folder / ABSENT
-        self.absent = {*absent.read_text().split()} if absent.exists() else set()
+        """Read which tiles are known not to exist.
+
+        The file has the addresses of tiles of open sea, one per line. They are not asked
+        for again, unless somebody removes the line.
+        """
+        name = f'{self.product.title.replace(" ", "_")}_absent.txt'
+        self.absent_file = self.folder / name
+        known = self.absent_file.read_text() if self.absent_file.exists() else ''
+        self.absent = {*known.split()}
 
     def tile(self, tile: str) -> Outcome:
         """Get a tile, or raise an OSError that says why it cannot be downloaded."""
@@ -251,7 +253,7 @@ class _Fetch:
                     partial.truncate(0)
                     # One short write to the end of a file: processes do not disturb
                     # each other
-                    with open(self.folder / ABSENT, 'a') as stream:
+                    with self.absent_file.open('a') as stream:
                         stream.write(f'{url}\n')
                     return 'absent'
                 os.fsync(partial.fileno())
@@ -277,7 +279,7 @@ class _Fetch:
                 reason = str(error)
             except (RasterioError, ValueError) as error:
                 partial.truncate(0)
-                reason = f'no tile of {self.product.title} came: {error}'
+                reason = f'what came is not a tile of {self.product.title}: {error}'
         raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
 
     @contextmanager

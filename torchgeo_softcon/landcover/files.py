@@ -52,7 +52,7 @@ def find_map_files(
     if not files:
         searched = ', '.join(map(os.fspath, named))
         raise FileNotFoundError(
-            f'paths={searched!r} has no {product.title} file'
+            f'paths={searched!r} has no {product.title} {"tile" if product.tiles else "file"}'
             + (f' of {year}' if year is not None else '')
             + (f', but tiles of {", ".join(sorted(years))}' if years else '')
             + _hint(product, year)

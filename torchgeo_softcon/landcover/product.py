@@ -21,7 +21,7 @@ _PLACEHOLDERS = {'year': r'\d{4}', 'version': '[A-Za-z0-9.]+', 'tile': '[A-Za-z0
 
 #: Types of the values of a product, and what errors call them.
 _KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(('name', 'title', 'path', 'url'), (str, 'a text')),
+    **dict.fromkeys(('name', 'title', 'resolution', 'path', 'url'), (str, 'a text')),
     **dict.fromkeys(('classes', 'no_data'), (list | tuple, 'a list')),
     'years': (Mapping | list | tuple, 'a list, or a mapping from years to versions'),
     'tiles': (TileGrid | None, 'a mapping with degrees and pixels'),
@@ -51,7 +51,8 @@ class LandCoverProduct:
     Attributes:
         name: Short name, as options and label files have it.
         classes: The classes, in the order of a label.
-        title: Full name, as messages and label files have it, by default *name*.
+        title: Full name for messages, by default *name*.
+        resolution: Size of a pixel, as ``10 m``, for label files.
         years: Years of the map, each with its version, or only the years.
         no_data: Codes of pixels without data. The first one stands for them in masks.
         path: Path of a file below *url*, with ``{year}``, ``{version}`` and ``{tile}``
@@ -66,6 +67,7 @@ class LandCoverProduct:
     name: str
     classes: Sequence[LandCoverClass]
     title: str = ''
+    resolution: str = ''
     years: Mapping[int, str] | Sequence[int] = ()
     no_data: Sequence[int] = (0,)
     path: str = ''
@@ -236,8 +238,9 @@ class LandCoverProduct:
         return '' if year is None else str(self.years[year])
 
     def edition(self, year: int | None) -> str:
-        """Return the title with the year and its version."""
-        return ' '.join(filter(None, (self.title, str(year or ''), self.version(year))))
+        """Return the title with resolution, year and version, for label files."""
+        parts = (self.title, self.resolution, str(year or ''), self.version(year))
+        return ' '.join(filter(None, parts))
 
     def file_path(self, tile: str, year: int | None) -> str:
         """Return the path of a tile (if there are any) and year below *url*."""
