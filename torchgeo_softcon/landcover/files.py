@@ -34,10 +34,11 @@ def find_map_files(
     Raises:
         FileNotFoundError: If there are none.
     """
-    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    single = isinstance(paths, str | os.PathLike)
+    named = [os.fspath(path) for path in ([paths] if single else paths)]  # type: ignore[list-item, union-attr]
     files: set[str] = set()
     years: set[str] = set()
-    for path in map(os.fspath, named):
+    for path in named:
         for file in find_files(path, ('.tif', '.tiff')):
             match = product.official.search(os.path.basename(file))
             if match is None or file == path:
@@ -50,7 +51,7 @@ def find_map_files(
                     years.add(found)
 
     if not files:
-        searched = ', '.join(map(os.fspath, named))
+        searched = ', '.join(named)
         raise FileNotFoundError(
             f'paths={searched!r} has no {product.title} {"tile" if product.tiles else "file"}'
             + (f' of {year}' if year is not None else '')
