@@ -34,8 +34,8 @@ def find_map_files(
     Raises:
         FileNotFoundError: If there are none.
     """
-    single = isinstance(paths, str | os.PathLike)
-    named = [os.fspath(path) for path in ([paths] if single else paths)]  # type: ignore[list-item, union-attr]
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    named = [os.fspath(path) for path in given]
     files: set[str] = set()
     years: set[str] = set()
     for path in named:

@@ -62,7 +62,7 @@ class Gallery:
     thumbnails: list[Array]
     samples: list[Sample]
     masks: list[Tensor] | None
-    product: LandCoverProduct
+    product: LandCoverProduct = WORLDCOVER
 
     def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
         """Features, labels and thumbnails of the images whose label is known."""
