@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from .._checks import check_fractions
 from .._compat import NonGeoDataset, Sample
-from ..geo.mosaic import outline
+from ..geo.grid import outline
 from ..geo.rasters import Grid, RasterReader, Scene, find_rasters, find_scenes
 from ..landcover.tiles import BUCKET, tile_path
 from ..transforms.worldcover import WorldCoverMultiLabel

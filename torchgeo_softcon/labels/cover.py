@@ -12,7 +12,7 @@ import numpy as np
 import rasterio
 import shapely
 
-from ..geo.footprints import Floats
+from ..geo.antimeridian import Floats
 from ..geo.mosaic import Tile, open_tile
 from ..landcover.download import download_tiles
 from ..landcover.files import Path, find_tiles, warn_size

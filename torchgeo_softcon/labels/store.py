@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
-from ..geo.footprints import LONLAT, SCHEMA, outlines
+from ..geo.footprints import SCHEMA, outlines
+from ..geo.grid import LONLAT
 from ..landcover.legends import WORLDCOVER_CODES, Legend
 from ..storage.whole_file import whole_file
 from .counting import Counted, Counts
