@@ -6,8 +6,6 @@
 Multiples of 360 are exact: what is near already stays as it is to the last bit.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -44,7 +42,7 @@ def center(lon: Floats) -> Floats:
     return lon - 360 * np.round((lon.min() + lon.max()) / 720)
 
 
-def turned_boxes(boxes: Floats, turns: Sequence[int]) -> Floats:
+def turned_boxes(boxes: Floats, turns: npt.ArrayLike) -> Floats:
     """Move boxes of shape (N, 4), each by a number of turns to the east."""
     moves = 360.0 * np.asarray(turns)[:, None] * np.array([1, 0, 1, 0])
     return np.asarray(boxes + moves)

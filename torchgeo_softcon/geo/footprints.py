@@ -126,7 +126,9 @@ def outlines(table: pa.Table) -> npt.NDArray[Any]:
         for number in np.unique(pieces[grid]):
             chosen = rows[grid & (pieces == number)]
             ring_cols, ring_rows = _rings(shapes[chosen], int(number))
-            x, y = project(source, lonlat, transforms[chosen].T[:, :, None], ring_cols, ring_rows)
+            x, y = project(
+                source, lonlat, transforms[chosen].T[:, :, None], ring_cols, ring_rows
+            )
             sound = np.isfinite(x).all(1) & np.isfinite(y).all(1)
             rings = np.stack([x, y], -1)[sound]  # (N, 4 * number + 1, 2)
             out[chosen[sound]] = shapely.polygons(rings)

@@ -15,8 +15,9 @@ import shapely
 from affine import Affine
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
+from shapely.affinity import translate
 
-from .antimeridian import Floats, join_halves
+from .antimeridian import TURNS, Floats, join_halves
 
 #: Left, bottom, right and top.
 Bounds = tuple[float, float, float, float]
@@ -27,6 +28,11 @@ LONLAT = 'OGC:CRS84'
 #: Grids whose corners are closer than this, in pixels, are one: files of one place differ
 #: in the last digits, and no image is registered better than to a tenth of a pixel.
 _SAME = 0.01
+
+
+#: Share of the smaller of two grids from which on they overlap, above what the bends of
+#: neighbours' edges in degrees have in common.
+_SHARED = 1e-4
 
 
 @functools.lru_cache(maxsize=1024)
@@ -163,3 +169,24 @@ def outline(source: CRS, target: CRS, bounds: Sequence[float]) -> shapely.Polygo
     if target.is_geographic:
         x = join_halves(x)
     return shapely.Polygon(np.column_stack([x, y]))
+
+
+def overlapping(grids: Sequence[Grid]) -> list[tuple[int, int]]:
+    """Find grids that share ground, not only what the bends of their edges do.
+
+    Returns:
+        Pairs of positions, the smaller one first.
+    """
+    lonlat = parse_crs(LONLAT)
+    outlines = [outline(grid.crs, lonlat, grid.bounds) for grid in grids]
+    # From every turn around the Earth, one of two at the antimeridian is near the other
+    turned = [translate(shape, 360.0 * turns) for turns in TURNS for shape in outlines]
+    found, where = shapely.STRtree(turned).query(outlines, predicate='intersects')
+    pairs = {
+        (i, j % len(outlines))
+        for i, j in zip(found.tolist(), where.tolist(), strict=True)
+        if i < j % len(outlines)
+        and outlines[i].intersection(turned[j]).area
+        > _SHARED * min(outlines[i].area, turned[j].area)
+    }
+    return sorted(pairs)

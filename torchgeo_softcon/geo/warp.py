@@ -8,7 +8,7 @@ nodes are projected, and pixel centres follow from matrices.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def node_positions(nodes: int) -> Floats:
 
 
 def project(
-    source: CRS, target: CRS, transforms: Sequence[Any], cols: Floats, rows: Floats
+    source: CRS, target: CRS, transforms: Iterable[Any], cols: Floats, rows: Floats
 ) -> tuple[Floats, Floats]:
     """Project pixel positions of grids to coordinates of another CRS.
 
