@@ -26,7 +26,7 @@ from torchgeo.samplers import GridGeoSampler, RandomGeoSampler
 from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
 from torchgeo_softcon.geo import mosaic
-from torchgeo_softcon.landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from torchgeo_softcon.landcover.products import WORLDCOVER, WORLDCOVER_CODES
 from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
 
 REAL = Path(__file__).parents[2].parent / 'shared' / 'data' / 'worldcover_tiles'
@@ -628,7 +628,7 @@ class TestNames:
         names = {int(code): name.strip() for code, name in lines}
         assert tuple(names) == WORLDCOVER_CODES
         official = tuple(name.replace('/', ' / ') for name in names.values())
-        assert official == WORLDCOVER_CLASSES
+        assert official == WORLDCOVER.class_names
 
     def test_url(self) -> None:
         assert ESAWorldCover.url.format(

@@ -23,8 +23,8 @@ from pyproj import CRS, Transformer
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
 from ..geo.grid import Grid, outline
 from ..geo.warp import Warp
+from ..landcover.products import WORLDCOVER
 from ..synthetic.landscape import Landscape, optical, radar, random_field
-from .worldcover import WORLDCOVER_COLORS
 
 Codes = npt.NDArray[np.uint8]
 
@@ -248,7 +248,7 @@ class SyntheticScenes:
             'sparse_ok': True,
         }
         with rasterio.open(tile_path, 'w', **profile) as dst:
-            dst.write_colormap(1, WORLDCOVER_COLORS)
+            dst.write_colormap(1, WORLDCOVER.colors)
             dst.update_tags(description='Synthetic land cover, no ESA product')
             for place in _places(self.places, self.size):
                 landscape, (top, left) = self._landscape(place)

@@ -25,7 +25,7 @@ from pyproj import CRS
 
 from ..geo.footprints import SCHEMA, outlines
 from ..geo.grid import LONLAT
-from ..landcover.legends import WORLDCOVER_CODES, Legend
+from ..landcover.product import LandCoverProduct
 from ..storage.whole_file import whole_file
 from .counting import Counted, Counts
 
@@ -38,32 +38,36 @@ _REMEDY = 'Choose another file, or set overwrite to replace it'
 #: Version of the columns of the file.
 _VERSION = 1
 
-#: Columns of the parts with counts.
-_COUNTS = pa.schema(
-    {
-        'id': pa.string(),
-        'pixels': pa.int64(),
-        'counts': pa.list_(pa.int64(), len(WORLDCOVER_CODES)),
-    }
-)
-
 
 class LabelStore:
     """Labels that are done: in the file, and in parts."""
 
-    def __init__(self, path: Path, legend: Legend, year: int, product: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        legend: LandCoverProduct,
+        of_code: Mapping[int, int],
+        year: int | None,
+        product: str,
+    ) -> None:
         """Initialize a new LabelStore instance.
 
         Args:
             path: Path of the file.
-            legend: Classes of the labels.
+            legend: Product that has the classes of the labels.
+            of_code: Its code for every code that is counted.
             year: Year of the map.
             product: Name of the map with its version.
         """
         self.path = path
         self.folder = path.with_name(f'{path.name}.parts')
         self.failures = path.with_name(f'{path.stem}.failed.csv')
-        self.legend, self.year, self.product = legend, year, product
+        self.legend, self.of_code, self.year, self.product = (
+            legend,
+            of_code,
+            year,
+            product,
+        )
         self._manifest = self.folder / 'origin.json'
         #: Whether the file is to be replaced: until that is done, it is as if not there.
         self._replaced = False
@@ -99,12 +103,18 @@ class LabelStore:
 
     def _check(self, archive: str, overwrite: bool) -> None:
         """Raise an error if what is there is something else."""
-        origin = {'archive': archive, 'year': self.year, 'version': _VERSION}
+        origin = {
+            'archive': archive,
+            'year': self.year,
+            'product': self.product,
+            'version': _VERSION,
+        }
         # Without parts, it is left over from a run that did nothing: a wrong command
         if any(self.folder.glob('*.parquet')) and self._manifest.exists():
             there = json.loads(self._manifest.read_text())
             for key, value in origin.items():
-                if there.get(key) != value:
+                # Versions that knew WorldCover only did not note the product
+                if there.get(key, value) != value:
                     raise ValueError(
                         f'{self.folder} has parts of an interrupted run with {key} = '
                         f'{there.get(key)}, this one has {value}. {_REMEDY}'
@@ -147,11 +157,12 @@ class LabelStore:
     def _origin(self) -> dict[str, Any]:
         """What labels must have in common."""
         names = map(str, self.legend.codes)
+        classes = self.legend.class_names
         return {
             'version': _VERSION,
             'product': self.product,
             'legend': self.legend.name,
-            'classes': dict(zip(names, self.legend.classes, strict=True)),
+            'classes': dict(zip(names, classes, strict=True)),
         }
 
     def labels(self) -> pa.Table | None:
@@ -160,7 +171,7 @@ class LabelStore:
 
     def parts(self, kind: Literal['counts', 'footprints']) -> pa.Table:
         """Rows of all parts of a kind, those that were written last first."""
-        schema = {'counts': _COUNTS, 'footprints': SCHEMA}[kind]
+        schema = SCHEMA if kind == 'footprints' else counts_schema(len(self.of_code))
         tables = [schema.empty_table()]
         for path in sorted(self.folder.glob(f'{kind}-*.parquet'), reverse=True):
             try:
@@ -281,8 +292,8 @@ class LabelStore:
     def _to_legend(self, counts: pa.Table) -> Any:
         """Counts of the legend's classes, of shape (N, K)."""
         values = np.zeros((len(counts), len(self.legend.codes)), np.int64)
-        for code, column in zip(WORLDCOVER_CODES, _by_code(counts).T, strict=True):
-            target = self.legend.of_worldcover[code]
+        columns = _by_code(counts).T
+        for target, column in zip(self.of_code.values(), columns, strict=True):
             values[:, self.legend.codes.index(target)] += column
         return values
 
@@ -347,16 +358,22 @@ def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
         [
             ids.filter(pa.array(good)),
             pa.array(counted.pixels[good]),
-            pa.FixedSizeListArray.from_arrays(flat, len(WORLDCOVER_CODES)),
+            pa.FixedSizeListArray.from_arrays(flat, counted.counts.shape[1]),
         ],
-        schema=_COUNTS,
+        schema=counts_schema(counted.counts.shape[1]),
     )
 
 
+def counts_schema(classes: int) -> pa.Schema:
+    """Return the columns of the parts with counts of a number of classes."""
+    counts = pa.list_(pa.int64(), classes)
+    return pa.schema({'id': pa.string(), 'pixels': pa.int64(), 'counts': counts})
+
+
 def _by_code(counts: pa.Table) -> Counts:
-    """Counts of a part, of shape (N, 11)."""
-    flat = counts['counts'].combine_chunks().flatten().to_numpy()
-    return np.asarray(flat).reshape(-1, len(WORLDCOVER_CODES))
+    """Counts of a part, of shape (N, K)."""
+    column = counts['counts'].combine_chunks()
+    return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
 
 
 def _write(path: Path, data: bytes) -> None:
