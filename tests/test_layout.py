@@ -27,9 +27,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ('models',),
     ('datasets',),
     ('labels',),
+    # Before tasks, which ask the datamodule of their trainer for what it may offer
+    ('datamodules',),
     ('tasks',),
     ('export',),
-    ('datamodules',),
     ('callbacks', 'cli', 'evaluation', 'report'),
     ('__main__', 'plugin'),
 )

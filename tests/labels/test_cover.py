@@ -14,7 +14,7 @@ import rasterio
 from affine import Affine
 
 from torchgeo_softcon import label_archive
-from torchgeo_softcon.labels.cover import find_files, remote_bucket
+from torchgeo_softcon.labels.cover import find_year, remote_bucket
 from torchgeo_softcon.landcover import download
 from torchgeo_softcon.landcover.tiles import tile_path
 
@@ -239,11 +239,11 @@ class TestRemote:
 
     def test_a_tile_of_another_year(self) -> None:
         tiles = [f'/vsicurl/https://a/{tile_path("N45E006", y)}' for y in (2020, 2021)]
-        assert find_files(tiles, 2020) == tiles[:1]
+        assert find_year(tiles, 2020) == tiles[:1]
         with pytest.raises(
             FileNotFoundError, match='only those of other years, such as'
         ):
-            find_files(tiles[:1], 2021)
+            find_year(tiles[:1], 2021)
 
     @pytest.mark.parametrize(
         ('path', 'expected'),

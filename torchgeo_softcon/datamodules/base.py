@@ -16,6 +16,7 @@ from ..bands import BAND_STATISTICS
 from ..datasets.scaling import resolve_value_range
 from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, check_values
 from .loading import DrawSampler, ResumableDataLoader, choose_num_workers, uses_cuda
+from .protocol import dataset_bands
 
 #: What a datamodule can give next to the image.
 Target = Literal['label', 'mask']
@@ -157,8 +158,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
 
         Tasks of this package note it in checkpoints.
         """
-        dataset = getattr(self, 'train_dataset', None)
-        bands = getattr(dataset, 'bands', None)
+        dataset: Any = self.train_dataset
+        bands = dataset_bands(dataset)
         pairs = self.value_range or getattr(dataset, 'value_range', None)
         if not bands or pairs is None or any(b not in BAND_STATISTICS for b in bands):
             return False

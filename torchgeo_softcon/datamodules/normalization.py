@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, normalize_band_names
 from ..transforms import ToUnitRange
+from .protocol import SPLITS, dataset_bands, offer_of
 
 #: What TorchGeo's BigEarthNet means by its bands. It reads files in the order of their
 #: names, so that VH comes before VV.
@@ -25,9 +26,8 @@ _SETS = {
     'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
 }
 
-
-#: A part of a sequence: the parent, and the name in it.
-_Place = tuple[nn.Module, str]
+#: A step of a sequence of transforms: its parent, and its name in it.
+_Step = tuple[nn.Module, str]
 
 
 class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
@@ -68,11 +68,8 @@ def use_unit_range(
         ValueError: If the bands are not known, or the datamodule has no normalization
             that could be replaced, or one of several steps.
     """
-    plain: Any = datamodule
-    if hasattr(plain, 'mean') and hasattr(plain, 'std'):
-        mean, std = (torch.as_tensor(v) for v in (plain.mean, plain.std))
-        if (mean == 0).all() and (std == 1).all():
-            return  # so say the datamodules of this package
+    if _has_unit_range(datamodule):
+        return
     found = _normalizations(datamodule)
     if not any(found):
         raise ValueError(
@@ -95,16 +92,27 @@ def use_unit_range(
     for parent, child in chain(*found):
         setattr(parent, child, _UnitRange(unit))
     # TorchGeo's tasks undo the normalization by these to plot images
+    plain: Any = datamodule
     plain.mean, plain.std = unit.low, unit.extent
 
 
-def _normalizations(datamodule: LightningDataModule) -> list[list[_Place]]:
-    """Where the normalizations of each of the sequences of a datamodule are."""
-    names = ('aug', *(f'{s}_aug' for s in ('train', 'val', 'test', 'predict')))
-    return [list(_places(getattr(datamodule, name, None))) for name in names]
+def _has_unit_range(datamodule: LightningDataModule) -> bool:
+    """Tell whether images are in [0, 1] already, as in datamodules of this package."""
+    offer = offer_of(datamodule)
+    if offer.mean is None or offer.std is None:
+        return False
+    mean, std = (torch.as_tensor(value) for value in (offer.mean, offer.std))
+    return bool((mean == 0).all() and (std == 1).all())
 
 
-def _places(module: Any) -> Iterator[_Place]:
+def _normalizations(datamodule: LightningDataModule) -> list[list[_Step]]:
+    """Return the normalizations in each of the sequences of a datamodule."""
+    names = ('aug', *(f'{split}_aug' for split in SPLITS))
+    sequences = (getattr(offer_of(datamodule), name) for name in names)
+    return [list(_find_steps(sequence)) for sequence in sequences]
+
+
+def _find_steps(module: Any) -> Iterator[_Step]:
     if isinstance(module, nn.Module):
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
@@ -113,7 +121,7 @@ def _places(module: Any) -> Iterator[_Place]:
 
 
 def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
-    """Names of the bands of the images of a datamodule.
+    """Return the names of the bands of the images of a datamodule.
 
     Args:
         datamodule: The datamodule, set up.
@@ -122,10 +130,9 @@ def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
         The names in the order of the channels, None if its dataset does not tell them or
         if they are of an unknown sensor.
     """
-    splits = ('train', 'val', 'test', 'predict')
-    for name in (*(f'{split}_dataset' for split in splits), 'dataset'):
-        dataset = getattr(datamodule, name, None)
-        bands = getattr(getattr(dataset, 'dataset', dataset), 'bands', None)
+    offer = offer_of(datamodule)
+    for name in (*(f'{split}_dataset' for split in SPLITS), 'dataset'):
+        bands = dataset_bands(getattr(offer, name))
         if isinstance(bands, str) and bands in _SETS:
             return _SETS[bands]
         if isinstance(bands, list | tuple) and all(isinstance(b, str) for b in bands):

@@ -20,6 +20,7 @@ from rasterio.windows import Window
 
 from .._compat import NonGeoDataset, Sample
 from ..bands import RGB_BANDS, normalize_band_names
+from ..geo.find_files import find_files
 from ..geo.rasters import find_alpha, open_raster, read_raster, to_float
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .plotting import plot_sample
@@ -423,9 +424,8 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
 def _find(folder: Path, what: str) -> dict[str, Path]:
     """List files by their path below a folder, without suffix."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob('*')):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
+    found = find_files(folder, SUFFIXES, what) if folder.is_dir() else []
+    for path in map(Path, found):
         stem = path.relative_to(folder).with_suffix('').as_posix()
         if stem in files:
             raise ValueError(

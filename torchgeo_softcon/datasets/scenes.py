@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 from .._checks import check_fractions
 from .._compat import NonGeoDataset, Sample
 from ..geo.mosaic import outline
-from ..geo.rasters import Grid, RasterReader, Scene, find_files, find_scenes
+from ..geo.rasters import Grid, RasterReader, Scene, find_rasters, find_scenes
 from ..landcover.tiles import BUCKET, tile_path
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .plotting import plot_sample
@@ -182,7 +183,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         self._warned: set[str] = set()
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
-        scenes = find_scenes(find_files(images), bands, all_bands, nodata, offset)
+        scenes = find_scenes(
+            [Path(f) for f in find_rasters(images)], bands, all_bands, nodata, offset
+        )
         self.bands = scenes[0].bands
         self.places = _group(scenes)
         _warn_single_bands(self.places)

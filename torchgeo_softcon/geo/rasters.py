@@ -29,10 +29,8 @@ from ..bands import (
     normalize_band_names,
     spell_band_name,
 )
+from .find_files import RASTERS, AnyPath, find_files
 from .open_files import OpenFiles
-
-#: File types that a folder is searched for.
-SUFFIXES = ('.tif', '.tiff', '.jp2')
 
 #: Datasets that a process keeps open. Four dates of thirteen files fit twice.
 _MAX_OPEN = 128
@@ -148,43 +146,31 @@ class Scene:
         return sum(len(layer.indexes) for layer in self.layers)
 
 
-def find_files(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> list[Path]:
-    """List the rasters in folders, searched recursively, and files.
+def find_rasters(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
+    """List the rasters that may be images.
 
     Args:
-        paths: One or more folders or files.
+        paths: Files, folders and patterns, see :func:`.find_files`.
 
     Returns:
-        The files without those that are known not to be images, sorted within each
-        folder.
+        The files. Those in folders without what is known not to be an image.
 
     Raises:
         FileNotFoundError: If a path does not exist or there is no raster at all.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-
-    files: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = (p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES)
-            files |= dict.fromkeys(p for p in sorted(found) if not _skip(p))
-        elif path.exists():
-            files[path] = None
-        else:
-            raise FileNotFoundError(f'images has a path that does not exist: {path}')
+    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    files = [
+        file
+        for path in map(os.fspath, named)
+        for file in find_files(path, RASTERS, 'images')
+        if file == path or not _NOT_A_BAND.search(Path(file).stem)
+    ]
     if not files:
         raise FileNotFoundError(
-            f'images must have at least one raster ({", ".join(SUFFIXES)}), found none '
-            f'in {", ".join(map(str, paths)) or "an empty list"}'
+            f'images must have at least one raster ({", ".join(RASTERS)}), found none in '
+            f'{", ".join(map(os.fspath, named)) or "an empty list"}'
         )
-    return list(files)
-
-
-def _skip(path: Path) -> bool:
-    return _NOT_A_BAND.search(path.stem) is not None
+    return list(dict.fromkeys(files))
 
 
 def find_scenes(

@@ -24,7 +24,7 @@ from ..landcover.files import Path
 from ..landcover.legends import LEGENDS, WORLDCOVER_CODES
 from ..landcover.tiles import BUCKET, VERSIONS, check_year
 from .counting import Counted, count_pixels
-from .cover import download_folder, find_cover, find_files, reasons, remote_bucket
+from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_places, write_json
 from .plan import Plan, Unit
 from .sources import Images, find_images, find_layout, read
@@ -144,7 +144,7 @@ def label_archive(
     if download:
         download_folder(worldcover)
     elif remote_bucket(worldcover) is None:
-        find_files(worldcover, year)
+        find_year(worldcover, year)
     source, name = _find_archive(images, footprints, layout)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
@@ -295,7 +295,7 @@ class _Run:
         if remote_bucket(worldcover) is not None:
             return []
         try:
-            return sorted(map(os.path.basename, find_files(worldcover, self.year)))
+            return sorted(map(os.path.basename, find_year(worldcover, self.year)))
         except FileNotFoundError:
             return []
 

@@ -93,7 +93,7 @@ def find_cover(
         cover.absent, cover.failed = set(result.absent), result.failed
         if not (result.downloaded or result.kept) and not _any_tiles(folder, year):
             return cover
-    files = find_files(worldcover, year)
+    files = find_year(worldcover, year)
     for file, opened in zip(files, _open(files, workers), strict=True):
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
@@ -103,7 +103,7 @@ def find_cover(
     return cover
 
 
-def find_files(worldcover: Path | Iterable[Path], year: int) -> list[str]:
+def find_year(worldcover: Path | Iterable[Path], year: int) -> list[str]:
     """Find the tiles of a year, also among files that are named one by one.
 
     A dataset takes every file that is named. Labels are said to be those of one map, so
@@ -206,7 +206,7 @@ def reasons(
 
 def _any_tiles(folder: str, year: int) -> bool:
     try:
-        return bool(find_files(folder, year))
+        return bool(find_year(folder, year))
     except FileNotFoundError:
         return False
 

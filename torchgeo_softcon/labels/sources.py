@@ -3,12 +3,10 @@
 
 """Archives of images, in any folders and in known layouts."""
 
-import glob
 import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +15,8 @@ import pyarrow.compute as pc
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from ..geo.find_files import find_files, pattern_root, readable_name
 from ..geo.footprints import make_footprints
-
-#: File types that a folder is searched for.
-_IMAGES = ('.tif', '.tiff', '.jp2')
 
 #: Images of a work unit.
 _FILES = 1024
@@ -77,7 +73,8 @@ class Images:
             paths: Their files.
         """
         self.ids = pa.array(ids, pa.string())
-        self._paths = pa.array(paths, pa.string())
+        # Bytes: names of files are not always UTF-8
+        self._paths = pa.array(map(os.fsencode, paths), pa.binary())
 
     def units(self, rows: pa.Array) -> Iterator[Any]:
         """See :class:`Source`."""
@@ -86,7 +83,7 @@ class Images:
             yield list(
                 zip(
                     self.ids.take(chosen).to_pylist(),
-                    self._paths.take(chosen).to_pylist(),
+                    map(os.fsdecode, self._paths.take(chosen).to_pylist()),
                     strict=True,
                 )
             )
@@ -112,6 +109,9 @@ def read(unit: Any) -> Read:
                 with rasterio.open(path) as source:
                     crs, transform = source.crs, source.transform
                     shape = source.height, source.width
+        except UnicodeEncodeError:
+            failures[name] = 'has a name that is not UTF-8, rename it'
+            continue
         except RasterioError as error:
             failures[name] = (
                 f'cannot be opened as a raster: {" ".join(str(error).split())}'
@@ -165,30 +165,15 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
         FileNotFoundError: If there are none.
         ValueError: If the pattern matches the same twice.
     """
-    text = os.fspath(pattern)
-    if os.path.isdir(text):
-        root = Path(text)
-        found = glob.iglob(os.path.join(glob.escape(text), '**', '*'), recursive=True)
-        paths = sorted(path for path in found if path.lower().endswith(_IMAGES))
-    else:
-        parts = Path(text).parts
-        plain = (
-            [glob.has_magic(part) for part in parts].index(True)
-            if glob.has_magic(text)
-            else -1
-        )
-        root = Path(*parts[:plain])
-        paths = sorted(
-            path for path in glob.iglob(text, recursive=True) if os.path.isfile(path)
-        )
+    paths = find_files(pattern, option='images', odd_names=True)
     if not paths:
         raise FileNotFoundError(
-            f'images must match at least one raster, got {text!r}, which matches none. '
+            f'images must match at least one raster, got {os.fspath(pattern)!r}, which matches none. '
             "Quote patterns: --images 'DIR/**/*.tif'"
         )
-    images = Images(
-        [os.path.relpath(path, root).replace(os.sep, '/') for path in paths], paths
-    )
+    root = pattern_root(pattern)
+    ids = (readable_name(os.path.relpath(path, root)) for path in paths)
+    images = Images([name.replace(os.sep, '/') for name in ids], paths)
     check_unique(images.ids)
     return images
 

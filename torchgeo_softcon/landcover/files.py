@@ -3,12 +3,11 @@
 
 """Where the files of ESA WorldCover are."""
 
-import glob
 import os
-import re
 import warnings
 from collections.abc import Iterable
 
+from ..geo.find_files import find_files
 from ..geo.mosaic import Tile
 from .tiles import BUCKET, OFFICIAL, TILE_DEGREES, TILE_SIZE, tile_file, tile_path
 
@@ -32,24 +31,13 @@ def find_tiles(paths: Path | Iterable[Path], year: int) -> list[str]:
     Raises:
         FileNotFoundError: If there is none.
     """
+    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: set[str] = set()
     years: set[str] = set()
-    single = isinstance(paths, str | os.PathLike)
-    folders: list[Path] = [paths] if single else list(paths)  # type: ignore[list-item, arg-type]
-    for path in [os.fspath(path) for path in folders]:
-        if not os.path.isdir(path):
-            # Also what only GDAL can find: /vsizip/..., https://...
-            if not os.path.exists(path) and not re.match(r'/vsi|\w+://', path):
-                raise FileNotFoundError(f'paths has {path!r}: no such file')
-            files.add(path)
-            continue
-
-        pattern = os.path.join(glob.escape(path), '**', '*')
-        for file in glob.iglob(pattern, recursive=True):
-            if not file.lower().endswith(('.tif', '.tiff')):
-                continue
+    for path in map(os.fspath, named):
+        for file in find_files(path, ('.tif', '.tiff')):
             match = OFFICIAL.search(os.path.basename(file))
-            if match is None:
+            if match is None or file == path:
                 files.add(file)
             elif match['layer'] == 'Map':
                 years.add(match['year'])
@@ -58,7 +46,7 @@ def find_tiles(paths: Path | Iterable[Path], year: int) -> list[str]:
 
     if not files:
         found = f', but tiles of {", ".join(sorted(years))}' if years else ''
-        searched = os.fspath(paths) if single else [*map(os.fspath, folders)]  # type: ignore[arg-type]
+        searched = ', '.join(map(os.fspath, named))
         raise FileNotFoundError(
             f'paths={searched!r} has no ESA WorldCover tile of {year}{found}. '
             f'Tiles are called {tile_file("N51E003", year)} after their south-west '

@@ -1,0 +1,221 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The attributes of datamodules and datasets that tasks, callbacks and commands use."""
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import shapely
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from .._compat import Sample
+
+#: Splits of a datamodule, as its attributes are called.
+SPLITS = ('train', 'val', 'test', 'predict')
+
+_Transform = Callable[[Sample], Sample] | None
+_Samples = Dataset[Sample] | None
+
+
+class DataModuleOffer(Protocol):
+    """All that a datamodule may offer beyond Lightning's hooks, with the defaults.
+
+    Datamodules of TorchGeo have some of these attributes, those of this package have
+    more, and others may have none: read them through :func:`offer_of`, which gives the
+    default where an attribute is missing or None.
+    """
+
+    #: Samples in a batch on one device.
+    batch_size: int = 64
+
+    #: Processes that read, per device. May depend on the trainer.
+    num_workers: int = 0
+
+    #: Puts a batch together.
+    collate_fn: Callable[[Any], Any] = staticmethod(default_collate)
+
+    #: One dataset for all splits, and the dataset of each split after its ``setup``.
+    dataset: _Samples = None
+    train_dataset: _Samples = None
+    val_dataset: _Samples = None
+    test_dataset: _Samples = None
+    predict_dataset: _Samples = None
+
+    #: Samplers of TorchGeo's geospatial datamodules, which query a dataset by place.
+    sampler: Iterable[Any] | None = None
+    train_sampler: Iterable[Any] | None = None
+    val_sampler: Iterable[Any] | None = None
+    test_sampler: Iterable[Any] | None = None
+    predict_sampler: Iterable[Any] | None = None
+
+    #: The same, of lists of queries.
+    batch_sampler: Iterable[Sequence[Any]] | None = None
+    train_batch_sampler: Iterable[Sequence[Any]] | None = None
+    val_batch_sampler: Iterable[Sequence[Any]] | None = None
+    test_batch_sampler: Iterable[Sequence[Any]] | None = None
+    predict_batch_sampler: Iterable[Sequence[Any]] | None = None
+
+    #: Transform of a batch on the device, and the one of a split that replaces it.
+    aug: _Transform = None
+    train_aug: _Transform = None
+    val_aug: _Transform = None
+    test_aug: _Transform = None
+    predict_aug: _Transform = None
+
+    #: What *aug* subtracts from images and divides them by. TorchGeo's tasks undo it to
+    #: plot images. 0 and 1 for images that are in [0, 1] already.
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    #: Whether training images are known to be scaled as :class:`.ToUnitRange` does, which
+    #: tasks of this package note in checkpoints.
+    unit_range: bool = False
+
+    #: Whether the windows of all splits are drawn from the same ground, so that
+    #: neighbours are found whatever an encoder has learnt.
+    shares_ground: bool = False
+
+    #: Options of ``torchgeo fit --model Classification`` that fine-tune on the same data,
+    #: for the image size in pixels that a model needs (None for any).
+    finetune_options: Callable[[int | None], str | None] = staticmethod(
+        lambda size: None
+    )
+
+
+@runtime_checkable
+class LocatedDataset(Protocol):
+    """A dataset that knows where and when its samples were taken."""
+
+    def footprint(
+        self, index: Any
+    ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
+        """Return outline, coordinate reference system and day of a sample."""
+
+
+class Split(NamedTuple):
+    """The samples of one split.
+
+    Attributes:
+        dataset: The dataset, None if the datamodule has no such split.
+        sampler: Yields the queries of the dataset, None for all its indices.
+        batch_sampler: Yields lists of them, None for *sampler*.
+    """
+
+    dataset: Dataset[Sample] | None
+    sampler: Iterable[Any] | None
+    batch_sampler: Iterable[Sequence[Any]] | None
+
+
+class _Completed:
+    """A datamodule with the defaults of :class:`DataModuleOffer`."""
+
+    def __init__(self, datamodule: LightningDataModule | None) -> None:
+        self._datamodule = datamodule
+
+    def __getattr__(self, name: str) -> Any:
+        # An attribute that the protocol lacks is an error, whoever has it
+        default = getattr(DataModuleOffer, name)
+        value = getattr(self._datamodule, name, None)
+        return default if value is None else value
+
+
+def offer_of(datamodule: LightningDataModule | None) -> DataModuleOffer:
+    """Return what a datamodule offers, with the defaults for what it lacks.
+
+    Args:
+        datamodule: A datamodule of anyone, or None for the defaults alone.
+
+    Returns:
+        Its attributes at the time when they are read.
+    """
+    return cast(DataModuleOffer, _Completed(datamodule))
+
+
+def trainer_datamodule(trainer: Trainer | None) -> LightningDataModule | None:
+    """Return the datamodule of a trainer.
+
+    Args:
+        trainer: The trainer, if there is one.
+
+    Returns:
+        The datamodule, None if the trainer has data loaders only.
+    """
+    # Lightning sets the attribute when a datamodule is given, and not before
+    return getattr(trainer, 'datamodule', None)
+
+
+def find_split(datamodule: LightningDataModule, split: str) -> Split:
+    """Find the dataset and the sampler of a split.
+
+    Args:
+        datamodule: The datamodule, set up.
+        split: One of :data:`SPLITS`.
+
+    Returns:
+        Its dataset and sampler, or those that it shares with all splits.
+    """
+    offer = offer_of(datamodule)
+
+    def find(kind: str) -> Any:
+        own = getattr(offer, f'{split}_{kind}')
+        return getattr(offer, kind) if own is None else own
+
+    return Split(find('dataset'), find('sampler'), find('batch_sampler'))
+
+
+def eval_transform(datamodule: LightningDataModule) -> _Transform:
+    """Return the transform of batches that are not augmented, only normalized.
+
+    Args:
+        datamodule: The datamodule.
+
+    Returns:
+        The transform of validation batches, None if there is none.
+    """
+    offer = offer_of(datamodule)
+    return offer.aug if offer.val_aug is None else offer.val_aug
+
+
+def is_endless(dataset: Any) -> bool:
+    """Tell whether a dataset takes any index from 0 on, and draws a sample for each.
+
+    Args:
+        dataset: The dataset.
+
+    Returns:
+        Its attribute *endless*, False if it has none.
+    """
+    return bool(getattr(dataset, 'endless', False))
+
+
+def dataset_bands(dataset: Any) -> Any:
+    """Return the attribute *bands* of a dataset, or of the one that it wraps.
+
+    Args:
+        dataset: The dataset, or None.
+
+    Returns:
+        Names of the bands as the dataset has them, None if it does not tell.
+    """
+    for wrapper in ('dataset', 'scenes'):
+        dataset = getattr(dataset, wrapper, dataset)
+    return getattr(dataset, 'bands', None)
+
+
+def loader_batch_size(loader: Any) -> int | None:
+    """Return the number of samples in a batch of a data loader.
+
+    Args:
+        loader: Any iterable of batches.
+
+    Returns:
+        The number, which a batch sampler may know, or None if neither tells.
+    """
+    size = getattr(loader, 'batch_size', None)
+    if size is None:
+        size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
+    return size
