@@ -25,7 +25,7 @@ from ..models import (
     read_weights,
 )
 from ..models.input_layer import input_layer
-from ..modules import make_teacher, update_ema
+from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard

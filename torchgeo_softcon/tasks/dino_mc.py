@@ -20,8 +20,9 @@ from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
 from ..models.timm_models import timm_name
-from ..modules import DINOHead, can_pack, copy_buffers, encode_crops, make_teacher
-from ..modules.packing import CropBatching
+from ..modules.ema import copy_buffers, make_teacher
+from ..modules.heads import DINOHead
+from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .base import EMATask
 from .optimizers import OptimizerName, clip_each_gradient

@@ -15,8 +15,10 @@ from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
 from ..models.input_layer import InputLayerInit
-from ..modules import SiameseMasking, encode_crops, make_teacher, mlp_head
-from ..modules.masking import MaskMode
+from ..modules.ema import make_teacher
+from ..modules.heads import mlp_head
+from ..modules.masking import MaskMode, SiameseMasking
+from ..modules.packing import encode_crops
 from ..transforms import RandomView
 from .base import EMATask
 from .guard import label_message, read_at_once
