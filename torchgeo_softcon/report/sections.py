@@ -18,7 +18,6 @@ from torch import nn
 from ..models import is_vit
 from ..models.checkpoints import SAFE_GLOBALS, read_checkpoint
 from ..models.encoders import Encoder
-from ..transforms.worldcover import WORLDCOVER_CODES
 from .page import Section
 from .pictures import (
     patch_tokens,
@@ -218,14 +217,13 @@ def _components(gallery: Gallery, encoder: Encoder) -> Section:
 
 def _classes(gallery: Gallery) -> Section:
     title = 'Land cover'
-    masks = gallery.masks
-    known = {0, *WORLDCOVER_CODES}
+    masks, product = gallery.masks, gallery.product
+    known = {*product.no_data, *product.codes}
     if masks is None or any(
         m.ndim != 2 or {*m.unique().tolist()} - known for m in masks
     ):
-        text = 'The data have no masks with codes of ESA WorldCover.'
+        text = f'The data have no masks with codes of {product.title}.'
         return Section('classes', title, text)
-    text = 'What the labels are made of: ESA WorldCover under the images, official colours.'
-    return Section(
-        'classes', title, text, plot_classes(masks, gallery.thumbnails[: len(masks)])
-    )
+    text = f'What the labels are made of: {product.title} under the images.'
+    figure = plot_classes(masks, gallery.thumbnails[: len(masks)], product)
+    return Section('classes', title, text, figure)
