@@ -402,7 +402,7 @@ class TestVarlen:
 
 
 def test_caches_survive_inference_mode() -> None:
-    packing._layout.cache_clear()
+    packed_blocks.make_layout.cache_clear()
     encoder, crops = make_encoder(), make_crops((32, 16))
     with torch.inference_mode():
         encode_crops(encoder, crops)

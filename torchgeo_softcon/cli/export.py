@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> int:
     """
     options = vars(parser().parse_args(args))
     # Not before: help must not wait for it
-    from ..export.encoder import export
+    from ..export.files import export
 
     for path in export(options.pop('checkpoint'), **options):
         print(path)

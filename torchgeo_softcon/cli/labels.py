@@ -81,6 +81,11 @@ def parser() -> CommandParser:
         help="worldcover for its 11 classes (default), dynamicworld for Dynamic World's 9 "
         'made of them',
     )
+    group.add_argument(
+        '--product',
+        metavar='NAME',
+        help='another land-cover product: its name, or the .yaml file that describes it',
+    )
 
     group = parser.add_argument_group('output')
     group.add_argument('--out', metavar='FILE', help='default: labels.parquet')
