@@ -3,22 +3,22 @@
 
 """Writes embeddings to a (Geo)Parquet file during prediction."""
 
-import json
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import shapely
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from pyproj import CRS
 from torch import Tensor
 
-from ..storage.parted_parquet import ROWS, PartedFile
+from ..storage.resumable import ROWS, ResumableParquet
 from .places import Footprint, footprints
 
 #: A part is written after so many seconds at the latest.
@@ -64,10 +64,19 @@ class EmbeddingWriter(BasePredictionWriter):
         super().__init__('batch')
         self.path = Path(path)
         self.overwrite = overwrite
-        #: What the embeddings are made from, if the trainer does not know.
-        self.origin: dict[str, Any] = {}
-        #: Samples at the start that the trainer leaves out, because they are written.
-        self.skipped = 0
+        self._file: ResumableParquet | None = None
+        self._skipped = 0
+        self._lock = contextlib.ExitStack()
+
+    def resume(self, file: ResumableParquet, skipped: int) -> None:
+        """Write to a file that is open already.
+
+        Args:
+            file: The file. Whoever has opened it closes it.
+            skipped: Samples at the start that the trainer leaves out, because they are
+                written.
+        """
+        self._file, self._skipped = file, skipped
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start, or go on with what is there.
@@ -77,6 +86,7 @@ class EmbeddingWriter(BasePredictionWriter):
             pl_module: The task.
 
         Raises:
+            BlockingIOError: If another run writes the file.
             FileExistsError: If the file exists already.
             ValueError: If there are parts of something else.
         """
@@ -85,23 +95,23 @@ class EmbeddingWriter(BasePredictionWriter):
                 'EmbeddingWriter writes one dataset, got '
                 f'{trainer.predict_loop.num_dataloaders} data loaders for prediction'
             )
-        dataset = _dataset(trainer)
-        origin = self.origin or {
-            'checkpoint': trainer.ckpt_path,
-            'dataset': type(dataset).__name__,
-            'samples': len(dataset) if hasattr(dataset, '__len__') else None,
-        }
-        self._world = trainer.world_size
-        self._file = PartedFile(
-            self.path, {**origin, 'processes': self._world}, trainer.global_rank
-        )
-        if trainer.is_global_zero:
-            self._file.open(self.overwrite)
+        self._kind = f'part-{trainer.global_rank:05d}'
+        if self._file is None:
+            dataset = _dataset(trainer)
+            origin = {
+                'checkpoint': trainer.ckpt_path,
+                'dataset': type(dataset).__name__,
+                'samples': len(dataset) if hasattr(dataset, '__len__') else None,
+                'processes': trainer.world_size,
+            }
+            self._file = ResumableParquet(self.path, origin)
+            if trainer.is_global_zero:
+                self._lock.enter_context(self._file.open(self.overwrite))
         trainer.strategy.barrier('EmbeddingWriter')
         self._held: list[pa.Table] = []
         self._since = time.monotonic()
-        self._written = self._file.rows()
-        self._position = self.skipped
+        self._written = self._file.count_rows(self._kind)
+        self._position = self._skipped
 
     def write_on_batch_end(
         self,
@@ -141,7 +151,8 @@ class EmbeddingWriter(BasePredictionWriter):
         if known == len(prediction):
             return
         # Ranks take turns
-        index = np.arange(start, self._position) * self._world + trainer.global_rank
+        index = np.arange(start, self._position) * trainer.world_size
+        index += trainer.global_rank
         places = footprints(batch, batch_indices, _dataset(trainer))
         table = make_table(index, prediction, places, _label(batch, len(prediction)))
         self._held.append(table.slice(known))
@@ -158,27 +169,42 @@ class EmbeddingWriter(BasePredictionWriter):
             trainer: The trainer.
             pl_module: The task.
         """
-        self._flush()
-        trainer.strategy.barrier('EmbeddingWriter')
-        if trainer.is_global_zero:
-            self.rows = self._file.close()
+        assert self._file is not None  # since the start
+        with self._close():
+            self._flush()
+            # Of all processes, which have then written theirs
+            samples = trainer.strategy.reduce(
+                torch.tensor(self._position, device=pl_module.device), reduce_op='sum'
+            )
+            if trainer.is_global_zero:
+                self.rows = self._file.join(int(samples))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save what there is, for the next run to go on from.
+        """Save the rows that are in memory, for the next run to go on from.
 
         Args:
             trainer: The trainer.
             pl_module: The task.
-            exception: What has happened.
+            exception: The error.
         """
-        if getattr(self, '_held', None):
-            self._flush()
+        with self._close():
+            if getattr(self, '_held', None):
+                self._flush()
+
+    @contextlib.contextmanager
+    def _close(self) -> Iterator[None]:
+        """Let go of the file at the end, also for the next run of this writer."""
+        try:
+            yield
+        finally:
+            self._lock.close()
+            self._file, self._skipped = None, 0
 
     def _flush(self) -> None:
-        if self._held:
-            self._file.append(join_tables(self._held))
+        if self._held and self._file is not None:
+            self._file.append(self._kind, pa.concat_tables(self._held))
         self._held, self._since = [], time.monotonic()
 
 
@@ -197,7 +223,7 @@ def make_table(
         label: Labels of shape (B,) or (B, K).
 
     Returns:
-        The rows, without the metadata of GeoParquet.
+        The rows.
     """
     values = embedding.detach().float().cpu().numpy()
     columns: dict[str, pa.Array] = {
@@ -218,35 +244,6 @@ def make_table(
             ),
         }
     return pa.table(columns)
-
-
-def join_tables(tables: Sequence[pa.Table]) -> pa.Table:
-    """Join rows, and say what GeoParquet wants to know about them.
-
-    https://geoparquet.org/releases/v1.0.0/
-
-    Args:
-        tables: From :func:`make_table`.
-
-    Returns:
-        The rows.
-    """
-    table = pa.concat_tables(tables)
-    if 'geometry' not in table.column_names:
-        return table
-    outlines = shapely.from_wkb(table['geometry'].to_numpy())
-    geometry = {
-        'encoding': 'WKB',
-        'geometry_types': ['Polygon'],
-        'crs': CRS.from_user_input('OGC:CRS84').to_json_dict(),
-        'bbox': shapely.total_bounds(outlines).tolist(),
-    }
-    geo = {
-        'version': '1.0.0',
-        'primary_column': 'geometry',
-        'columns': {'geometry': geometry},
-    }
-    return table.replace_schema_metadata({'geo': json.dumps(geo)})
 
 
 def _vectors(values: Any) -> pa.Array:

@@ -19,7 +19,7 @@ from .._compat import Sample
 from ..callbacks.embeddings import EmbeddingWriter
 from ..datamodules.normalization import match_images
 from ..models.encoders import Encoder
-from ..storage.parted_parquet import PartedFile
+from ..storage.resumable import ResumableParquet
 from .features import encode, poolings, prepare
 from .samples import set_up, split_samples
 
@@ -76,6 +76,7 @@ def embed(
         Number of rows in the file.
 
     Raises:
+        BlockingIOError: If another run writes the file.
         FileExistsError: If the file exists.
         ValueError: If the encoder has no such pooling, the datamodule no such split, or
             if there is an incomplete file of something else.
@@ -102,28 +103,27 @@ def embed(
         'samples': len(indices),
         'indices': _digest(indices),
     }
-    file = PartedFile(Path(out), {**origin, 'processes': 1})
-    file.open(overwrite)
-    done = file.rows()
-    if done:
-        print(f'{done} of {len(indices)} samples are in {file.folder} already')
-    if done == len(indices):
-        return file.close()
+    file = ResumableParquet(Path(out), {**origin, 'processes': 1})
+    with file.open(overwrite):
+        done = file.count_rows()
+        if done:
+            print(f'{done} of {len(indices)} samples are in {file.folder} already')
+        if done >= len(indices):
+            return file.join(len(indices))
 
-    # The number of processes that read may depend on its device
-    datamodule.trainer = runner
-    loader = DataLoader(
-        dataset,
-        batch_size=getattr(datamodule, 'batch_size', None) or 64,
-        sampler=indices[done:],
-        num_workers=getattr(datamodule, 'num_workers', 0),
-        collate_fn=getattr(datamodule, 'collate_fn', default_collate),
-    )
-    cast(Any, datamodule).predict_dataloader = lambda: loader
-    writer.origin, writer.skipped = origin, done
-    runner.predict(
-        _Embedder(encoder, size, pooling), datamodule, return_predictions=False
-    )
+        # The number of processes that read may depend on its device
+        datamodule.trainer = runner
+        loader = DataLoader(
+            dataset,
+            batch_size=getattr(datamodule, 'batch_size', None) or 64,
+            sampler=indices[done:],
+            num_workers=getattr(datamodule, 'num_workers', 0),
+            collate_fn=getattr(datamodule, 'collate_fn', default_collate),
+        )
+        cast(Any, datamodule).predict_dataloader = lambda: loader
+        writer.resume(file, done)
+        embedder = _Embedder(encoder, size, pooling)
+        runner.predict(embedder, datamodule, return_predictions=False)
     return writer.rows
 
 
