@@ -57,14 +57,17 @@ class BlockMosaic(Mosaic):
     Footprints that come in the order of their cells get each of them decoded once.
     """
 
-    def __init__(self, tiles: Sequence[Tile], codes: Sequence[int]) -> None:
+    def __init__(
+        self, tiles: Sequence[Tile], codes: Sequence[int], no_data: Sequence[int] = (0,)
+    ) -> None:
         """Initialize a new BlockMosaic instance.
 
         Args:
             tiles: Rasters, in order of precedence.
-            codes: Codes that may occur, besides 0 (no data).
+            codes: Codes of the classes.
+            no_data: Codes of pixels without data.
         """
-        super().__init__(tiles, codes, cache=True)
+        super().__init__(tiles, codes, True, no_data)
         self._cells: OrderedDict[tuple[str, int, int], npt.NDArray[Any]] = OrderedDict()
         self._shapes: dict[str, tuple[int, int]] = {}
         self._dtypes: dict[str, npt.DTypeLike] = {}

@@ -12,14 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
 from ..bands import shown_channels
-from ..datasets.worldcover import WORLDCOVER_COLORS
-from ..landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ..landcover import LandCoverProduct
+from ..landcover.products import WORLDCOVER
 from ..modules.masking import mask_pixels, masked_patches, random_visible
 
 Array = npt.NDArray[Any]
@@ -366,34 +365,30 @@ def _plot_below(
     return figure, axes
 
 
-def plot_classes(masks: Sequence[Tensor], thumbnails: Sequence[Array]) -> Figure:
-    """Land cover of some images.
+def plot_classes(
+    masks: Sequence[Tensor],
+    thumbnails: Sequence[Array],
+    product: LandCoverProduct = WORLDCOVER,
+) -> Figure:
+    """Plot the land cover of some images.
 
     Args:
-        masks: WorldCover codes of shape (H, W), 0 is no data.
+        masks: Codes of *product* of shape (H, W).
         thumbnails: Colours of the images.
+        product: The land-cover product.
 
     Returns:
         Images above, classes below, with a legend.
     """
-    codes = [0, *WORLDCOVER_CODES]
-    colours = {code: np.array(WORLDCOVER_COLORS[code]) / 255 for code in codes}
-    colours[0] = np.array([1.0, 1, 1, 1])
-    cmap = ListedColormap([colours[code] for code in codes])
-    norm = BoundaryNorm([*codes, 101], len(codes))
-    figure, axes = _grid(2, len(masks), 1.5, 0.2)
-    for column, (mask, image) in enumerate(zip(masks, thumbnails, strict=True)):
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(
-            mask.numpy(), cmap=cmap, norm=norm, interpolation='nearest'
-        )
-    axes[0, 0].set_ylabel('image')
-    axes[1, 0].set_ylabel('WorldCover')
+    colours = np.ones((256, 4))  # white where there is no data
+    colours[list(product.codes)] = [product.colors[code] for code in product.codes]
+    colours[list(product.codes)] /= 255
+    pictures = [colours[mask.long().numpy()] for mask in masks]
+    figure, _ = _plot_below(thumbnails, pictures, product.title, 0.2)
     present = {int(code) for mask in masks for code in mask.unique()}
-    names = dict(zip(codes, ('No data', *WORLDCOVER_CLASSES), strict=True))
     handles = [
-        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=names[code])
-        for code in codes
+        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
+        for code, name in product.names.items()
         if code in present
     ]
     figure.legend(
