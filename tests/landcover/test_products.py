@@ -272,7 +272,7 @@ class TestProduct:
         assert mask.tolist() == [[1, 0], [0, 1]]
         with pytest.raises(ValueError, match='year must be left out, got 2021'):
             ESAWorldCover(tmp_path / 'clips', year=2021, product=product)
-        with pytest.raises(ValueError, match="must have tiles .* 'least' has none"):
+        with pytest.raises(ValueError, match=r"must have tiles .* 'least' has none"):
             tiles_of((0, 0, 1, 1), product)
 
     def test_colours_without_a_choice_differ(self) -> None:
