@@ -98,20 +98,13 @@ _MODELS = {
 
 
 def timm_name(model: str) -> str:
-    """Name of timm's model of the same architecture.
-
-    Args:
-        model: Name of a model of timm or of this module, also with a tag.
-
-    Returns:
-        The name without tag, of timm's model if it is one of this module.
-    """
+    """Return the name of timm's model of the same architecture, without a tag."""
     name = model.split('/')[-1].split('.')[0]
     return _MODELS[name].timm_name if name in _MODELS else name
 
 
 def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
-    """What timm wants to know of pretrained weights."""
+    """Return what timm wants to know of pretrained weights."""
     rgb = model.bands is _DINO_MC
     size = model.options.get('img_size', 224)
     family = next(name for name in _LAYERS if name in model.timm_name)
@@ -141,7 +134,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -> str:
-    """Which weights fit: those asked for, else the first that have the bands."""
+    """Return the weights that fit: those asked for, else the first with the bands."""
     known = _MODELS[name].bands
     if tag is not None:
         if tag not in known:
@@ -158,7 +151,7 @@ def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -
 
 
 def _get(cfg: Any, key: str) -> Any:
-    """An entry of a configuration, which timm has as a dict or as an object."""
+    """Return an entry of a configuration, which timm has as a dict or as an object."""
     return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
 
 
@@ -169,7 +162,7 @@ def _is_ours(cfg: Any) -> bool:
 
 
 def _own_tag(name: str, cfg: Any) -> str:
-    """The tag that a configuration of ours stands for."""
+    """Return the tag that a configuration of ours stands for."""
     enum, _, member = _get(cfg, 'url').removeprefix(_SCHEME).partition('.')
     if enum != _MODELS[name].enum:
         raise ValueError(

@@ -148,7 +148,7 @@ class EncoderWeights(WeightsEnum):
         return dict(state_dict)
 
     def _grid(self, img_size: int | None) -> int | None:
-        """Number of patches along each side, None without patches."""
+        """Return the number of patches along each side, None without patches."""
         if img_size is not None and not isinstance(img_size, Integral):
             raise ValueError(
                 'img_size must be the side of square images as a number, such as 224, '
