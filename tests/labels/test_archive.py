@@ -634,9 +634,10 @@ class TestBadInput:
     ) -> None:
         out = tmp_path / 'a.parquet'
         options = {'images': images, 'worldcover': tiles, 'out': out}
-        first = store.LabelStore(out, *find_legend(WORLDCOVER), 2021, 'any')
+        name = f'images {os.path.abspath(images)}'
+        first = store.LabelStore(out, name, *find_legend(WORLDCOVER), 2021, 'any')
         with (
-            first.open(f'images {os.path.abspath(images)}', False),
+            first.open(),
             pytest.raises(
                 BlockingIOError, match=r'another run is writing .*a\.parquet'
             ),
@@ -695,7 +696,9 @@ class TestBadInput:
             '{"year": 2021, "version": 1, "archive": "x"}'
         )
         (parts / 'counts-00000000.parquet').touch()
-        with pytest.raises(ValueError, match='interrupted run with archive = x, this'):
+        with pytest.raises(
+            ValueError, match='interrupted run with archive = x, not footprints'
+        ):
             run(
                 footprints=boxes(tmp_path / 'a.csv', 3),
                 worldcover=tiles,

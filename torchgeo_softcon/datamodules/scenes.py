@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..datasets.scaling import ValueRange
-from ..datasets.scenes import SceneGrid, WorldCoverScenes, overlapping
+from ..datasets.scene_grid import SceneGrid
+from ..datasets.scenes import WorldCoverScenes
+from ..geo.grid import overlapping
 from ..landcover import LandCoverProduct
 from .base import DrawDataModule, Target, target_transform
 
@@ -140,9 +142,11 @@ class WorldCoverScenesDataModule(DrawDataModule):
         """
         if self._scenes is None:
             self._scenes = WorldCoverScenes(**self._scenes_kwargs())
-            pairs = overlapping(self._scenes.places) if self.val_fraction > 0 else []
+            places = self._scenes.places
+            grids = [place.grid for place in places]
+            pairs = overlapping(grids) if self.val_fraction > 0 else []
             if pairs:
-                names = ' and '.join(place.scenes[0].name for place in pairs[0])
+                names = ' and '.join(places[number].name for number in pairs[0])
                 warnings.warn(
                     f'val_fraction={self.val_fraction} divides every raster on its own, '
                     f'but {len(pairs)} pairs of places overlap, such as {names}: ground '

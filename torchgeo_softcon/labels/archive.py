@@ -19,7 +19,8 @@ import shapely
 from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
-from ..geo.footprints import Floats, outlines
+from ..geo.antimeridian import Floats
+from ..geo.footprints import outlines
 from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
@@ -160,9 +161,9 @@ def label_archive(
             f'{json} is there, but not {file} of which it would be made: it may not be of '
             'this command. Choose another file, or set overwrite to replace it'
         )
-    store = LabelStore(file, legend, of_code, year, product.edition(year))
+    store = LabelStore(file, name, legend, of_code, year, product.edition(year))
     count = workers or _cores()
-    with store.open(name, overwrite), open_workers(count, scheduler) as pool:
+    with store.open(overwrite), open_workers(count, scheduler) as pool:
         labelled = _Run(source, store, pool, product, year, progress).run(
             worldcover, (base_url or product.url) if download else None
         )
@@ -265,15 +266,12 @@ class _Run:
         self.store.start_counting(self._names(worldcover))
         names = ids.combine_chunks()
         uncounted = ~_absent(names, self.source.ids.take(unfinished))
-        uncounted &= _absent(names, self.store.parts('counts')['id'])
+        uncounted &= _absent(names, self.store.read_parts('counts')['id'])
         uncounted[list(lost)] = False
         done = self._count(plan, footprints, uncounted)
         self._check_none_is_lost(unfinished)
-        rows = self.store.finish(
-            self.source.ids,
-            footprints,
-            self.failures,
-            {'tiles': self._names(worldcover)},
+        rows = self.store.write(
+            self.source.ids, footprints, self.failures, self._names(worldcover)
         )
         return Labelled(
             self.store.path,
@@ -287,7 +285,9 @@ class _Run:
     def _check_none_is_lost(self, unfinished: pa.Array) -> None:
         """Refuse to call it done if a patch has neither counts nor a reason."""
         ids = self.source.ids.take(unfinished)
-        uncounted = ids.filter(pa.array(_absent(ids, self.store.parts('counts')['id'])))
+        uncounted = ids.filter(
+            pa.array(_absent(ids, self.store.read_parts('counts')['id']))
+        )
         lost = [name for name in uncounted.to_pylist() if name not in self.failures]
         if lost:
             raise RuntimeError(
@@ -329,12 +329,12 @@ class _Run:
                 # More tiles may have data where there was none
                 done = done.filter(pc.equal(labels['valid'].combine_chunks(), 1))
             unfinished = _absent(ids, done)
-        todo = unfinished & _absent(ids, self.store.parts('counts')['id'])
+        todo = unfinished & _absent(ids, self.store.read_parts('counts')['id'])
         return pa.array(np.flatnonzero(todo)), pa.array(np.flatnonzero(unfinished))
 
     def _footprints(self, todo: pa.Array, unfinished: pa.Array) -> pa.Table:
         """Footprints of the patches that are not in the file."""
-        tables = [self.store.parts('footprints')]
+        tables = [self.store.read_parts('footprints')]
         images = isinstance(self.source, Images)
         if images:
             known = tables[0]['id']

@@ -11,7 +11,7 @@ import numpy as np
 import rasterio
 import shapely
 
-from ..geo.footprints import Floats
+from ..geo.antimeridian import Floats
 from ..geo.mosaic import Tile, open_tile
 from ..landcover.download import download_tiles
 from ..landcover.files import Path, find_map_files, warn_of_resampled

@@ -42,6 +42,10 @@ _COLOURS = [
 ]
 
 
+#: Colour of masked pixels, which no land has.
+_PINK = (0.93, 0.35, 0.75)
+
+
 class Display:
     """Shows images of any bands in colours, all on one scale."""
 
@@ -76,14 +80,7 @@ class Display:
         )
 
     def __call__(self, image: Tensor) -> Array:
-        """Return the colours of an image, in [0, 1].
-
-        Args:
-            image: Image of shape (C, H, W).
-
-        Returns:
-            Array of shape (H, W, 3).
-        """
+        """Return the colours in [0, 1], (H, W, 3), of an image of shape (C, H, W)."""
         bands = [
             ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
             for c, (low, high) in zip(self.channels, self.limits, strict=True)
@@ -146,7 +143,7 @@ def plot_views(
         for row, axis in enumerate(axes[:, 1 + number]):
             colours = show(view[row].nan_to_num())
             hidden = view[row].isnan().any(0)
-            colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
+            colours[hidden.numpy()] = _PINK
             axis.imshow(colours)
             if boxes:
                 left, top, right, bottom = (boxes[number][row] - 0.5).tolist()
@@ -196,15 +193,7 @@ def _draw_views(
 
 
 def mask_view(task: Any, view: Tensor) -> Tensor:
-    """Draw a mask as the task does, with NaN for what is masked.
-
-    Args:
-        task: A :class:`.SoftConTask`.
-        view: Views of shape (B, C, H, W).
-
-    Returns:
-        The same with NaN.
-    """
+    """Mask views of shape (B, C, H, W) as a :class:`.SoftConTask` does, by NaN."""
     masking = task.masking
     if masking.ratio == 0:
         return view
@@ -219,14 +208,7 @@ def mask_view(task: Any, view: Tensor) -> Tensor:
 
 
 def label_similarities(labels: Tensor) -> Tensor:
-    """Compare labels: cosine similarity of multi-labels, or equality of classes.
-
-    Args:
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-
-    Returns:
-        Similarities of shape (N, N).
-    """
+    """Compare labels: cosine similarity of (N, K), or equality of class indices (N,)."""
     if labels.ndim == 1:
         return (labels[:, None] == labels).float()
     unit = F.normalize(labels.float())
@@ -234,16 +216,10 @@ def label_similarities(labels: Tensor) -> Tensor:
 
 
 def feature_similarities(features: Tensor) -> Tensor:
-    """Compare features: cosine similarity after subtracting their mean.
+    """Compare features of shape (N, F): cosine similarity after subtracting their mean.
 
     Without that, what all images share, such as the mean of a rectified layer, would
     make all of them look alike.
-
-    Args:
-        features: Features of shape (N, F).
-
-    Returns:
-        Similarities of shape (N, N).
     """
     unit = F.normalize(features.float() - features.float().mean(0))
     return unit @ unit.T
@@ -339,15 +315,10 @@ def plot_neighbours(
 
 
 def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
-    """Compute the patch tokens, or the last feature map, of some images.
-
-    Args:
-        encoder: A timm model.
-        image: Images of shape (B, C, H, W).
+    """Return patch tokens, or the last feature map, of images of shape (B, C, H, W).
 
     Returns:
-        Tokens of shape (B, h, w, F), or None if the encoder has no map of at least
-        4 x 4.
+        Tokens of shape (B, h, w, F), None if there are fewer than 4 x 4.
     """
     model: Any = encoder
     tokens = model.forward_features(image)
@@ -363,15 +334,7 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
 
 
 def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
-    """Plot three principal components of patch tokens as red, green and blue.
-
-    Args:
-        tokens: Tokens of shape (B, h, w, F).
-        thumbnails: Colours of the images.
-
-    Returns:
-        Images above, components below.
-    """
+    """Plot images, and below three principal components of their tokens (B, h, w, F)."""
     flat = tokens.float().flatten(0, 2)
     centred = flat - flat.mean(0)
     _, values, right = torch.linalg.svd(centred, full_matrices=False)
