@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from ..evaluation.features import prepare
 from ..models import is_vit
@@ -112,7 +112,7 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     torch.manual_seed(0)
     labelled = [sample for sample in gallery.samples if 'label' in sample]
     samples = (labelled or gallery.samples)[:6]
-    batch = {
+    batch: dict[str, Tensor] = {
         key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
         for key in ('image', 'label')
         if key in samples[0]
