@@ -19,6 +19,7 @@ import shapely
 from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
+from .._cores import count_cores
 from ..geo.antimeridian import Floats
 from ..geo.footprints import outlines
 from ..landcover.files import Path
@@ -162,7 +163,7 @@ def label_archive(
             'this command. Choose another file, or set overwrite to replace it'
         )
     store = LabelStore(file, name, legend, of_code, year, product.edition(year))
-    count = workers or _cores()
+    count = workers or count_cores()
     with store.open(overwrite), open_workers(count, scheduler) as pool:
         labelled = _Run(source, store, pool, product, year, progress).run(
             worldcover, (base_url or product.url) if download else None
@@ -170,13 +171,6 @@ def label_archive(
     if format == 'json':
         write_json(store.path, json, min_fraction, min_valid)
     return labelled
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
 
 
 def _find_archive(

@@ -20,6 +20,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from ..bands import (
+    IMAGENET_STATISTICS,
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
     SENTINEL2_SUBSETS,
@@ -118,8 +119,8 @@ def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
         'url': f'{_SCHEME}{model.enum}.{tag.upper()}',
         'input_size': (channels, size, size),
         'num_classes': 0,
-        'mean': (0.485, 0.456, 0.406) if rgb else (0.0,) * channels,
-        'std': (0.229, 0.224, 0.225) if rgb else (1.0,) * channels,
+        'mean': IMAGENET_STATISTICS[0] if rgb else (0.0,) * channels,
+        'std': IMAGENET_STATISTICS[1] if rgb else (1.0,) * channels,
         'origin_url': 'https://github.com/'
         + ('WennyXY/DINO-MC' if rgb else 'zhu-xlab/softcon'),
         'paper_ids': 'arXiv:2303.06670' if rgb else 'arXiv:2405.20462',

@@ -13,7 +13,12 @@ import torchvision.transforms.v2 as T
 from torch import Tensor, nn
 
 from .._compat import Weights, WeightsEnum, host_weights
-from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
+from ..bands import (
+    IMAGENET_STATISTICS,
+    SENTINEL1_BANDS,
+    SENTINEL2_BANDS,
+    SENTINEL2_SUBSETS,
+)
 from ..transforms.unit_range import ToUnitRange
 from .checkpoints import Branch, check_architecture, dino_mc_encoder, read_checkpoint
 from .convert import (
@@ -34,9 +39,6 @@ _PATCH_SIZES = {
     'vit_small_patch16_224': 16,
     'vit_base_patch16_224': 16,
 }
-
-#: Mean and standard deviation of ImageNet, used by DINO-MC.
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class EncoderWeights(WeightsEnum):
@@ -188,7 +190,7 @@ def _dino_mc(method: str, model: str, drive_id: str) -> Weights:
             T.CenterCrop(224),
             T.ToDtype(torch.float32),
             T.Normalize([0.0], [255.0]),
-            T.Normalize(*_IMAGENET),
+            T.Normalize(*IMAGENET_STATISTICS),
         ),
         meta={
             'dataset': 'SeCo Dataset',
@@ -202,8 +204,8 @@ def _dino_mc(method: str, model: str, drive_id: str) -> Weights:
             # The code is MIT; the links say nothing
             'license': 'MIT (code), not stated (weights)',
             'value_range': (0, 1),
-            'mean': _IMAGENET[0],
-            'std': _IMAGENET[1],
+            'mean': IMAGENET_STATISTICS[0],
+            'std': IMAGENET_STATISTICS[1],
             'file': f'{short}_{model}.pth',
         },
     )
