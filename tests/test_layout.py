@@ -2,8 +2,10 @@
 # Licensed under the MIT License.
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib import import_module
 from inspect import getclosurevars
 from pathlib import Path
@@ -17,7 +19,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_checks', '_lazy', '_version', 'bands', 'plugin'),
+    ('_checks', '_cores', '_lazy', '_version', 'bands', 'plugin'),
     ('_compat',),
     ('storage',),
     ('geo',),
@@ -39,6 +41,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ('__main__',),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
+
+#: Imports inside functions that close a circle, and why they must.
+LATE: dict[str, dict[str, str]] = {}
 
 # These are imported by torch in the middle of `import torch`
 STANDARD_LIBRARY_ONLY = ('__init__', '_lazy', 'plugin')
@@ -107,6 +112,62 @@ def test_light_modules_import_the_standard_library_only(name: str) -> None:
     for line, imported, runtime in imports(Path(f'{name}.py')):
         if runtime and imported.partition('.')[0] not in sys.stdlib_module_names:
             assert imported in light, f'line {line}: {imported}'
+
+
+def module_name(path: Path) -> str:
+    parts = [PACKAGE.name, *path.with_suffix('').parts]
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+NAMES = {module_name(path): path for path in MODULES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a module imports at run time, also in functions."""
+    found = set()
+    for _, name, runtime in imports(path):
+        # An object is defined in the module before the last dot
+        module = name if name in NAMES else name.rpartition('.')[0]
+        if runtime and module in NAMES and module != PACKAGE.name:
+            found.add(module)
+    if path.name == '__init__.py' and path.parent.parts:
+        # What its names are loaded from, see lazy_names
+        found |= {n for n in NAMES if n.startswith(f'{module_name(path)}.')}
+    return found
+
+
+def test_no_circles() -> None:
+    graph = {name: imported_modules(path) for name, path in NAMES.items()}
+    for name, late in LATE.items():
+        graph[name] -= late.keys()
+    TopologicalSorter(graph).prepare()  # names the modules of a circle in its error
+
+
+@pytest.mark.parametrize('path', MODULES, ids=str)
+def test_modules_are_short(path: Path) -> None:
+    assert len((PACKAGE / path).read_text().splitlines()) <= 450
+
+
+def test_a_weight_by_name_is_light() -> None:
+    """It adds nothing to what the host has imported for its own models."""
+    code = (
+        'import sys, torchgeo.models\n'
+        'before = {*sys.modules}\n'
+        'torchgeo.models.get_weight("ViTSmall16_Weights.SENTINEL2_SOFTCON")\n'
+        'print(*{*sys.modules} - before)'
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', 'import torchgeo_softcon; ' + code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    added = process.stdout.split()
+    heavy = ('kornia', 'lightly', 'lightning', 'pandas', 'rasterio')
+    assert not [name for name in added if name.startswith(heavy)]
+    ours = {name.split('.')[1] for name in added if name.startswith(f'{PACKAGE.name}.')}
+    assert ours <= {'_checks', '_compat', 'bands', 'models', 'transforms'}
+    assert f'{PACKAGE.name}.transforms.crops' not in added
 
 
 FACES = [

@@ -64,11 +64,6 @@ BAND_STATISTICS = {
 }
 
 
-#: Mean and standard deviation of ImageNet's red, green and blue in [0, 1], by which the
-#: encoders of torchvision and of DINO-MC standardize images.
-#: https://docs.pytorch.org/vision/stable/models.html
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
 #: Names that are understood.
 KNOWN_BANDS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS, *RGB_BANDS, *_OTHER)
 

@@ -331,10 +331,6 @@ class TestProduct:
             {'tiles': {'degrees': 5, 'pixels': 9, 'south': 2}},
             'must be multiples of tiles.degrees .* got 2 and 90',
         ),
-        (
-            {'tiles': {'degrees': 5, 'pixels': 9, 'names': '{lat}'}},
-            "tiles.names must be a pattern .* got '{lat}'",
-        ),
         ({'mappings': {'other': {4: 1, 0: 1, 2: 1}}}, "got 'other': register that"),
         ({'mappings': {'dynamicworld': {4: 1}}}, r'got \[4\]: add or take out 0, 2'),
         (

@@ -14,14 +14,7 @@ _ASYNCHRONOUS = ('cuda',)
 
 
 def read_at_once(values: Tensor) -> bool:
-    """Whether values are looked at in the step that they are of.
-
-    Args:
-        values: Values on any device.
-
-    Returns:
-        False where they are read later, so as not to wait for the device.
-    """
+    """Whether values are read in their own step: not where that waits for the device."""
     return values.device.type not in _ASYNCHRONOUS
 
 
@@ -30,15 +23,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def label_message(low: float, high: float) -> str:
-    """Message of an error about the values of labels.
-
-    Args:
-        low: Smallest value.
-        high: Largest value.
-
-    Returns:
-        What is wrong and what to do.
-    """
+    """Return the error about the values of labels: what is wrong and what to do."""
     return (
         f"batch['label'] must be finite and >= 0, got values from {low:g} to {high:g}. "
         'An unknown label is all zeros'
@@ -46,7 +31,7 @@ def label_message(low: float, high: float) -> str:
 
 
 def _describe(step: int, loss: float, low: float, high: float, bad: int | None) -> str:
-    """The message of the error."""
+    """Return the message of the error."""
     pixels = ''
     if bad is None:
         pixels = ' (NaN: the image has NaN pixels)' if math.isnan(low) else ''
