@@ -18,6 +18,7 @@ from torchgeo.datamodules import (
 )
 
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
+from torchgeo_softcon.bands import SENTINEL2_SUBSETS
 from torchgeo_softcon.callbacks import UnitRange
 from torchgeo_softcon.datamodules.normalization import match_images
 from torchgeo_softcon.models.encoders import open_encoder
@@ -78,20 +79,7 @@ class TestNumbers:
         )
         image = seen(datamodule)
         raw = datamodule.train_dataset[0]['image']
-        names = [
-            'B1',
-            'B2',
-            'B3',
-            'B4',
-            'B5',
-            'B6',
-            'B7',
-            'B8',
-            'B8A',
-            'B9',
-            'B11',
-            'B12',
-        ]
+        names = list(SENTINEL2_SUBSETS[12])
         # TorchGeo sorts files by name: VH before VV, although it says otherwise
         radar = ['VH', 'VV']
         if bands != 's2':
