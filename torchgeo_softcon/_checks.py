@@ -16,6 +16,12 @@ def _check(
             raise ValueError(f'{name} must be {expected}, got {value}')
 
 
+def require(condition: object, message: str) -> None:
+    """Raise a ValueError with a message unless a condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 def check_counts(**values: int | None) -> None:
     """Check that options are at least 1, else raise a ValueError that names one."""
     _check(lambda value: value >= 1, 'at least 1', values)

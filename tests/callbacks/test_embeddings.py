@@ -9,7 +9,6 @@ from typing import Any
 import geopandas
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -20,10 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchgeo_softcon.callbacks import EmbeddingWriter
-from torchgeo_softcon.callbacks.embeddings import join_tables, make_table
-from torchgeo_softcon.callbacks.places import footprints
-from torchgeo_softcon.storage import parted_parquet
-from torchgeo_softcon.storage.parted_parquet import PartedFile
+from torchgeo_softcon.evaluation.embedding_rows import EmbeddingRows, make_table
+from torchgeo_softcon.evaluation.footprints import footprints
+from torchgeo_softcon.storage.resumable import ResumableParquet
 
 from ..tasks.helpers import Scenes, make_task, make_trainer
 
@@ -108,6 +106,37 @@ class TestEmbeddingWriter:
             predict(path, length=15)
         assert predict(path, length=15, overwrite=True).rows == 15
 
+    def test_two_runs_at_once(self, tmp_path: Path) -> None:
+        path = tmp_path / 'e.parquet'
+
+        class Second(Identity):
+            def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+                with pytest.raises(BlockingIOError, match='another run is writing'):
+                    predict(path)
+                return super().predict_step(batch, batch_idx)
+
+        assert predict(path, Second()).rows == 14
+        assert pd.read_parquet(path)['index'].tolist() == list(range(14))
+
+    def test_another_number_of_rows_than_samples(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, flush = tmp_path / 'e.parquet', EmbeddingRows.flush
+
+        def flush_twice(rows: EmbeddingRows) -> None:
+            again = list(rows._held)
+            flush(rows)
+            rows._held = again
+            flush(rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddingRows, 'flush', flush_twice)
+            with pytest.raises(ValueError, match='has 28 rows, but there are 14 samp'):
+                predict(path)
+        assert not path.exists()
+        # What was written is not taken for the rows of another run
+        assert predict(path, overwrite=True).rows == 14
+
     def test_features_that_are_none(self, tmp_path: Path) -> None:
         class Silent(Identity):
             def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
@@ -127,50 +156,6 @@ class TestEmbeddingWriter:
         assert frame['index'].tolist() == list(range(7))
         for i in range(7):
             assert np.array_equal(frame['label'][i], Scenes(7)[i]['label'].numpy())
-
-
-class TestPartedFile:
-    def test_what_was_to_be_written_without_parts(self, tmp_path: Path) -> None:
-        for value in (1, 2):
-            PartedFile(tmp_path / 'e.parquet', {'a': value}).open()
-        file = PartedFile(tmp_path / 'e.parquet', {'a': 2})
-        file.append(pa.table({'index': [0]}))
-        file.open()
-        with pytest.raises(ValueError, match='run with a = 2, not 3; b = None, not 4'):
-            PartedFile(tmp_path / 'e.parquet', {'a': 3, 'b': 4}).open()
-
-    def test_small_parts_become_large_row_groups(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(parted_parquet, 'ROWS', 5)
-        file = PartedFile(tmp_path / 'e.parquet', {})
-        file.open()
-        for i in range(6):
-            file.append(make_table([2 * i, 2 * i + 1], torch.ones(2, 3)))
-        assert file.close() == 12
-        metadata = pq.read_metadata(tmp_path / 'e.parquet')
-        assert [metadata.row_group(i).num_rows for i in range(2)] == [6, 6]
-
-    def test_an_unfinished_part_does_not_count(self, tmp_path: Path) -> None:
-        file = PartedFile(tmp_path / 'e.parquet', {})
-        file.open()
-        file.append(make_table([0], torch.ones(1, 3)))
-        (file.folder / 'part-00000-000001.tmp').write_bytes(b'PAR1')
-        assert file.rows() == 1
-        assert file.close() == 1
-
-    def test_columns_must_stay(self, tmp_path: Path) -> None:
-        file = PartedFile(tmp_path / 'e.parquet', {})
-        file.open()
-        file.append(make_table([0], torch.ones(1, 3)))
-        with pytest.raises(ValueError, match='features the same size'):
-            file.append(make_table([0], torch.ones(1, 4)))
-
-    def test_nothing(self, tmp_path: Path) -> None:
-        file = PartedFile(tmp_path / 'e.parquet', {})
-        file.open()
-        with pytest.raises(ValueError, match='no rows'):
-            file.close()
 
 
 class Windows:
@@ -229,14 +214,14 @@ class TestFootprints:
         assert footprints({'bounds': torch.ones(1, 9)}, [0], object()) is None
 
 
-def test_bounding_boxes_of_parts_are_joined(tmp_path: Path) -> None:
+def test_footprints_make_it_geoparquet(tmp_path: Path) -> None:
     path = tmp_path / 'e.parquet'
-    file = PartedFile(path, {})
-    file.open()
-    for i, left in enumerate((400000, 500000)):
-        places = footprints({}, [slices(left)], Windows())
-        file.append(join_tables([make_table([i], torch.ones(1, 3), places)]))
-    file.close()
+    file = ResumableParquet(path, {})
+    with file.open():
+        for i, left in enumerate((400000, 500000)):
+            places = footprints({}, [slices(left)], Windows())
+            file.append('part', make_table([i], torch.ones(1, 3), places))
+        file.join(2)
     frame = geopandas.read_parquet(path)
     assert CRS(frame.crs).equals(CRS('OGC:CRS84'))
     assert list(frame.columns) == [

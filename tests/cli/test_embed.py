@@ -22,7 +22,7 @@ from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.evaluation.embed import embed
 from torchgeo_softcon.models.encoders import open_encoder
-from torchgeo_softcon.storage.parted_parquet import PartedFile
+from torchgeo_softcon.storage.resumable import ResumableParquet
 
 from ..callbacks.helpers import PatchesDataModule
 from ..datamodules.helpers import write_raster
@@ -35,7 +35,7 @@ QUIET: dict[str, Any] = {'enable_progress_bar': False, 'enable_model_summary': F
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import torchgeo_softcon.callbacks.embeddings as embeddings
+import torchgeo_softcon.evaluation.embedding_rows as embeddings
 from torchgeo_softcon.evaluation.embed import embed
 from torchgeo_softcon.models.encoders import open_encoder
 from tests.callbacks.helpers import Patches, PatchesDataModule
@@ -142,11 +142,18 @@ class TestEmbed:
         path = tmp_path / 'e.parquet'
         encoder, data = open_encoder(checkpoint), PatchesDataModule()
         options: dict[str, Any] = {'accelerator': 'cpu', **QUIET}
-        close = PartedFile.close
-        monkeypatch.setattr(PartedFile, 'close', _disk_full)
+        join = ResumableParquet.join
+        monkeypatch.setattr(ResumableParquet, 'join', _disk_full)
         with pytest.raises(OSError, match='full'):
             embed(encoder, data, path, **options)
-        monkeypatch.setattr(PartedFile, 'close', close)
+        monkeypatch.setattr(ResumableParquet, 'join', join)
+        with (
+            ResumableParquet(path, {}).open(overwrite=True),
+            pytest.raises(
+                BlockingIOError, match=r'another run is writing .*e\.parquet'
+            ),
+        ):
+            embed(encoder, data, path, **options)
         assert embed(encoder, data, path, **options) == 24
         assert len(pd.read_parquet(path)) == 24
 
@@ -230,7 +237,7 @@ class TestEmbed:
         assert (right, bottom) == pytest.approx((502960, 5539360), abs=320)
 
 
-def _disk_full(self: Any) -> int:
+def _disk_full(self: Any, samples: int) -> int:
     raise OSError('the disk is full')
 
 
@@ -288,7 +295,7 @@ class TestCommand:
         args = ['embed', '--checkpoint', str(checkpoint), '--out', str(out)]
         args += ['--accelerator', 'cpu', '--data', PATCHES]
         with monkeypatch.context() as patch:
-            patch.setattr(PartedFile, 'close', _disk_full)
+            patch.setattr(ResumableParquet, 'join', _disk_full)
             assert main([*args, '--data.batch_size', '5']) == 1
         assert main([*args, '--data.dict_kwargs.kind', 'multiclass']) == 1
         message = 'interrupted run with data.kind = None, not multiclass. Choose'

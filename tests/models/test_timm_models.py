@@ -14,11 +14,11 @@ from timm.layers import resample_abs_pos_embed
 
 from torchgeo_softcon import models
 from torchgeo_softcon.bands import SENTINEL2_BANDS, SENTINEL2_SUBSETS
-from torchgeo_softcon.models import builders
+from torchgeo_softcon.models import timm_models
 
 from .helpers import WeightsFolder
 
-NAMES = [*builders._MODELS]
+NAMES = [*timm_models._MODELS]
 KEY = 'patch_embed.proj.weight'
 
 

@@ -25,7 +25,7 @@ from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
-from torchgeo_softcon.export.encoder import export
+from torchgeo_softcon.export.files import export
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.checkpoints import read_checkpoint
 from torchgeo_softcon.report.curves import curve_sections, find_logs, read_logs

@@ -27,13 +27,7 @@ _BLOCKS = 4
 def extract_features(
     encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
 ) -> LabelledFeatures:
-    """Encode the centre of labelled images.
-
-    Args:
-        encoder: The encoder, on *device*.
-        samples: The images.
-        size: Side in pixels of what the encoder sees.
-        device: Where to compute.
+    """Encode the centre of labelled images, *size* pixels wide, on *device*.
 
     Returns:
         Features by the names of :func:`.encode`, and *blocks*, the class tokens of the

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import shapely
 
-from ..geo.footprints import LONLAT, Floats, parse_crs
-from ..geo.mosaic import Tile, outline
+from ..geo.antimeridian import TURNS, Floats, turned_boxes
+from ..geo.grid import LONLAT, outline, parse_crs
+from ..geo.mosaic import Tile
 
 #: Footprints per unit, at least and at most. What a unit has counted is lost if the run
 #: is killed, and blocks where one unit ends and another begins are decoded twice.
@@ -33,11 +34,13 @@ class Unit:
         table: The footprints.
         tiles: The tiles, in order of precedence.
         codes: Codes to count.
+        no_data: Codes of pixels without data.
     """
 
     table: pa.Table
     tiles: list[Tile]
     codes: tuple[int, ...]
+    no_data: tuple[int, ...]
 
 
 class Plan:
@@ -53,11 +56,11 @@ class Plan:
         """
         self.boxes, self.tiles = boxes, list(tiles)
         bounds = np.array([_degrees(tile) for tile in tiles]).reshape(-1, 4)
-        # Boxes may leave [-180, 180] on either side
-        turns = np.array([0, -360, 360])
-        moved = bounds[None] + turns[:, None, None] * np.array([1, 0, 1, 0])
         self._bounds = bounds
-        self._index = shapely.STRtree(shapely.box(*moved.reshape(-1, 4).T))
+        # Boxes may leave [-180, 180] on either side
+        turns = np.repeat(TURNS, len(bounds))
+        moved = turned_boxes(np.tile(bounds, (len(TURNS), 1)), turns)
+        self._index = shapely.STRtree(shapely.box(*moved.T))
         #: First tile under each footprint, -1 if there is none.
         self.first = np.full(len(boxes), -1)
         for start in range(0, len(boxes), _CHUNK):
@@ -73,6 +76,7 @@ class Plan:
         todo: npt.NDArray[np.bool_],
         codes: Sequence[int],
         workers: int,
+        no_data: Sequence[int] = (0,),
     ) -> Iterator[Unit]:
         """Cut footprints into units of neighbours.
 
@@ -81,6 +85,7 @@ class Plan:
             todo: Which of them are to be counted, of shape (N,).
             codes: Codes to count.
             workers: How many units run at once.
+            no_data: Codes of pixels without data.
 
         Yields:
             The units.
@@ -94,6 +99,7 @@ class Plan:
                 table.take(pa.array(rows)),
                 [self.tiles[tile] for tile in tiles],
                 tuple(codes),
+                tuple(no_data),
             )
 
     def _order(

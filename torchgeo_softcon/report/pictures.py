@@ -12,14 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
 from ..bands import shown_channels
-from ..datasets.worldcover import WORLDCOVER_COLORS
-from ..landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ..landcover import LandCoverProduct
+from ..landcover.products import WORLDCOVER
 from ..modules.masking import mask_pixels, masked_patches, random_visible
 
 Array = npt.NDArray[Any]
@@ -41,6 +40,10 @@ _COLOURS = [
     '#882255',
     '#000000',
 ]
+
+
+#: Colour of masked pixels, which no land has.
+_PINK = (0.93, 0.35, 0.75)
 
 
 class Display:
@@ -77,14 +80,7 @@ class Display:
         )
 
     def __call__(self, image: Tensor) -> Array:
-        """Return the colours of an image, in [0, 1].
-
-        Args:
-            image: Image of shape (C, H, W).
-
-        Returns:
-            Array of shape (H, W, 3).
-        """
+        """Return the colours in [0, 1], (H, W, 3), of an image of shape (C, H, W)."""
         bands = [
             ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
             for c, (low, high) in zip(self.channels, self.limits, strict=True)
@@ -147,7 +143,7 @@ def plot_views(
         for row, axis in enumerate(axes[:, 1 + number]):
             colours = show(view[row].nan_to_num())
             hidden = view[row].isnan().any(0)
-            colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
+            colours[hidden.numpy()] = _PINK
             axis.imshow(colours)
             if boxes:
                 left, top, right, bottom = (boxes[number][row] - 0.5).tolist()
@@ -197,15 +193,7 @@ def _draw_views(
 
 
 def mask_view(task: Any, view: Tensor) -> Tensor:
-    """Draw a mask as the task does, with NaN for what is masked.
-
-    Args:
-        task: A :class:`.SoftConTask`.
-        view: Views of shape (B, C, H, W).
-
-    Returns:
-        The same with NaN.
-    """
+    """Mask views of shape (B, C, H, W) as a :class:`.SoftConTask` does, by NaN."""
     masking = task.masking
     if masking.ratio == 0:
         return view
@@ -220,14 +208,7 @@ def mask_view(task: Any, view: Tensor) -> Tensor:
 
 
 def label_similarities(labels: Tensor) -> Tensor:
-    """Compare labels: cosine similarity of multi-labels, or equality of classes.
-
-    Args:
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-
-    Returns:
-        Similarities of shape (N, N).
-    """
+    """Compare labels: cosine similarity of (N, K), or equality of class indices (N,)."""
     if labels.ndim == 1:
         return (labels[:, None] == labels).float()
     unit = F.normalize(labels.float())
@@ -235,16 +216,10 @@ def label_similarities(labels: Tensor) -> Tensor:
 
 
 def feature_similarities(features: Tensor) -> Tensor:
-    """Compare features: cosine similarity after subtracting their mean.
+    """Compare features of shape (N, F): cosine similarity after subtracting their mean.
 
     Without that, what all images share, such as the mean of a rectified layer, would
     make all of them look alike.
-
-    Args:
-        features: Features of shape (N, F).
-
-    Returns:
-        Similarities of shape (N, N).
     """
     unit = F.normalize(features.float() - features.float().mean(0))
     return unit @ unit.T
@@ -340,15 +315,10 @@ def plot_neighbours(
 
 
 def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
-    """Compute the patch tokens, or the last feature map, of some images.
-
-    Args:
-        encoder: A timm model.
-        image: Images of shape (B, C, H, W).
+    """Return patch tokens, or the last feature map, of images of shape (B, C, H, W).
 
     Returns:
-        Tokens of shape (B, h, w, F), or None if the encoder has no map of at least
-        4 x 4.
+        Tokens of shape (B, h, w, F), None if there are fewer than 4 x 4.
     """
     model: Any = encoder
     tokens = model.forward_features(image)
@@ -364,15 +334,7 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
 
 
 def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
-    """Plot three principal components of patch tokens as red, green and blue.
-
-    Args:
-        tokens: Tokens of shape (B, h, w, F).
-        thumbnails: Colours of the images.
-
-    Returns:
-        Images above, components below.
-    """
+    """Plot images, and below three principal components of their tokens (B, h, w, F)."""
     flat = tokens.float().flatten(0, 2)
     centred = flat - flat.mean(0)
     _, values, right = torch.linalg.svd(centred, full_matrices=False)
@@ -403,34 +365,30 @@ def _plot_below(
     return figure, axes
 
 
-def plot_classes(masks: Sequence[Tensor], thumbnails: Sequence[Array]) -> Figure:
-    """Land cover of some images.
+def plot_classes(
+    masks: Sequence[Tensor],
+    thumbnails: Sequence[Array],
+    product: LandCoverProduct = WORLDCOVER,
+) -> Figure:
+    """Plot the land cover of some images.
 
     Args:
-        masks: WorldCover codes of shape (H, W), 0 is no data.
+        masks: Codes of *product* of shape (H, W).
         thumbnails: Colours of the images.
+        product: The land-cover product.
 
     Returns:
         Images above, classes below, with a legend.
     """
-    codes = [0, *WORLDCOVER_CODES]
-    colours = {code: np.array(WORLDCOVER_COLORS[code]) / 255 for code in codes}
-    colours[0] = np.array([1.0, 1, 1, 1])
-    cmap = ListedColormap([colours[code] for code in codes])
-    norm = BoundaryNorm([*codes, 101], len(codes))
-    figure, axes = _grid(2, len(masks), 1.5, 0.2)
-    for column, (mask, image) in enumerate(zip(masks, thumbnails, strict=True)):
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(
-            mask.numpy(), cmap=cmap, norm=norm, interpolation='nearest'
-        )
-    axes[0, 0].set_ylabel('image')
-    axes[1, 0].set_ylabel('WorldCover')
+    colours = np.ones((256, 4))  # white where there is no data
+    colours[list(product.codes)] = [product.colors[code] for code in product.codes]
+    colours[list(product.codes)] /= 255
+    pictures = [colours[mask.long().numpy()] for mask in masks]
+    figure, _ = _plot_below(thumbnails, pictures, product.title, 0.2)
     present = {int(code) for mask in masks for code in mask.unique()}
-    names = dict(zip(codes, ('No data', *WORLDCOVER_CLASSES), strict=True))
     handles = [
-        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=names[code])
-        for code in codes
+        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
+        for code, name in product.names.items()
         if code in present
     ]
     figure.legend(

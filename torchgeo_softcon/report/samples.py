@@ -20,6 +20,8 @@ from ..datamodules.protocol import dataset_bands, eval_transform
 from ..evaluation.features import prepare
 from ..evaluation.loop import encode_batches
 from ..evaluation.samples import check_label, set_up, split_samples
+from ..landcover import LandCoverProduct
+from ..landcover.products import WORLDCOVER
 from ..models.encoders import Encoder
 from .pictures import Array, Display
 
@@ -49,6 +51,7 @@ class Gallery:
         thumbnails: Colours of all images.
         samples: The first of the samples, as the datamodule gives them.
         masks: Land cover of *samples*, codes of shape (H, W), or None.
+        product: Land-cover product that the codes are of.
     """
 
     split: str
@@ -59,6 +62,7 @@ class Gallery:
     thumbnails: list[Array]
     samples: list[Sample]
     masks: list[Tensor] | None
+    product: LandCoverProduct = WORLDCOVER
 
     def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
         """Features, labels and thumbnails of the images whose label is known."""
@@ -132,7 +136,18 @@ def collect(
         [show(image) for image in pictures],
         kept,
         _masks(dataset, chosen[:_KEPT], kept),
+        _product(dataset),
     )
+
+
+def _product(dataset: Any) -> LandCoverProduct:
+    """Return the land-cover product of a dataset, or of one that it is made of."""
+    inner = [getattr(dataset, 'scenes', None), *getattr(dataset, 'datasets', ())]
+    for one in (dataset, *inner):
+        product = getattr(one, 'product', None)
+        if isinstance(product, LandCoverProduct):
+            return product
+    return WORLDCOVER
 
 
 def _collate(samples: list[Sample]) -> Sample:

@@ -5,20 +5,22 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
+from ..evaluation.features import prepare
 from ..models import is_vit
-from ..models.checkpoints import SAFE_GLOBALS, read_checkpoint
+from ..models.checkpoints import read_checkpoint
 from ..models.encoders import Encoder
-from ..transforms.worldcover import WORLDCOVER_CODES
+from ..tasks import loading as tasks
 from .page import Section
 from .pictures import (
     patch_tokens,
@@ -32,7 +34,7 @@ from .samples import Gallery, collect
 
 
 def run_augmentations(config: Path) -> nn.Module | None:
-    """The augmentations of a run, which its checkpoints do not have.
+    """Read the augmentations of a run, which its checkpoints do not have.
 
     Args:
         config: Configuration of the run, as the command line has saved it.
@@ -59,7 +61,7 @@ def run_augmentations(config: Path) -> nn.Module | None:
 
 
 def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
-    """The task of a checkpoint of this package, with the augmentations of its run.
+    """Rebuild the task of a checkpoint with the augmentations of its run.
 
     Args:
         checkpoint: Path of the checkpoint.
@@ -68,30 +70,14 @@ def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
     Returns:
         The task in training mode, or None if the checkpoint is of something else.
     """
-    hparams = content.get('hyper_parameters')
-    if not isinstance(hparams, Mapping):
-        return None
-    package, _, name = str(hparams.get('_class_path', '')).rpartition('.')
-    if not name:  # not made by the command line
-        marks = {'soft_weight': 'SoftConTask', 'local_sizes': 'DINOMCTask'}
-        name = next((marks[key] for key in marks if key in hparams), '')
-        package = 'torchgeo_softcon'
-    # Nothing else is imported because a file says so
-    task = package.partition('.')[0] == 'torchgeo_softcon' and name.endswith('Task')
-    if not task:
-        return None
-    found = getattr(import_module('torchgeo_softcon'), name, None)
     config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
     augmentations = run_augmentations(config)
     options = {} if augmentations is None else {'augmentations': augmentations}
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
-        return found and found.load_from_checkpoint(
-            checkpoint, map_location='cpu', weights_only=True, **options
-        )
+    return tasks.load_task(checkpoint, content, **options)
 
 
 def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
-    """Whether a run had other augmentations than the task that was made of it.
+    """Tell whether a run had other augmentations than the task that was made of it.
 
     Args:
         content: What is in a checkpoint of the run.
@@ -112,7 +98,7 @@ def picture_sections(
     split: str | None = None,
     count: int = 200,
 ) -> Iterator[Section]:
-    """Pictures of what an encoder makes of data.
+    """Draw what an encoder makes of data.
 
     Args:
         encoder: The encoder.
@@ -126,55 +112,35 @@ def picture_sections(
     """
     gallery = collect(encoder, datamodule, split, count)
     yield _views(gallery, checkpoint)
-    features, labels, thumbnails = gallery.labelled()
-    number = f'{len(features)} images of the {gallery.split} split'
-    if labels is None or len(labels) < 2:
-        text = f'The {gallery.split} split has no labels.'
-        yield Section('similarities', 'Labels and embeddings', text)
-    else:
-        yield Section(
-            'similarities',
-            'Labels and embeddings',
-            f'Pairs among {number}. Label similarity is the cosine of multi-labels (or '
-            'whether classes are the same), embedding similarity the cosine of features '
-            'minus their mean. Blocks that are in both matrices, and medians that rise, '
-            'mean that the encoder finds the labels.',
-            plot_similarities(features, labels),
-        )
-        yield Section(
-            'neighbours',
-            'Nearest neighbours',
-            f'Ten of {number}, and the five most similar among all. Below each: '
-            'similarity of the embedding | of the label. '
-            f'{gallery.show.caption}, all images on one scale.',
-            plot_neighbours(thumbnails, features, labels),
-        )
+    yield from _comparisons(gallery)
     yield _components(gallery, encoder)
     yield _classes(gallery)
 
 
 def _views(gallery: Gallery, checkpoint: str | None) -> Section:
-    title = 'Views as the model sees them'
+    section = Section(
+        'views',
+        'Views as the model sees them',
+        'The checkpoint is not of a task of this package that draws views.',
+    )
     content = {} if checkpoint is None else read_checkpoint(checkpoint)
     task = None if checkpoint is None else load_task(checkpoint, content)
-    figure = None
-    if task is not None:
-        torch.manual_seed(0)
-        samples = [s for s in gallery.samples if 'label' in s][:6] or gallery.samples[
-            :6
-        ]
-        batch: dict[str, Any] = {
-            key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
-            for key in ('image', 'label')
-            if key in samples[0]
-        }
-        try:
-            figure = plot_views(task, batch, gallery.bands)
-        except ValueError as error:
-            return Section('views', title, f'The views cannot be drawn: {error}')
+    if task is None:
+        return section
+    torch.manual_seed(0)
+    labelled = [sample for sample in gallery.samples if 'label' in sample]
+    samples = (labelled or gallery.samples)[:6]
+    batch = {
+        key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+        for key in ('image', 'label')
+        if key in samples[0]
+    }
+    try:
+        figure = plot_views(task, batch, gallery.bands)
+    except ValueError as error:
+        return replace(section, text=f'The views could not be drawn: {error}')
     if figure is None:
-        text = 'The checkpoint is not of a task of this package that draws views.'
-        return Section('views', title, text)
+        return section
     text = (
         'Drawn anew from the images on the left. The frame of a view has the colour of '
         'its box on the image. '
@@ -186,46 +152,74 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         )
     if hasattr(task, 'masking'):
         text += 'Pink patches are masked. '
-    return Section(
-        'views', title, f'{text}{gallery.show.caption}, on one scale.', figure
+    text += f'{gallery.show.caption}, on one scale.'
+    return replace(section, text=text, figure=figure)
+
+
+def _comparisons(gallery: Gallery) -> list[Section]:
+    """Compare labels and features of all images whose label is known."""
+    features, labels, thumbnails = gallery.labelled()
+    similarities = Section(
+        'similarities',
+        'Labels and embeddings',
+        f'The {gallery.split} split has no labels.',
     )
+    if labels is None or len(labels) < 2:
+        return [similarities]
+    number = f'{len(features)} images of the {gallery.split} split'
+    return [
+        replace(
+            similarities,
+            text=f'Pairs among {number}. Label similarity is the cosine of multi-labels '
+            '(or whether classes are the same), embedding similarity the cosine of '
+            'features minus their mean. Blocks that are in both matrices, and medians '
+            'that rise, mean that the encoder finds the labels.',
+            figure=plot_similarities(features, labels),
+        ),
+        Section(
+            'neighbours',
+            'Nearest neighbours',
+            f'Ten of {number}, and the five most similar among all. Below each: '
+            'similarity of the embedding | of the label. '
+            f'{gallery.show.caption}, all images on one scale.',
+            plot_neighbours(thumbnails, features, labels),
+        ),
+    ]
 
 
 def _components(gallery: Gallery, encoder: Encoder) -> Section:
-    title = 'Patch tokens'
     images = torch.stack([sample['image'] for sample in gallery.samples])
-    images = images[:, : encoder.in_channels] if images.ndim == 4 else images[:, 0]
+    images, _ = prepare(images, encoder.in_channels, None, first=True)
     if is_vit(encoder.model):
         vit: Any = encoder.model
         patch = vit.patch_embed.patch_size[0]
         side = int(-(-min(images.shape[-2:]) // patch) * patch)
-        images = torch.nn.functional.interpolate(images, (side, side), mode='bilinear')
+        images = F.interpolate(images, (side, side), mode='bilinear')
     tokens = patch_tokens(encoder.model, images)
-    if tokens is None:
-        text = (
-            f'The last feature map of {encoder.name} is smaller than 4 x 4 for images of '
-            f'{images.shape[-1]} pixels: too coarse to show.'
-        )
-        return Section('components', title, text)
+    figure = None
     text = (
-        'The first three principal components of the last tokens, over all images '
-        'together, as red, green and blue: what has the same colour is the same to the '
-        'encoder. Fields and shores that stand out are a good sign.'
+        f'The last feature map of {encoder.name} is smaller than 4 x 4 for images of '
+        f'{images.shape[-1]} pixels: too coarse to show.'
     )
-    figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
-    return Section('components', title, text, figure)
+    if tokens is not None:
+        text = (
+            'The first three principal components of the last tokens, over all images '
+            'together, as red, green and blue: what has the same colour is the same to '
+            'the encoder. Fields and shores that stand out are a good sign.'
+        )
+        figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
+    return Section('components', 'Patch tokens', text, figure)
 
 
 def _classes(gallery: Gallery) -> Section:
     title = 'Land cover'
-    masks = gallery.masks
-    known = {0, *WORLDCOVER_CODES}
+    masks, product = gallery.masks, gallery.product
+    known = {*product.no_data, *product.codes}
     if masks is None or any(
         m.ndim != 2 or {*m.unique().tolist()} - known for m in masks
     ):
-        text = 'The data have no masks with codes of ESA WorldCover.'
+        text = f'The data have no masks with codes of {product.title}.'
         return Section('classes', title, text)
-    text = 'What the labels are made of: ESA WorldCover under the images, official colours.'
-    return Section(
-        'classes', title, text, plot_classes(masks, gallery.thumbnails[: len(masks)])
-    )
+    text = f'What the labels are made of: {product.title} under the images.'
+    figure = plot_classes(masks, gallery.thumbnails[: len(masks)], product)
+    return Section('classes', title, text, figure)

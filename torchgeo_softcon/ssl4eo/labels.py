@@ -20,13 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..transforms.worldcover import WORLDCOVER_CODES
+from ..landcover.products import DYNAMICWORLD, WORLDCOVER
 from .tiffs import days, pair
-
-#: Class codes of Dynamic World, the labels of SSL4EO-S12-ML: water, trees, grass, flooded
-#: vegetation, crops, shrub and scrub, built, bare, snow and ice.
-#: https://github.com/zhu-xlab/softcon#readme
-DYNAMIC_WORLD_CODES = tuple(range(9))
 
 #: Columns of a class in a Parquet file, by its code.
 _CLASS_COLUMN = re.compile(r'(count|fraction)_(\d+)')
@@ -107,12 +102,13 @@ def _read_json(path: Path) -> SeasonLabels:
         raise _wrong_json(path, 'an image')
 
     known = {*codes}
-    legends = (DYNAMIC_WORLD_CODES, WORLDCOVER_CODES)
+    # SSL4EO-S12-ML has the former, https://github.com/zhu-xlab/softcon#readme
+    legends = (DYNAMICWORLD.codes, WORLDCOVER.codes)
     legend = next((codes for codes in legends if known <= {*codes}), None)
     if legend is None:
         raise ValueError(
             f'labels {path} must have classes of Dynamic World (0 to 8) or codes of '
-            f'WorldCover ({", ".join(map(str, WORLDCOVER_CODES))}), got '
+            f'WorldCover ({", ".join(map(str, WORLDCOVER.codes))}), got '
             f'{", ".join(map(str, sorted(known)[:20]))}'
         )
     values = np.zeros((len(entries), len(legend)), np.float32)

@@ -27,8 +27,13 @@ def exclusive(path: Path, what: str | os.PathLike[str]) -> Iterator[None]:
     with path.open('a') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # A run that has just finished may have deleted the file after it was opened
+            # here: a lock on it keeps nobody out
+            alone = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        if not alone:
             raise BlockingIOError(
                 f'another run is writing {os.fspath(what)}: wait for it, or stop it first'
-            ) from error
+            )
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file gets its real name once it is on the disk.
+    """Yield a path to write to, whose file gets its real name once it is on the disk.
 
     Args:
         path: The file, which is replaced if there is one.
@@ -20,7 +20,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         The path for the time being, the same with ``.tmp`` at its end.
 
     Raises:
-        OSError: If it can not be written. What there is of it is deleted.
+        OSError: If it cannot be written. What there is of it is deleted.
     """
     unfinished = path.with_name(f'{path.name}.tmp')
     try:
@@ -31,8 +31,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(
             error.errno or 0,
-            f'cannot write {path}: {error.strerror or error}. What is done is kept: make '
-            'room and start again to go on',
+            f'cannot write {path}: {error.strerror or error}. Files that are complete are '
+            'kept: make room and start again',
         ) from error
     finally:
         with contextlib.suppress(OSError):

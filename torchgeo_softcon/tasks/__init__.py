@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .base import PretrainingTask as PretrainingTask
     from .dino_mc import DINOMCTask as DINOMCTask
     from .linear_probe import LinearProbeTask as LinearProbeTask
     from .softcon import SoftConTask as SoftConTask
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
+    base=('PretrainingTask',),
     dino_mc=('DINOMCTask',),
     linear_probe=('LinearProbeTask',),
     softcon=('SoftConTask',),

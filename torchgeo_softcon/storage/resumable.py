@@ -1,0 +1,229 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""A Parquet file that is written in parts, so that an interrupted run can go on."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .lock import exclusive
+from .parquet import write_parquet
+from .whole_file import whole_file
+
+#: Rows of a row group of a joined file.
+ROWS = 4096
+
+#: What to do about something else at the place of a file.
+REMEDY = 'Choose another file, or set overwrite to replace it'
+
+
+class ResumableParquet:
+    """A Parquet file, and the folder of its parts while it is not complete.
+
+    A Parquet file has its index at the end and is of no use without it. Its parts are
+    complete files, and get their names only when they are: whenever a run is killed, the
+    next one goes on with them. A file that is to be replaced stays until then.
+    """
+
+    #: Notes in the manifest, besides what the rows are made from.
+    notes: tuple[str, ...] = ('overwrite',)
+
+    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+        """Initialize a new ResumableParquet instance.
+
+        Args:
+            path: Path of the file.
+            origin: What the rows are made from, to tell whether parts belong to it.
+        """
+        self.path = path
+        self.folder = path.with_name(f'{path.name}.parts')
+        self.origin = {key: str(value) for key, value in origin.items()}
+        self._manifest = self.folder / 'origin.json'
+        self._replaced = False
+
+    @contextlib.contextmanager
+    def open(self, overwrite: bool = False) -> Iterator[None]:
+        """Start, or go on with the parts that are there. For one run at a time.
+
+        Args:
+            overwrite: Whether to delete the parts, and to replace the file.
+
+        Raises:
+            BlockingIOError: If another run writes the file.
+            FileExistsError: If there is a file that is not to be replaced.
+            ValueError: If there are parts of something else.
+        """
+        self._replaced = overwrite
+        if not self.folder.exists():
+            self.check_file()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.folder / 'lock', self.path):
+            if overwrite:
+                for part in self.part_files():
+                    part.unlink()
+            self._check_parts()
+            self.check_file()
+            yield
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file that is not to be replaced."""
+        return self.path.exists() and not self._replaced
+
+    def check_file(self) -> None:
+        """Refuse to write where there is a file."""
+        if self.exists:
+            raise FileExistsError(f'{self.path} exists already. {REMEDY}')
+
+    def _check_parts(self) -> None:
+        """Refuse parts of something else, and delete those that are cut off."""
+        # Without parts, it does not matter what was about to be written
+        if not self.part_files():
+            self._write_manifest({**self.origin, 'overwrite': self._replaced})
+            return
+        there = self.noted()
+        self._replaced = there.get('overwrite', False)
+        differ = [
+            f'{key} = {there.get(key)}, not {self.origin.get(key)}'
+            for key in {**there, **self.origin}
+            if key not in self.notes
+            and str(there.get(key)) != self.origin.get(key, 'None')
+        ]
+        if differ:
+            raise ValueError(
+                f'{self.folder} has parts of an interrupted run with {"; ".join(differ)}. '
+                f'{REMEDY}'
+            )
+        cut_off: set[str] = set()
+        for part in self.part_files():
+            kind, _ = _numbered(part)
+            try:
+                pq.read_metadata(part)
+            except (pa.ArrowInvalid, OSError):
+                cut_off.add(kind)
+            # Rows are numbered through: what comes after is done again, too
+            if kind in cut_off:
+                part.unlink()
+
+    def note(self, **notes: Any) -> None:
+        """Write notes to the manifest.
+
+        Args:
+            **notes: Values of :attr:`notes`.
+        """
+        self._write_manifest({**self.noted(), **notes})
+
+    def _write_manifest(self, content: Mapping[str, Any]) -> None:
+        with whole_file(self._manifest) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2))
+
+    def noted(self) -> dict[str, Any]:
+        """Read the manifest."""
+        if not self._manifest.exists():
+            return {}
+        return dict(json.loads(self._manifest.read_text()))
+
+    def part_files(self, kind: str = '*') -> list[Path]:
+        """List the parts, of one kind or of all, in the order in which they were written.
+
+        Args:
+            kind: Beginning of their names.
+
+        Returns:
+            Their paths.
+        """
+        return sorted(self.folder.glob(f'{kind}-*.parquet'), key=_numbered)
+
+    def count_rows(self, kind: str = '*') -> int:
+        """Count the rows of the parts, of one kind or of all."""
+        return sum(pq.read_metadata(part).num_rows for part in self.part_files(kind))
+
+    def append(self, kind: str, table: pa.Table) -> None:
+        """Write a part.
+
+        Args:
+            kind: Beginning of its name. Every process writes kinds of its own.
+            table: Its rows.
+
+        Raises:
+            OSError: If it cannot be written.
+            ValueError: If its columns are not those of the parts before.
+        """
+        number, before = 0, self.part_files(kind)
+        if before:
+            number = _numbered(before[-1])[1] + 1
+            columns = pq.read_schema(before[0])
+            if not columns.equals(table.schema):
+                raise ValueError(
+                    f'the columns {table.schema.names} are not those of the parts that '
+                    f'are written already, {columns.names}. All samples must have the '
+                    'same keys, and all features the same size'
+                )
+        with whole_file(self.folder / f'{kind}-{number:08d}.parquet') as unfinished:
+            pq.write_table(table, unfinished, compression='zstd')
+
+    def finish(self, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+        """Write the file, and delete the parts.
+
+        Args:
+            tables: Its rows, a row group each.
+            schema: Its columns and metadata.
+
+        Returns:
+            Number of rows.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        rows = write_parquet(self.path, tables, schema)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return rows
+
+    def join(self, samples: int) -> int:
+        """Make the file of the parts of all kinds.
+
+        Args:
+            samples: How many rows there must be.
+
+        Returns:
+            Number of rows.
+
+        Raises:
+            ValueError: If there are none, or not as many as samples.
+        """
+        part_files, rows = self.part_files(), self.count_rows()
+        if rows != samples:
+            raise ValueError(
+                f'{self.folder} has {rows} rows, but there are {samples} samples: the data '
+                'have changed, or another program has written there. Set overwrite to '
+                'start again'
+            )
+        if not rows:
+            raise ValueError(f'there are no rows to write to {self.path}')
+        schema = pq.read_schema(part_files[0]).remove_metadata()
+        return self.finish(_row_groups(part_files), schema)
+
+
+def _numbered(part: Path) -> tuple[str, int]:
+    """Return the kind and the number of a part."""
+    kind, _, number = part.stem.rpartition('-')
+    return kind, int(number)
+
+
+def _row_groups(part_files: Sequence[Path]) -> Iterator[pa.Table]:
+    """Read parts, as tables that are worth a row group."""
+    held: list[pa.Table] = []
+    for part in part_files:
+        held.append(pq.read_table(part).replace_schema_metadata(None))
+        if sum(table.num_rows for table in held) >= ROWS:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
