@@ -28,6 +28,25 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
     seasons: int
     seed: int
 
+    def __len__(self) -> int:
+        """Return the number of samples per epoch."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample.
+
+        Args:
+            index: Number of the draw, from 0 on and without an upper end.
+
+        Returns:
+            A sample.
+
+        Raises:
+            IndexError: If *index* is negative.
+            OSError: If a file can not be read. The message names it.
+        """
+        raise NotImplementedError
+
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the samples of the first epoch."""
         return (self[index] for index in range(len(self)))

@@ -338,18 +338,7 @@ class ImageMaskFolder(DrawnImages):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file can not be read, it is named.
-        """
+        """Read a sample, see :class:`.DrawnImages`."""
         rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]

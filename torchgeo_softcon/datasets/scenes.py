@@ -311,18 +311,7 @@ class WorldCoverScenes(DrawnImages):
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        """Draw a window.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file can not be read, it is named.
-        """
+        """Draw a window, see :class:`.DrawnImages`."""
         rng = self._generator(index, self.stream)
         best: tuple[float, SceneStack, int, int, list[Values]] | None = None
         for _ in range(_MAX_TRIES):

@@ -217,18 +217,7 @@ class SSL4EOS12ML(DrawnImages):
         return len(self._start)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file can not be read, it is named.
-        """
+        """Read a sample, see :class:`.DrawnImages`."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> 'RecordBatch':

@@ -22,7 +22,7 @@ from ..bands import (
     normalize_band_names,
     spell_band_name,
 )
-from .find_files import RASTERS, AnyPath, find_files
+from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
 from .rasters import Layer, Scene, find_alpha, open_raster, read_raster
 
@@ -62,8 +62,7 @@ def find_rasters(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
     Raises:
         FileNotFoundError: If a path does not exist or there is no raster at all.
     """
-    several = [paths] if isinstance(paths, str | os.PathLike) else paths
-    named = [os.fspath(path) for path in several]
+    named = path_list(paths)
     files = [
         file
         for path in named

@@ -50,13 +50,7 @@ class BlockMosaic(Mosaic):
     def __init__(
         self, tiles: Sequence[Tile], codes: Sequence[int], no_data: Sequence[int] = (0,)
     ) -> None:
-        """Initialize a new BlockMosaic instance.
-
-        Args:
-            tiles: Rasters, in order of precedence.
-            codes: Codes of the classes.
-            no_data: Codes of pixels without data.
-        """
+        """Initialize a new BlockMosaic instance, see :class:`.Mosaic`."""
         super().__init__(tiles, codes, True, no_data)
         self._cells: OrderedDict[tuple[str, int, int], npt.NDArray[Any]] = OrderedDict()
         self._shapes: dict[str, tuple[int, int]] = {}

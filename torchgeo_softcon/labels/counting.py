@@ -55,6 +55,10 @@ _LATTICE = Grid(
 )
 
 
+#: What a footprint or the tiles under it may be wrong in.
+_FAILURES = (OSError, ProjError, ValueError, shapely.errors.GEOSException)
+
+
 @dataclass
 class Counted:
     """Pixels of some footprints.
@@ -102,12 +106,7 @@ def count_pixels(
                 if found is None:
                     found = counter.of_any(table, row)
                 out.counts[row], out.pixels[row] = found
-            except (
-                OSError,
-                ProjError,
-                ValueError,
-                shapely.errors.GEOSException,
-            ) as error:
+            except _FAILURES as error:
                 out.reasons[row] = ' '.join(str(error).split())
     out.decoded = mosaic.decoded
     return out
@@ -117,12 +116,7 @@ class _Grids:
     """Pixel grids that lie in one tile each: polynomials from pixels to its pixels."""
 
     def __init__(self, table: pa.Table, tiles: Sequence[Tile]) -> None:
-        """Project all grids at once.
-
-        Args:
-            table: Footprints.
-            tiles: Rasters of class codes.
-        """
+        """Project all footprints that are grids at once."""
         count = len(table)
         self.tiles = tiles
         self.shapes = np.stack(
@@ -209,7 +203,7 @@ class _Grids:
         expected: Floats,
         checks: tuple[Floats, Floats],
     ) -> Floats:
-        """Largest error of polynomials, in pixels, of shape (N,)."""
+        """Return the largest error of polynomials, in pixels, of shape (N,)."""
         y, x = (
             chebyshev.chebvander(2 * check / self.shapes[rows, i, None] - 1, _NODES - 1)
             for i, check in enumerate(checks)
@@ -222,12 +216,7 @@ class _Counter:
     """Counts footprints one after the other."""
 
     def __init__(self, mosaic: BlockMosaic, codes: Sequence[int]) -> None:
-        """Initialize a new _Counter instance.
-
-        Args:
-            mosaic: The map.
-            codes: Codes to count.
-        """
+        """Initialize a new _Counter instance for a map and the codes to count."""
         self.mosaic = mosaic
         # Bytes are compared with bytes eight times as fast as with int64
         self.codes = np.array(codes, np.uint8)
@@ -284,7 +273,7 @@ class _Counter:
         return self._polygon(crs, polygon)
 
     def _histogram(self, values: npt.NDArray[np.uint8]) -> Counts | None:
-        """Pixels of every code, None if there are others than these and no data."""
+        """Count the pixels of every code, None if there are others but no data."""
         counts = np.zeros(len(self.codes), np.int64)
         left = values.size
         for position in self.order:
@@ -311,12 +300,9 @@ class _Counter:
         tile = self._home(crs, polygon)
         polygon = to_crs(polygon, crs, tile.crs)
         box = np.array(polygon.bounds)
-        inverse = ~tile.transform
-        ends = [inverse @ (x, y) for x in box[::2] for y in box[1::2]]
-        (left, top), (right, bottom) = (
-            np.floor(np.min(ends, 0)),
-            np.ceil(np.max(ends, 0)),
-        )
+        cols, rows = apply(~tile.transform, box[[0, 0, 2, 2]], box[[1, 3, 1, 3]])
+        left, top = np.floor(cols.min()), np.floor(rows.min())
+        right, bottom = np.ceil(cols.max()), np.ceil(rows.max())
         size = max(int(bottom - top), 1), max(int(right - left), 1)
         counts, pixels = np.zeros(len(self.codes), np.int64), 0
         for piece in _pieces(tile.window(int(top), int(left), *size)):
@@ -330,16 +316,10 @@ class _Counter:
         return counts, pixels
 
     def _home(self, crs: CRS, polygon: shapely.Geometry) -> Grid:
-        """The tile whose pixels an outline is filled with: the first one under it."""
+        """Return the tile whose pixels an outline is filled with: the first under it."""
         for tile in self.mosaic.tiles:
-            box = to_crs(polygon, crs, tile.crs).bounds
-            bounds = tile.bounds
-            if (
-                box[0] < bounds[2]
-                and box[2] > bounds[0]
-                and box[1] < bounds[3]
-                and box[3] > bounds[1]
-            ):
+            box = shapely.box(*to_crs(polygon, crs, tile.crs).bounds)
+            if box.intersection(shapely.box(*tile.bounds)).area > 0:
                 return tile
         return self.mosaic.tiles[0] if self.mosaic.tiles else _LATTICE
 
@@ -347,7 +327,7 @@ class _Counter:
 def _steps(
     values: npt.NDArray[Any], numbers: npt.NDArray[np.intp], axis: int
 ) -> npt.NDArray[Any]:
-    """Some rows or columns, not copied if they are neighbours."""
+    """Take rows or columns, without a copy if they are neighbours."""
     first, last = int(numbers[0]), int(numbers[-1])
     if last - first == len(numbers) - 1 and (np.diff(numbers) == 1).all():
         part = slice(first, last + 1)
