@@ -177,7 +177,7 @@ class TestDownload:
         options = {'download': True, 'base_url': bucket.url}
         labelled, table = run(images, tmp_path / 'tiles', **options)
         assert list(labelled.failures) == ['two.tif']
-        assert 'N45E009_Map.tif cannot be had' in labelled.failures['two.tif']
+        assert 'N45E009_Map.tif cannot be downloaded' in labelled.failures['two.tif']
         assert len(table) == 3
         bucket.broken = '-'
         labelled, table = run(images, tmp_path / 'tiles', **options)

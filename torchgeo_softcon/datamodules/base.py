@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What the datamodules of this package share."""
+"""Base of the datamodules of this package."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -39,7 +39,7 @@ _CHUNK = 2**16
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a run has done.
+    """Outcome of a run.
 
     Attributes:
         path: The file of labels.

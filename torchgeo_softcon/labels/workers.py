@@ -30,7 +30,7 @@ _TIMEOUT = '30s'
 
 
 class Workers(Protocol):
-    """What runs work units."""
+    """Runner of work units."""
 
     #: How many units run at once.
     count: int

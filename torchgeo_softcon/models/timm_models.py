@@ -109,7 +109,7 @@ def timm_name(model: str) -> str:
 
 
 def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
-    """What timm wants to know of pretrained weights."""
+    """Return timm's configuration of pretrained weights."""
     rgb = model.bands is _DINO_MC
     size = model.options.get('img_size', 224)
     family = next(name for name in _LAYERS if name in model.timm_name)

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What pretraining tasks share: encoder, views, randomness, schedules, checkpoints."""
+"""Shared parts of pretraining tasks: encoder, views, randomness, schedules, checkpoints."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -462,7 +462,7 @@ class PretrainingTask(BaseTask):
             update_ema(student, teacher, momentum)
 
     def schedules(self) -> dict[str, float]:
-        """What the schedules say at this step, to be logged."""
+        """Return the values of the schedules at this step, to be logged."""
         values = {'lr': self.trainer.optimizers[0].param_groups[0]['lr']}
         if self.ema_pairs():
             values['momentum'] = self.momentum_at(self.global_step)

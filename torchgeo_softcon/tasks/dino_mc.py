@@ -367,7 +367,7 @@ class DINOMCTask(PretrainingTask):
         )
 
     def schedules(self) -> dict[str, float]:
-        """What the schedules say at this step, to be logged."""
+        """Return the values of the schedules at this step, to be logged."""
         return {
             **super().schedules(),
             'weight_decay': self.weight_decay_at(self.global_step),
