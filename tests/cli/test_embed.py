@@ -329,7 +329,7 @@ class TestCommand:
         args += ['--accelerator', 'cuda', '--out', str(tmp_path / 'e.parquet')]
         assert main(args) == 2
         assert (
-            'embed: `CUDAAccelerator` cannot run on your system'
+            'embed: `CUDAAccelerator` can not run on your system'
             in capsys.readouterr().err
         )
         assert not list(tmp_path.glob('e.*'))
