@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..datamodules.normalization import match_images
-from ..models import is_vit
 from ..models.encoders import Encoder
+from ..models.loading import has_class_token
 from ..transforms.center_view import center_view
 from .features import encode, pool
 from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
@@ -52,7 +52,7 @@ def extract_features(
 def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """Return all features of images, from one pass."""
     model: Any = encoder
-    if not is_vit(encoder) or model.cls_token is None:
+    if not has_class_token(encoder):
         return encode(encoder, image)
     depth = min(_BLOCKS, len(model.blocks))
     tokens, layers = model.forward_intermediates(

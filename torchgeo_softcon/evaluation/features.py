@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..models.loading import has_class_token
 from ..transforms.seasons import split_seasons
 
 #: Where TorchGeo's self-supervised tasks keep their encoder: MoCo and SimCLR in
@@ -87,7 +87,7 @@ def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
 def poolings(encoder: nn.Module) -> tuple[str, ...]:
     """Return the names of the features that :func:`encode` gives of an encoder."""
-    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+    if not has_class_token(encoder):
         return ('pooled',)
     return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
 
