@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
+from torchgeo_softcon.tasks import DINOMCTask, PretrainingTask, SoftConTask
 
 
 class Scenes(Dataset[dict[str, Tensor]]):
@@ -36,7 +36,7 @@ class Scenes(Dataset[dict[str, Tensor]]):
         }
 
 
-SMALL: dict[str, Any] = {
+_SMALL: dict[str, Any] = {
     'model': 'test_vit',
     'in_channels': 4,
     'size': 32,
@@ -48,13 +48,13 @@ SMALL: dict[str, Any] = {
 
 def make_task(**kwargs: Any) -> SoftConTask:
     torch.manual_seed(0)
-    return SoftConTask(**{**SMALL, 'output_dim': 8, **kwargs})
+    return SoftConTask(**{**_SMALL, 'output_dim': 8, **kwargs})
 
 
 def make_dino(**kwargs: Any) -> DINOMCTask:
     torch.manual_seed(0)
-    head = {'output_dim': 24, 'bottleneck_dim': 8}
-    return DINOMCTask(**{**SMALL, **head, 'local_sizes': (28, 20, 16), **kwargs})
+    heads = {'output_dim': 24, 'bottleneck_dim': 8}
+    return DINOMCTask(**{**_SMALL, **heads, 'local_sizes': (28, 20, 16), **kwargs})
 
 
 class Whole(nn.Module):
@@ -110,8 +110,8 @@ def make_fixed(make: Any, **kwargs: Any) -> Any:
     return make_task(augmentations=Whole(), mask_ratio=0, **kwargs)
 
 
-def check_resume(make: Callable[[], Any], step: int, root: Path) -> None:
-    """A run that goes on from a checkpoint ends as the one without interruption."""
+def assert_resumes(make: Callable[[], PretrainingTask], root: Path, step: int) -> None:
+    """A run of 12 steps that is stopped and resumed has the numbers of a whole one."""
     save = ModelCheckpoint(root, '{step}', every_n_train_steps=4, save_top_k=-1)
     trainer = make_trainer(root, callbacks=[save], enable_checkpointing=True)
     whole = make()

@@ -31,7 +31,7 @@ from torchgeo_softcon.transforms.seasons import _warn_once, split_seasons
 from ..models.helpers import WeightsFolder
 from .helpers import (
     Scenes,
-    check_resume,
+    assert_resumes,
     make_batch,
     make_dino,
     make_loader,
@@ -226,11 +226,10 @@ class TestResume:
     def test_same_numbers_as_without_interruption(
         self, tmp_path: Path, model: str, step: int
     ) -> None:
-        check_resume(
-            lambda: make_task(model=model, mask_mode='pixel', drop_path_rate=0.1),
-            step,
-            tmp_path,
-        )
+        def make() -> SoftConTask:
+            return make_task(model=model, mask_mode='pixel', drop_path_rate=0.1)
+
+        assert_resumes(make, tmp_path, step)
 
     def test_in_a_task_that_was_trained_before(self, tmp_path: Path) -> None:
         run = make_task()

@@ -26,7 +26,7 @@ from torchgeo_softcon.transforms import MultiCropView
 from .helpers import (
     Corners,
     Scenes,
-    check_resume,
+    assert_resumes,
     make_batch,
     make_dino,
     make_loader,
@@ -593,7 +593,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, model: str, step: int) -> None:
         'teacher_temperature': 0.07,
         'teacher_temperature_epochs': 1.5,
     }
-    check_resume(lambda: make_dino(**kwargs), step, tmp_path)
+    assert_resumes(lambda: make_dino(**kwargs), tmp_path, step)
 
 
 def test_load_from_checkpoint(tmp_path: Path) -> None:
