@@ -23,10 +23,9 @@ from ..geo.footprints import Floats, outlines
 from ..landcover.files import Path
 from ..landcover.legends import LEGENDS, WORLDCOVER_CODES
 from ..landcover.tiles import BUCKET, VERSIONS, check_year
-from .counting import Counted, count_pixels
 from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_places, write_json
-from .plan import Plan, Unit
+from .plan import Plan, count_unit
 from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table
 from .tables import Table, read_footprints
@@ -202,19 +201,6 @@ def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.
         among = among.combine_chunks()
     missing = pc.is_null(pc.index_in(ids, among))
     return np.array(missing.to_numpy(zero_copy_only=False))
-
-
-def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
-    """Count the footprints of a work unit.
-
-    Args:
-        unit: The work unit.
-
-    Returns:
-        Ids, and the counts in their order.
-    """
-    counted = count_pixels(unit.table, unit.tiles, unit.codes)
-    return unit.table['id'].combine_chunks(), counted
 
 
 class _Run:

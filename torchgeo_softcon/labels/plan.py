@@ -13,6 +13,7 @@ import shapely
 
 from ..geo.footprints import LONLAT, Floats, parse_crs
 from ..geo.mosaic import Tile, outline
+from .counting import Counted, count_pixels
 
 #: Footprints per unit, at least and at most. What a unit has counted is lost if the run
 #: is killed, and blocks where one unit ends and another begins are decoded twice.
@@ -38,6 +39,19 @@ class Unit:
     table: pa.Table
     tiles: list[Tile]
     codes: tuple[int, ...]
+
+
+def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
+    """Count the footprints of a work unit.
+
+    Args:
+        unit: The work unit.
+
+    Returns:
+        Ids, and the counts in their order.
+    """
+    counted = count_pixels(unit.table, unit.tiles, unit.codes)
+    return unit.table['id'].combine_chunks(), counted
 
 
 class Plan:
