@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
-from torchgeo_softcon.modules import encode_crops, make_teacher, update_ema
+from torchgeo_softcon.modules.ema import make_teacher, update_ema
+from torchgeo_softcon.modules.packing import encode_crops
 from torchgeo_softcon.transforms import RandomView
 
 from .benchmarks import harness, slow

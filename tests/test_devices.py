@@ -14,8 +14,8 @@ from torchgeo_softcon import KNNProbe
 from torchgeo_softcon.datamodules import SyntheticScenesDataModule
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import encode_crops
 from torchgeo_softcon.modules.packed_blocks import can_use_varlen
+from torchgeo_softcon.modules.packing import encode_crops
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
 from .tasks.helpers import (

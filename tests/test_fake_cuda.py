@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from torchgeo_softcon.modules import packed_blocks
-from torchgeo_softcon.ssl4eo.records import decode, record_dtype
+from torchgeo_softcon.ssl4eo.image_records import decode, record_dtype
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
 from torchgeo_softcon.transforms import ToUnitRange, WorldCoverMultiLabel

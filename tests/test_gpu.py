@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from torchgeo_softcon.datamodules import SyntheticScenesDataModule
 from torchgeo_softcon.datasets import SyntheticScenes
-from torchgeo_softcon.ssl4eo.records import decode, record_dtype
+from torchgeo_softcon.ssl4eo.image_records import decode, record_dtype
 from torchgeo_softcon.tasks.guard import NonFiniteLossError
 from torchgeo_softcon.transforms import MultiCropView, RandomView, WorldCoverMultiLabel
 

@@ -2,9 +2,10 @@
 # Licensed under the MIT License.
 
 import ast
-import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from inspect import getclosurevars
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_checks', '_lazy', '_version', 'bands'),
+    ('_checks', '_lazy', '_version', 'bands', 'plugin'),
     ('_compat',),
     ('storage',),
     ('geo',),
@@ -32,7 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ('tasks',),
     ('export',),
     ('callbacks', 'cli', 'evaluation', 'report'),
-    ('__main__', 'plugin'),
+    ('__main__',),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 
@@ -105,21 +106,30 @@ def test_light_modules_import_the_standard_library_only(name: str) -> None:
             assert imported in light, f'line {line}: {imported}'
 
 
-def test_lazy_names_are_the_public_ones() -> None:
-    names = {*torchgeo_softcon.__all__, '__version__'}
-    assert set(torchgeo_softcon._MODULES) == names
-    lazy = {
-        alias.name
-        for node in ast.walk(ast.parse((PACKAGE / '__init__.py').read_text()))
+FACES = [
+    path
+    for path in MODULES
+    if path.name == '__init__.py' and 'lazy_names(' in (PACKAGE / path).read_text()
+]
+
+
+@pytest.mark.parametrize('path', FACES, ids=str)
+def test_type_checkers_see_the_public_names(path: Path) -> None:
+    face = import_module('.'.join([PACKAGE.name, *path.parent.parts]))
+    (block,) = (
+        node
+        for node in ast.parse((PACKAGE / path).read_text()).body
+        if isinstance(node, ast.If)
+    )
+    typed = {
+        alias.asname: node.module
+        for node in block.body
         if isinstance(node, ast.ImportFrom)
-        and node.module in torchgeo_softcon._MODULES.values()
         for alias in node.names
+        if alias.asname == alias.name  # else type checkers take it for private
     }
-    assert lazy == names
-    # ViTSmall8 comes before ViTSmall14
-    by_numbers = [re.split(r'(\d+)', name) for name in torchgeo_softcon.__all__]
-    keys = [[int(x) if x.isdigit() else x for x in parts] for parts in by_numbers]
-    # Names in capitals come first, as ruff wants it
-    capitals = [not name.isupper() for name in torchgeo_softcon.__all__]
-    order = list(zip(capitals, keys, strict=True))
-    assert order == sorted(order)
+    homes = getclosurevars(face.__getattr__).nonlocals['homes']
+    assert typed == homes
+    assert set(face.__all__) == {*typed} - {'__version__'}
+    for name in typed:
+        assert getattr(face, name) is not None

@@ -14,106 +14,70 @@ from .plugin import install_unless_silenced as _install
 
 if TYPE_CHECKING:
     from ._version import __version__ as __version__
-    from .callbacks import CollapseMonitor, EmbeddingWriter, KNNProbe
-    from .datamodules import (
-        ImageMaskFolderDataModule,
-        SSL4EOS12MLDataModule,
-        SyntheticScenesDataModule,
-        WorldCoverScenesDataModule,
-    )
-    from .datasets import (
-        SSL4EOS12ML,
-        ESAWorldCover,
-        ImageMaskFolder,
-        SyntheticScenes,
-        WorldCoverScenes,
-    )
-    from .labels import label_archive
-    from .losses import DINOLoss, SoftContrastiveLoss, soft_contrastive_loss
-    from .models import (
-        ResNet50_Weights,
-        Swin_T_Weights,
-        ViTBase14_DINOv2_Weights,
-        ViTBase16_Weights,
-        ViTSmall8_Weights,
-        ViTSmall14_DINOv2_Weights,
-        ViTSmall16_Weights,
-        WideResNet50_2_Weights,
-    )
-    from .tasks import DINOMCTask, LinearProbeTask, SoftConTask
-    from .transforms import MultiCropView, RandomView, ToUnitRange, WorldCoverMultiLabel
+    from .callbacks import CollapseMonitor as CollapseMonitor
+    from .callbacks import EmbeddingWriter as EmbeddingWriter
+    from .callbacks import KNNProbe as KNNProbe
+    from .datamodules import ImageMaskFolderDataModule as ImageMaskFolderDataModule
+    from .datamodules import SSL4EOS12MLDataModule as SSL4EOS12MLDataModule
+    from .datamodules import SyntheticScenesDataModule as SyntheticScenesDataModule
+    from .datamodules import WorldCoverScenesDataModule as WorldCoverScenesDataModule
+    from .datasets import SSL4EOS12ML as SSL4EOS12ML
+    from .datasets import ESAWorldCover as ESAWorldCover
+    from .datasets import ImageMaskFolder as ImageMaskFolder
+    from .datasets import SyntheticScenes as SyntheticScenes
+    from .datasets import WorldCoverScenes as WorldCoverScenes
+    from .labels import label_archive as label_archive
+    from .losses import DINOLoss as DINOLoss
+    from .losses import SoftContrastiveLoss as SoftContrastiveLoss
+    from .losses import soft_contrastive_loss as soft_contrastive_loss
+    from .models import ResNet50_Weights as ResNet50_Weights
+    from .models import Swin_T_Weights as Swin_T_Weights
+    from .models import ViTBase14_DINOv2_Weights as ViTBase14_DINOv2_Weights
+    from .models import ViTBase16_Weights as ViTBase16_Weights
+    from .models import ViTSmall8_Weights as ViTSmall8_Weights
+    from .models import ViTSmall14_DINOv2_Weights as ViTSmall14_DINOv2_Weights
+    from .models import ViTSmall16_Weights as ViTSmall16_Weights
+    from .models import WideResNet50_2_Weights as WideResNet50_2_Weights
+    from .tasks import DINOMCTask as DINOMCTask
+    from .tasks import LinearProbeTask as LinearProbeTask
+    from .tasks import SoftConTask as SoftConTask
+    from .transforms import MultiCropView as MultiCropView
+    from .transforms import RandomView as RandomView
+    from .transforms import ToUnitRange as ToUnitRange
+    from .transforms import WorldCoverMultiLabel as WorldCoverMultiLabel
 
-__all__ = (
-    'SSL4EOS12ML',
-    'CollapseMonitor',
-    'DINOLoss',
-    'DINOMCTask',
-    'ESAWorldCover',
-    'EmbeddingWriter',
-    'ImageMaskFolder',
-    'ImageMaskFolderDataModule',
-    'KNNProbe',
-    'LinearProbeTask',
-    'MultiCropView',
-    'RandomView',
-    'ResNet50_Weights',
-    'SSL4EOS12MLDataModule',
-    'SoftConTask',
-    'SoftContrastiveLoss',
-    'Swin_T_Weights',
-    'SyntheticScenes',
-    'SyntheticScenesDataModule',
-    'ToUnitRange',
-    'ViTBase14_DINOv2_Weights',
-    'ViTBase16_Weights',
-    'ViTSmall8_Weights',
-    'ViTSmall14_DINOv2_Weights',
-    'ViTSmall16_Weights',
-    'WideResNet50_2_Weights',
-    'WorldCoverMultiLabel',
-    'WorldCoverScenes',
-    'WorldCoverScenesDataModule',
-    'label_archive',
-    'soft_contrastive_loss',
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    _version=('__version__',),
+    callbacks=('CollapseMonitor', 'EmbeddingWriter', 'KNNProbe'),
+    datamodules=(
+        'ImageMaskFolderDataModule',
+        'SSL4EOS12MLDataModule',
+        'SyntheticScenesDataModule',
+        'WorldCoverScenesDataModule',
+    ),
+    datasets=(
+        'SSL4EOS12ML',
+        'ESAWorldCover',
+        'ImageMaskFolder',
+        'SyntheticScenes',
+        'WorldCoverScenes',
+    ),
+    labels=('label_archive',),
+    losses=('DINOLoss', 'SoftContrastiveLoss', 'soft_contrastive_loss'),
+    models=(
+        'ResNet50_Weights',
+        'Swin_T_Weights',
+        'ViTBase14_DINOv2_Weights',
+        'ViTBase16_Weights',
+        'ViTSmall8_Weights',
+        'ViTSmall14_DINOv2_Weights',
+        'ViTSmall16_Weights',
+        'WideResNet50_2_Weights',
+    ),
+    tasks=('DINOMCTask', 'LinearProbeTask', 'SoftConTask'),
+    transforms=('MultiCropView', 'RandomView', 'ToUnitRange', 'WorldCoverMultiLabel'),
 )
-
-#: Public names, and the module that has them.
-_MODULES = {
-    '__version__': '_version',
-    'CollapseMonitor': 'callbacks',
-    'DINOLoss': 'losses',
-    'DINOMCTask': 'tasks',
-    'ESAWorldCover': 'datasets',
-    'EmbeddingWriter': 'callbacks',
-    'ImageMaskFolder': 'datasets',
-    'ImageMaskFolderDataModule': 'datamodules',
-    'KNNProbe': 'callbacks',
-    'LinearProbeTask': 'tasks',
-    'MultiCropView': 'transforms',
-    'RandomView': 'transforms',
-    'ResNet50_Weights': 'models',
-    'SSL4EOS12ML': 'datasets',
-    'SSL4EOS12MLDataModule': 'datamodules',
-    'SoftConTask': 'tasks',
-    'SoftContrastiveLoss': 'losses',
-    'Swin_T_Weights': 'models',
-    'SyntheticScenes': 'datasets',
-    'SyntheticScenesDataModule': 'datamodules',
-    'ToUnitRange': 'transforms',
-    'ViTBase14_DINOv2_Weights': 'models',
-    'ViTBase16_Weights': 'models',
-    'ViTSmall14_DINOv2_Weights': 'models',
-    'ViTSmall16_Weights': 'models',
-    'ViTSmall8_Weights': 'models',
-    'WideResNet50_2_Weights': 'models',
-    'WorldCoverMultiLabel': 'transforms',
-    'WorldCoverScenes': 'datasets',
-    'WorldCoverScenesDataModule': 'datamodules',
-    'label_archive': 'labels',
-    'soft_contrastive_loss': 'losses',
-}
-
-__getattr__, __dir__ = lazy_names(globals(), _MODULES)
 
 # Last, as it may import the modules above
 _install()

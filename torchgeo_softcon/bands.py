@@ -6,6 +6,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 #: Bands of a Sentinel-2 Level-1C product, in the order of SSL4EO-S12 and of SoftCon.
 #: https://github.com/zhu-xlab/SSL4EO-S12/blob/main/src/download_data/convert_rgb.py
@@ -189,3 +190,20 @@ def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
         'bands must have red, green and blue (B4, B3, B2 or R, G, B), got '
         f'{tuple(bands)}'
     )
+
+
+def shown_channels(bands: Sequence[str] | None, count: int) -> list[int]:
+    """Choose the channels to show of an image.
+
+    Args:
+        bands: Names of its bands, if they are known.
+        count: Number of its channels.
+
+    Returns:
+        Red, green and blue. Where they are not known, the first three channels, or the
+        first alone if there are fewer.
+    """
+    if bands is not None:
+        with suppress(ValueError):  # other bands
+            return list(rgb_indices(bands))
+    return [0, 1, 2] if count >= 3 else [0]

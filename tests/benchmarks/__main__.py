@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.losses.dino import multi_crop_cross_entropy
 from torchgeo_softcon.models import create_encoder, is_vit
-from torchgeo_softcon.modules import SiameseMasking, make_teacher, update_ema
-from torchgeo_softcon.modules.masking import MaskMode
+from torchgeo_softcon.modules.ema import make_teacher, update_ema
+from torchgeo_softcon.modules.masking import MaskMode, SiameseMasking
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
 from torchgeo_softcon.transforms import MultiCropView, RandomView

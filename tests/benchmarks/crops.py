@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import encode_crops
+from torchgeo_softcon.modules.packing import encode_crops
 
 SIZES = (224, 224, 184, 164, 144, 124, 104, 84)
 

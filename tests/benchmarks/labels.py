@@ -41,7 +41,7 @@ from torchgeo_softcon.geo.footprints import make_footprints, outlines
 from torchgeo_softcon.geo.mosaic import open_tile
 from torchgeo_softcon.labels.counting import count_pixels
 from torchgeo_softcon.labels.plan import Plan
-from torchgeo_softcon.landcover.legends import WORLDCOVER_CODES
+from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 
 UTM = 'EPSG:32632'
 WEST, NORTH, RES, BLOCK = 9, 48, 1 / 12000, 1024

@@ -16,7 +16,7 @@ from torchgeo.transforms.color import RandomGrayscale
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from torchgeo_softcon.modules import DINOHead
+from torchgeo_softcon.modules.heads import DINOHead
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.tasks.optimizers import parameter_groups
 

@@ -18,8 +18,8 @@ from torchgeo.datasets import SSL4EOS12
 
 from tests.ssl4eo.archives import season, write_archive, write_image
 from torchgeo_softcon.datasets import SSL4EOS12ML
+from torchgeo_softcon.ssl4eo.image_records import decode, record_dtype
 from torchgeo_softcon.ssl4eo.pack import pack
-from torchgeo_softcon.ssl4eo.records import decode, record_dtype
 from torchgeo_softcon.ssl4eo.tiffs import BANDS
 
 JUNE, SEPTEMBER, DECEMBER = '20200604', '20200902', '20201204'

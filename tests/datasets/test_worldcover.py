@@ -24,9 +24,9 @@ from torchgeo.datasets import stack_samples
 from torchgeo.samplers import GridGeoSampler, RandomGeoSampler
 
 from torchgeo_softcon._compat import DatasetNotFoundError, RasterDataset, Sample
-from torchgeo_softcon.datasets import _mosaic
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
-from torchgeo_softcon.landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from torchgeo_softcon.geo import mosaic
+from torchgeo_softcon.landcover.products import WORLDCOVER, WORLDCOVER_CODES
 from torchgeo_softcon.transforms.worldcover import WorldCoverMultiLabel
 
 REAL = Path(__file__).parents[2].parent / 'shared' / 'data' / 'worldcover_tiles'
@@ -382,7 +382,7 @@ class TestReadWindow:
         dataset = ESAWorldCover(folder)
         transform = utm_window(9.0005, 47.9995)
         expected = dataset.read_window(UTM32, transform, 101, 203)
-        monkeypatch.setattr(_mosaic, '_MAX_SOURCE', 1000)
+        monkeypatch.setattr(mosaic, '_MAX_SOURCE', 1000)
         assert torch.equal(dataset.read_window(UTM32, transform, 101, 203), expected)
 
     def test_only_blocks_of_the_window_are_read(self) -> None:
@@ -398,7 +398,7 @@ class TestReadWindow:
     def test_files_stay_few(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_mosaic, '_MAX_OPEN', 2)
+        monkeypatch.setattr(mosaic, '_MAX_OPEN', 2)
         codes = random_codes(20, 50)
         for i in range(5):
             corner = Affine(RES, 0, 9 + 10 * i * RES, 0, -RES, 48)
@@ -628,7 +628,7 @@ class TestNames:
         names = {int(code): name.strip() for code, name in lines}
         assert tuple(names) == WORLDCOVER_CODES
         official = tuple(name.replace('/', ' / ') for name in names.values())
-        assert official == WORLDCOVER_CLASSES
+        assert official == WORLDCOVER.class_names
 
     def test_url(self) -> None:
         assert ESAWorldCover.url.format(

@@ -14,7 +14,7 @@ from pyproj import CRS, Transformer
 
 from torchgeo_softcon.geo.footprints import make_footprints
 from torchgeo_softcon.geo.mosaic import Tile, open_tile
-from torchgeo_softcon.landcover.legends import WORLDCOVER_CODES
+from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 
 WGS84 = CRS.from_epsg(4326)
 CODES = np.array(WORLDCOVER_CODES, np.uint8)

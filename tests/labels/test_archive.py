@@ -25,10 +25,11 @@ from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
 from torchgeo_softcon.labels.workers import Workers
-from torchgeo_softcon.landcover.legends import (
-    DYNAMICWORLD_CLASSES,
+from torchgeo_softcon.landcover.products import (
+    DYNAMICWORLD,
+    WORLDCOVER,
     WORLDCOVER_CODES,
-    WORLDCOVER_TO_DYNAMICWORLD,
+    find_legend,
 )
 
 from ..ssl4eo.archives import season
@@ -157,14 +158,16 @@ class TestFile:
         ours = pd.read_parquet(tmp_path / 'worldcover.parquet')
         theirs = pd.read_parquet(tmp_path / 'dynamicworld.parquet')
         for target in range(9):
-            sources = [c for c, t in WORLDCOVER_TO_DYNAMICWORLD.items() if t == target]
+            sources = [
+                c for c, t in WORLDCOVER.mappings['dynamicworld'].items() if t == target
+            ]
             assert sources
             expected = ours[[f'count_{code}' for code in sources]].sum(axis=1)
             assert (theirs[f'count_{target}'] == expected).all()
         about = json.loads(
             pq.read_schema(tmp_path / 'dynamicworld.parquet').metadata[b'labels']
         )
-        assert list(about['classes'].values()) == list(DYNAMICWORLD_CLASSES)
+        assert list(about['classes'].values()) == list(DYNAMICWORLD.class_names)
 
     def test_boxes_across_the_antimeridian(self, tmp_path: Path) -> None:
         for west in (177, -180):
@@ -632,7 +635,7 @@ class TestBadInput:
         out = tmp_path / 'a.parquet'
         options = {'images': images, 'worldcover': tiles, 'out': out}
         name = f'images {os.path.abspath(images)}'
-        first = store.LabelStore(out, name, archive.LEGENDS['worldcover'], 2021, 'any')
+        first = store.LabelStore(out, name, *find_legend(WORLDCOVER), 2021, 'any')
         with (
             first.open(),
             pytest.raises(

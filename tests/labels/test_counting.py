@@ -18,7 +18,7 @@ from rasterio.warp import reproject
 from torchgeo_softcon.geo.footprints import make_footprints
 from torchgeo_softcon.labels import blocks, counting
 from torchgeo_softcon.labels.counting import Counted, count_pixels, to_crs
-from torchgeo_softcon.landcover.legends import WORLDCOVER_CODES
+from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 
 from .helpers import (
     BLOCK,

@@ -16,7 +16,7 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.labels.cover import find_year, remote_bucket
 from torchgeo_softcon.landcover import download
-from torchgeo_softcon.landcover.tiles import tile_path
+from torchgeo_softcon.landcover.products import WORLDCOVER
 
 from .helpers import CODES, grid, write_image
 
@@ -86,7 +86,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiles of official size, of which only some blocks have data."""
     root = tmp_path_factory.mktemp('bucket')
     for west in (6, 9):
-        path = root / tile_path(f'N45E{west:03}', 2021)
+        path = root / WORLDCOVER.file_path(f'N45E{west:03}', 2021)
         path.parent.mkdir(parents=True, exist_ok=True)
         with rasterio.open(
             path,
@@ -156,9 +156,13 @@ class TestDownload:
         labelled, table = run(images, folder, download=True, base_url=bucket.url)
         assert labelled.failures == {}
         names = {'N45E006', 'N45E009', 'N48E006'}
-        assert {*bucket.requests} == {f'/{tile_path(name, 2021)}' for name in names}
+        assert {*bucket.requests} == {
+            f'/{WORLDCOVER.file_path(name, 2021)}' for name in names
+        }
         found = {path.name for path in folder.glob('*.tif')}
-        assert found == {Path(tile_path(n, 2021)).name for n in ('N45E006', 'N45E009')}
+        assert found == {
+            Path(WORLDCOVER.file_path(n, 2021)).name for n in ('N45E006', 'N45E009')
+        }
         # What is sea has pixels, and no data
         assert (table.pixels == 64 * 64).all()
         assert table.valid[['one.tif', 'two.tif', 'sea.tif']].tolist() == [1, 1, 0]
@@ -221,7 +225,7 @@ class TestRemote:
         assert table.valid['sea.tif'] == 0
         pd.testing.assert_frame_equal(table.drop('sea.tif'), there)
 
-        tile = tile_path('N45E006', 2021)
+        tile = WORLDCOVER.file_path('N45E006', 2021)
         labelled, table = run(images, f'/vsicurl/{bucket.url}/{tile}', name='file')
         assert list(labelled.failures) == ['sea.tif']
         pd.testing.assert_frame_equal(table.loc[['one.tif']], there.loc[['one.tif']])
@@ -238,12 +242,15 @@ class TestRemote:
         assert list(labelled.failures) == ['two.tif']
 
     def test_a_tile_of_another_year(self) -> None:
-        tiles = [f'/vsicurl/https://a/{tile_path("N45E006", y)}' for y in (2020, 2021)]
-        assert find_year(tiles, 2020) == tiles[:1]
+        tiles = [
+            f'/vsicurl/https://a/{WORLDCOVER.file_path("N45E006", y)}'
+            for y in (2020, 2021)
+        ]
+        assert find_year(tiles, WORLDCOVER, 2020) == tiles[:1]
         with pytest.raises(
             FileNotFoundError, match='only those of other years, such as'
         ):
-            find_year(tiles[:1], 2021)
+            find_year(tiles[:1], WORLDCOVER, 2021)
 
     @pytest.mark.parametrize(
         ('path', 'expected'),

@@ -19,18 +19,17 @@ import rasterio
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
-from torchgeo_softcon.datasets import ESAWorldCover, worldcover_download
-from torchgeo_softcon.landcover.download import (
-    ABSENT,
-    TileDownload,
-    download_tiles,
-    tiles_of,
-)
-from torchgeo_softcon.landcover.tiles import tile_file, tile_path
+from torchgeo_softcon.datasets import ESAWorldCover
+from torchgeo_softcon.landcover import download
+from torchgeo_softcon.landcover.download import TileDownload, download_tiles, tiles_of
+from torchgeo_softcon.landcover.products import WORLDCOVER
+
+tile_file, tile_path = WORLDCOVER.file_name, WORLDCOVER.file_path
 
 #: What a server does with a request, given the file that was asked for.
 Answer = Callable[[Any, bytes], None]
 
+ABSENT = 'ESA_WorldCover_absent.txt'
 TILE, OTHER, SEA = 'N51E003', 'N51E006', 'N00W030'
 
 
@@ -137,8 +136,8 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bucket(official: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    monkeypatch.setattr(worldcover_download, '_BACKOFF', 0.001)
-    monkeypatch.setattr(worldcover_download, '_POLL', 0.01)
+    monkeypatch.setattr(download, '_BACKOFF', 0.001)
+    monkeypatch.setattr(download, '_POLL', 0.01)
     bucket = Bucket(official)
     thread = threading.Thread(target=bucket.server.serve_forever, args=[0.01])
     thread.start()
@@ -200,8 +199,8 @@ class TestDownload:
             wait_for_end(threads)
             assert not any(os.path.exists(f'/proc/self/task/{t}') for t in threads)
 
-        wait_for_end = worldcover_download._wait_for_end
-        monkeypatch.setattr(worldcover_download, '_wait_for_end', watch)
+        wait_for_end = download._wait_for_end
+        monkeypatch.setattr(download, '_wait_for_end', watch)
         fetch(bucket, tmp_path, TILE, OTHER)
         assert waited
 
@@ -268,7 +267,7 @@ class TestFailures:
         assert files(tmp_path) == []
 
     def test_no_server(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(worldcover_download, '_BACKOFF', 0.001)
+        monkeypatch.setattr(download, '_BACKOFF', 0.001)
         result = download_tiles(
             [TILE], tmp_path, base_url='http://127.0.0.1:9', progress=False
         )
@@ -357,7 +356,7 @@ class TestTruncation:
 
         bucket.answers = [cut] * 5
         result = fetch(bucket, tmp_path)
-        assert 'no tile of WorldCover came: truncated after' in result.failed[TILE]
+        assert 'not a tile of ESA WorldCover: truncated after' in result.failed[TILE]
         assert files(tmp_path) == []
         bucket.answers = [cut]
         assert fetch(bucket, tmp_path).downloaded == [TILE]
@@ -368,7 +367,7 @@ class TestTruncation:
             bucket.send(handler, body[:-30_000] + bytes(10_000) + body[-20_000:])
 
         bucket.answers = [damage] * 5
-        assert 'no tile of' in fetch(bucket, tmp_path).failed[TILE]
+        assert 'not a tile of' in fetch(bucket, tmp_path).failed[TILE]
         assert files(tmp_path) == []
 
     def test_other_place(self, bucket: Bucket, tmp_path: Path) -> None:
@@ -467,7 +466,7 @@ class TestInterruption:
             assert started.wait(5)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(worldcover_download, 'wait', interrupt)
+        monkeypatch.setattr(download, 'wait', interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch(bucket, tmp_path, TILE, OTHER, workers=1, timeout=0.5)
         # Nothing more was asked for
@@ -494,7 +493,7 @@ class TestInterruption:
         ({'names': ['N52E003']}, "names must be .* got 'N52E003'"),
         ({'year': 2022}, 'year must be 2020 or 2021, got 2022'),
         ({'workers': 0}, 'workers must be at least 1, got 0'),
-        ({'timeout': 0}, 'timeout must be positive, got 0'),
+        ({'timeout': 0}, 'timeout must be > 0, got 0'),
         ({'base_url': 's3://bucket'}, "base_url must start .* got 's3://bucket'"),
         ({'root': os.devnull}, f"root must be a folder, got '{os.devnull}'"),
     ],

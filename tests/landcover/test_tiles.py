@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 
 from torchgeo_softcon.datasets import ESAWorldCover
-from torchgeo_softcon.landcover.tiles import (
-    check_official,
-    check_year,
-    is_readable,
-    tile_corner,
-    tile_path,
-    tiles_of,
-)
+from torchgeo_softcon.landcover.download import check_official, is_readable, tiles_of
+from torchgeo_softcon.landcover.products import WORLDCOVER
+
+GRID = WORLDCOVER.grid
 
 Box = tuple[float, float, float, float]
 
@@ -59,7 +55,7 @@ def test_tiles_of_the_whole_earth() -> None:
     assert len(everything) == 48 * 120
     assert tiles_of((-10, -90, 360, 90)) == everything
     assert everything[0] == 'N00E000'
-    assert {tile_corner(tile)[0] for tile in everything} == {*range(-180, 180, 3)}
+    assert {GRID.corners[tile][0] for tile in everything} == {*range(-180, 180, 3)}
 
 
 def test_tiles_of_many_boxes_are_those_of_each() -> None:
@@ -84,7 +80,7 @@ def test_tiles_of_many_boxes_are_those_of_each() -> None:
         if -20 <= row < 28
     }
     names = tiles_of(boxes)
-    assert {tile_corner(name) for name in names} == corners
+    assert {GRID.corners[name] for name in names} == corners
     assert names == sorted(names)
     assert tiles_of(map(tuple, boxes.tolist())) == names
 
@@ -113,30 +109,30 @@ def test_no_boxes(bounds: object, message: str) -> None:
 @pytest.mark.parametrize(
     'name', ['N52E003', 'N51E004', 'N84E000', 'S63E000', 'N51E180', 'N51', 'S00E000']
 )
-def test_corner_of_no_tile(name: str) -> None:
+def test_bounds_of_no_tile(name: str) -> None:
     with pytest.raises(ValueError, match=f'names must be .* got {name!r}'):
-        tile_corner(name)
+        GRID.bounds(name)
 
 
-def test_corner() -> None:
-    assert tile_corner('N51E003') == (3, 51)
-    assert tile_corner('S03W180') == (-180, -3)
+def test_bounds() -> None:
+    assert GRID.bounds('N51E003') == (3, 51, 6, 54)
+    assert GRID.bounds('S03W180') == (-180, -3, -177, 0)
 
 
 @pytest.mark.parametrize(('year', 'version'), [(2020, 'v100'), (2021, 'v200')])
 def test_path_is_that_of_the_dataset(year: int, version: str) -> None:
     url = ESAWorldCover.url.format(year=year, version=version, tile='N51E003')
-    assert url.endswith(f'.com/{tile_path("N51E003", year)}')
+    assert url.endswith(f'.com/{WORLDCOVER.file_path("N51E003", year)}')
 
 
 def test_year() -> None:
     with pytest.raises(ValueError, match='year must be 2020 or 2021, got 2019'):
-        check_year(2019)
+        WORLDCOVER.check_year(2019)
 
 
 def test_official_file(shared: Path) -> None:
-    path = shared / 'worldcover_tiles' / tile_path('N00E006', 2020).rpartition('/')[2]
+    path = shared / 'worldcover_tiles' / WORLDCOVER.file_name('N00E006', 2020)
     assert is_readable(path)
-    check_official(str(path), 'N00E006')
+    check_official(str(path), 'N00E006', GRID)
     with pytest.raises(ValueError, match=r'bounds \(3, 0, 6, 3\) expected, got \(6'):
-        check_official(str(path), 'N00E003')
+        check_official(str(path), 'N00E003', GRID)

@@ -15,7 +15,7 @@ from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.evaluation.features import encode
 from torchgeo_softcon.models import create_encoder, read_weights
-from torchgeo_softcon.models.encoders import open_encoder, read_trained
+from torchgeo_softcon.models.encoders import open_encoder, read_encoder
 
 from ..tasks.helpers import make_loader, make_task, make_trainer
 from .helpers import WeightsFolder, dino_checkpoint, torchvision_backbone
@@ -40,7 +40,7 @@ def save_host_task(name: str, path: Path, **options: Any) -> nn.Module:
     return task
 
 
-class TestReadTrained:
+class TestReadEncoder:
     """One reader for all who open a file."""
 
     @pytest.mark.parametrize(
@@ -50,18 +50,18 @@ class TestReadTrained:
         state = {'model.a': torch.zeros(1), f'{beside}.a': torch.ones(1)}
         hparams = {'model': 'resnet18'}
         torch.save({'state_dict': state, 'hyper_parameters': hparams}, tmp_path / 'a')
-        trained = read_trained(tmp_path / 'a')
-        assert (trained.branch, trained.model) == (default, 'resnet18')
-        assert trained.state_dict == {'a': torch.zeros(1)}
-        assert read_trained(tmp_path / 'a', beside).state_dict == {'a': torch.ones(1)}
+        encoder = read_encoder(tmp_path / 'a')
+        assert (encoder.branch, encoder.name) == (default, 'resnet18')
+        assert encoder.state_dict == {'a': torch.zeros(1)}
+        assert read_encoder(tmp_path / 'a', beside).state_dict == {'a': torch.ones(1)}
 
     def test_training_checkpoint_of_dino_mc(self, tmp_path: Path) -> None:
         student, teacher = ({'conv1.weight': torch.full((1,), i)} for i in (1.0, 2.0))
         path = tmp_path / 'run.pth'
         torch.save(dino_checkpoint(student, teacher, False), path)
-        assert read_trained(path).state_dict == teacher
-        assert read_trained(path).branch == 'teacher'
-        assert read_trained(path, 'student').state_dict == student
+        assert read_encoder(path).state_dict == teacher
+        assert read_encoder(path).branch == 'teacher'
+        assert read_encoder(path, 'student').state_dict == student
         assert read_weights(str(path)) == teacher
 
     def test_swin_of_torchvision(self, tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ class TestReadTrained:
     def test_bad_input(self, tmp_path: Path) -> None:
         torch.save({'model.a': torch.ones(1)}, tmp_path / 'a')
         with pytest.raises(ValueError, match=r"branch='teacher' is for files with two"):
-            read_trained(tmp_path / 'a', 'teacher')
+            read_encoder(tmp_path / 'a', 'teacher')
         with pytest.raises(ValueError, match="must be 'student' or 'teacher', got 'x'"):
-            read_trained(tmp_path / 'a', 'x')  # type: ignore[arg-type]
+            read_encoder(tmp_path / 'a', 'x')  # type: ignore[arg-type]
 
 
 class TestOpenEncoder:

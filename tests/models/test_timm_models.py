@@ -20,12 +20,12 @@ from torchgeo_softcon.models import (
     ViTSmall14_DINOv2_Weights,
     ViTSmall16_Weights,
     WideResNet50_2_Weights,
-    builders,
+    timm_models,
 )
 
 from .helpers import WeightsFolder
 
-NAMES = [*builders._MODELS]
+NAMES = [*timm_models._MODELS]
 KEY = 'patch_embed.proj.weight'
 
 

@@ -6,7 +6,7 @@ import torch
 from lightly.models.utils import update_momentum
 from torch import nn
 
-from torchgeo_softcon.modules import make_teacher, update_ema
+from torchgeo_softcon.modules.ema import make_teacher, update_ema
 
 
 def make_student() -> nn.Sequential:

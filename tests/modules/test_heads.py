@@ -8,8 +8,8 @@ import torch
 from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
-from torchgeo_softcon.modules import DINOHead, make_teacher, mlp_head, update_ema
-from torchgeo_softcon.modules.heads import Prototypes
+from torchgeo_softcon.modules.ema import make_teacher, update_ema
+from torchgeo_softcon.modules.heads import DINOHead, Prototypes, mlp_head
 
 
 @pytest.mark.parametrize('num_layers', [1, 2, 3])

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import SiameseMasking, encode_visible, random_visible
-from torchgeo_softcon.modules.masking import mask_pixels, masked_patches
+from torchgeo_softcon.modules.masking import (
+    SiameseMasking,
+    encode_visible,
+    mask_pixels,
+    masked_patches,
+    random_visible,
+)
 
 
 def make_vit(name: str = 'test_vit', **kwargs: Any) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgeo_softcon.models import create_encoder
-from torchgeo_softcon.modules import can_pack, encode_crops, packed_blocks, packing
+from torchgeo_softcon.modules import packed_blocks, packing
 from torchgeo_softcon.modules.packed_blocks import can_use_varlen, draw_drop_paths
-from torchgeo_softcon.modules.packing import position_matrix
+from torchgeo_softcon.modules.packing import can_pack, encode_crops, position_matrix
 
 SIZES = (64, 64, 52, 48, 41, 33, 16)
 
@@ -402,7 +402,7 @@ class TestVarlen:
 
 
 def test_caches_survive_inference_mode() -> None:
-    packing._layout.cache_clear()
+    packed_blocks.make_layout.cache_clear()
     encoder, crops = make_encoder(), make_crops((32, 16))
     with torch.inference_mode():
         encode_crops(encoder, crops)

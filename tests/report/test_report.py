@@ -25,10 +25,10 @@ from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
-from torchgeo_softcon.export.encoder import export
+from torchgeo_softcon.export.files import export
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.checkpoints import read_checkpoint
-from torchgeo_softcon.report.curves import find_logs, plot_curves, read_logs
+from torchgeo_softcon.report.curves import curve_sections, find_logs, read_logs
 from torchgeo_softcon.report.page import Section, write_page
 from torchgeo_softcon.report.pictures import (
     Display,
@@ -75,6 +75,10 @@ def texts(figure: Figure) -> str:
         t.get_text() for a in axes if (g := a.get_legend()) for t in g.get_texts()
     ]
     return ' '.join([*words, figure.get_supxlabel()])
+
+
+def plot_curves(log: pd.DataFrame) -> dict[str, Any]:
+    return {section.name: section.figure for section in curve_sections(log)}
 
 
 def load(checkpoint: Path) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -24,8 +25,9 @@ from tests.ssl4eo.archives import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.datasets import SSL4EOS12ML
 from torchgeo_softcon.ssl4eo.pack import pack, verify
-from torchgeo_softcon.ssl4eo.packed import SCHEMA, PackedArchive, write_index
+from torchgeo_softcon.ssl4eo.record_archive import SCHEMA, RecordArchive, write_index
 from torchgeo_softcon.ssl4eo.unpack import Unpacked, unpack
+from torchgeo_softcon.storage.lock import exclusive
 
 JUNE, SEPTEMBER = '20200604', '20200902'
 
@@ -366,9 +368,78 @@ def test_unpacking_into_the_same_folder(root: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob('*')) == before
 
 
+def test_two_runs_do_not_unpack_at_once(root: Path, tmp_path: Path) -> None:
+    pack(root, tmp_path / 'packed', 's2a')
+    back = tmp_path / 'back'
+    back.mkdir()
+    with (
+        exclusive(back / '.unpack.lock', back),
+        pytest.raises(BlockingIOError, match=f'another run is writing {back}'),
+    ):
+        unpack(tmp_path / 'packed', back)
+    assert unpack(tmp_path / 'packed', back) == Unpacked(10, 0)
+
+
+def change_index(out: Path, **columns: Any) -> None:
+    """Write other values into the first row of an index."""
+    path = out / 's2a' / 'index.parquet'
+    table = pq.read_table(path)
+    for name, value in columns.items():
+        values = [value, *table[name].to_pylist()[1:]]
+        column = table.schema.get_field_index(name)
+        table = table.set_column(column, name, pa.array(values))
+    pq.write_table(table, path)
+
+
+class TestNamesOfAnIndex:
+    """An archive from elsewhere must not lead out of the folder that is written."""
+
+    @pytest.mark.parametrize(
+        'name', ['..', '../../evil', '/tmp/evil', 'a/b', '1/2', r'1\2', '1\0', '', None]
+    )
+    @pytest.mark.parametrize('column', ['id', 'season'])
+    def test_not_those_of_images(
+        self, root: Path, tmp_path: Path, column: str, name: str | None
+    ) -> None:
+        pack(root, tmp_path / 'packed', 's2a')
+        change_index(tmp_path / 'packed', **{column: name})
+        before = sorted(tmp_path.rglob('*'))
+        for open_archive in (SSL4EOS12ML, RecordArchive):
+            with pytest.raises(ValueError, match=r'index\.parquet has .* as the name'):
+                open_archive(tmp_path / 'packed', 's2a')
+        with pytest.raises(ValueError, match=re.escape(repr(name))):
+            unpack(tmp_path / 'packed', tmp_path / 'x' / 'y' / 'back')
+        assert sorted(tmp_path.rglob('*')) == before
+
+    @pytest.mark.parametrize('suffix', ['/..', '/../../evil', '\0', '\n', 'é', ' '])
+    def test_almost_those_of_images(
+        self, root: Path, tmp_path: Path, suffix: str
+    ) -> None:
+        pack(root, tmp_path, 's2a')
+        change_index(tmp_path, season=season('s2a', JUNE) + suffix)
+        with pytest.raises(ValueError, match=r'has .* as the name of image'):
+            RecordArchive(tmp_path, 's2a')
+
+    @pytest.mark.parametrize('column', ['id', 'season', 'shard', 'offset'])
+    def test_columns_of_other_types(
+        self, root: Path, tmp_path: Path, column: str
+    ) -> None:
+        pack(root, tmp_path, 's2a')
+        path = tmp_path / 's2a' / 'index.parquet'
+        table = pq.read_table(path)
+        others: Any = (
+            ['../../evil'] * 10 if column in ('shard', 'offset') else range(10)
+        )
+        position = table.schema.get_field_index(column)
+        table = table.set_column(position, column, pa.array(others))
+        pq.write_table(table, path)
+        with pytest.raises(ValueError, match='must have the columns id, season, shard'):
+            RecordArchive(tmp_path, 's2a')
+
+
 def test_open_files_are_not_pickled(root: Path, tmp_path: Path) -> None:
     pack(root, tmp_path, 's2a')
-    archive = PackedArchive(tmp_path, 's2a')
+    archive = RecordArchive(tmp_path, 's2a')
     records = archive.read([0, 9])
     pickled = pickle.dumps(archive)
     assert len(pickled) < archive.dtype.itemsize
@@ -379,13 +450,13 @@ def test_more_is_packed_while_an_archive_is_open(root: Path, tmp_path: Path) -> 
     part = tmp_path / 'part'
     shutil.copytree(root / 's2a' / '0000003', part / 's2a' / '0000003')
     pack(part, tmp_path / 'packed', 's2a')
-    opened = PackedArchive(tmp_path / 'packed', 's2a')
+    opened = RecordArchive(tmp_path / 'packed', 's2a')
     record = opened.read([0])
     pack(root, tmp_path / 'packed', 's2a')
     assert np.array_equal(opened.read([0]), record)
     with pytest.raises(ValueError, match=r'index\.parquet has changed since it was'):
         opened.georeference(0)
-    again = PackedArchive(tmp_path / 'packed', 's2a')
+    again = RecordArchive(tmp_path / 'packed', 's2a')
     assert np.array_equal(again.read([6]), record)
 
 
@@ -454,9 +525,9 @@ class TestErrors:
             pack(root, tmp_path, 's2')
         with pytest.raises(FileNotFoundError, match='found none of them'):
             pack(tmp_path, tmp_path / 'out')
-        with pytest.raises(FileNotFoundError, match='is no packed archive'):
+        with pytest.raises(FileNotFoundError, match='is not a packed archive'):
             unpack(root, tmp_path)
-        with pytest.raises(FileNotFoundError, match='is no packed archive'):
+        with pytest.raises(FileNotFoundError, match='is not a packed archive'):
             verify(root)
 
     def test_images_of_another_kind(self, root: Path, tmp_path: Path) -> None:
@@ -476,14 +547,14 @@ class TestErrors:
         (tmp_path / 's2a').mkdir()
         with open(tmp_path / 's2a' / '.lock', 'w') as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            with pytest.raises(ValueError, match='is being written by another run'):
+            with pytest.raises(BlockingIOError, match=r'another run is writing .*s2a'):
                 pack(root, tmp_path, 's2a')
 
     def test_other_format(
         self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr('torchgeo_softcon.ssl4eo.packed.FORMAT', 2)
+            patch.setattr('torchgeo_softcon.ssl4eo.record_archive.FORMAT', 2)
             pack(root, tmp_path, 's2a')
         with pytest.raises(ValueError, match='must be of format 1, got 2'):
             SSL4EOS12ML(tmp_path, 's2a')
@@ -494,9 +565,9 @@ class TestErrors:
         pq.write_table(pa.table({'id': ['1']}), path)
         for content in (path.read_bytes(), b'xx'):
             path.write_bytes(content)
-            with pytest.raises(ValueError, match=f'{path} is no index'):
+            with pytest.raises(ValueError, match=f'{path} is not an index'):
                 SSL4EOS12ML(tmp_path, 's2a')
-            with pytest.raises(ValueError, match=f'{path} is no index'):
+            with pytest.raises(ValueError, match=f'{path} is not an index'):
                 pack(root, tmp_path, 's2a')
 
     def test_folder_of_something_else(self, root: Path, tmp_path: Path) -> None:

@@ -185,11 +185,13 @@ class TestOneWriter:
 
     def test_manifest(self, path: Path) -> None:
         """The manifest is as that of earlier versions, whose runs can go on."""
-        file = ResumableParquet(path, {'a': 1, 'b': None})
+        file = ResumableParquet(path, {'a': 1, 'b': None, 'c': ('x', 'y')})
         with file.open():
             file.append('part', rows(0))
         manifest = file.folder / 'origin.json'
         assert json.loads(manifest.read_text()) == {**file.origin, 'overwrite': False}
-        manifest.write_text('{"a": "1", "b": "None"}')
+        with file.open():
+            assert file.count_rows() == 1
+        manifest.write_text('{"a": 1, "b": "None", "c": "(\'x\', \'y\')"}')
         with file.open():
             assert file.count_rows() == 1

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, Sampler
 
-from torchgeo_softcon.modules import make_teacher, packing
+from torchgeo_softcon.modules import packing
+from torchgeo_softcon.modules.ema import make_teacher
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
 from .helpers import Corners, Scenes, make_dino, make_task, make_trainer

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from torchgeo_softcon.modules import DINOHead
+from torchgeo_softcon.modules.heads import DINOHead
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.tasks.dino_mc import default_drop_path_rate
 from torchgeo_softcon.tasks.optimizers import clip_each_gradient

@@ -35,6 +35,8 @@ class TestConstructor:
             ({'seasons': 'all'}, "seasons must be .* got 'all'"),
             ({'lr': 0}, 'lr must be > 0'),
             ({'lr': math.nan}, 'lr must be > 0, got nan'),
+            ({'optimizer': 'adam'}, r"optimizer must be .* got 'adam'"),
+            ({'in_layer_init': 'x'}, r"in_layer_init must be .* got 'x'"),
             ({'weight_decay': -1}, 'weight_decay must be >= 0, got -1'),
             ({'warmup_epochs': -1}, 'warmup_epochs must be >= 0, got -1'),
             ({'mask_patch_size': 0}, 'mask_patch_size must be at least 1, got 0'),

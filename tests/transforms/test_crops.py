@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as T
 
 from torchgeo_softcon.transforms import MultiCropView, crops
 from torchgeo_softcon.transforms.colours import jitter_rgb, shift_hue
-from torchgeo_softcon.transforms.interpolation import Interpolation, crop_weights
+from torchgeo_softcon.transforms.interpolation import Interpolation, crop_matrices
 from torchgeo_softcon.transforms.resample import (
     resample,
     resample_batch,
@@ -135,7 +135,7 @@ class TestResample:
             [[0, 0, 110, 120], [3, 5, 23, 30], [7, 0, 99, 22], [50, 2, 61, 120], same]
         )
         flips = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 1, 1, 0]]).bool()
-        weights = crop_weights(image, boxes, size, flips, interpolation)
+        weights = crop_matrices(image, boxes, size, flips, interpolation)
         views = [form(image, *weights) for form in (resample_blocks, resample_batch)]
 
         for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
@@ -162,7 +162,7 @@ class TestResample:
         image = torch.zeros(1, 1, 200, 200)
         image[..., ::2] = 1
         whole, upright = torch.tensor([[0, 0, 200, 200]]), torch.zeros(2, 1).bool()
-        crop = resample(image, *crop_weights(image, whole, (84, 84), upright))
+        crop = resample(image, *crop_matrices(image, whole, (84, 84), upright))
         assert (crop[..., 2:-2] - 0.5).abs().max() < 0.1
 
 
@@ -293,7 +293,7 @@ class TestMultiCropView:
             assert area.max() <= 1.05 * high
             kernel: Interpolation = 'bicubic' if size == 48 else 'bilinear'
             upright = torch.zeros(2, 6, dtype=torch.bool)
-            weights = crop_weights(image, boxes, (size, size), upright, kernel)
+            weights = crop_matrices(image, boxes, (size, size), upright, kernel)
             expected = resample(image, *weights)
             torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
         assert len({tuple(b.flatten().tolist()) for b in module.boxes}) == 4
@@ -566,7 +566,7 @@ class TestBadInput:
             ({'global_solarize': (0, 0.2)}, 'declare value_range'),
             ({'views': 'tp'}, "views must be 'multi_crop' or 'temporal', got 'tp'"),
             ({'global_interpolation': 'nearest'}, "global_interpolation .* 'nearest'"),
-            ({'global_size': 0}, 'global_size and local_sizes must be at least'),
+            ({'global_size': 0}, 'global_size must be at least 1, got 0'),
         ],
     )
     def test_bad_option(self, kwargs: dict[str, Any], match: str) -> None:

@@ -19,9 +19,9 @@ from torchgeo_softcon.transforms import (
 )
 from torchgeo_softcon.transforms.colours import colour_map
 from torchgeo_softcon.transforms.interpolation import (
-    bilinear_weights,
-    blur_weights,
-    crop_weights,
+    bilinear_matrices,
+    blur_matrices,
+    crop_matrices,
     gaussian_kernels,
     identity,
 )
@@ -46,7 +46,7 @@ def test_bilinear_equals_grid_sample(form: Callable[..., Tensor]) -> None:
     assert isinstance(grid, Tensor)
     expected = F.grid_sample(image, grid, padding_mode='border', align_corners=False)
     rows, columns = (
-        bilinear_weights(axis, side) for axis, side in zip(axes, (70, 90), strict=True)
+        bilinear_matrices(axis, side) for axis, side in zip(axes, (70, 90), strict=True)
     )
     view = form(image, rows, columns)
     # grid_sample rounds its coordinates, too
@@ -77,9 +77,9 @@ def test_crop_jitter_and_blur_are_one_product() -> None:
     flips, sigma = torch.rand(2, 6) < 0.5, torch.rand(6) * 1.9 + 0.1
     gain, contrast, saturation = torch.rand(6, 13) + 0.5, torch.rand(6), torch.rand(6)
     saturation[0] = 0
-    crop = crop_weights(image, boxes, (70, 50), flips, 'bicubic')
+    crop = crop_matrices(image, boxes, (70, 50), flips, 'bicubic')
     kernels = gaussian_kernels(sigma, torch.ones(6).bool(), 6)
-    rows, columns = (blur_weights(w, kernels) for w in crop)
+    rows, columns = (blur_matrices(w, kernels) for w in crop)
 
     view = resample_batch(image, *crop) * gain[..., None, None]
     mean = view.mean((2, 3), keepdim=True)
@@ -104,7 +104,9 @@ def test_blocks_leave_nothing_out(block: int, monkeypatch: pytest.MonkeyPatch) -
     image = torch.rand(3, 2, 60, 70)
     boxes = torch.tensor([[0, 0, 70, 60], [10, 20, 13, 60], [69, 59, 70, 60]])
     for flip in (False, True):
-        crop = crop_weights(image, boxes, (50, 64), torch.full((2, 3), flip), 'bicubic')
+        crop = crop_matrices(
+            image, boxes, (50, 64), torch.full((2, 3), flip), 'bicubic'
+        )
         torch.testing.assert_close(
             resample_blocks(image, *crop), resample_batch(image, *crop)
         )
@@ -147,7 +149,7 @@ def test_blocks_read_what_contributes_only() -> None:
     """A pixel beside a crop may be anything."""
     image = torch.rand(2, 3, 60, 60)
     boxes = torch.tensor([[10, 12, 40, 50]] * 2)
-    crop = crop_weights(image, boxes, (20, 20), torch.zeros(2, 2).bool())
+    crop = crop_matrices(image, boxes, (20, 20), torch.zeros(2, 2).bool())
     expected = resample_blocks(image, *crop)
     image[:, :, :12] = image[..., 40:] = torch.nan
     assert torch.equal(resample_blocks(image, *crop), expected)

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
 from torchgeo_softcon.transforms import MultiCropView, RandomView, random_crop_grid
-from torchgeo_softcon.transforms.sampling import draw, random_boxes
+from torchgeo_softcon.transforms.sampling import choose, random_boxes
 
 
 def jitter(view: Tensor, factors: list[Tensor]) -> Tensor:
@@ -40,10 +40,10 @@ def random_view(image: Tensor, size: int) -> Tensor:
     """RandomView with its defaults."""
     grid = random_crop_grid(image, (size, size), (0.2, 1), (3 / 4, 4 / 3), 0.5)
     view = F.grid_sample(image, grid, padding_mode='border', align_corners=False)
-    factors = (torch.rand(2, len(image)) * 2 - 1) * draw(image, 0.8)
-    colour = ~draw(image, 0.2)
+    factors = (torch.rand(2, len(image)) * 2 - 1) * choose(image, 0.8)
+    colour = ~choose(image, 0.2)
     view = jitter(view, [*(1 + 0.4 * factors), colour.float()])
-    drawn = draw(view, 0.5)
+    drawn = choose(view, 0.5)
     return blur(view, drawn, torch.empty(len(view)).uniform_(0.1, 2))
 
 
@@ -53,8 +53,8 @@ def multi_crop(image: Tensor, sizes: list[int]) -> list[Tensor]:
     for number, scale in ((2, (0.32, 1)), (len(sizes) - 2, (0.05, 0.32))):
         every = image.repeat(number, 1, 1, 1)
         boxes += random_boxes(every, scale, (3 / 4, 4 / 3)).split(len(image))
-        flips += draw(every, 0.5).split(len(image))
-        draw(every, 0)  # top and bottom
+        flips += choose(every, 0.5).split(len(image))
+        choose(every, 0)  # top and bottom
     shape = len(sizes), len(image)
     drawn, grey = torch.rand(shape) < 0.8, torch.rand(shape) < 0.2
     factors = torch.rand(4, *shape) * 2 - 1

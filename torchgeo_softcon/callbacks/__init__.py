@@ -3,22 +3,28 @@
 
 """Callbacks for any task of the host: does an encoder learn, and what does it see."""
 
-from .collapse import CollapseMonitor, effective_rank, uniformity
-from .embeddings import EmbeddingWriter
-from .knn import KNNProbe, knn_scores
-from .resize import ResizeForWeights, ResizeInput
-from .subset import TrainSubset
-from .unit_range import UnitRange
+from typing import TYPE_CHECKING
 
-__all__ = (
-    'CollapseMonitor',
-    'EmbeddingWriter',
-    'KNNProbe',
-    'ResizeForWeights',
-    'ResizeInput',
-    'TrainSubset',
-    'UnitRange',
-    'effective_rank',
-    'knn_scores',
-    'uniformity',
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .collapse import CollapseMonitor as CollapseMonitor
+    from .collapse import effective_rank as effective_rank
+    from .collapse import uniformity as uniformity
+    from .embeddings import EmbeddingWriter as EmbeddingWriter
+    from .knn import KNNProbe as KNNProbe
+    from .knn import knn_scores as knn_scores
+    from .resize import ResizeForWeights as ResizeForWeights
+    from .resize import ResizeInput as ResizeInput
+    from .subset import TrainSubset as TrainSubset
+    from .unit_range import UnitRange as UnitRange
+
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
+    embeddings=('EmbeddingWriter',),
+    knn=('KNNProbe', 'knn_scores'),
+    resize=('ResizeForWeights', 'ResizeInput'),
+    subset=('TrainSubset',),
+    unit_range=('UnitRange',),
 )

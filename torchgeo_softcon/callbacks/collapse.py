@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Warns of features that collapse, during training."""
+"""A warning of features that collapse, during training."""
 
 import math
 from typing import Any
@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightly.utils.debug import std_of_l2_normalized
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from .._checks import check_counts, check_not_negative
-from ..evaluation.features import encode, find_encoder, gather, prepare, quietly
+from ..evaluation.features import encode, prepare
+from .watch import EncoderWatch, gather, quietly
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     return (distances.square() * -t).exp().mean().log()
 
 
-class CollapseMonitor(Callback):
+class CollapseMonitor(EncoderWatch):
     """Tells how much of their space the features use, and warns if it is too little.
 
     Encodes the images of a batch with the encoder as it is, from time to time, and logs
@@ -158,39 +159,10 @@ class CollapseMonitor(Callback):
         self._plateau_start = state_dict['plateau_start']
         self._warned = list(state_dict['warned'])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the encoder.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-        """
-        self._encoder = find_encoder(pl_module, self.encoder)
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Look at the features if it is time.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            outputs: What the step has returned.
-            batch: The batch, with *image*.
-            batch_idx: Index of the batch.
-        """
-        step = trainer.global_step
-        # Batches whose gradients are accumulated belong to one step
-        if step == self._last_step or step % self.every_n_steps:
-            return
-        self._last_step = step
-
+    def look(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any
+    ) -> dict[str, float] | None:
+        """Measure the features of a batch, and warn if they have collapsed."""
         with quietly(trainer, pl_module):
             image, _ = prepare(
                 batch['image'].to(pl_module.dtype),
@@ -201,7 +173,7 @@ class CollapseMonitor(Callback):
             features = next(iter(encode(self._encoder, image).values())).float()
         features = gather(trainer, features).flatten(0, 1)
         if len(features) < 2:
-            return
+            return None
         loss = trainer.callback_metrics.get('train_loss')
         if loss is None:
             loss = features.new_tensor(math.nan)
@@ -215,17 +187,13 @@ class CollapseMonitor(Callback):
         # The only place where the host waits for the device
         std, rank, uniform, last_loss = torch.stack(measures).tolist()
 
-        values = {
+        self._judge_features(std, rank, *features.shape)
+        self._judge_loss(pl_module, trainer.global_step, last_loss)
+        return {
             'collapse/feature_std': std,
             'collapse/effective_rank': rank,
             'collapse/uniformity': uniform,
         }
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, 'epoch': trainer.current_epoch}, step)
-        # For ModelCheckpoint and EarlyStopping, which read no loggers
-        pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
-        self._judge_features(std, rank, *features.shape)
-        self._judge_loss(pl_module, step, last_loss)
 
     def _judge_features(self, std: float, rank: float, count: int, width: int) -> None:
         """Warn if features have been alike for too long."""

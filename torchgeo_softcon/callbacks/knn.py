@@ -3,11 +3,10 @@
 
 """A k-NN and a linear probe of the frozen encoder, during training."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -15,9 +14,18 @@ from torch.utils.data import Dataset
 
 from .._checks import check_counts, check_positive
 from ..datamodules.normalization import use_unit_range
-from ..evaluation.features import encode, find_encoder, gather, prepare, quietly
-from ..evaluation.probes import evaluate, knn_scores, linear_scores
+from ..datamodules.protocol import loader_batch_size, trainer_datamodule
+from ..evaluation.loop import (
+    LabelledFeatures,
+    collect_labelled,
+    encode_batches,
+    score_probes,
+)
+from ..evaluation.probes import knn_scores
 from ..evaluation.samples import LabelledSamples
+from .watch import EncoderWatch, gather, log_now, quietly
+
+__all__ = ('KNNProbe', 'knn_scores')
 
 #: By default, the images of a probe are one in so many of the images that are trained
 #: with between two probes. Training encodes an image four times or more (two views,
@@ -28,7 +36,7 @@ _SHARE = 30
 _MIN_SAMPLES = 128
 
 
-class KNNProbe(Callback):
+class KNNProbe(EncoderWatch):
     """Tells how well nearest neighbours, and a linear classifier, find labels.
 
     The loss of self-supervised learning may fall while the features are of no use. This
@@ -137,13 +145,7 @@ class KNNProbe(Callback):
         self.prefix = prefix
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepare the labelled datamodule, if it is one of its own.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: Either 'fit', 'validate', 'test', or 'predict'.
-        """
+        """Prepare the labelled datamodule, if it is one of its own."""
         if stage == 'fit' and isinstance(self.data, LightningDataModule):
             with isolate_rng():
                 if trainer.local_rank == 0:
@@ -156,10 +158,6 @@ class KNNProbe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the data, and probe the encoder before it learns.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-
         Raises:
             ValueError: If data, task and options do not fit each other.
 
@@ -171,44 +169,19 @@ class KNNProbe(Callback):
             self._bank, self._queries = self._choose(trainer)
             self._bank.check()
             self._queries.check()
-        self._encoder = find_encoder(pl_module, self.encoder)
-        self._last_step, self._probed_at = trainer.global_step, -1
+        super().on_train_start(trainer, pl_module)
+        self._probed_at = -1
         if trainer.global_step == 0:
-            self._log(trainer, self.probe(trainer, pl_module))
+            log_now(trainer, self.probe(trainer, pl_module))
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Probe the encoder if it is time, counted in optimizer steps.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            outputs: What the step has returned.
-            batch: The batch.
-            batch_idx: Index of the batch.
-        """
-        step = trainer.global_step
-        # Batches whose gradients are accumulated belong to one step
-        if self.every_n_steps and step != self._last_step:
-            self._last_step = step
-            if step % self.every_n_steps == 0:
-                values = self.probe(trainer, pl_module)
-                self._log(trainer, values)
-                pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+    def look(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any
+    ) -> dict[str, float]:
+        """Probe the encoder."""
+        return self.probe(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe the encoder if it is time, counted in epochs.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-        """
+        """Probe the encoder if it is time, counted in epochs."""
         done = trainer.current_epoch + 1
         last = (
             done == trainer.max_epochs
@@ -218,7 +191,7 @@ class KNNProbe(Callback):
         due = self.every_n_steps is None and done % self.every_n_epochs == 0
         if (due or last) and self._probed_at != trainer.global_step:
             values = self.probe(trainer, pl_module)
-            self._log(trainer, values)
+            log_now(trainer, values)
             # For ModelCheckpoint and EarlyStopping, which read no loggers
             pl_module.log_dict(values, logger=False, on_epoch=True, prog_bar=True)
 
@@ -237,37 +210,33 @@ class KNNProbe(Callback):
         """
         self._probed_at = trainer.global_step
         with quietly(trainer, pl_module):
-            bank, labels = self._encode(trainer, pl_module, self._bank)
-            queries, answers = self._encode(trainer, pl_module, self._queries)
-        if labels.shape[1:] != answers.shape[1:]:
+            bank = self._encode(trainer, pl_module, self._bank)
+            queries = self._encode(trainer, pl_module, self._queries)
+        if bank.labels.shape[1:] != queries.labels.shape[1:]:
             raise ValueError(
                 'bank and queries must have labels of one kind, got the shapes '
-                f'{tuple(labels.shape)} and {tuple(answers.shape)}'
+                f'{tuple(bank.labels.shape)} and {tuple(queries.labels.shape)}'
             )
-        metric, hot = 'map', labels.float()
-        if labels.ndim == 1:
-            metric = 'accuracy'
-            hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
-        _check_classes(labels, self._bank.name)
-        if labels.ndim == 2:
-            _check_classes(answers, self._queries.name)
-        chance = hot.mean(0).expand(len(answers), -1)
+        _check_classes(bank.labels, self._bank.name)
+        if bank.labels.ndim == 2:
+            _check_classes(queries.labels, self._queries.name)
 
-        with torch.autocast(labels.device.type, enabled=False):
-            values = {f'knn_{metric}_chance': evaluate(chance, answers)}
-            for name, features in bank.items():
-                end = f'_{name}' if len(bank) > 1 else ''
-                query = queries[name]
-                scores = knn_scores(query, features, hot, self.k, self.temperature)
-                values[f'knn_{metric}{end}'] = evaluate(scores, answers)
-                if self.linear:
-                    scores = linear_scores(query, features, hot)
-                    values[f'linear_{metric}{end}'] = evaluate(scores, answers)
-        return {self.prefix + name: value for name, value in values.items()}
+        values = {}
+        with torch.autocast(bank.labels.device.type, enabled=False):
+            for score in score_probes(
+                bank, queries, (self.k,), self.temperature, self.linear, micro=False
+            ):
+                if score.method == 'chance':
+                    name = f'knn_{score.metric}_chance'
+                else:
+                    name = f'{score.method}_{score.metric}'
+                    name += f'_{score.feature}' if len(bank.features) > 1 else ''
+                values[self.prefix + name] = score.value
+        return values
 
     def _choose(self, trainer: Trainer) -> tuple[LabelledSamples, LabelledSamples]:
         """Choose the images of bank and queries."""
-        data = getattr(trainer, 'datamodule', None) if self.data is None else self.data
+        data = trainer_datamodule(trainer) if self.data is None else self.data
         if data is None:
             raise ValueError(
                 'KNNProbe needs labelled data: set data to a datamodule or a dataset, or '
@@ -306,11 +275,8 @@ class KNNProbe(Callback):
         return bank, queries
 
     def _images_between(self, trainer: Trainer) -> int:
-        """Number of images that are trained with between two probes, on all ranks."""
-        loader: Any = trainer.train_dataloader
-        size = getattr(loader, 'batch_size', None) or getattr(
-            getattr(loader, 'batch_sampler', None), 'batch_size', 1
-        )
+        """Count the images that are trained with between two probes, on all ranks."""
+        size = loader_batch_size(trainer.train_dataloader) or 1
         if self.every_n_steps is not None:
             batches: Any = self.every_n_steps * trainer.accumulate_grad_batches
         else:
@@ -323,51 +289,29 @@ class KNNProbe(Callback):
 
     def _encode(
         self, trainer: Trainer, pl_module: LightningModule, samples: LabelledSamples
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Features and labels of all samples, on every rank.
+    ) -> LabelledFeatures:
+        """Return features and labels of all samples, on every rank."""
 
-        Returns:
-            Features of shape (N, F) by name, and labels of shape (N,) or (N, K). Samples
-            with an unknown multi-label are left out.
-        """
-        channels = pl_module.hparams.get('in_channels')
-        size = self.size or pl_module.hparams.get('size')
-        parts: list[dict[str, Tensor]] = []
-        for batch in samples.batches(trainer.global_rank, trainer.world_size):
-            image = {'image': batch['image'].to(pl_module.device)}
-            if samples.transform is not None:
-                image = samples.transform(image)
-            pixels, seasons = prepare(image['image'], channels, size)
-            features = encode(self._encoder, pixels.to(pl_module.dtype))
-            part = {
-                name: value.float().unflatten(0, (-1, seasons)).mean(1)
-                for name, value in features.items()
-            }
-            parts.append({**part, '': batch['label'].to(pl_module.device)})
-
-        whole = {}
-        for name in parts[0]:
-            ranks = gather(trainer, torch.cat([part[name] for part in parts]))
+        def in_order(values: Tensor) -> Tensor:
             # Rank r has the samples r, r + R, r + 2 R, ..., some at the end twice
-            whole[name] = ranks.transpose(0, 1).flatten(0, 1)[: len(samples.indices)]
-        labels = whole.pop('')
-        _check_features(whole, samples.name)
-        if labels.ndim == 2:
-            known = labels.any(1)
-            labels = labels[known]
-            whole = {name: value[known] for name, value in whole.items()}
-        return whole, labels
+            ranks = gather(trainer, values).transpose(0, 1)
+            return ranks.flatten(0, 1)[: len(samples.indices)]
 
-    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Write to all loggers, whatever log_every_n_steps is."""
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {**values, 'epoch': trainer.current_epoch}, trainer.global_step
-            )
+        device: Any = pl_module.device
+        encoded = encode_batches(
+            self._encoder,
+            samples.batches(trainer.global_rank, trainer.world_size),
+            samples.transform,
+            pl_module.hparams.get('in_channels'),
+            self.size or pl_module.hparams.get('size'),
+            device,
+            cast(torch.dtype, pl_module.dtype),
+        )
+        return collect_labelled(encoded, samples.name, device, in_order)
 
 
 def _check_classes(labels: Tensor, name: str) -> None:
-    """There must be something to tell apart."""
+    """Check that there are classes to tell apart."""
     one = len(labels) == 0 or bool((labels == labels[0]).all())
     if one:
         seen = 'none of them is known' if len(labels) == 0 else 'all are the same'
@@ -375,14 +319,3 @@ def _check_classes(labels: Tensor, name: str) -> None:
             f'the {name} must have labels of at least two classes, but {seen}. Give '
             'other data, or more of it'
         )
-
-
-def _check_features(features: dict[str, Tensor], name: str) -> None:
-    for value in features.values():
-        bad = int((~value.isfinite()).any(1).sum())
-        if bad:
-            raise ValueError(
-                f'{bad} of {len(value)} features of the {name} are NaN or infinite. Look '
-                'for NaN pixels in the labelled images, or lower lr if train_loss is '
-                'not finite either'
-            )

@@ -54,11 +54,6 @@ class ResizeInput(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the size of the images.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: What the trainer is about to do.
-
         Raises:
             ValueError: If the model takes images of another size only, or has none that
                 could be the default.
@@ -98,12 +93,6 @@ class ResizeInput(Callback):
     ) -> None:
         """Resize the images.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            batch: Mini-batch with *image* of shape (..., C, H, W).
-            batch_idx: Number of the mini-batch.
-
         Raises:
             ValueError: If the mini-batch has masks or boxes as well.
         """
@@ -117,15 +106,7 @@ class ResizeInput(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Resize the images.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            batch: Mini-batch with *image* of shape (..., C, H, W).
-            batch_idx: Number of the mini-batch.
-            dataloader_idx: Number of the data loader.
-        """
+        """Resize the images."""
         self._resize(batch)
 
     on_test_batch_start = on_validation_batch_start
@@ -147,13 +128,7 @@ class ResizeForWeights(ResizeInput):
         super().__init__()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out whether there may be something to do.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: What the trainer is about to do.
-        """
+        """Find out whether there may be something to do."""
         self._target = fixed_size(pl_module) if has_our_weights(pl_module) else None
         self._reported = False
 

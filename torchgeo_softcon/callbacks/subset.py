@@ -5,40 +5,12 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..datamodules.base import DrawDataModule
-
-
-def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
-    """Choose some of a number of samples, always the same.
-
-    Without replacement, unlike in the code of SSL4EO-S12 and DINO-MC, whose 10 % have
-    duplicates.
-
-    Args:
-        count: Number of samples.
-        fraction: Share of them to choose, in (0, 1].
-        seed: Seed of the choice.
-
-    Returns:
-        Their indices, sorted.
-
-    Raises:
-        ValueError: If *fraction* is out of range, or leaves nothing.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f'fraction must be in (0, 1], got {fraction}')
-    chosen = round(count * fraction)
-    if not chosen:
-        raise ValueError(
-            f'fraction = {fraction} of {count} samples is nothing. Choose a larger one'
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)[:chosen]
-    return order.sort().values.tolist()
+from ..datamodules.protocol import find_split, offer_of, trainer_datamodule
+from ..evaluation.samples import choose_subset
 
 
 class TrainSubset(Callback):
@@ -77,27 +49,22 @@ class TrainSubset(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Change the training set of the datamodule.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: What the trainer is about to do.
-
         Raises:
             ValueError: If the datamodule has no training set of its own, or a sampler, or
                 is one of this package.
         """
         if stage != 'fit':
             return
-        datamodule: Any = getattr(trainer, 'datamodule', None)
+        datamodule: Any = trainer_datamodule(trainer)
         if isinstance(datamodule, DrawDataModule):
             raise ValueError(  # noqa: TRY004
                 f'TrainSubset is for data of fixed samples, but those of '
                 f'{type(datamodule).__name__} are draws without an end. Give it fewer '
                 'images instead'
             )
-        dataset: Dataset[Any] | None = getattr(datamodule, 'train_dataset', None)
-        samplers = ('train_sampler', 'train_batch_sampler', 'sampler', 'batch_sampler')
-        if dataset is None or any(getattr(datamodule, s, None) for s in samplers):
+        dataset = offer_of(datamodule).train_dataset
+        _, *samplers = find_split(datamodule, 'train')
+        if dataset is None or any(s is not None for s in samplers):
             raise ValueError(
                 f'TrainSubset needs a datamodule with a train_dataset and no sampler, got '
                 f'{type(datamodule).__name__}'

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..datamodules.normalization import use_unit_range
+from ..datamodules.protocol import trainer_datamodule
 
 
 class UnitRange(Callback):
@@ -48,16 +49,11 @@ class UnitRange(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Change the datamodule.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: What the trainer is about to do.
-
         Raises:
             ValueError: See
                 :func:`~torchgeo_softcon.datamodules.normalization.use_unit_range`.
         """
-        datamodule = getattr(trainer, 'datamodule', None)
+        datamodule = trainer_datamodule(trainer)
         if datamodule is None:
             raise ValueError(
                 'UnitRange changes a datamodule, but the trainer has data loaders only. '

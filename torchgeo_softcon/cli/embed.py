@@ -10,7 +10,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from .. import datamodules  # noqa: F401, for the short names of its classes
-from ..evaluation.embed import STAGES, embed
+from ..evaluation.embed import embed
+from ..evaluation.samples import STAGES
 from ..models.encoders import open_encoder
 from .data import data_parser, parse_data
 

@@ -19,7 +19,7 @@ def run(namespace: argparse.Namespace) -> int:
         OSError: If a file cannot be read or written.
         ValueError: If something does not fit.
     """
-    from ..export.encoder import export
+    from ..export.files import export
 
     options = {
         k: v for k, v in vars(namespace).items() if k not in ('run', 'checkpoint')

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ..labels.sources import LAYOUTS
-from ..landcover.legends import LEGENDS
-from ..landcover.tiles import BUCKET
+from ..landcover.products import WORLDCOVER
 
 _DESCRIPTION = """\
 Label every patch of an archive with the land cover of ESA WorldCover.
@@ -75,17 +74,21 @@ def parser() -> argparse.ArgumentParser:
         action='store_true',
         help='download the tiles under the archive that are not in the folder',
     )
+    group.add_argument('--base-url', metavar='URL', help=f'default: {WORLDCOVER.url}')
     group.add_argument(
-        '--base-url', default=BUCKET, metavar='URL', help=f'default: {BUCKET}'
-    )
-    group.add_argument(
-        '--year', type=int, default=2021, choices=(2020, 2021), help='default: 2021'
+        '--year', type=int, metavar='YEAR', help='2020 or 2021, default: 2021'
     )
     group.add_argument(
         '--classes',
+        metavar='NAME',
+        help="worldcover for its 11 classes (default), dynamicworld for Dynamic World's 9 "
+        'made of them',
+    )
+    group.add_argument(
+        '--product',
         default='worldcover',
-        choices=tuple(LEGENDS),
-        help="WorldCover's 11 classes (default), or Dynamic World's 9 made of them",
+        metavar='NAME',
+        help='another land-cover product: its name, or the .yaml file that describes it',
     )
 
     group = parser.add_argument_group('output')

@@ -12,39 +12,10 @@ import pandas as pd
 
 from ..models.checkpoints import read_checkpoint
 from ..models.encoders import open_encoder
-from ..report.curves import find_logs, plot_curves, read_logs
+from ..report.curves import curve_sections, find_logs, read_logs
 from ..report.page import Section, write_page
 from ..report.sections import picture_sections
 from .data import data_parser, parse_data, parse_options
-
-#: Heading and explanation of each figure of curves.
-_CURVES = {
-    'losses': (
-        'Losses',
-        (
-            'Each metric on its own scale. A falling loss alone does not show that the '
-            'features are of use.'
-        ),
-    ),
-    'knn': (
-        'Probes of the frozen encoder',
-        (
-            'How well the labels of held-out images are found from the features. Step 0 is '
-            'before the training; chance knows the frequencies of the classes only.'
-        ),
-    ),
-    'spread': (
-        'Spread of the features',
-        (
-            'Feature standard deviation near 0, effective rank near 1 or uniformity near 0 '
-            'mean that all images look alike to the encoder (collapse). Evenly spread '
-            'features have 1 / sqrt(number of features) and about -4. The rank is at most '
-            'the number of images in a batch.'
-        ),
-    ),
-    'schedules': ('Schedules', 'Per optimizer step.'),
-    'others': ('Other metrics', 'Whatever else was logged.'),
-}
 
 
 def main(args: Sequence[str]) -> int:
@@ -96,8 +67,7 @@ def main(args: Sequence[str]) -> int:
     if logs is not None:
         log = read_logs(logs)
         facts |= {'run': str(run), **_last_values(log)}
-        for name, figure in plot_curves(log).items():
-            sections.append(Section(name, *_CURVES[name], figure))
+        sections += curve_sections(log)
     encoder, text = None, ''
     if checkpoint is None and weights is None:
         text = f'{run} has no checkpoint: give --checkpoint for pictures of images.'

@@ -3,14 +3,20 @@
 
 """What ``torchgeo fit --data`` can name."""
 
-from .image_masks import ImageMaskFolderDataModule
-from .scenes import WorldCoverScenesDataModule
-from .ssl4eo_s12_ml import SSL4EOS12MLDataModule
-from .synthetic import SyntheticScenesDataModule
+from typing import TYPE_CHECKING
 
-__all__ = (
-    'ImageMaskFolderDataModule',
-    'SSL4EOS12MLDataModule',
-    'SyntheticScenesDataModule',
-    'WorldCoverScenesDataModule',
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .image_masks import ImageMaskFolderDataModule as ImageMaskFolderDataModule
+    from .scenes import WorldCoverScenesDataModule as WorldCoverScenesDataModule
+    from .ssl4eo_s12_ml import SSL4EOS12MLDataModule as SSL4EOS12MLDataModule
+    from .synthetic import SyntheticScenesDataModule as SyntheticScenesDataModule
+
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    image_masks=('ImageMaskFolderDataModule',),
+    scenes=('WorldCoverScenesDataModule',),
+    ssl4eo_s12_ml=('SSL4EOS12MLDataModule',),
+    synthetic=('SyntheticScenesDataModule',),
 )

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from .._compat import NonGeoDataModule, NonGeoDataset, Sample
 from ..bands import BAND_STATISTICS
 from ..datasets.scaling import resolve_value_range
-from ..transforms.worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, check_values
+from ..landcover import LandCoverProduct, find_product
+from ..landcover.products import ProductLike
+from ..transforms.worldcover import WorldCoverMultiLabel, check_values
 from .loading import DrawSampler, ResumableDataLoader, choose_num_workers, uses_cuda
 from .protocol import dataset_bands
 
@@ -30,28 +32,35 @@ class _LongLabel(nn.Module):
 
 
 class _OrdinalMask(nn.Module):
-    """Number the WorldCover codes of a mask from 1 on, 0 is no data."""
+    """Number the codes of a mask from 1 on, 0 is no data."""
 
-    def __init__(self) -> None:
+    def __init__(self, product: LandCoverProduct) -> None:
         super().__init__()
+        self.product = product
         ordinals = torch.zeros(256, dtype=torch.long)
-        ordinals[list(WORLDCOVER_CODES)] = 1 + torch.arange(len(WORLDCOVER_CODES))
+        ordinals[list(product.codes)] = 1 + torch.arange(len(product.codes))
         self.register_buffer('ordinals', ordinals, persistent=False)
         self.ordinals: Tensor
 
     def forward(self, sample: Sample) -> Sample:
         # Ordinals would become other classes, and negative numbers count from the end
-        check_values(sample['mask'])
+        check_values(sample['mask'], self.product)
         return {**sample, 'mask': self.ordinals[sample['mask'].long()]}
 
 
-def target_transform(target: Target, min_fraction: float, fractions: bool) -> nn.Module:
+def target_transform(
+    target: Target,
+    min_fraction: float,
+    fractions: bool,
+    product: ProductLike = 'worldcover',
+) -> nn.Module:
     """Turn a mask of codes into what a task expects.
 
     Args:
         target: What a sample has next to the image.
         min_fraction: Smallest share of a class in a label.
         fractions: Whether labels are shares.
+        product: Land-cover product that the codes are of.
 
     Returns:
         A transform of samples.
@@ -61,11 +70,14 @@ def target_transform(target: Target, min_fraction: float, fractions: bool) -> nn
     """
     if target not in ('label', 'mask'):
         raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
-    label = WorldCoverMultiLabel(min_fraction=min_fraction, fractions=fractions)
+    product = find_product(product)
+    label = WorldCoverMultiLabel(
+        min_fraction=min_fraction, fractions=fractions, product=product
+    )
     if target == 'mask':
         if fractions:
             raise ValueError("fractions must be left out, or target='label' be set")
-        return _OrdinalMask()
+        return _OrdinalMask(product)
     return label if fractions else nn.Sequential(label, _LongLabel())
 
 

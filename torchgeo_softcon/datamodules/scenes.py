@@ -5,10 +5,11 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ..datasets.scaling import ValueRange
 from ..datasets.scenes import SceneGrid, WorldCoverScenes, overlapping
+from ..landcover import LandCoverProduct
 from .base import DrawDataModule, Target, target_transform
 
 #: Streams of the fixed windows, 0 is that for training.
@@ -36,7 +37,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         self,
         images: str | Sequence[str],
         worldcover: str | Sequence[str] | None,
-        year: Literal[2020, 2021] = 2021,
+        year: int | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
         batch_size: int = 64,
@@ -54,14 +55,15 @@ class WorldCoverScenesDataModule(DrawDataModule):
         seed: int = 0,
         allow_unlabelled: bool = False,
         offset: float | None = None,
+        product: str | LandCoverProduct = 'worldcover',
     ) -> None:
         """Initialize a new WorldCoverScenesDataModule instance.
 
         Args:
             images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
-            worldcover: Folders or files of WorldCover tiles. None for no labels at all,
-                together with *allow_unlabelled*.
-            year: Year of the tiles, 2020 (v100) or 2021 (v200).
+            worldcover: Folders or files of WorldCover tiles, or of rasters of *product*.
+                None for no labels at all, together with *allow_unlabelled*.
+            year: Year of the map, 2020 (v100) or by default 2021 (v200).
             bands: Names of the bands to use, None for all bands of the files.
             patch_size: Height and width of a window in pixels.
             batch_size: Number of samples in a batch on one device.
@@ -92,6 +94,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
             offset: What is added to the values before *value_range*. None for -1000 if
                 the path tells that digital numbers of Sentinel-2 bands are of baseline
                 04.00 or later, else 0.
+            product: Another land-cover product, its name, or its YAML file, see
+                :func:`torchgeo_softcon.landcover.find_product`.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -102,7 +106,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
             num_workers,
             val_fraction,
             seed,
-            transforms=target_transform(target, min_fraction, fractions),
+            transforms=target_transform(target, min_fraction, fractions, product),
             images=images,
             worldcover=worldcover,
             year=year,
@@ -115,6 +119,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
             nodata=nodata,
             allow_unlabelled=allow_unlabelled,
             offset=offset,
+            product=product,
         )
         self.length = length
         self._scenes: WorldCoverScenes | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..bands import SENTINEL2_BANDS
 from ..datasets.synthetic import SyntheticScenes
-from ..transforms.worldcover import WORLDCOVER_CODES
+from ..landcover.products import WORLDCOVER_CODES
 from .base import Target
 from .scenes import WorldCoverScenesDataModule
 

@@ -12,26 +12,17 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .image_masks import ImageMaskFolder
-    from .scenes import WorldCoverScenes
-    from .ssl4eo_s12_ml import SSL4EOS12ML
-    from .synthetic import SyntheticScenes
-    from .worldcover import ESAWorldCover
+    from .image_masks import ImageMaskFolder as ImageMaskFolder
+    from .scenes import WorldCoverScenes as WorldCoverScenes
+    from .ssl4eo_s12_ml import SSL4EOS12ML as SSL4EOS12ML
+    from .synthetic import SyntheticScenes as SyntheticScenes
+    from .worldcover import ESAWorldCover as ESAWorldCover
 
-__all__ = (
-    'SSL4EOS12ML',
-    'ESAWorldCover',
-    'ImageMaskFolder',
-    'SyntheticScenes',
-    'WorldCoverScenes',
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    image_masks=('ImageMaskFolder',),
+    scenes=('WorldCoverScenes',),
+    ssl4eo_s12_ml=('SSL4EOS12ML',),
+    synthetic=('SyntheticScenes',),
+    worldcover=('ESAWorldCover',),
 )
-
-_MODULES = {
-    'ESAWorldCover': 'worldcover',
-    'ImageMaskFolder': 'image_masks',
-    'SSL4EOS12ML': 'ssl4eo_s12_ml',
-    'SyntheticScenes': 'synthetic',
-    'WorldCoverScenes': 'scenes',
-}
-
-__getattr__, __dir__ = lazy_names(globals(), _MODULES)

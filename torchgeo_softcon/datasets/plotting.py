@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .._compat import Sample
-from ..bands import rgb_indices
+from ..bands import shown_channels
 
 
 def plot_sample(
@@ -30,7 +30,7 @@ def plot_sample(
     """
     image: Tensor = sample['image']
     seasons = image[None] if image.ndim == 3 else image
-    channels = _channels(bands, seasons.shape[1])
+    channels = shown_channels(bands, seasons.shape[1])
     columns = len(seasons) + ('mask' in sample)
     figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 4), squeeze=False)
     for axis, season in zip(axes[0], seasons, strict=False):
@@ -44,12 +44,3 @@ def plot_sample(
     if suptitle is not None:
         figure.suptitle(suptitle)
     return figure
-
-
-def _channels(bands: Sequence[str] | None, count: int) -> list[int]:
-    if bands is not None:
-        try:
-            return list(rgb_indices(bands))
-        except ValueError:
-            pass
-    return [0, 1, 2] if count >= 3 else [0]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from .._checks import check_fractions
 from .._compat import NonGeoDataset, Sample
 from ..geo.mosaic import outline
 from ..geo.rasters import Grid, RasterReader, Scene, find_rasters, find_scenes
-from ..landcover.tiles import BUCKET, tile_path
+from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .plotting import plot_sample
 from .scaling import ValueRange, resolve_value_range, to_unit_range
@@ -108,7 +108,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         self,
         images: Paths,
         worldcover: Paths | ESAWorldCover | None,
-        year: Literal[2020, 2021] = 2021,
+        year: int | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
         length: int | None = None,
@@ -122,14 +122,16 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         seed: int = 0,
         allow_unlabelled: bool = False,
         offset: float | None = None,
+        product: ProductLike = 'worldcover',
     ) -> None:
         """Initialize a new WorldCoverScenes instance.
 
         Args:
             images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
-            worldcover: Folders or files of WorldCover tiles, or a dataset of them. None
-                for no labels at all, together with *allow_unlabelled*.
-            year: Year of the tiles, 2020 (v100) or 2021 (v200).
+            worldcover: Folders or files of WorldCover tiles (or of rasters of *product*),
+                or a dataset of them. None for no labels at all, together with
+                *allow_unlabelled*.
+            year: Year of the map, 2020 (v100) or by default 2021 (v200).
             bands: Names of the bands to use, None for all bands of the files.
             patch_size: Height and width of a window in pixels. SSL4EO-S12, which
                 SoftCon was trained on, has patches of 264.
@@ -159,6 +161,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             offset: What is added to the values before *value_range*. None for -1000 if
                 the path of digital numbers (uint16) of Sentinel-2 bands has a baseline
                 of ESA from 04.00 on (``_N0400_``), which have 1000 added, else 0.
+            product: Another land-cover product, its name, or its YAML file, see
+                :func:`torchgeo_softcon.landcover.find_product`. Not used if *worldcover*
+                is a dataset, which has its own.
 
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
@@ -181,7 +186,12 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         self.seed = seed
         self.stream = 0
         self._warned: set[str] = set()
-        self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
+        if isinstance(worldcover, ESAWorldCover):
+            product = worldcover.product
+        self.product = find_product(product)
+        if transforms is None:
+            transforms = WorldCoverMultiLabel(product=self.product)
+        self.transforms = transforms
 
         scenes = find_scenes(
             [Path(f) for f in find_rasters(images)], bands, all_bands, nodata, offset
@@ -202,7 +212,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         if worldcover is None or isinstance(worldcover, ESAWorldCover):
             self.worldcover = worldcover
         else:
-            self.worldcover = ESAWorldCover(worldcover, year=year)
+            self.worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
         if not allow_unlabelled:
             self._check_tiles(self.worldcover)
 
@@ -267,13 +277,16 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 for place in shown
                 for tile in worldcover.tiles(place.crs, place.grid.bounds)
             }
-            folder = tile_path('', worldcover.year).rpartition('/')[0]
+            product = worldcover.product
+            address = f'{product.url}/{product.file_path("", worldcover.year)}'
+            expected = (f'. Expected {", ".join(sorted(tiles))}' if tiles else '') + (
+                f' from {address.rpartition("/")[0]}/' if product.url else ''
+            )
             raise FileNotFoundError(
-                'no WorldCover tile lies under '
+                f'no {product.title} tile lies under '
                 f'{", ".join(place.scenes[0].name for place in shown)}'
-                f'{f" and {more} more" if more else ""}. Expected '
-                f'{", ".join(sorted(tiles))} from {BUCKET}/{folder}/. Set allow_unlabelled to go on '
-                'without'
+                f'{f" and {more} more" if more else ""}{expected}. Set allow_unlabelled '
+                'to go on without'
             )
 
     def with_windows(
@@ -387,14 +400,15 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         valid = np.logical_and.reduce([np.isfinite(v).any(0) for v in seasons])
         images = [to_unit_range(values, self.value_range) for values in seasons]
         image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        mask = self._mask(place, top, left) * torch.from_numpy(valid)
+        mask = self._mask(place, top, left)
+        mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
         sample: Sample = {'image': image, 'mask': mask}
         return self.transforms(sample)
 
     def _mask(self, place: Place, top: int, left: int) -> Tensor:
         size = self.patch_size
         if self.worldcover is None:
-            return torch.zeros(size, size, dtype=torch.long)
+            return torch.full((size, size), self.product.fill)
         transform = place.grid.window_transform(top, left)
         return self.worldcover.read_window(place.crs, transform, size, size)
 
@@ -532,7 +546,8 @@ def _warn_partly(places: Sequence[Place], worldcover: ESAWorldCover) -> None:
     missing = sorted(needed - there)
     more = f' and {len(missing) - _MAX_NAMED} more' if missing[_MAX_NAMED:] else ''
     warnings.warn(
-        f'{sum(len(p.scenes) for p in places)} images are only partly covered by WorldCover tiles, such as '
+        f'{sum(len(p.scenes) for p in places)} images are only partly covered by '
+        f'{worldcover.product.title} tiles, such as '
         f'{places[0].scenes[0].name}. There the mask is no data. Not found by name: '
         f'{", ".join(missing[:_MAX_NAMED]) or "none"}{more} (there are no tiles '
         'where only sea is)',

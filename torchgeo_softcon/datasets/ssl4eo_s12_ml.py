@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .._compat import NonGeoDataset, Sample
+from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
-from ..ssl4eo.packed import PackedArchive, index_path
-from ..ssl4eo.records import decode
+from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
 from .plotting import plot_sample
@@ -152,7 +152,7 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
         return rows[~alone]
 
     @property
-    def _main(self) -> PackedArchive | TiffArchive:
+    def _main(self) -> RecordArchive | TiffArchive:
         """The split that images are named by: Sentinel-2 where there is a choice."""
         optical = [a for a in self.archives if a.split != 's1']
         return (optical or self.archives)[0]
@@ -167,7 +167,7 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
     ) -> npt.NDArray[np.float32] | npt.NDArray[np.int64] | None:
         """Label of each image, shape (M, K)."""
         main = self._main
-        packed = main.labels if isinstance(main, PackedArchive) else None
+        packed = main.labels if isinstance(main, RecordArchive) else None
         labels = packed if path is None else read_labels(path)
         self.codes = None if labels is None else tuple(labels.codes)
         if labels is None:
@@ -431,6 +431,6 @@ class RecordBatch(Sequence[Sample]):
         return {'records': self.records, **label}
 
 
-def _open(root: Path, split: str) -> PackedArchive | TiffArchive:
+def _open(root: Path, split: str) -> RecordArchive | TiffArchive:
     packed = index_path(root, split).exists()
-    return PackedArchive(root, split) if packed else TiffArchive(root, split)
+    return RecordArchive(root, split) if packed else TiffArchive(root, split)

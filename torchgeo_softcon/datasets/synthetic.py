@@ -22,8 +22,8 @@ from pyproj import CRS, Transformer
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
 from ..geo.mosaic import Tile, Window, outline, projection
+from ..landcover.products import WORLDCOVER
 from ..synthetic.landscape import Landscape, optical, radar, random_field
-from .worldcover import WORLDCOVER_COLORS
 
 Codes = npt.NDArray[np.uint8]
 
@@ -247,7 +247,7 @@ class SyntheticScenes:
             'sparse_ok': True,
         }
         with rasterio.open(tile_path, 'w', **profile) as dst:
-            dst.write_colormap(1, WORLDCOVER_COLORS)
+            dst.write_colormap(1, WORLDCOVER.colors)
             dst.update_tags(description='Synthetic land cover, no ESA product')
             for place in _places(self.places, self.size):
                 landscape, (top, left) = self._landscape(place)

@@ -4,11 +4,12 @@
 """ESA WorldCover, global land cover of 2020 and 2021 at 10 m."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import shapely
 import torch
 from affine import Affine
@@ -18,36 +19,27 @@ from matplotlib.patches import Patch
 from pyproj import CRS
 from torch import Tensor
 
+from .._checks import require
 from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
 from ..geo.mosaic import Mosaic, open_tile, outline
-from ..landcover.files import Path, find_tiles, warn_size
-from ..landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
-from ..landcover.tiles import Bounds, check_year, tile_file, tiles_of
-
-#: Official colour of every class code, red, green, blue and opacity in [0, 255].
-WORLDCOVER_COLORS = {
-    0: (0, 0, 0, 0),
-    10: (0, 100, 0, 255),
-    20: (255, 187, 34, 255),
-    30: (255, 255, 76, 255),
-    40: (240, 150, 255, 255),
-    50: (250, 0, 0, 255),
-    60: (180, 180, 180, 255),
-    70: (240, 240, 240, 255),
-    80: (0, 100, 200, 255),
-    90: (0, 150, 160, 255),
-    95: (0, 207, 117, 255),
-    100: (250, 230, 160, 255),
-}
+from ..landcover.files import Path, find_map_files, warn_of_resampled
+from ..landcover.product import Color, LandCoverProduct
+from ..landcover.products import WORLDCOVER, ProductLike, find_product
+from ..landcover.tiles import Bounds
 
 
-def _colormap() -> Any:
-    """Colormap as TorchGeo 0.8 (a dictionary) or TorchGeo 0.10 (of matplotlib) has."""
+def _colormap(product: LandCoverProduct) -> Any:
+    """Return a colormap as TorchGeo 0.8 (a dictionary) or 0.10 (of matplotlib) has it."""
     if isinstance(getattr(RasterDataset, 'cmap', None), dict):
-        return WORLDCOVER_COLORS
-    none = WORLDCOVER_COLORS[0]
-    table = [WORLDCOVER_COLORS.get(code, none) for code in range(256)]
-    return ListedColormap(np.array(table) / 255)
+        return product.colors
+    return ListedColormap(_color_table(product.colors) / 255)
+
+
+def _color_table(colors: Mapping[int, Color]) -> npt.NDArray[np.uint8]:
+    """Return colours of all bytes, transparent where there is none, of shape (256, 4)."""
+    table = np.zeros((256, 4), np.uint8)
+    table[list(colors)] = list(colors.values())
+    return table
 
 
 class WorldCoverNotFoundError(DatasetNotFoundError):
@@ -100,56 +92,50 @@ class ESAWorldCover(RasterDataset):
     is_image = False
 
     #: Where the official tiles are, without an account.
-    url = (
-        'https://esa-worldcover.s3.eu-central-1.amazonaws.com/{version}/{year}/map/'
-        'ESA_WorldCover_10m_{year}_{version}_{tile}_Map.tif'
-    )
+    url = f'{WORLDCOVER.url}/{WORLDCOVER.path}'
 
     #: Name of every class code.
-    names: ClassVar[dict[int, str]] = {
-        0: 'No data',
-        **dict(zip(WORLDCOVER_CODES, WORLDCOVER_CLASSES, strict=True)),
-    }
+    names = WORLDCOVER.names
 
     #: Official colour of every class code, red, green, blue and opacity in [0, 255].
-    colors: ClassVar[dict[int, tuple[int, int, int, int]]] = WORLDCOVER_COLORS
+    colors = WORLDCOVER.colors
 
-    cmap = _colormap()
+    cmap = _colormap(WORLDCOVER)
 
     def __init__(
         self,
         paths: Path | Iterable[Path] = 'data',
         crs: CRS | None = None,
         res: float | tuple[float, float] | None = None,
-        year: Literal[2020, 2021] = 2021,
-        classes: Sequence[int] = WORLDCOVER_CODES,
+        year: int | None = None,
+        classes: Sequence[int] | None = None,
         ordinal: bool = False,
         transforms: Callable[[Sample], Sample] | None = None,
         cache: bool = True,
+        product: ProductLike = 'worldcover',
     ) -> None:
         """Initialize a new ESAWorldCover instance.
 
         Args:
-            paths: One or more folders to search, with all their subfolders, or files.
-                In a folder, official tiles of *year* are taken and those of other years
-                are not. TIFFs with any other name are taken as clips of *year*. Files
-                that are named here are always taken. Where files overlap, official
-                tiles go first.
+            paths: One or more folders to search, with all their subfolders, or files,
+                see :func:`.find_map_files`. Where files overlap, official tiles go first.
             crs: :term:`coordinate reference system (CRS)` to warp to (defaults to the
                 CRS of the first file).
             res: Resolution of the dataset in units of CRS (defaults to the resolution
                 of the first file).
-            year: Year of the map.
-            classes: Class codes to keep. All others become 0, no data.
-            ordinal: Number the classes from 1 to K in the order of *classes* (0 stays
-                no data), as segmentation needs it, instead of the codes.
+            year: Year of the map (defaults to the last one).
+            classes: Class codes to keep (defaults to all). All others become no data.
+            ordinal: Number the classes from 1 to K in the order of *classes* (0 is no
+                data), as segmentation needs it, instead of the codes.
             transforms: A function/transform that takes an input sample and returns a
                 transformed version. It sees the mask that the dataset gives, after
                 *classes* and *ordinal*.
             cache: If True, keep files open to speed up repeated sampling.
+            product: Another land-cover product, its name, or its YAML file, see
+                :func:`torchgeo_softcon.landcover.find_product`.
 
         Raises:
-            DatasetNotFoundError: If there is no tile of *year*.
+            DatasetNotFoundError: If there is no file of *year*.
             OSError: If a tile cannot be opened.
             ValueError: If *year* or *classes* are unknown, or if a raster has no CRS,
                 more than one band, or is not of integers.
@@ -157,38 +143,37 @@ class ESAWorldCover(RasterDataset):
         Warns:
             UserWarning: If a tile with an official name is not of the official size.
         """
-        check_year(year)
-        classes = tuple(classes)
-        if (
-            not classes
-            or len(set(classes)) != len(classes)
-            or not set(classes) <= set(WORLDCOVER_CODES)
-        ):
-            raise ValueError(
-                f'classes must be some of {WORLDCOVER_CODES} without duplicates, got '
-                f'{classes}'
-            )
+        self.product = product = find_product(product)
+        self.year = product.check_year(year)
+        self.classes = classes = tuple(product.codes if classes is None else classes)
+        require(
+            classes
+            and {*classes} <= {*product.codes}
+            and len(set(classes)) == len(classes),
+            f'classes must be some of {product.codes} without duplicates, got {classes}',
+        )
+        if product is not WORLDCOVER:
+            self.url = f'{product.url}/{product.path}'
+            self.names, self.colors = product.names, product.colors
+            self.cmap = _colormap(product)
 
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
-        self.year = year
-        self.classes = classes
         self.ordinal = ordinal
 
-        tiles = [open_tile(path) for path in self.files]
-        for tile in tiles:
+        rasters = [open_tile(path) for path in self.files]
+        for raster in rasters:
             # Of the caller of this class
-            warn_size(tile, stacklevel=2)
-        self._mosaic = Mosaic(tiles, WORLDCOVER_CODES, cache)
+            warn_of_resampled(raster, product, stacklevel=2)
+        self._mosaic = Mosaic(rasters, product.codes, cache, product.no_data)
 
-        values = range(1, len(classes) + 1) if ordinal else classes
-        self._map = np.zeros(256, np.int64)
-        self._map[list(classes)] = list(values)
+        self._map = np.full(256, 0 if ordinal else product.fill)
+        self._map[list(classes)] = range(1, len(classes) + 1) if ordinal else classes
 
         super().__init__(
             self.paths, crs=crs, res=res, transforms=transforms, cache=cache
         )
         # TorchGeo leaves out what it cannot warp without a word
-        lost = {tile.path for tile in tiles} - set(self.index.filepath)
+        lost = {raster.path for raster in rasters} - set(self.index.filepath)
         if lost:
             raise OSError(f'{", ".join(sorted(lost))} cannot be warped to {self.crs}')
 
@@ -200,7 +185,7 @@ class ESAWorldCover(RasterDataset):
             DatasetNotFoundError: If there is none.
         """
         try:
-            return find_tiles(self.paths, self.year)
+            return find_map_files(self.paths, self.product, self.year)
         except FileNotFoundError as error:
             raise WorldCoverNotFoundError(str(error)) from None
 
@@ -212,10 +197,14 @@ class ESAWorldCover(RasterDataset):
             bounds: Left, bottom, right and top of the box.
 
         Returns:
-            Names of files of the year of the dataset, whether they are there or not.
+            Names of files of the year of the dataset, whether they are there or not,
+            none if the product has no tiles.
         """
+        if self.product.tiles is None:
+            return []
         box = outline(CRS.from_user_input(crs), CRS.from_epsg(4326), bounds)
-        return [tile_file(tile, self.year) for tile in tiles_of(box.bounds)]
+        names = self.product.tiles.names_under(box.bounds)
+        return [self.product.file_name(name, self.year) for name in names]
 
     def covers(self, crs: Any, bounds: Bounds, wholly: bool = False) -> bool:
         """Whether there is a tile under a box.
@@ -253,18 +242,18 @@ class ESAWorldCover(RasterDataset):
 
         Returns:
             The class at the centre of every pixel, of shape (*height*, *width*), long:
-            codes, or numbers from 1 to K if the dataset is *ordinal*. 0 where no data
-            or no tile is.
+            codes, or numbers from 1 to K if the dataset is *ordinal*. 0, or what the
+            product has for it, where no data or no tile is.
 
         Raises:
             OSError: If a tile cannot be read.
             ValueError: If *height* or *width* are not positive, or if a tile has codes
-                that are not WorldCover's.
+                that are not the product's.
         """
-        if height < 1 or width < 1:
-            raise ValueError(
-                f'height and width must be positive, got {height} and {width}'
-            )
+        require(
+            height > 0 and width > 0,
+            f'height and width must be positive, got {height} and {width}',
+        )
         codes = self._mosaic.read(CRS.from_user_input(crs), transform, height, width)
         return torch.from_numpy(self._map[codes])
 
@@ -333,11 +322,9 @@ class ESAWorldCover(RasterDataset):
         if 'prediction' in sample:
             panels['Prediction'] = sample['prediction']
 
-        codes = (0, *self.classes)
+        codes = (self.product.fill, *self.classes)
         by_value = {i if self.ordinal else code: code for i, code in enumerate(codes)}
-        table = np.zeros((256, 4), np.uint8)
-        for value, code in by_value.items():
-            table[value] = self.colors[code]
+        table = _color_table({v: self.colors[code] for v, code in by_value.items()})
 
         present: set[int] = set()
         fig, axs = plt.subplots(

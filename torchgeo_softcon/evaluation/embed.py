@@ -21,10 +21,7 @@ from ..datamodules.normalization import match_images
 from ..models.encoders import Encoder
 from ..storage.resumable import ResumableParquet
 from .features import encode, poolings, prepare
-from .samples import split_samples
-
-#: Stage of a datamodule that has a split.
-STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
+from .samples import set_up, split_samples
 
 
 class _Embedder(LightningModule):
@@ -136,27 +133,3 @@ def _digest(indices: Sequence[Any]) -> str:
     for index in indices:
         digest.update(f'{index!r}\n'.encode())
     return digest.hexdigest()
-
-
-def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
-    """Prepare a split of a datamodule.
-
-    Args:
-        datamodule: The datamodule.
-        split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
-            that the datamodule has.
-
-    Returns:
-        The split.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    datamodule.prepare_data()
-    for name in STAGES if split is None else (split,):
-        datamodule.setup(STAGES[name])
-        if getattr(datamodule, f'{name}_dataset', None) is not None:
-            return name
-    # Datamodules of one dataset for all splits
-    split_samples(datamodule, split or 'predict')
-    return split or 'predict'

@@ -7,20 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..callbacks.subset import choose_subset
 from ..datamodules.normalization import match_images
 from ..models import is_vit
 from ..models.encoders import Encoder
 from ..transforms.center_view import center_view
-from .embed import set_up
-from .features import encode, pool, prepare
-from .probes import evaluate, knn_scores, linear_scores
-from .samples import LabelledSamples
+from .features import encode, pool
+from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
+from .samples import LabelledSamples, choose_subset, set_up
 
 #: Blocks of a Vision Transformer whose class tokens are used side by side, as in DINO.
 _BLOCKS = 4
@@ -29,7 +26,7 @@ _BLOCKS = 4
 @torch.inference_mode()
 def extract_features(
     encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> LabelledFeatures:
     """Encode the centre of labelled images.
 
     Args:
@@ -39,45 +36,27 @@ def extract_features(
         device: Where to compute.
 
     Returns:
-        Features of shape (N, F) by the names of :func:`.encode`, and *blocks*, the class
-        tokens of the last four blocks, of Vision Transformers. Labels of shape (N,) or
-        (N, K), those of images without any label left out.
+        Features by the names of :func:`.encode`, and *blocks*, the class tokens of the
+        last four blocks, of Vision Transformers, with their labels, on the CPU.
+
+    Raises:
+        ValueError: If a feature is NaN or infinite.
     """
-    batches: list[dict[str, Tensor]] = []
-    labels: list[Tensor] = []
-    for batch in tqdm(samples.batches(), samples.name, leave=False):
-        batch = {key: value.to(device) for key, value in batch.items()}
-        if samples.transform is not None:
-            batch = samples.transform(batch)
-        image, seasons = prepare(batch['image'], encoder.in_channels, None)
-        image = center_view(image, size)
-        features = _encode(encoder.model, image)
-        batches.append(
-            {
-                name: value.unflatten(0, (-1, seasons)).mean(1).float().cpu()
-                for name, value in features.items()
-            }
-        )
-        labels.append(batch['label'].cpu())
-    label = torch.cat(labels)
-    known = (
-        label.any(1) if label.ndim == 2 else torch.ones_like(label, dtype=torch.bool)
+    encoded = encode_batches(
+        encoder.model,
+        tqdm(samples.batches(), samples.name, leave=False),
+        samples.transform,
+        encoder.in_channels,
+        size,
+        device,
+        view=center_view,
+        encode=_encode,
     )
-    whole = {
-        name: torch.cat([features[name] for features in batches])[known]
-        for name in batches[0]
-    }
-    for name, value in whole.items():
-        if not value.isfinite().all():
-            raise ValueError(
-                f'features of the {samples.name} ({name}) are NaN or infinite. Look for '
-                'NaN pixels in the images'
-            )
-    return whole, label[known]
+    return collect_labelled(encoded, samples.name, 'cpu')
 
 
 def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """All features of images, from one pass."""
+    """Return all features of images, from one pass."""
     model: Any = encoder
     if not is_vit(encoder) or model.cls_token is None:
         return encode(encoder, image)
@@ -149,42 +128,21 @@ def evaluate_encoder(
         )
     size = size or encoder.size or 224
     encoder.model.to(device)
-    features, labels = extract_features(encoder, bank, size, device)
-    query, answers = extract_features(encoder, queries, size, device)
-    multi = labels.ndim == 2
-    hot = labels.float()
-    if not multi:
-        hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
-
+    bank_features = extract_features(encoder, bank, size, device)
+    query_features = extract_features(encoder, queries, size, device)
     values = {
-        'train_images': float(len(labels)),
-        f'{split}_images': float(len(answers)),
+        'train_images': float(len(bank_features.labels)),
+        f'{split}_images': float(len(query_features.labels)),
         'image_size': float(size),
     }
-    chance = hot.mean(0).expand(len(answers), -1)
-    predictions = {'chance': {'': chance}}
-    for count in k:
-        predictions[f'knn{count}'] = {
-            name: knn_scores(query[name], features[name], hot, count, temperature)
-            for name in features
-            if name != 'blocks'
-        }
-    predictions['linear'] = {
-        name: linear_scores(query[name], features[name], hot) for name in features
-    }
-    for method, by_feature in predictions.items():
-        for name, scores in by_feature.items():
-            end = f'_{name}' if name else ''
-            if multi:
-                values[f'{method}_map{end}'] = evaluate(scores, answers)
-                values[f'{method}_micro_map{end}'] = evaluate(scores, answers, 'micro')
-            else:
-                values[f'{method}_accuracy{end}'] = evaluate(scores, answers)
+    for score in score_probes(bank_features, query_features, k, temperature):
+        name = f'{score.method}{score.k or ""}_{score.metric}'
+        values['_'.join(filter(None, (name, score.feature)))] = score.value
     return values
 
 
 def _device(name: str | torch.device) -> torch.device:
-    """A device that is there."""
+    """Check that PyTorch finds a device."""
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:

@@ -1,16 +1,12 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Features of the encoder of a task, without a trace in the training."""
+"""The encoder of a task, and its features."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -111,16 +107,30 @@ def poolings(encoder: nn.Module) -> tuple[str, ...]:
     return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
 
 
+def resize(image: Tensor, size: int) -> Tensor:
+    """Resize images to squares of *size* pixels, if they have another size."""
+    if tuple(image.shape[-2:]) == (size, size):
+        return image
+    return F.interpolate(
+        image, (size, size), mode='bilinear', antialias=True, align_corners=False
+    )
+
+
 def prepare(
-    image: Tensor, in_channels: int | None, size: int | None, first: bool = False
+    image: Tensor,
+    in_channels: int | None,
+    size: int | None,
+    first: bool = False,
+    view: Callable[[Tensor, int], Tensor] = resize,
 ) -> tuple[Tensor, int]:
     """Bring images to what an encoder takes.
 
     Args:
         image: Images of shape (B, C, H, W), (B, T * C, H, W) or (B, T, C, H, W).
         in_channels: Number of bands C of the encoder, None if it is not known.
-        size: Side to resize to in pixels, None for no resizing.
+        size: Side of the result in pixels, None for no change.
         first: Whether to take the first of several seasons only.
+        view: Brings images to *size*.
 
     Returns:
         Images of shape (B * T, C, size, size), and T.
@@ -128,53 +138,10 @@ def prepare(
     Raises:
         ValueError: If the number of bands does not fit.
     """
+    seasons = 1
     if in_channels is not None:
         image = split_seasons(image, in_channels)
         image = image[:, :1] if first else image
         seasons = image.shape[1]
         image = image.flatten(0, 1)
-    else:
-        seasons = 1
-    if size is not None and tuple(image.shape[-2:]) != (size, size):
-        image = F.interpolate(
-            image, (size, size), mode='bilinear', antialias=True, align_corners=False
-        )
-    return image, seasons
-
-
-@contextmanager
-def quietly(trainer: Trainer, task: LightningModule) -> Iterator[None]:
-    """Evaluate a task in the middle of its training.
-
-    All modules are in evaluation mode, so that no batch statistics move, there are no
-    gradients, and the precision is that of the training. Afterwards, every module is in
-    the mode it was in, and all random number generators are where they were.
-
-    Args:
-        trainer: The trainer.
-        task: The task.
-    """
-    modes = [(module, module.training) for module in task.modules()]
-    task.eval()
-    try:
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        # Not module.train(mode), which would overrule the modes of its children
-        for module, mode in modes:
-            module.training = mode
-
-
-def gather(trainer: Trainer, values: Tensor) -> Tensor:
-    """Collect what each rank has, of the same shape, in the order of ranks.
-
-    Args:
-        trainer: The trainer.
-        values: Values of shape (N, ...) of this rank.
-
-    Returns:
-        Values of shape (R, N, ...) of R ranks.
-    """
-    if trainer.world_size == 1:
-        return values[None]
-    return trainer.strategy.all_gather(values)
+    return (image if size is None else view(image, size)), seasons

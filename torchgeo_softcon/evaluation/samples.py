@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Labelled samples for a probe, from a datamodule or a dataset."""
+"""The samples of a split of a datamodule, in their order."""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .._compat import Sample
+from ..datamodules.protocol import eval_transform, find_split, is_endless, offer_of
 
 #: Smallest share of an image that a class must cover to count, where labels are shares.
 #: As in WorldCoverMultiLabel.
@@ -20,6 +21,33 @@ _MIN_FRACTION = 0.05
 
 #: Samples that a sampler without end is asked for.
 _MAX_DRAWS = 1_000_000
+
+#: Stage of a datamodule that has a split.
+STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
+
+
+def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
+    """Prepare a split of a datamodule.
+
+    Args:
+        datamodule: The datamodule.
+        split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
+            that the datamodule has.
+
+    Returns:
+        The split.
+
+    Raises:
+        ValueError: If the datamodule has no such split.
+    """
+    datamodule.prepare_data()
+    for name in STAGES if split is None else (split,):
+        datamodule.setup(STAGES[name])
+        if getattr(offer_of(datamodule), f'{name}_dataset') is not None:
+            return name
+    # Datamodules of one dataset for all splits
+    split_samples(datamodule, split or 'predict')
+    return split or 'predict'
 
 
 def split_samples(
@@ -37,25 +65,49 @@ def split_samples(
     Raises:
         ValueError: If the datamodule has no such split.
     """
-    dataset = _first(datamodule, f'{split}_dataset', 'dataset')
+    dataset, sampler, batches = find_split(datamodule, split)
     if dataset is None:
         raise ValueError(
             f'{type(datamodule).__name__} has no {split}_dataset. Choose another split, '
             'or other data'
         )
-    batches = _first(datamodule, f'{split}_batch_sampler', 'batch_sampler')
-    sampler = _first(datamodule, f'{split}_sampler', 'sampler')
     if batches is not None:
         return dataset, [i for batch in islice(batches, _MAX_DRAWS) for i in batch]
     if sampler is not None:
         return dataset, list(islice(sampler, _MAX_DRAWS))
-    return dataset, list(range(len(dataset)))
+    return dataset, list(range(len(dataset)))  # type: ignore[arg-type]
 
 
-def _first(datamodule: LightningDataModule, *attributes: str) -> Any:
-    """The first attribute that is set."""
-    values = (getattr(datamodule, a, None) for a in attributes)
-    return next((value for value in values if value is not None), None)
+def shuffled(count: int, seed: int) -> Tensor:
+    """Return the numbers from 0 to *count* - 1 in an order that *seed* determines."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
+    """Choose some of a number of samples, always the same.
+
+    Without replacement, unlike in the code of SSL4EO-S12 and DINO-MC, whose 10 % have
+    duplicates.
+
+    Args:
+        count: Number of samples.
+        fraction: Share of them to choose, in (0, 1].
+        seed: Seed of the choice.
+
+    Returns:
+        Their indices, sorted.
+
+    Raises:
+        ValueError: If *fraction* is out of range, or leaves nothing.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f'fraction must be in (0, 1], got {fraction}')
+    chosen = round(count * fraction)
+    if not chosen:
+        raise ValueError(
+            f'fraction = {fraction} of {count} samples is nothing. Choose a larger one'
+        )
+    return shuffled(count, seed)[:chosen].sort().values.tolist()
 
 
 class LabelledSamples:
@@ -112,16 +164,14 @@ class LabelledSamples:
         Raises:
             ValueError: If the datamodule has no such split.
         """
-        dataset, draws = split_samples(datamodule, split)
+        offer = offer_of(datamodule)
         return cls(
-            dataset,
-            draws,
+            *split_samples(datamodule, split),
             name,
-            getattr(datamodule, 'batch_size', None) or 64,
-            getattr(datamodule, 'num_workers', 0),
-            # Validation images are not augmented, only normalized
-            _first(datamodule, 'val_aug', 'aug'),
-            getattr(datamodule, 'shares_ground', False),
+            offer.batch_size,
+            offer.num_workers,
+            eval_transform(datamodule),
+            offer.shares_ground,
         )
 
     def limit(self, count: int) -> None:
@@ -130,11 +180,9 @@ class LabelledSamples:
         Args:
             count: Largest number of samples.
         """
-        if count > len(self.indices) and getattr(self.dataset, 'endless', False):
+        if count > len(self.indices) and is_endless(self.dataset):
             self.indices = range(count)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(self.indices), generator=generator)
-        self.indices = [self.indices[i] for i in order[:count].sort().values]
+        self.indices = self._pick(shuffled(len(self.indices), 0)[:count])
 
     def is_same(self, other: 'LabelledSamples') -> bool:
         """Whether these are the samples of another split, too.
@@ -162,16 +210,17 @@ class LabelledSamples:
             count: Largest number of samples.
             others: Largest number of samples of *other*.
         """
-        if getattr(self.dataset, 'endless', False):
+        if is_endless(self.dataset):
             self.indices = range(count + others)
         number = len(self.indices)
         count = min(count, number * 3 // 4)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(number, generator=generator)
-        chosen, rest = order[:count], order[count : count + others]
-        draws = self.indices
-        self.indices = [draws[i] for i in chosen.sort().values]
-        other.indices = [draws[i] for i in rest.sort().values]
+        order = shuffled(number, 0)
+        other.indices = self._pick(order[count : count + others])
+        self.indices = self._pick(order[:count])
+
+    def _pick(self, positions: Tensor) -> list[Any]:
+        """Return what the dataset is asked for at some positions, in their order."""
+        return [self.indices[i] for i in positions.sort().values]
 
     def check(self) -> None:
         """Look at the first sample.
@@ -215,7 +264,7 @@ class LabelledSamples:
                 )
         labels = torch.stack([torch.as_tensor(sample['label']) for sample in samples])
         return {
-            'image': torch.stack([sample['image'] for sample in samples]).float(),
+            'image': torch.stack([sample['image'] for sample in samples]),
             'label': check_label(labels, self.name),
         }
 

@@ -7,87 +7,89 @@ import csv
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from segmentation_models_pytorch.encoders import encoders
 
-from ..models.encoders import noted_unit_range
+from ..models.encoders import Encoder
 
-if TYPE_CHECKING:
-    from .encoder import Encoder, Format
+_CARD = """\
+# {title}
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```
+{usage}
+```
+
+## Settings
+
+```yaml
+{settings}```
+"""
 
 
 def model_card(
-    encoder: 'Encoder', format: 'Format', source: Path, written: Sequence[Path]
+    encoder: Encoder, pretrained_as: str, usage: str, written: Sequence[Path]
 ) -> str:
-    """What a file holds, how it was made, and how to load it.
+    """Tell what a file holds, how it was made, and how to load it.
 
     Args:
-        encoder: The encoder.
-        format: Layout of the file.
-        source: Checkpoint that it is from. Files of its run may lie beside it.
+        encoder: The encoder as it was written. Files of its run may lie beside its
+            *source*.
+        pretrained_as: timm name of the model that was trained.
+        usage: How to load the files: a template with *model*, *channels*, *options*,
+            *smp* (its name in segmentation_models_pytorch), *file* and *last_file*.
         written: The files.
 
     Returns:
         The card in Markdown.
     """
-    checkpoint, state = encoder.checkpoint, encoder.state_dict
-    hparams = checkpoint['hyper_parameters']
-    dino = any(key.startswith('student.') for key in checkpoint['state_dict'])
-    channels = next(v for v in state.values() if v.ndim == 4).shape[1]
-    options = ''.join(f', {k}={v}' for k, v in encoder.options.items())
-    create = (
-        f"timm.create_model('{encoder.model}', in_chans={channels}, num_classes=0"
-        f'{options}'
-    )
-    file = written[0].name
-    name = encoder.model if encoder.model in encoders else f'tu-{encoder.model}'
-    usage = {
-        'torchgeo': f'--model.model {encoder.model} --model.weights {file} '
-        f'--model.in_channels {channels}',
-        'timm': f"{create}, checkpoint_path='{file}')",
-        'safetensors': f"{create}, checkpoint_path='{file}')",
-        'smp': f"encoder.load_state_dict(torch.load('{file}'))  # of {name}\n"
-        f'--model.backbone {name} --model.weights {written[-1].name}',
-    }[format]
-    run = _run_files(source)
-    bands = hparams.get('bands') or run['bands']
-    values = run['range'] or 'not known'
-    if noted_unit_range(checkpoint):
+    checkpoint, name = encoder.checkpoint, encoder.name or ''
+    channels = encoder.in_channels
+    run = _run_files(Path(encoder.source))
+    bands = encoder.bands or run.get('bands')
+    values = run.get('value range', 'not known')
+    if encoder.unit_range:
         values = '[0, 1], as torchgeo_softcon.ToUnitRange scales bands'
+    reference = f' ({encoder.reference})' if encoder.reference else ''
+    packages = ('torchgeo-softcon', 'torchgeo', 'timm', 'torch')
     rows = {
-        'method': 'DINO-MC (arXiv 2303.06670)'
-        if dino
-        else 'SoftCon (arXiv 2405.20462)',
-        'encoder': f'{encoder.model}, the {encoder.branch}',
-        'pretrained as': hparams['model'],
+        'method': f'{encoder.method}{reference}',
+        'encoder': f'{name}, the {encoder.branch}',
+        'pretrained as': pretrained_as,
         'bands': ', '.join(bands) if bands else f'{channels}, not named',
         'value range': values,
-        'image size in training': hparams.get('size', 'not known'),
-        'data': run['data'] or 'not known',
+        'image size in training': encoder.size or 'not known',
+        'data': run.get('data', 'not known'),
         'epochs, steps': f'{checkpoint.get("epoch", -1) + 1}, '
         f'{checkpoint.get("global_step", "not known")}',
-        'metrics at the end': run['metrics'] or 'not known',
-        'versions': ', '.join(
-            f'{name} {version(name)}'
-            for name in ('torchgeo-softcon', 'torchgeo', 'timm', 'torch')
-        ),
+        'metrics at the end': run.get('metrics', 'not known'),
+        'versions': ', '.join(f'{package} {version(package)}' for package in packages),
     }
-    table = '\n'.join(f'| {name} | {value} |' for name, value in rows.items())
-    settings = yaml.safe_dump(
-        {k: _plain(v) for k, v in hparams.items() if not k.startswith('_')},
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    return (
-        f'# {written[0].stem}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n'
-        f'```\n{usage}\n```\n\n## Settings\n\n```yaml\n{settings}```\n'
+    settings = {k: v for k, v in encoder.hparams.items() if not k.startswith('_')}
+    return _CARD.format(
+        title=written[0].stem,
+        rows='\n'.join(f'| {name} | {value} |' for name, value in rows.items()),
+        usage=usage.format(
+            model=name,
+            channels=channels,
+            options=''.join(f', {k}={v}' for k, v in encoder.options.items()),
+            smp=name if name in encoders else f'tu-{name}',
+            file=written[0].name,
+            last_file=written[-1].name,
+        ),
+        settings=yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True),
     )
 
 
 def _plain(value: Any) -> Any:
-    """A setting in the types of YAML."""
+    """Return a setting in the types of YAML."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -97,9 +99,9 @@ def _plain(value: Any) -> Any:
 
 
 def _run_files(source: Path) -> dict[str, Any]:
-    """What the files beside a checkpoint tell of the run."""
+    """Read what the files beside a checkpoint tell of the run."""
     folder = source.absolute().parents[1]
-    result: dict[str, Any] = dict.fromkeys(('bands', 'range', 'data', 'metrics'))
+    result: dict[str, Any] = {}
     if (folder / 'config.yaml').is_file():
         config = yaml.safe_load((folder / 'config.yaml').read_text())
         data = config.get('data') if isinstance(config, Mapping) else None
@@ -109,7 +111,7 @@ def _run_files(source: Path) -> dict[str, Any]:
             result['bands'] = init.get('bands')
             result['data'] = f'{data["class_path"]}({options})'
             if str(data['class_path']).startswith('torchgeo_softcon.'):
-                result['range'] = '[0, 1]'
+                result['value range'] = '[0, 1]'
     if (folder / 'metrics.csv').is_file():
         last: dict[str, str] = {}
         with open(folder / 'metrics.csv') as file:

@@ -247,20 +247,28 @@ class Mosaic:
     """
 
     def __init__(
-        self, tiles: Sequence[Tile], codes: Sequence[int], cache: bool
+        self,
+        tiles: Sequence[Tile],
+        codes: Sequence[int],
+        cache: bool,
+        no_data: Sequence[int] = (0,),
     ) -> None:
         """Initialize a new Mosaic instance.
 
         Args:
             tiles: Rasters, in order of precedence.
-            codes: Codes that may occur, besides 0 (no data).
+            codes: Codes of the classes.
             cache: Whether files stay open after a read.
+            no_data: Codes of pixels without data. The first one stands for them.
         """
         self.tiles = list(tiles)
         self._boxes = np.array([tile.bounds for tile in self.tiles])
         self._crs = list(dict.fromkeys(tile.crs for tile in self.tiles))
         self._group = np.array([self._crs.index(tile.crs) for tile in self.tiles])
-        self._legend = np.isin(np.arange(256), [0, *codes])
+        self.fill = no_data[0]
+        self._legend = np.isin(np.arange(256), [self.fill, *codes])
+        # Bytes often have 255 for no data without saying so
+        self._ignored = np.setdiff1d([*no_data, 255], [self.fill, *codes])
         self.files = OpenFiles(rasterio.open, _MAX_OPEN if cache else 0)
 
     def read(self, crs: CRS, transform: Affine, height: int, width: int) -> Codes:
@@ -273,13 +281,13 @@ class Mosaic:
             width: Columns of the grid.
 
         Returns:
-            Codes of shape (height, width), 0 where no tile has data.
+            Codes of shape (height, width), the code of no data where no tile has data.
 
         Raises:
             OSError: If a tile cannot be read.
             ValueError: If a tile has codes that are not in the legend.
         """
-        out = np.zeros((height, width), np.uint8)
+        out = np.full((height, width), self.fill, np.uint8)
         # Places that do not exist in the CRS of a tile are infinite, which is handled
         with np.errstate(invalid='ignore'):
             return self._read(out, crs, transform)
@@ -321,8 +329,8 @@ class Mosaic:
         whole = row.min() >= 0 and row.max() < tile.height
         whole = whole and col.min() >= 0 and col.max() < tile.width
         target: Any = slice(None)
-        if not whole or out.any():
-            target = (out == 0) & (row >= 0) & (row < tile.height)
+        if not whole or (out != self.fill).any():
+            target = (out == self.fill) & (row >= 0) & (row < tile.height)
             target &= (col >= 0) & (col < tile.width)
             row, col = row[target], col[target]
             if not len(row):
@@ -343,20 +351,18 @@ class Mosaic:
     def _block(
         self, tile: Tile, window: tuple[tuple[int, int], tuple[int, int]]
     ) -> Codes:
-        """Read a part of a tile, no data as 0."""
+        """Read a part of a tile, all codes of no data as the first of them."""
         block = self._stored(tile, window)
-        if tile.nodata:  # neither None nor 0
-            block[block == tile.nodata] = 0
+        if tile.nodata is not None and tile.nodata != self.fill:
+            block[block == tile.nodata] = self.fill
         if block.dtype != np.uint8:
             foreign = block[(block < 0) | (block > 255)]
             self._check(tile, np.unique(foreign))
             block = block.astype(np.uint8)
         known = self._legend[block]
         if not known.all():
-            # Bytes often have 255 for no data without saying so
-            foreign = np.unique(block[~known])
-            self._check(tile, foreign[foreign != 255])
-            block[~known] = 0
+            self._check(tile, np.setdiff1d(block[~known], self._ignored))
+            block[~known] = self.fill
         return block
 
     def _stored(

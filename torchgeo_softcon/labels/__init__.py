@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .archive import Labelled, label_archive
-    from .export import write_json
+    from .archive import Labelled as Labelled
+    from .archive import label_archive as label_archive
+    from .export import write_json as write_json
 
-__all__ = ('Labelled', 'label_archive', 'write_json')
-
-_MODULES = {'Labelled': 'archive', 'label_archive': 'archive', 'write_json': 'export'}
-
-__getattr__, __dir__ = lazy_names(globals(), _MODULES)
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(), archive=('Labelled', 'label_archive'), export=('write_json',)
+)

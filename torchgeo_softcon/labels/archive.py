@@ -21,8 +21,8 @@ from tqdm import tqdm
 from .._checks import check_counts, check_fractions
 from ..geo.footprints import Floats, outlines
 from ..landcover.files import Path
-from ..landcover.legends import LEGENDS, WORLDCOVER_CODES
-from ..landcover.tiles import BUCKET, VERSIONS, check_year
+from ..landcover.product import LandCoverProduct
+from ..landcover.products import ProductLike, find_legend, find_product
 from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_places, write_json
 from .plan import Plan, count_unit
@@ -61,20 +61,21 @@ def label_archive(
     images: Path | None = None,
     worldcover: Path | Iterable[Path] = 'data',
     out: Path = 'labels.parquet',
-    year: Literal[2020, 2021] = 2021,
+    year: int | None = None,
     *,
     footprints: Path | None = None,
     layout: tuple[str, Path] | None = None,
-    classes: Literal['worldcover', 'dynamicworld'] = 'worldcover',
+    classes: str | None = None,
     format: Literal['parquet', 'json'] | None = None,
     min_fraction: float = 0.05,
     min_valid: float = 0.5,
     workers: int | None = None,
     scheduler: str | None = None,
     download: bool = False,
-    base_url: str = BUCKET,
+    base_url: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    product: ProductLike = 'worldcover',
 ) -> Labelled:
     """Count the land cover of every patch of an archive, and write it to a file.
 
@@ -89,16 +90,16 @@ def label_archive(
 
     Args:
         images: A pattern such as ``'DIR/**/*.tif'``, or a folder. Every file is a patch.
-        worldcover: Folders of ESA WorldCover tiles, or files. To read tiles on a server in
+        worldcover: Folders of ESA WorldCover tiles (or of *product*), or files. To read tiles on a server in
             place, ``/vsicurl/https://...`` of a file or of a bucket.
         out: The file to write.
-        year: Year of the map.
+        year: Year of the map, by default the last one.
         footprints: A table of footprints instead of images, see
             :func:`.read_footprints`.
         layout: Instead of images, a layout and its root: ``('ssl4eo-s12', ROOT)``, see
             :func:`.find_layout`.
-        classes: Classes to count: WorldCover's 11, or Dynamic World's 9 by
-            :data:`.WORLDCOVER_TO_DYNAMICWORLD`.
+        classes: Classes to count: those of the product (by default, 11 for WorldCover),
+            or of one that it has a mapping to, ``'dynamicworld'`` (9) for WorldCover.
         format: ``'json'`` also writes the classes of every patch in the structure of
             SSL4EO-S12-ML, see :func:`.write_json`. By default, the suffix of *out* tells.
         min_fraction: For JSON, smallest share of the valid pixels that a class must
@@ -108,9 +109,11 @@ def label_archive(
         scheduler: Address of a Dask scheduler to use instead of processes.
         download: Whether to download the tiles under the archive to *worldcover*, a
             folder, if they are not there. Tiles that do not exist are sea: no data.
-        base_url: Address of the public bucket, or of a server with the same paths.
+        base_url: Address of a server with the same paths, by default the public bucket.
         overwrite: Whether to replace a file that exists.
         progress: Whether to show progress bars.
+        product: Land-cover product: its name, its YAML file, or the object itself, see
+            :func:`torchgeo_softcon.landcover.find_product`.
 
     Returns:
         What was done.
@@ -124,11 +127,9 @@ def label_archive(
             their last folder and name), other options are out of range, or if the file has
             labels of another map, legend or archive, or is none of labels.
     """
-    check_year(year)
-    if classes not in LEGENDS:
-        raise ValueError(
-            f'classes must be one of {", ".join(LEGENDS)}, got {classes!r}'
-        )
+    product = find_product(product)
+    year = product.check_year(year)
+    legend, of_code = find_legend(product, classes)
     check_counts(workers=workers)
     if not 0 < min_fraction <= 1:
         raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
@@ -140,15 +141,16 @@ def label_archive(
 
     if not isinstance(worldcover, str | os.PathLike):
         worldcover = list(worldcover)
+    if download or remote_bucket(worldcover) is not None:
+        product.grid  # noqa: B018, raises an error if there is none
     if download:
         download_folder(worldcover)
     elif remote_bucket(worldcover) is None:
-        find_year(worldcover, year)
+        find_year(worldcover, product, year)
     source, name = _find_archive(images, footprints, layout)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
         check_places(source.ids.to_pylist())
-    product = f'ESA WorldCover 10 m {year} {VERSIONS[year]}'
     # The counts are kept beside the JSON, so that other thresholds take no second run
     file = path.with_suffix('.parquet') if format == 'json' else path
     json = path.with_suffix('.json')
@@ -157,11 +159,11 @@ def label_archive(
             f'{json} is there, but not {file} of which it would be made: it may not be of '
             'this command. Choose another file, or set overwrite to replace it'
         )
-    store = LabelStore(file, name, LEGENDS[classes], year, product)
+    store = LabelStore(file, name, legend, of_code, year, product.edition(year))
     count = workers or _cores()
     with store.open(overwrite), open_workers(count, scheduler) as pool:
-        labelled = _Run(source, store, pool, year, progress).run(
-            worldcover, base_url if download else None
+        labelled = _Run(source, store, pool, product, year, progress).run(
+            worldcover, (base_url or product.url) if download else None
         )
     if format == 'json':
         write_json(store.path, json, min_fraction, min_valid)
@@ -211,11 +213,12 @@ class _Run:
         source: Images | Table,
         store: LabelStore,
         workers: Workers,
-        year: Literal[2020, 2021],
+        product: LandCoverProduct,
+        year: int | None,
         progress: bool,
     ) -> None:
         self.source, self.store, self.workers = source, store, workers
-        self.year, self.progress = year, progress
+        self.product, self.year, self.progress = product, year, progress
         self.failures: dict[str, str] = {}
         self.decoded = 0
 
@@ -232,11 +235,18 @@ class _Run:
             footprints, boxes = footprints.filter(pa.array(placed)), boxes[placed]
 
         cover = find_cover(
-            worldcover, self.year, boxes, self.workers, base_url, self.progress
+            worldcover,
+            self.product,
+            self.year,
+            boxes,
+            self.workers,
+            base_url,
+            self.progress,
         )
         plan = Plan(boxes, cover.tiles)
         ids = footprints['id']
-        lost = reasons(cover, boxes, np.flatnonzero(plan.first < 0).tolist(), self.year)
+        bare = np.flatnonzero(plan.first < 0).tolist()
+        lost = reasons(cover, boxes, bare, self.product, self.year)
         self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
         self.store.start_counting(self._names(worldcover))
         names = ids.combine_chunks()
@@ -281,7 +291,8 @@ class _Run:
         if remote_bucket(worldcover) is not None:
             return []
         try:
-            return sorted(map(os.path.basename, find_year(worldcover, self.year)))
+            files = find_year(worldcover, self.product, self.year)
+            return sorted(map(os.path.basename, files))
         except FileNotFoundError:
             return []
 
@@ -336,7 +347,8 @@ class _Run:
         self, plan: Plan, footprints: pa.Table, todo: npt.NDArray[np.bool_]
     ) -> int:
         """Count the pixels of footprints."""
-        units = plan.units(footprints, todo, WORLDCOVER_CODES, self.workers.count)
+        codes, no_data = self.product.codes, self.product.no_data
+        units = plan.units(footprints, todo, codes, self.workers.count, no_data)
         done = 0
         with self._bar(int(todo.sum()), 'patches') as bar:
             for ids, result in self.workers.map(count_unit, units):

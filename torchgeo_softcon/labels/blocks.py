@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import rasterio
 
-from ..geo.mosaic import Mosaic, Tile
+from ..geo.mosaic import Mosaic, Tile, open_tile
 
 #: Size of a cell in pixels, if the blocks of a file divide it: that of official tiles.
 _CELL = 1024
@@ -50,6 +51,22 @@ def gdal_options(paths: Iterable[str]) -> dict[str, Any]:
     return {'GDAL_CACHEMAX': _GDAL_CACHE, **(_REMOTE if remote else {})}
 
 
+def open_path(path: str) -> tuple[str, Tile | str]:
+    """Open a tile.
+
+    Args:
+        path: Its path.
+
+    Returns:
+        The path, and the tile or why it cannot be opened.
+    """
+    try:
+        with rasterio.Env(**gdal_options([path])):
+            return path, open_tile(path)
+    except (OSError, ValueError) as error:
+        return path, str(error)
+
+
 class BlockMosaic(Mosaic):
     """A mosaic that keeps the blocks it has decoded.
 
@@ -57,14 +74,17 @@ class BlockMosaic(Mosaic):
     Footprints that come in the order of their cells get each of them decoded once.
     """
 
-    def __init__(self, tiles: Sequence[Tile], codes: Sequence[int]) -> None:
+    def __init__(
+        self, tiles: Sequence[Tile], codes: Sequence[int], no_data: Sequence[int] = (0,)
+    ) -> None:
         """Initialize a new BlockMosaic instance.
 
         Args:
             tiles: Rasters, in order of precedence.
-            codes: Codes that may occur, besides 0 (no data).
+            codes: Codes of the classes.
+            no_data: Codes of pixels without data.
         """
-        super().__init__(tiles, codes, cache=True)
+        super().__init__(tiles, codes, True, no_data)
         self._cells: OrderedDict[tuple[str, int, int], npt.NDArray[Any]] = OrderedDict()
         self._shapes: dict[str, tuple[int, int]] = {}
         self._dtypes: dict[str, npt.DTypeLike] = {}

@@ -79,14 +79,18 @@ class Counted:
 
 
 def count_pixels(
-    table: pa.Table, tiles: Sequence[Tile], codes: Sequence[int]
+    table: pa.Table,
+    tiles: Sequence[Tile],
+    codes: Sequence[int],
+    no_data: Sequence[int] = (0,),
 ) -> Counted:
     """Count the pixels of every class in footprints.
 
     Args:
         table: Footprints, best in the order of the blocks under them.
         tiles: Rasters of class codes, in order of precedence.
-        codes: Codes to count, K of them. All others but 0 (no data) are errors.
+        codes: Codes to count, K of them. All others but *no_data* are errors.
+        no_data: Codes of pixels without data.
 
     Returns:
         The counts. Footprints that cannot be counted have a reason instead.
@@ -95,7 +99,7 @@ def count_pixels(
         np.zeros((len(table), len(codes)), np.int64), np.zeros(len(table), np.int64)
     )
     with rasterio.Env(**gdal_options(tile.path for tile in tiles)):
-        mosaic = BlockMosaic(tiles, codes)
+        mosaic = BlockMosaic(tiles, codes, no_data)
         counter = _Counter(mosaic, codes)
         grids = _Grids(table, tiles)
         for row in range(len(table)):
@@ -258,7 +262,7 @@ class _Counter:
         self.mosaic = mosaic
         # Bytes are compared with bytes eight times as fast as with int64
         self.codes = np.array(codes, np.uint8)
-        self.plain = [tile.nodata in (None, 0) for tile in mosaic.tiles]
+        self.plain = [tile.nodata in (None, mosaic.fill) for tile in mosaic.tiles]
         # The most frequent first: once all pixels are found, no other code has any
         self.order = list(range(len(codes)))
 
@@ -311,7 +315,7 @@ class _Counter:
         return self._polygon(crs, polygon)
 
     def _histogram(self, values: npt.NDArray[np.uint8]) -> Counts | None:
-        """Pixels of every code, None if there are others than these and 0."""
+        """Pixels of every code, None if there are others than these and no data."""
         counts = np.zeros(len(self.codes), np.int64)
         left = values.size
         for position in self.order:
@@ -319,7 +323,7 @@ class _Counter:
             left -= int(found)
             if not left:
                 break
-        if left and left != values.size - np.count_nonzero(values):
+        if left and left != np.count_nonzero(values == self.mosaic.fill):
             return None
         # The next footprint is a neighbour
         self.order = np.argsort(-counts, kind='stable').tolist()
@@ -341,11 +345,11 @@ class _Counter:
             return self.mosaic.read(crs, transform, height, width)
         corners = [transform @ (col, row) for col in (0, width) for row in (0, height)]
         turns = [round(lon / 360) for lon, _ in corners]
-        out = np.zeros((height, width), np.uint8)
+        out = np.full((height, width), self.mosaic.fill, np.uint8)
         for turn in range(min(turns), max(turns) + 1):
             moved = Affine.translation(-360 * turn, 0) @ transform
             values = self.mosaic.read(crs, moved, height, width)
-            np.copyto(out, values, where=out == 0)
+            np.copyto(out, values, where=out == self.mosaic.fill)
         return out
 
     def _polygon(self, crs: CRS, polygon: shapely.Geometry) -> tuple[Counts, int]:

@@ -6,25 +6,16 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
-import rasterio
 import shapely
 
 from ..geo.footprints import Floats
-from ..geo.mosaic import Tile, open_tile
+from ..geo.mosaic import Tile
 from ..landcover.download import download_tiles
-from ..landcover.files import Path, find_tiles, warn_size
-from ..landcover.tiles import (
-    OFFICIAL,
-    TILE_DEGREES,
-    tile_corner,
-    tile_file,
-    tile_path,
-    tiles_of,
-)
-from .blocks import gdal_options
+from ..landcover.files import Path, find_map_files, warn_of_resampled
+from ..landcover.product import LandCoverProduct
+from .blocks import open_path
 from .workers import Workers
 
 
@@ -45,7 +36,8 @@ class Cover:
 
 def find_cover(
     worldcover: Path | Iterable[Path],
-    year: Literal[2020, 2021],
+    product: LandCoverProduct,
+    year: int | None,
     boxes: Floats,
     workers: Workers,
     base_url: str | None = None,
@@ -56,6 +48,7 @@ def find_cover(
     Args:
         worldcover: Folders and files, or the address of a bucket as
             ``/vsicurl/https://...``.
+        product: The land-cover product.
         year: Year of the map.
         boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
         workers: What opens the files.
@@ -71,8 +64,8 @@ def find_cover(
     """
     bucket = remote_bucket(worldcover)
     if bucket is not None:
-        names = tiles_of(boxes)
-        paths = [f'{bucket}/{tile_path(name, year)}' for name in names]
+        names = product.grid.names_under(boxes)
+        paths = [f'{bucket}/{product.file_path(name, year)}' for name in names]
         cover = Cover()
         for name, path, opened in zip(names, paths, _open(paths, workers), strict=True):
             if isinstance(opened, Tile):
@@ -88,22 +81,31 @@ def find_cover(
     if base_url is not None:
         folder = download_folder(worldcover)
         result = download_tiles(
-            tiles_of(boxes), folder, year, base_url, progress=progress
+            product.grid.names_under(boxes),
+            folder,
+            year,
+            base_url,
+            progress=progress,
+            product=product,
         )
         cover.absent, cover.failed = set(result.absent), result.failed
-        if not (result.downloaded or result.kept) and not _any_tiles(folder, year):
+        if not (result.downloaded or result.kept) and not _any_tiles(
+            folder, product, year
+        ):
             return cover
-    files = find_year(worldcover, year)
+    files = find_year(worldcover, product, year)
     for file, opened in zip(files, _open(files, workers), strict=True):
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
         # Of the caller of label_archive
-        warn_size(opened, stacklevel=4)
+        warn_of_resampled(opened, product, stacklevel=4)
         cover.tiles.append(opened)
     return cover
 
 
-def find_year(worldcover: Path | Iterable[Path], year: int) -> list[str]:
+def find_year(
+    worldcover: Path | Iterable[Path], product: LandCoverProduct, year: int | None
+) -> list[str]:
     """Find the tiles of a year, also among files that are named one by one.
 
     A dataset takes every file that is named. Labels are said to be those of one map, so
@@ -111,20 +113,21 @@ def find_year(worldcover: Path | Iterable[Path], year: int) -> list[str]:
 
     Args:
         worldcover: Folders and files.
+        product: The land-cover product.
         year: Year of the map.
 
     Returns:
-        The files, as :func:`.find_tiles` sorts them.
+        The files, as :func:`.find_map_files` sorts them.
 
     Raises:
         FileNotFoundError: If there is none.
     """
-    files = find_tiles(worldcover, year)
-    names = [OFFICIAL.search(os.path.basename(file)) for file in files]
+    files = find_map_files(worldcover, product, year)
+    names = [product.official.search(os.path.basename(file)) for file in files]
     chosen = [
         file
         for file, name in zip(files, names, strict=True)
-        if name is None or name['year'] == str(year)
+        if name is None or name.groupdict().get('year') in (None, str(year))
     ]
     if not chosen:
         raise FileNotFoundError(
@@ -167,7 +170,11 @@ def download_folder(worldcover: Path | Iterable[Path]) -> str:
 
 
 def reasons(
-    cover: Cover, boxes: Floats, uncovered: Sequence[int], year: int
+    cover: Cover,
+    boxes: Floats,
+    uncovered: Sequence[int],
+    product: LandCoverProduct,
+    year: int | None,
 ) -> dict[int, str]:
     """Why boxes have no land cover.
 
@@ -175,6 +182,7 @@ def reasons(
         cover: The tiles.
         boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
         uncovered: Rows of the boxes without any tile.
+        product: The land-cover product.
         year: Year of the map.
 
     Returns:
@@ -184,50 +192,37 @@ def reasons(
     out = {}
     for row in uncovered:
         try:
-            names = tiles_of(boxes[row])
+            names = product.grid.names_under(boxes[row])
         except ValueError:
             names = []
         if names and cover.absent.issuperset(names):
             continue
-        files = ', '.join(tile_file(name, year) for name in names[:3])
+        files = ', '.join(product.file_name(name, year) for name in names[:3])
         more = ', ...' if names[3:] else ''
         example = f': {files}{more} would be' if files else ''
-        out[int(row)] = f'no tile of {year} is under it{example}'
+        edition = '' if year is None else f' of {year}'
+        out[int(row)] = f'no tile{edition} is under it{example}'
     if cover.failed:
         failed = list(cover.failed)
-        corners = np.array([tile_corner(name) for name in failed])
-        index = shapely.STRtree(shapely.box(*corners.T, *(corners + TILE_DEGREES).T))
+        bounds = np.array([product.grid.bounds(name) for name in failed])
+        index = shapely.STRtree(shapely.box(*bounds.T))
         found, tile = index.query(shapely.box(*boxes.T))
         for row, number in zip(found.tolist(), tile.tolist(), strict=True):
             name = failed[number]
-            out[row] = f'{tile_file(name, year)} cannot be had: {cover.failed[name]}'
+            out[row] = (
+                f'{product.file_name(name, year)} cannot be had: {cover.failed[name]}'
+            )
     return out
 
 
-def _any_tiles(folder: str, year: int) -> bool:
+def _any_tiles(folder: str, product: LandCoverProduct, year: int | None) -> bool:
     try:
-        return bool(find_year(folder, year))
+        return bool(find_year(folder, product, year))
     except FileNotFoundError:
         return False
 
 
 def _open(paths: list[str], workers: Workers) -> list[Tile | str]:
-    """Open files in workers: connections to servers must not be forked."""
+    """Open files in workers, as it takes its time on a server."""
     opened = dict(workers.map(open_path, paths))
     return [opened[path] for path in paths]
-
-
-def open_path(path: str) -> tuple[str, Tile | str]:
-    """Open a tile.
-
-    Args:
-        path: Its path.
-
-    Returns:
-        The path, and the tile or why it cannot be opened.
-    """
-    try:
-        with rasterio.Env(**gdal_options([path])):
-            return path, open_tile(path)
-    except (OSError, ValueError) as error:
-        return path, str(error)

@@ -34,11 +34,13 @@ class Unit:
         table: The footprints.
         tiles: The tiles, in order of precedence.
         codes: Codes to count.
+        no_data: Codes of pixels without data.
     """
 
     table: pa.Table
     tiles: list[Tile]
     codes: tuple[int, ...]
+    no_data: tuple[int, ...]
 
 
 def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
@@ -50,7 +52,7 @@ def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
     Returns:
         Ids, and the counts in their order.
     """
-    counted = count_pixels(unit.table, unit.tiles, unit.codes)
+    counted = count_pixels(unit.table, unit.tiles, unit.codes, unit.no_data)
     return unit.table['id'].combine_chunks(), counted
 
 
@@ -87,6 +89,7 @@ class Plan:
         todo: npt.NDArray[np.bool_],
         codes: Sequence[int],
         workers: int,
+        no_data: Sequence[int] = (0,),
     ) -> Iterator[Unit]:
         """Cut footprints into units of neighbours.
 
@@ -95,6 +98,7 @@ class Plan:
             todo: Which of them are to be counted, of shape (N,).
             codes: Codes to count.
             workers: How many units run at once.
+            no_data: Codes of pixels without data.
 
         Yields:
             The units.
@@ -108,6 +112,7 @@ class Plan:
                 table.take(pa.array(rows)),
                 [self.tiles[tile] for tile in tiles],
                 tuple(codes),
+                tuple(no_data),
             )
 
     def _order(

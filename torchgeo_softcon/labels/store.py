@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import shapely
 
 from ..geo.footprints import SCHEMA, outlines
-from ..landcover.legends import WORLDCOVER_CODES, Legend
+from ..landcover.product import LandCoverProduct
 from ..storage.resumable import REMEDY, ResumableParquet
 from ..storage.whole_file import whole_file
 from .counting import Counted, Counts
@@ -30,18 +30,6 @@ _ROWS = 2**16
 #: Version of the columns of the file.
 _VERSION = 1
 
-#: Columns of the parts.
-_COLUMNS = {
-    'counts': pa.schema(
-        {
-            'id': pa.string(),
-            'pixels': pa.int64(),
-            'counts': pa.list_(pa.int64(), len(WORLDCOVER_CODES)),
-        }
-    ),
-    'footprints': SCHEMA,
-}
-
 
 class LabelStore(ResumableParquet):
     """Labels that are done: in the file, and in parts."""
@@ -50,20 +38,33 @@ class LabelStore(ResumableParquet):
     notes = ('overwrite', 'tiles')
 
     def __init__(
-        self, path: Path, archive: str, legend: Legend, year: int, product: str
+        self,
+        path: Path,
+        archive: str,
+        legend: LandCoverProduct,
+        of_code: Mapping[int, int],
+        year: int | None,
+        product: str,
     ) -> None:
         """Initialize a new LabelStore instance.
 
         Args:
             path: Path of the file.
             archive: The archive, to tell whether parts belong to it.
-            legend: Classes of the labels.
+            legend: Product that has the classes of the labels.
+            of_code: Its code for every code that is counted.
             year: Year of the map.
             product: Name of the map with its version.
         """
-        super().__init__(path, {'archive': archive, 'year': year, 'version': _VERSION})
+        origin = {'archive': archive, 'year': year, 'product': product}
+        super().__init__(path, {**origin, 'version': _VERSION})
         self.failures = path.with_name(f'{path.stem}.failed.csv')
-        self.legend, self.product = legend, product
+        self.legend, self.of_code, self.product = legend, of_code, product
+
+    def noted(self) -> dict[str, Any]:
+        """Read the manifest. Versions that knew one product did not note it."""
+        there = super().noted()
+        return {'product': self.product, **there} if there else {}
 
     def check_file(self) -> None:
         """Refuse to go on with a file of other labels, or of none."""
@@ -93,11 +94,12 @@ class LabelStore(ResumableParquet):
     def _in_common(self) -> dict[str, Any]:
         """Return what all labels of a file must have in common."""
         names = map(str, self.legend.codes)
+        classes = self.legend.class_names
         return {
             'version': _VERSION,
             'product': self.product,
             'legend': self.legend.name,
-            'classes': dict(zip(names, self.legend.classes, strict=True)),
+            'classes': dict(zip(names, classes, strict=True)),
         }
 
     def labels(self) -> pa.Table | None:
@@ -108,11 +110,10 @@ class LabelStore(ResumableParquet):
 
     def read_parts(self, kind: Literal['counts', 'footprints']) -> pa.Table:
         """Read all parts of a kind, those that were written last first."""
-        schema = _COLUMNS[kind]
+        schema = SCHEMA if kind == 'footprints' else counts_schema(len(self.of_code))
         tables = [pq.read_table(part).cast(schema) for part in self.part_files(kind)]
-        return pa.concat_tables(
-            [schema.empty_table(), *tables[::-1]]
-        ).unify_dictionaries()
+        tables.append(schema.empty_table())
+        return pa.concat_tables(tables[::-1]).unify_dictionaries()
 
     def start_counting(self, tiles: Sequence[str]) -> None:
         """Drop counts that lack data, if there are tiles they were not made with.
@@ -196,8 +197,8 @@ class LabelStore(ResumableParquet):
     def _to_legend(self, counts: pa.Table) -> Any:
         """Add up counts for the legend's classes, of shape (N, K)."""
         values = np.zeros((len(counts), len(self.legend.codes)), np.int64)
-        for code, column in zip(WORLDCOVER_CODES, _by_code(counts).T, strict=True):
-            target = self.legend.of_worldcover[code]
+        columns = _by_code(counts).T
+        for target, column in zip(self.of_code.values(), columns, strict=True):
             values[:, self.legend.codes.index(target)] += column
         return values
 
@@ -250,13 +251,19 @@ def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
         [
             ids.filter(pa.array(good)),
             pa.array(counted.pixels[good]),
-            pa.FixedSizeListArray.from_arrays(flat, len(WORLDCOVER_CODES)),
+            pa.FixedSizeListArray.from_arrays(flat, counted.counts.shape[1]),
         ],
-        schema=_COLUMNS['counts'],
+        schema=counts_schema(counted.counts.shape[1]),
     )
 
 
+def counts_schema(classes: int) -> pa.Schema:
+    """Return the columns of the parts with counts of a number of classes."""
+    counts = pa.list_(pa.int64(), classes)
+    return pa.schema({'id': pa.string(), 'pixels': pa.int64(), 'counts': counts})
+
+
 def _by_code(counts: pa.Table) -> Counts:
-    """Return the counts of a part, of shape (N, 11)."""
-    flat = counts['counts'].combine_chunks().flatten().to_numpy()
-    return np.asarray(flat).reshape(-1, len(WORLDCOVER_CODES))
+    """Return the counts of a part, of shape (N, K)."""
+    column = counts['counts'].combine_chunks()
+    return np.asarray(column.flatten()).reshape(-1, column.type.list_size)

@@ -1,40 +1,32 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Download of ESA WorldCover tiles from the public bucket."""
+"""Download the tiles of a land-cover product."""
 
 import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import numpy as np
+import rasterio
 import requests
 from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
 from tqdm import tqdm
 
-from .._checks import check_counts
-from .tiles import (
-    BUCKET,
-    check_official,
-    check_year,
-    is_readable,
-    tile_corner,
-    tile_file,
-    tile_path,
-    tiles_of,
-)
+from .._checks import check_counts, check_positive
+from .product import LandCoverProduct
+from .products import ProductLike, find_product
+from .tiles import Bounds, TileGrid
 
-__all__ = ('ABSENT', 'BUCKET', 'TileDownload', 'download_tiles', 'tiles_of')
-
-#: File in the folder of the tiles with the addresses that have none, one per line: tiles
-#: of open sea. They are not asked for again, unless somebody removes the line.
-ABSENT = 'ESA_WorldCover_absent.txt'
+__all__ = ('TileDownload', 'download_tiles', 'tiles_of')
 
 #: How often a tile is tried, and seconds before the second time. They double every time.
 _ATTEMPTS, _BACKOFF = 5, 1.0
@@ -45,9 +37,14 @@ _POLL = 0.2
 #: Bytes that are read at once, and the most that are lost if a connection ends.
 _CHUNK = 2**16
 
-#: Answers of servers that may be better later: too many requests, and errors of theirs.
+#: Bytes of a file that are not pixels, at most.
+_HEADERS = 2**22
+
+#: Answers that may be better later: too many requests, and errors of the server.
 _BUSY = (408, 429, 500, 502, 503, 504)
 
+#: How TIFF and BigTIFF files begin.
+_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 
 #: What may become of a tile.
 Outcome = Literal['downloaded', 'kept', 'absent']
@@ -61,7 +58,7 @@ class TileDownload:
         downloaded: Names of tiles that were downloaded.
         kept: Names of tiles that were there already.
         absent: Names of tiles that do not exist, as only sea is there.
-        failed: Names of tiles that could not be had, and why.
+        failed: Names of tiles that could not be downloaded, and why.
     """
 
     downloaded: list[str] = field(default_factory=list)
@@ -70,58 +67,91 @@ class TileDownload:
     failed: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Counts in one line, and a line for every failure."""
+        """Return the counts in one line, and a line for every failure."""
         counts = (
             f'{len(self.downloaded)} downloaded, {len(self.kept)} already there, '
             f'{len(self.absent)} without land, {len(self.failed)} failed'
         )
         return '\n'.join(
-            [counts, *(f'{tile}: {why}' for tile, why in self.failed.items())]
+            [counts, *(f'{name}: {why}' for name, why in self.failed.items())]
         )
+
+
+def tiles_of(
+    bounds: Bounds | Iterable[Sequence[float]], product: ProductLike = 'worldcover'
+) -> list[str]:
+    """Return the names of the official tiles under boxes.
+
+    Args:
+        bounds: Boxes, see :meth:`.TileGrid.names_under`.
+        product: A product, its name, or its YAML file.
+
+    Returns:
+        Sorted names without duplicates, like N51E003 for its south-west corner.
+
+    Raises:
+        ValueError: If *bounds* are not boxes, or if the product has no tiles.
+    """
+    return tile_grid(find_product(product)).names_under(bounds)
+
+
+def tile_grid(product: LandCoverProduct) -> TileGrid:
+    """Return the grid of a product, or raise a ValueError if it has none."""
+    if product.tiles is None:
+        raise ValueError(
+            f'product must have tiles to be found on a server, got {product.name!r} '
+            'without: name its files, or add tiles to the product'
+        )
+    return product.tiles
 
 
 def download_tiles(
     names: Iterable[str],
     root: str | os.PathLike[str],
-    year: Literal[2020, 2021] = 2021,
-    base_url: str = BUCKET,
+    year: int | None = None,
+    base_url: str | None = None,
     workers: int = 4,
     timeout: float = 30,
     progress: bool = True,
+    product: ProductLike = 'worldcover',
 ) -> TileDownload:
-    """Download tiles of ESA WorldCover, some 50 MB each, all or nothing of every tile.
+    """Download tiles of a product (some 50 MB each for WorldCover), each as a whole.
 
     A tile gets its name when it is complete, of the official size and place, and every
     pixel of it has been read. Tiles that are there and open without an error are kept,
     of whatever size; others are replaced. What an interruption leaves of a tile is
-    continued by the next call, if the server still has the same file. Two processes may
-    download to one folder.
+    continued by the next call, if the server still has the same file. Several processes
+    may download to one folder.
 
     Args:
-        names: Names of tiles, as :func:`tiles_of` gives them.
+        names: Names of tiles, as :func:`tiles_of` returns them.
         root: Folder to download to. It is made if it does not exist.
-        year: Year of the map.
-        base_url: Address of the bucket, or of another server with the same paths.
+        year: Year of the map, by default the last one.
+        base_url: Address of another server with the same paths, by default that of the
+            product.
         workers: Number of tiles that are downloaded at once.
         timeout: Seconds without an answer or a byte, after which a server is asked again.
             It also bounds how long an interruption by the keyboard may take.
         progress: Whether to show a progress bar.
+        product: A product, its name, or its YAML file.
 
     Returns:
         What was downloaded, was there, does not exist, and failed after five attempts.
 
     Raises:
         ValueError: If *names* has other names than those of tiles, if *year* is unknown,
-            if *root* is no folder, if *base_url* is no address, or if *workers* or
+            if *root* is not a folder, if *base_url* is not an address, or if *workers* or
             *timeout* are not positive.
     """
-    check_year(year)
+    product = find_product(product)
+    grid = tile_grid(product)
+    year = product.check_year(year)
     tiles = sorted({*names})
     for tile in tiles:
-        tile_corner(tile)
+        grid.bounds(tile)
     check_counts(workers=workers)
-    if not timeout > 0:
-        raise ValueError(f'timeout must be positive, got {timeout}')
+    check_positive(timeout=timeout)
+    base_url = product.url if base_url is None else base_url
     if not base_url.startswith(('https://', 'http://')):
         raise ValueError(
             f'base_url must start with https:// or http://, got {base_url!r}'
@@ -132,7 +162,7 @@ def download_tiles(
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f'root must be a folder, got {str(folder)!r}') from error
 
-    fetch = _Fetch(folder, year, base_url.rstrip('/'), timeout)
+    fetch = _Fetch(folder, product, year, base_url.rstrip('/'), timeout)
     result = TileDownload()
     threads: list[int] = []
     with (
@@ -141,7 +171,7 @@ def download_tiles(
             initializer=lambda: threads.append(threading.get_native_id()),
         ) as pool,
         tqdm(
-            total=len(tiles), desc='WorldCover', unit='tile', disable=not progress
+            total=len(tiles), desc=product.title, unit='tile', disable=not progress
         ) as bar,
     ):
         futures = {pool.submit(fetch.tile, tile): tile for tile in tiles}
@@ -167,13 +197,10 @@ def download_tiles(
 
 
 def _wait_for_end(threads: Iterable[int]) -> None:
-    """Wait until threads have ended for the system, which is after Python has joined them.
+    """Wait until threads have ended for the system, after Python has joined them.
 
     As they end, PROJ closes the database that it has opened for each. A process that is
-    forked meanwhile waits for its locks forever. Where there is no ``/proc``, none forks.
-
-    Args:
-        threads: Native identifiers of threads.
+    forked meanwhile waits for its locks forever. Without ``/proc``, systems do not fork.
     """
     end = time.monotonic() + 5
     paths = [f'/proc/self/task/{thread}' for thread in threads]
@@ -185,31 +212,33 @@ class _Again(Exception):
     """A failure that another attempt may mend."""
 
 
+@dataclass
 class _Fetch:
     """What the downloads of all tiles share."""
 
-    def __init__(self, folder: Path, year: int, base_url: str, timeout: float) -> None:
-        self.folder, self.year = folder, year
-        self.base_url, self.timeout = base_url, timeout
-        self.stop = threading.Event()
-        self.received = 0
-        absent = folder / ABSENT
-        self.absent = {*absent.read_text().split()} if absent.exists() else set()
+    folder: Path
+    product: LandCoverProduct
+    year: int | None
+    base_url: str
+    timeout: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    received: int = 0
+
+    def __post_init__(self) -> None:
+        """Read which tiles are known not to exist.
+
+        The file has the addresses of tiles of open sea, one per line. They are not asked
+        for again, unless somebody removes the line.
+        """
+        name = f'{self.product.title.replace(" ", "_")}_absent.txt'
+        self.absent_file = self.folder / name
+        known = self.absent_file.read_text() if self.absent_file.exists() else ''
+        self.absent = {*known.split()}
 
     def tile(self, tile: str) -> Outcome:
-        """Get a tile.
-
-        Args:
-            tile: Its name.
-
-        Returns:
-            The attribute of the result that the tile belongs to.
-
-        Raises:
-            OSError: If the tile cannot be had.
-        """
-        url = f'{self.base_url}/{tile_path(tile, self.year)}'
-        path = self.folder / tile_file(tile, self.year)
+        """Get a tile, or raise an OSError that says why it cannot be downloaded."""
+        url = f'{self.base_url}/{self.product.file_path(tile, self.year)}'
+        path = self.folder / self.product.file_name(tile, self.year)
         if is_readable(path):
             return 'kept'
         if url in self.absent:
@@ -222,7 +251,10 @@ class _Fetch:
                     return 'kept'
                 if not self._persist(url, tile, partial):
                     partial.truncate(0)
-                    self._remember(url)
+                    # One short write to the end of a file: processes do not disturb
+                    # each other
+                    with self.absent_file.open('a') as stream:
+                        stream.write(f'{url}\n')
                     return 'absent'
                 os.fsync(partial.fileno())
                 _version(partial).unlink(missing_ok=True)
@@ -234,32 +266,20 @@ class _Fetch:
                     os.remove(partial.name)
 
     def _persist(self, url: str, tile: str, partial: BinaryIO) -> bool:
-        """Receive a file, with several attempts, and check it.
-
-        Args:
-            url: Its address.
-            tile: Name of the tile that it must be.
-            partial: What has come of it, open to append.
-
-        Returns:
-            Whether there is such a file.
-
-        Raises:
-            OSError: If all attempts fail, or another would.
-        """
+        """Receive and check a file in several attempts, False if it does not exist."""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 self._check_stop(_BACKOFF * 2 ** (attempt - 1))
             try:
                 if not self._receive(url, partial):
                     return False
-                check_official(partial.name, tile)
+                check_official(partial.name, tile, tile_grid(self.product))
                 return True
             except (_Again, requests.RequestException) as error:
                 reason = str(error)
             except (RasterioError, ValueError) as error:
                 partial.truncate(0)
-                reason = f'no tile of WorldCover came: {error}'
+                reason = f'what came is not a tile of {self.product.title}: {error}'
         raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
 
     @contextmanager
@@ -273,69 +293,64 @@ class _Fetch:
             self._check_stop(_POLL)
 
     def _receive(self, url: str, partial: BinaryIO) -> bool:
-        """Receive a file, or the rest of it.
-
-        Args:
-            url: Its address.
-            partial: What has come of it, open to append.
-
-        Returns:
-            Whether there is such a file.
-
-        Raises:
-            OSError: If the server refuses, or the disk is full.
-            requests.RequestException: If the connection fails.
-            _Again: If the server is busy, or sends too little.
-        """
+        """Append a file, or the rest of it, to what has come, False if it does not exist."""
         version, size = _version(partial), _size(partial)
         headers = {'Accept-Encoding': 'identity'}
         if size and version.exists():
             # The whole file if it is another one by now
             headers |= {'Range': f'bytes={size}-', 'If-Range': version.read_text()}
-
         with requests.get(
             url, headers=headers, stream=True, timeout=self.timeout
         ) as response:
+            status = f'{response.status_code} {response.reason}'
             if response.status_code == 404:
                 return False
             if response.status_code in _BUSY:
-                raise _Again(f'{response.status_code} {response.reason}')
-            if response.status_code == 416:  # there is no rest
-                partial.truncate(0)
-                raise _Again('the server does not continue the file')
-            if response.status_code not in (200, 206):
-                raise OSError(f'{url}: {response.status_code} {response.reason}')
-
-            start = f'bytes {size}-'
-            if response.status_code != 206:
+                raise _Again(status)
+            if response.status_code not in (200, 206, 416):
+                raise OSError(f'{url}: {status}')
+            if response.status_code == 200:
                 size = 0
                 partial.truncate(0)
                 etag = response.headers.get('ETag', '')
                 version.unlink(missing_ok=True)
                 if etag.startswith('"'):  # weak ones are not good for ranges
                     version.write_text(etag)
-            elif not response.headers.get('Content-Range', '').startswith(start):
+            elif not response.headers.get('Content-Range', '').startswith(
+                f'bytes {size}-'
+            ):
                 partial.truncate(0)
-                raise _Again('the server continues the file at another place')
-
-            length = response.headers.get('Content-Length')
-            try:
-                for chunk in response.iter_content(_CHUNK):
-                    self._check_stop()
-                    partial.write(chunk)
-                    self.received += len(chunk)
-            finally:
-                partial.flush()
-            received = _size(partial) - size
-            if length is not None and received != int(length):
-                raise _Again(f'{received} of {length} bytes came')
+                raise _Again(f'the server does not continue the file: {status}')
+            self._write(response, partial, size)
         return True
 
-    def _remember(self, url: str) -> None:
-        """Note that there is no such tile."""
-        # One short write to the end of a file: processes do not disturb each other
-        with open(self.folder / ABSENT, 'a') as stream:
-            stream.write(f'{url}\n')
+    def _write(self, response: requests.Response, partial: BinaryIO, size: int) -> None:
+        """Write the body of an answer behind the bytes that there are."""
+        limit = tile_grid(self.product).pixels ** 2 + _HEADERS - size
+        text = response.headers.get('Content-Length', '')
+        length = int(text) if text.isdecimal() else None
+        received = 0
+        try:
+            for chunk in response.iter_content(_CHUNK):
+                self._check_stop()
+                received += len(chunk)
+                if max(received, length or 0) > limit:
+                    partial.truncate(0)
+                    raise OSError(
+                        f'{response.url}: {max(received, length or 0)} bytes came or were '
+                        f'announced, a tile has at most {limit + size}'
+                    )
+                partial.write(chunk)
+                self.received += len(chunk)
+                if size == 0 and received == len(chunk) and chunk[:4] not in _TIFF:
+                    partial.truncate(0)
+                    raise _Again(
+                        f'not recognized as a TIFF: it begins with {chunk[:9]!r}'
+                    )
+        finally:
+            partial.flush()
+        if length is not None and received != length:
+            raise _Again(f'{received} of {length} bytes came')
 
     def _check_stop(self, seconds: float = 0) -> None:
         """Wait, and raise an error if the main thread was interrupted."""
@@ -354,10 +369,56 @@ def _lock(partial: BinaryIO) -> bool:
 
 
 def _size(partial: BinaryIO) -> int:
-    """Bytes that have come of a tile."""
+    """Return how many bytes have come of a tile."""
     return os.fstat(partial.fileno()).st_size
 
 
 def _version(partial: BinaryIO) -> Path:
-    """File with the server's mark (ETag) of the file that a part is of."""
+    """Return the file with the server's mark (ETag) of what has come."""
     return Path(f'{partial.name}.etag')
+
+
+def is_readable(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is there and a raster that is not truncated."""
+    try:
+        with rasterio.open(path) as src:
+            _check_blocks(src)
+    except (RasterioError, ValueError):
+        return False
+    return True
+
+
+def _check_blocks(src: DatasetReader) -> list[tuple[int, int]]:
+    """Return row and column of the blocks that a file stores, all must be in it."""
+    size = os.path.getsize(src.name)
+    stored = []
+    for (row, col), _ in src.block_windows(1):
+        offset, length = (
+            src.get_tag_item(f'BLOCK_{item}_{col}_{row}', 'TIFF', bidx=1)
+            for item in ('OFFSET', 'SIZE')
+        )
+        if offset is not None:  # else all pixels are 0, or it is no TIFF
+            if int(offset) + int(length) > size:
+                raise ValueError(f'truncated after {size} bytes')
+            stored.append((row, col))
+    return stored
+
+
+def check_official(path: str, tile: str, grid: TileGrid) -> None:
+    """Raise a ValueError or RasterioError if a file is not that of a tile."""
+    with rasterio.open(path, driver='GTiff') as src:
+        found = (src.width, src.height, src.count, src.dtypes[0])
+        if found != (grid.pixels, grid.pixels, 1, 'uint8'):
+            raise ValueError(
+                f'{grid.pixels} x {grid.pixels} pixels, 1 band of uint8 expected, got '
+                f'{found[0]} x {found[1]}, {found[2]} of {found[3]}'
+            )
+        if src.crs is None or src.crs.to_epsg() != 4326:
+            raise ValueError(f'EPSG:4326 expected, got {src.crs}')
+        # Less than a tenth of a pixel
+        bounds = grid.bounds(tile)
+        if not np.allclose(src.bounds, bounds, rtol=0, atol=1e-6):
+            raise ValueError(f'bounds {bounds} expected, got {tuple(src.bounds)}')
+        windows = dict(src.block_windows(1))
+        for block in _check_blocks(src):
+            src.read(1, window=windows[block])

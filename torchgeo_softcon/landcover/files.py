@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Where the files of ESA WorldCover are."""
+"""Find the files of a land-cover product."""
 
 import os
 import warnings
@@ -9,83 +9,97 @@ from collections.abc import Iterable
 
 from ..geo.find_files import find_files
 from ..geo.mosaic import Tile
-from .tiles import BUCKET, OFFICIAL, TILE_DEGREES, TILE_SIZE, tile_file, tile_path
+from .product import LandCoverProduct
 
 #: What TorchGeo accepts as a path.
 Path = str | os.PathLike[str]
 
 
-def find_tiles(paths: Path | Iterable[Path], year: int) -> list[str]:
-    """Find the tiles of a year.
+def find_map_files(
+    paths: Path | Iterable[Path], product: LandCoverProduct, year: int | None
+) -> list[str]:
+    """Find the rasters of a year of a land-cover map.
 
     Args:
         paths: One or more folders to search, with all their subfolders, or files. In a
-            folder, official tiles of *year* are taken and those of other years are not.
-            TIFFs with any other name are taken as clips of *year*. Files that are named
-            here are always taken.
-        year: Year of the map.
+            folder, files with an official name are taken if they are of *year*. TIFFs
+            with any other name are taken as clips of *year*. Files that are named here
+            are always taken.
+        product: The product.
+        year: Year of the map, None if the product has no years.
 
     Returns:
         The files, official tiles first.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there are none.
     """
-    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    named = [os.fspath(path) for path in given]
     files: set[str] = set()
     years: set[str] = set()
-    for path in map(os.fspath, named):
+    for path in named:
         for file in find_files(path, ('.tif', '.tiff')):
-            match = OFFICIAL.search(os.path.basename(file))
+            match = product.official.search(os.path.basename(file))
             if match is None or file == path:
                 files.add(file)
-            elif match['layer'] == 'Map':
-                years.add(match['year'])
-                if match['year'] == str(year):
+            elif match['map'] is not None:
+                found = match.groupdict().get('year')
+                if found in (None, str(year)):
                     files.add(file)
+                else:
+                    years.add(found)
 
     if not files:
-        found = f', but tiles of {", ".join(sorted(years))}' if years else ''
-        searched = ', '.join(map(os.fspath, named))
+        searched = ', '.join(named)
         raise FileNotFoundError(
-            f'paths={searched!r} has no ESA WorldCover tile of {year}{found}. '
-            f'Tiles are called {tile_file("N51E003", year)} after their south-west '
-            f'corner, every 3 degrees. They are at {BUCKET}/{tile_path("N51E003", year)}'
+            f'paths={searched!r} has no {product.title} {"tile" if product.tiles else "file"}'
+            + (f' of {year}' if year is not None else '')
+            + (f', but tiles of {", ".join(sorted(years))}' if years else '')
+            + _hint(product, year)
         )
-    return sorted(files, key=lambda file: (official_tile(file) is None, file))
+    return sorted(files, key=lambda file: (not is_official(file, product), file))
 
 
-def official_tile(path: str) -> str | None:
-    """Name of the tile, if a file has exactly an official name.
+def _hint(product: LandCoverProduct, year: int | None) -> str:
+    """Say how the files are named and where they are."""
+    if not product.path:
+        return ': name a folder with .tif or .tiff files'
+    # On land, if the product has it
+    tiles = product.tiles.names_under((4, 52, 4, 52)) if product.tiles else []
+    tile = next(iter(tiles), 'TILE')
+    named = f'. Files are named like {product.file_name(tile, year)}'
+    if not product.url:
+        return named
+    return f'{named} and are at {product.url}/{product.file_path(tile, year)}'
 
-    Args:
-        path: Path of the file.
 
-    Returns:
-        A name like N51E003, or None.
-    """
+def is_official(path: str, product: LandCoverProduct) -> bool:
+    """Return whether a file has exactly an official name."""
     name = os.path.basename(path)
-    match = OFFICIAL.match(name)
-    if match is None or match['layer'] != 'Map':
-        return None
-    return match['tile'] if name[match.end() :].lower() in ('.tif', '.tiff') else None
+    match = product.official.match(name)
+    if match is None or match['map'] is None:
+        return False
+    return name[match.end() :].lower() in ('.tif', '.tiff')
 
 
-def warn_size(tile: Tile, stacklevel: int) -> None:
-    """Warn of a tile that has an official name, but is not what ESA publishes.
+def warn_of_resampled(raster: Tile, product: LandCoverProduct, stacklevel: int) -> None:
+    """Warn of a raster that has the name of a tile, but another size.
 
     Args:
-        tile: The tile.
+        raster: The raster.
+        product: Its product.
         stacklevel: As for :func:`warnings.warn`, seen from the caller.
     """
-    official = tile.width == tile.height == TILE_SIZE
-    if official_tile(tile.path) is not None and not official:
-        degrees = abs(tile.transform.a)
+    grid = product.tiles
+    if grid is None or not is_official(raster.path, product):
+        return
+    if not raster.width == raster.height == grid.pixels:
         warnings.warn(
-            f'{tile.path} has the name of an official tile, but {tile.width} x '
-            f'{tile.height} pixels of {degrees:.3g} instead of {TILE_SIZE} x '
-            f'{TILE_SIZE} of {TILE_DEGREES / TILE_SIZE:.3g} degrees: it was '
-            'resampled, so small patches of land cover may be lost',
+            f'{raster.path} has the name of an official tile, but {raster.width} x '
+            f'{raster.height} pixels of {abs(raster.transform.a):.3g} instead of '
+            f'{grid.pixels} x {grid.pixels} of {grid.degrees / grid.pixels:.3g} degrees: '
+            'it was resampled, so small patches of land cover may be lost',
             UserWarning,
             stacklevel + 1,
         )

@@ -3,23 +3,29 @@
 
 """Losses: a pure function and a thin module each."""
 
-from .dino import DINOLoss, multi_crop_cross_entropy
-from .soft_contrastive import (
-    SoftContrastiveLoss,
-    SoftContrastiveTerms,
-    cosine_similarity,
-    jaccard_similarity,
-    soft_contrastive_loss,
-    soft_contrastive_terms,
-)
+from typing import TYPE_CHECKING
 
-__all__ = (
-    'DINOLoss',
-    'SoftContrastiveLoss',
-    'SoftContrastiveTerms',
-    'cosine_similarity',
-    'jaccard_similarity',
-    'multi_crop_cross_entropy',
-    'soft_contrastive_loss',
-    'soft_contrastive_terms',
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .dino import DINOLoss as DINOLoss
+    from .dino import multi_crop_cross_entropy as multi_crop_cross_entropy
+    from .soft_contrastive import SoftContrastiveLoss as SoftContrastiveLoss
+    from .soft_contrastive import SoftContrastiveTerms as SoftContrastiveTerms
+    from .soft_contrastive import cosine_similarity as cosine_similarity
+    from .soft_contrastive import jaccard_similarity as jaccard_similarity
+    from .soft_contrastive import soft_contrastive_loss as soft_contrastive_loss
+    from .soft_contrastive import soft_contrastive_terms as soft_contrastive_terms
+
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    dino=('DINOLoss', 'multi_crop_cross_entropy'),
+    soft_contrastive=(
+        'SoftContrastiveLoss',
+        'SoftContrastiveTerms',
+        'cosine_similarity',
+        'jaccard_similarity',
+        'soft_contrastive_loss',
+        'soft_contrastive_terms',
+    ),
 )

@@ -4,17 +4,18 @@
 """SoftCon's loss: instance discrimination plus agreement with label similarities."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from lightly.utils import dist
 from torch import Tensor, nn
 
-from .._checks import check_not_negative, check_positive
+from .._checks import check_choice, check_not_negative, check_positive
 
 #: Maps labels of shape (B, K) and (N, K) to similarities in [0, 1] of shape (B, N).
-LabelSimilarity = Callable[[Tensor, Tensor], Tensor]
+LabelSimilarity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+SoftLoss: TypeAlias = Literal['bce', 'cross_entropy', 'mse']
 
 
 class SoftContrastiveTerms(NamedTuple):
@@ -28,7 +29,7 @@ class SoftContrastiveTerms(NamedTuple):
 
 
 def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine similarity between label vectors.
+    """Compute the cosine similarity between label vectors.
 
     Args:
         first: Multi-hot labels or class fractions of shape (B, K).
@@ -42,7 +43,7 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 
 def jaccard_similarity(first: Tensor, second: Tensor) -> Tensor:
-    r"""Intersection over union of label vectors.
+    r"""Compute the intersection over union of label vectors.
 
     .. math::
 
@@ -66,6 +67,23 @@ _SIMILARITIES: dict[str, LabelSimilarity] = {
     'jaccard': jaccard_similarity,
 }
 
+#: Options of the terms, which the module keeps as attributes.
+_OPTIONS = (
+    'temperature',
+    'soft_temperature',
+    'soft_loss',
+    'label_similarity',
+    'gather_distributed',
+)
+
+
+def _check_options(soft_loss: str, label_similarity: str | LabelSimilarity) -> None:
+    """Check the options that are names."""
+    check_choice('soft_loss', soft_loss, get_args(SoftLoss))
+    if isinstance(label_similarity, str):
+        names = list(_SIMILARITIES)
+        check_choice('label_similarity', label_similarity, names, 'a function')
+
 
 def _gather(x: Tensor) -> Tensor:
     """Concatenate a tensor of all ranks, with gradient where it has one."""
@@ -85,11 +103,11 @@ def soft_contrastive_terms(
     *,
     temperature: float = 0.2,
     soft_temperature: float | None = None,
-    soft_loss: Literal['bce', 'cross_entropy', 'mse'] = 'bce',
+    soft_loss: SoftLoss = 'bce',
     label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
     gather_distributed: bool = False,
 ) -> SoftContrastiveTerms:
-    r"""Both terms of :func:`soft_contrastive_loss`, to weight or log them apart.
+    r"""Compute both terms of :func:`soft_contrastive_loss`, to weight or log them apart.
 
     Args:
         query: Embeddings of the trainable branch, shape (B, D), of any length.
@@ -111,6 +129,7 @@ def soft_contrastive_terms(
     Raises:
         ValueError: If shapes disagree or an option is unknown.
     """
+    _check_options(soft_loss, label_similarity)
     if query.ndim != 2 or query.shape != key.shape:
         raise ValueError(
             'query and key must have the same shape (B, D), got '
@@ -137,7 +156,7 @@ def soft_contrastive_terms(
         label, key_label = label.to(dtype), key_label.to(dtype)
         if distributed:
             key_label = _gather(key_label)
-        similarity = _label_similarity(label, key_label, label_similarity)
+        similarity = _compare_labels(label, key_label, label_similarity)
         # An all-zero label means unknown. Its pairs are left out, not called dissimilar.
         known = label.any(1)[:, None] & key_label.any(1)[None]
         soft = _soft_term(
@@ -164,18 +183,12 @@ def _check_labels(
     return label, key_label
 
 
-def _label_similarity(
+def _compare_labels(
     label: Tensor, key_label: Tensor, similarity: str | LabelSimilarity
 ) -> Tensor:
-    """Target similarities of shape (B, N)."""
+    """Return the target similarities, shape (B, N)."""
     if isinstance(similarity, str):
-        if similarity not in _SIMILARITIES:
-            raise ValueError(
-                f'label_similarity must be one of {sorted(_SIMILARITIES)} or a '
-                f'function, got {similarity!r}'
-            )
         similarity = _SIMILARITIES[similarity]
-
     target = similarity(label, key_label)
     if target.shape != (len(label), len(key_label)):
         raise ValueError(
@@ -189,30 +202,25 @@ def _soft_term(
     cosine: Tensor,
     target: Tensor,
     known: Tensor,
-    soft_loss: str,
+    soft_loss: SoftLoss,
     temperature: float,
     distributed: bool,
 ) -> Tensor:
-    """Mean disagreement over the known pairs (or, for cross entropy, known rows)."""
+    """Return the mean disagreement over known pairs, or rows for cross entropy."""
+    counted = known
     if soft_loss == 'bce':
         logits = cosine / temperature
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-        count = known.sum()
     elif soft_loss == 'mse':
         losses = (cosine - target).square()
-        count = known.sum()
-    elif soft_loss == 'cross_entropy':
+    else:
         # The lowest finite number, because the softmax of a row of -inf is NaN
         logits = (cosine / temperature).where(known, torch.finfo(cosine.dtype).min)
-        weights = target / target.sum(1, keepdim=True).clamp_min(1e-12)
-        losses = -weights * F.log_softmax(logits, dim=1)
-        count = known.any(1).sum()
-    else:
-        raise ValueError(
-            f"soft_loss must be 'bce', 'cross_entropy' or 'mse', got {soft_loss!r}"
-        )
+        shares = target / target.sum(1, keepdim=True).clamp_min(1e-12)
+        losses = -shares * F.log_softmax(logits, dim=1)
+        counted = known.any(1)
 
-    count = count.to(cosine.dtype)
+    count = counted.sum().to(cosine.dtype)
     if distributed:
         # Ranks may know different numbers of labels. With the mean count, the average
         # over ranks that DDP takes is the mean over all pairs of the whole batch.
@@ -230,11 +238,11 @@ def soft_contrastive_loss(
     temperature: float = 0.2,
     soft_temperature: float | None = None,
     soft_weight: float = 1.0,
-    soft_loss: Literal['bce', 'cross_entropy', 'mse'] = 'bce',
+    soft_loss: SoftLoss = 'bce',
     label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
     gather_distributed: bool = False,
 ) -> Tensor:
-    r"""Contrastive loss with soft targets from multi-labels (SoftCon).
+    r"""Compute SoftCon's loss: contrastive, with soft targets from multi-labels.
 
     With unit vectors :math:`q_i` and :math:`k_j`, and :math:`s_{ij} \in [0, 1]` the
     similarity of the labels of image :math:`i` and image :math:`j`:
@@ -253,12 +261,13 @@ def soft_contrastive_loss(
     in [0, 1]; that the latter are cosines is stated by others who describe the paper.
     The pretraining code was never released, and the form of :math:`\ell`,
     :math:`\lambda` and both temperatures could not be recovered. ``'bce'`` is our
-    choice: its targets are probabilities as the label similarities are. 0.2 is the temperature of the same authors' MoCo runs on
-    SSL4EO-S12. Because it is a mean over pairs, the soft term weighs less the larger the
-    batch: with random embeddings (D = 256, 11 classes), its gradient has 9 % of the
-    norm of the contrastive one for B = 16 and 3 % for B = 128 (``'cross_entropy'``:
-    27 % and 9 %). At :math:`\lambda = 1`, the default of this function, training hardly
-    notices it. :class:`~torchgeo_softcon.SoftConTask` has a default of 30.
+    choice: its targets are probabilities as the label similarities are. 0.2 is the
+    temperature of the same authors' MoCo runs on SSL4EO-S12. Because it is a mean over
+    pairs, the soft term weighs less the larger the batch: with random embeddings
+    (D = 256, 11 classes), its gradient has 9 % of the norm of the contrastive one for
+    B = 16 and 3 % for B = 128 (``'cross_entropy'``: 27 % and 9 %). At
+    :math:`\lambda = 1`, the default of this function, training hardly notices it.
+    :class:`~torchgeo_softcon.SoftConTask` has a default of 30.
 
     * ``'bce'``: binary cross entropy between :math:`s_{ij}` and the sigmoid of
       :math:`q_i^\top k_j / \tau_s`,
@@ -329,7 +338,7 @@ class SoftContrastiveLoss(nn.Module):
         temperature: float = 0.2,
         soft_temperature: float | None = None,
         soft_weight: float = 1.0,
-        soft_loss: Literal['bce', 'cross_entropy', 'mse'] = 'bce',
+        soft_loss: SoftLoss = 'bce',
         label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
         gather_distributed: bool = False,
     ) -> None:
@@ -348,23 +357,19 @@ class SoftContrastiveLoss(nn.Module):
         """
         check_positive(temperature=temperature, soft_temperature=soft_temperature)
         check_not_negative(soft_weight=soft_weight)
-        if soft_loss not in ('bce', 'cross_entropy', 'mse'):
-            raise ValueError(
-                f"soft_loss must be 'bce', 'cross_entropy' or 'mse', got {soft_loss!r}"
-            )
-        if isinstance(label_similarity, str) and label_similarity not in _SIMILARITIES:
-            raise ValueError(
-                f'label_similarity must be one of {sorted(_SIMILARITIES)} or a '
-                f'function, got {label_similarity!r}'
-            )
+        _check_options(soft_loss, label_similarity)
 
         super().__init__()
+        self.soft_weight = soft_weight
         self.temperature = temperature
         self.soft_temperature = soft_temperature
-        self.soft_weight = soft_weight
-        self.soft_loss = soft_loss
+        self.soft_loss: SoftLoss = soft_loss
         self.label_similarity = label_similarity
         self.gather_distributed = gather_distributed
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options of :func:`soft_contrastive_terms`."""
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def terms(
         self,
@@ -373,18 +378,9 @@ class SoftContrastiveLoss(nn.Module):
         label: Tensor | None = None,
         key_label: Tensor | None = None,
     ) -> SoftContrastiveTerms:
-        """Both terms without their weight, see :func:`soft_contrastive_terms`."""
-        return soft_contrastive_terms(
-            query,
-            key,
-            label if self.soft_weight else None,
-            key_label,
-            temperature=self.temperature,
-            soft_temperature=self.soft_temperature,
-            soft_loss=self.soft_loss,  # type: ignore[arg-type]
-            label_similarity=self.label_similarity,
-            gather_distributed=self.gather_distributed,
-        )
+        """Compute both terms without their weight: :func:`soft_contrastive_terms`."""
+        label = label if self.soft_weight else None
+        return soft_contrastive_terms(query, key, label, key_label, **self._options())
 
     def forward(
         self,
@@ -394,9 +390,11 @@ class SoftContrastiveLoss(nn.Module):
         key_label: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss, see :func:`soft_contrastive_loss`."""
-        if label is None and self.soft_weight > 0:
-            raise ValueError(
-                f'label must be given if soft_weight > 0, got {self.soft_weight}'
-            )
-        contrast, soft = self.terms(query, key, label, key_label)
-        return contrast + self.soft_weight * soft
+        return soft_contrastive_loss(
+            query,
+            key,
+            label,
+            key_label,
+            soft_weight=self.soft_weight,
+            **self._options(),
+        )

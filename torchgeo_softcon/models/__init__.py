@@ -7,52 +7,44 @@ Loaded on first use: the weights are registered whenever TorchGeo's models are i
 which must not pull in what the encoders need.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .loading import (
-        create_encoder,
-        feature_size,
-        is_vit,
-        load_encoder,
-        read_pretrained,
-        read_weights,
-    )
-    from .weights import (
-        ResNet50_Weights,
-        Swin_T_Weights,
-        ViTBase14_DINOv2_Weights,
-        ViTBase16_Weights,
-        ViTSmall8_Weights,
-        ViTSmall14_DINOv2_Weights,
-        ViTSmall16_Weights,
-        WideResNet50_2_Weights,
-    )
+    from .encoders import read_weights as read_weights
+    from .loading import create_encoder as create_encoder
+    from .loading import feature_size as feature_size
+    from .loading import is_vit as is_vit
+    from .loading import load_encoder as load_encoder
+    from .loading import read_pretrained as read_pretrained
+    from .weights import ResNet50_Weights as ResNet50_Weights
+    from .weights import Swin_T_Weights as Swin_T_Weights
+    from .weights import ViTBase14_DINOv2_Weights as ViTBase14_DINOv2_Weights
+    from .weights import ViTBase16_Weights as ViTBase16_Weights
+    from .weights import ViTSmall8_Weights as ViTSmall8_Weights
+    from .weights import ViTSmall14_DINOv2_Weights as ViTSmall14_DINOv2_Weights
+    from .weights import ViTSmall16_Weights as ViTSmall16_Weights
+    from .weights import WideResNet50_2_Weights as WideResNet50_2_Weights
 
-__all__ = (
-    'ResNet50_Weights',
-    'Swin_T_Weights',
-    'ViTBase14_DINOv2_Weights',
-    'ViTBase16_Weights',
-    'ViTSmall8_Weights',
-    'ViTSmall14_DINOv2_Weights',
-    'ViTSmall16_Weights',
-    'WideResNet50_2_Weights',
-    'create_encoder',
-    'feature_size',
-    'is_vit',
-    'load_encoder',
-    'read_pretrained',
-    'read_weights',
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    encoders=('read_weights',),
+    loading=(
+        'create_encoder',
+        'feature_size',
+        'is_vit',
+        'load_encoder',
+        'read_pretrained',
+    ),
+    weights=(
+        'ResNet50_Weights',
+        'Swin_T_Weights',
+        'ViTBase14_DINOv2_Weights',
+        'ViTBase16_Weights',
+        'ViTSmall8_Weights',
+        'ViTSmall14_DINOv2_Weights',
+        'ViTSmall16_Weights',
+        'WideResNet50_2_Weights',
+    ),
 )
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name at its first use (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = 'weights' if name.endswith('_Weights') else 'loading'
-    value = getattr(import_module(f'.{module}', __name__), name)
-    globals()[name] = value
-    return value

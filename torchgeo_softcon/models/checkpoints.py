@@ -177,7 +177,31 @@ def check_architecture(
     Raises:
         ValueError: If they are not.
     """
-    expected = _shapes(model, in_channels, img_size)
+    require_shapes(
+        state_dict,
+        _shapes(model, in_channels, img_size),
+        f'{source} must have the parameters of {model} with {in_channels} bands',
+        'Choose the file that was made for this model',
+    )
+
+
+def require_shapes(
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    message: str,
+    hint: str,
+) -> None:
+    """Check that parameters have the expected names and shapes, and no others.
+
+    Args:
+        state_dict: The parameters.
+        expected: Shapes by name.
+        message: Start of the error.
+        hint: End of the error: what to do.
+
+    Raises:
+        ValueError: If they differ.
+    """
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - expected.keys())
     shapes = [
@@ -186,11 +210,10 @@ def check_architecture(
         if k in state_dict and tuple(state_dict[k].shape) != v
     ]
     if missing or unexpected or shapes:
-        hint = 'Choose the file that was made for this model'
         if has_layer_scale(unexpected):
             hint += ', or convert them with models.convert.to_patch_size'
         raise ValueError(
-            f'{source} must have the parameters of {model} with {in_channels} bands: '
-            f'{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected '
-            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. {hint}'
+            f'{message}: {len(missing)} keys missing {missing[:3]}, {len(unexpected)} '
+            f'unexpected {unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. '
+            f'{hint}'
         )

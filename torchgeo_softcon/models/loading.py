@@ -4,7 +4,6 @@
 """Encoders from timm, for any number of bands and any image size."""
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,9 +14,8 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .._compat import WeightsEnum, get_weight
-from .convert import drop_head, has_layer_scale, is_torchvision_swin, swin_to_timm
-from .encoders import read_trained
+from .checkpoints import require_shapes
+from .convert import drop_head
 from .input_layer import InputLayerInit, adapt_input_weight, input_layer
 from .timm_models import timm_name
 
@@ -137,37 +135,6 @@ def read_pretrained(
     return dict(created.state_dict())
 
 
-def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
-    """Read the parameters of an encoder.
-
-    Args:
-        weights: A weight enum, the name of one, or the path of a file, see
-            :func:`~torchgeo_softcon.models.encoders.read_trained`.
-
-    Returns:
-        A state dict in timm's layout.
-
-    Raises:
-        ValueError: If *weights* is neither a file nor a known name, or is unreadable.
-    """
-    if isinstance(weights, WeightsEnum):
-        state_dict = weights.get_state_dict(progress=True)
-    elif os.path.exists(weights):
-        state_dict = read_trained(weights).state_dict
-    else:
-        try:
-            member = get_weight(weights)
-        except ValueError as error:
-            raise ValueError(
-                f'weights must be an existing file or the name of a weight enum member '
-                f'such as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
-            ) from error
-        state_dict = member.get_state_dict(progress=True)
-    if is_torchvision_swin(state_dict):
-        return swin_to_timm(state_dict)
-    return dict(state_dict)
-
-
 def load_encoder(
     encoder: nn.Module,
     state_dict: Mapping[str, Tensor],
@@ -209,20 +176,10 @@ def load_encoder(
                 num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
             )
 
-    missing = sorted(own.keys() - loaded.keys())
-    unexpected = sorted(loaded.keys() - own.keys())
-    shapes = [
-        f'{k} {tuple(loaded[k].shape)} instead of {tuple(v.shape)}'
-        for k, v in own.items()
-        if k in loaded and loaded[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        hint = 'Choose the model that the weights were made for'
-        if has_layer_scale(unexpected):
-            hint += ', or convert them with models.convert.to_patch_size'
-        raise ValueError(
-            f'weights are of another architecture than {type(encoder).__name__}: '
-            f'{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected '
-            f'{unexpected[:3]}, {len(shapes)} of other shapes {shapes[:3]}. {hint}'
-        )
+    require_shapes(
+        loaded,
+        {k: tuple(v.shape) for k, v in own.items()},
+        f'weights are of another architecture than {type(encoder).__name__}',
+        'Choose the model that the weights were made for',
+    )
     encoder.load_state_dict(loaded)

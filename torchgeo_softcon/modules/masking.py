@@ -3,17 +3,16 @@
 
 """Siamese masking: the trainable branch sees only a part of its view."""
 
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .._checks import check_counts
-from .packing import encode_crops, encode_tokens
+from .._checks import check_choice, check_counts
+from .packing import embed_patches, encode_crops, encode_tokens, split_patches
 
-MaskMode = Literal['drop', 'token', 'pixel']
+MaskMode: TypeAlias = Literal['drop', 'token', 'pixel']
 
 
 def random_visible(
@@ -71,18 +70,6 @@ def mask_pixels(image: Tensor, masked: Tensor, patch_size: int) -> Tensor:
     return image.masked_fill(grid[..., :height, :width], 0)
 
 
-def _embed_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:
-    """Embed the visible patches alone, as a linear layer: equal to the convolution."""
-    patch_embed = vit.patch_embed
-    weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
-    channels, (height, width) = image.shape[1], weight.shape[-2:]
-    patches = image.unflatten(3, (-1, width)).unflatten(2, (-1, height))
-    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, L, C, h, w)
-    index = visible[..., None, None, None].expand(-1, -1, channels, height, width)
-    patches = patches.gather(1, index).flatten(2)  # (B, N, C * h * w)
-    return cast(Tensor, patch_embed.norm(F.linear(patches, weight.flatten(1), bias)))
-
-
 def encode_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:
     """Encode the visible patches of images; the others are never computed.
 
@@ -95,22 +82,22 @@ def encode_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Te
         Pooled features of shape (B, F), equal to those of the whole image if all
         patches are visible.
     """
-    patches = _embed_visible(vit, image, visible)  # (B, N, F)
+    patches = split_patches(image, vit.patch_embed.patch_size)
+    grid, shape = patches.shape[1:3], patches.shape[3:]
+    index = visible[..., None, None, None].expand(-1, -1, *shape)
+    patches = patches.flatten(1, 2).gather(1, index).flatten(2)  # (B, N, C * h * w)
+    embedded = embed_patches(vit, patches)  # (B, N, F)
 
     # The positions (and the class token with its own) are what an image of zeros gets
-    grid = [
-        s // p
-        for s, p in zip(image.shape[-2:], vit.patch_embed.patch_size, strict=True)
-    ]
-    positions = vit._pos_embed(patches.new_zeros(1, *grid, vit.embed_dim))
+    positions = vit._pos_embed(embedded.new_zeros(1, *grid, vit.embed_dim))
     prefix, positions = positions.tensor_split([vit.num_prefix_tokens], dim=1)
-    patches = patches + positions[0, visible]
-    tokens = torch.cat([prefix.expand(len(patches), -1, -1), patches], dim=1)
+    embedded = embedded + positions[0, visible]
+    tokens = torch.cat([prefix.expand(len(embedded), -1, -1), embedded], dim=1)
     return encode_tokens(vit, tokens)
 
 
 class SiameseMasking(nn.Module):
-    """Encodes images of which a random part is masked.
+    """Encoding of images of which a random share of patches is masked.
 
     The figure in the authors' repository shows black patches on the trainable branch
     only. That tokens are dropped, which saves memory, is inferred by others who describe
@@ -138,8 +125,7 @@ class SiameseMasking(nn.Module):
         Raises:
             ValueError: If an option is out of range or missing.
         """
-        if mode not in ('drop', 'token', 'pixel'):
-            raise ValueError(f"mode must be 'drop', 'token' or 'pixel', got {mode!r}")
+        check_choice('mode', mode, get_args(MaskMode))
         if not 0 <= ratio < 1:
             raise ValueError(f'ratio must be in [0, 1), got {ratio}')
         check_counts(patch_size=patch_size)

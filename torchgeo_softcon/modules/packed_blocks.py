@@ -5,18 +5,29 @@
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10, or built without it
     varlen_attn = None  # type: ignore[assignment]
+
+#: Attention of all crops at once is FlashAttention's. PyTorch 2.15 would prefer cuDNN's on
+#: Hopper, which takes single queries, those of the last block, for decoding: not tried.
+BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,  # in float32
+    SDPBackend.MATH,
+]
 
 
 class Group(NamedTuple):
@@ -40,6 +51,37 @@ class Layout(NamedTuple):
     each: Tensor
     #: Whether attention may run once for all sequences.
     varlen: bool
+
+
+@functools.lru_cache(maxsize=32)
+def make_layout(
+    groups: tuple[Group, ...], device: torch.device, varlen: bool
+) -> Layout:
+    """Make the layout of sequences, once, as it comes from the host.
+
+    Args:
+        groups: Sequences of one length each.
+        device: Device of the tensors.
+        varlen: Whether attention may run once for all sequences.
+
+    Returns:
+        The layout.
+    """
+    # A first call may come from prediction, and the second from training
+    with torch.inference_mode(False):
+        lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
+        each = torch.arange(len(lengths) + 1, dtype=torch.int32)
+        total = sum(group.number * group.length for group in groups)
+        sequence = each[:-1].repeat_interleave(lengths, output_size=total)
+        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return Layout(
+            groups,
+            sequence.to(device),
+            ends[:-1].to(device),
+            ends.to(device),
+            each.to(device),
+            varlen,
+        )
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -68,7 +110,7 @@ def can_use_varlen(vit: VisionTransformer, device: torch.device) -> bool:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of shape (B, m, H, d) of (B, m, H, d) queries to (B, n, H, d) keys."""
+    """Return the attention (B, m, H, d) of (B, m, H, d) queries to (B, n, H, d) keys."""
     dtype = v.dtype
     upcast = v.device.type == 'cpu' and dtype == torch.bfloat16 and v.shape[1] <= 512
     if upcast:
@@ -84,17 +126,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).to(dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, first_only: bool = False
+def _attend_sequences(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, class_only: bool
 ) -> Tensor:
-    """Attention within every sequence.
+    """Attend within every sequence.
 
     Args:
         q: Queries of shape (T, H, d), or (N, H, d) of the first tokens alone.
         k: Keys of shape (T, H, d).
         v: Values of shape (T, H, d).
         layout: Where the sequences are.
-        first_only: Whether the queries are those of the first tokens.
+        class_only: Whether the queries are those of the first tokens.
 
     Returns:
         Sums of values of shape (T, H * d) or (N, H * d).
@@ -103,7 +145,7 @@ def attend(
         # Norms of queries and keys are float32 under autocast
         q, k = q.to(v.dtype), k.to(v.dtype)
         longest = max(group.length for group in layout.groups)
-        ends, most = (layout.each, 1) if first_only else (layout.ends, longest)
+        ends, most = (layout.each, 1) if class_only else (layout.ends, longest)
         # Keyword arguments differ between versions of PyTorch
         packed = varlen_attn(q, k, v, ends, layout.ends, most, longest)
         return cast(Tensor, packed).flatten(1)
@@ -111,52 +153,39 @@ def attend(
     # Split, not sliced: the backward pass is one concatenation for all sizes
     numbers = [group.number for group in layout.groups]
     tokens = [group.number * group.length for group in layout.groups]
-    queries = q.split(numbers if first_only else tokens)
+    queries = q.split(numbers if class_only else tokens)
     keys, values = k.split(tokens), v.split(tokens)
-    parts = zip(numbers, queries, keys, values, strict=True)
+    groups = zip(numbers, queries, keys, values, strict=True)
     out = [
-        _attend(*(x.unflatten(0, (number, -1)) for x in part)).flatten(0, 1)
-        for number, *part in parts
+        _attend(*(x.unflatten(0, (number, -1)) for x in group)).flatten(0, 1)
+        for number, *group in groups
     ]
     return concatenate(out).flatten(1)
 
 
-def _attention(attn: Attention, x: Tensor, layout: Layout) -> Tensor:
-    """Multi-head attention within every sequence, of (T, F) tokens."""
-    # Unbound where it lies: to put the gradients together needs no second copy
-    q, k, v = attn.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    out = attend(attn.q_norm(q), attn.k_norm(k), v, layout)
-    return attn.proj_drop(attn.proj(attn.norm(out)))
-
-
-def _class_attention(attn: Attention, x: Tensor, layout: Layout) -> Tensor:
-    """Attention of the first token of every sequence alone, of shape (N, F)."""
-    width = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    biases = (None, None) if bias is None else bias.split([width, 2 * width])
-    weights = weight.split([width, 2 * width])
+def _attention(attn: Attention, x: Tensor, layout: Layout, class_only: bool) -> Tensor:
+    """Multi-head attention of tokens (T, F), or of the class tokens (N, F) to them."""
     heads = (attn.num_heads, attn.head_dim)
-    first = x.index_select(0, layout.first)
-    q = F.linear(first, weights[0], biases[0]).unflatten(1, heads)
-    k, v = F.linear(x, weights[1], biases[1]).unflatten(1, (2, *heads)).unbind(1)
-    out = attend(attn.q_norm(q), attn.k_norm(k), v, layout, first_only=True)
+    if class_only:
+        width = attn.num_heads * attn.head_dim
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        biases = (None, None) if bias is None else bias.split([width, 2 * width])
+        weights = weight.split([width, 2 * width])
+        first = x.index_select(0, layout.first)
+        q = F.linear(first, weights[0], biases[0]).unflatten(1, heads)
+        k, v = F.linear(x, weights[1], biases[1]).unflatten(1, (2, *heads)).unbind(1)
+    else:
+        # Unbound where it lies: to put the gradients together needs no second copy
+        q, k, v = attn.qkv(x).unflatten(1, (3, *heads)).unbind(1)
+    out = _attend_sequences(attn.q_norm(q), attn.k_norm(k), v, layout, class_only)
     return attn.proj_drop(attn.proj(attn.norm(out)))
 
 
 @functools.lru_cache(maxsize=32)
-def _shares(
+def _drop_path_shares(
     rates: tuple[float, ...], scaled: tuple[bool, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Shares that stay, and what they are divided by, made once as on the host.
-
-    Args:
-        rates: Rates at which sequences are dropped.
-        scaled: Whether those that stay make up for them.
-        device: Device of the tensors.
-
-    Returns:
-        Two tensors of shape (R, 1).
-    """
+    """Return the shares that stay and their divisors, (R, 1) each, made on the host."""
     with torch.inference_mode(False):
         share = 1 - torch.tensor(rates)[:, None]
         divisor = share.where(torch.tensor(scaled)[:, None], 1)
@@ -179,50 +208,94 @@ def draw_drop_paths(vit: VisionTransformer, number: int) -> Tensor | None:
     if not any(rates):
         return None
     scaled = tuple(getattr(m, 'scale_by_keep', True) for m in modules)
-    share, divisor = _shares(rates, scaled, vit.patch_embed.proj.weight.device)
+    device = vit.patch_embed.proj.weight.device
+    share, divisor = _drop_path_shares(rates, scaled, device)
     return share.expand(-1, number).bernoulli() / divisor
 
 
-def token_block(
-    block: Block, x: Tensor, layout: Layout, drop: Sequence[Tensor]
+def _run_block(
+    block: Block, x: Tensor, layout: Layout, drop: Sequence[Tensor], class_only: bool
 ) -> Tensor:
-    """One transformer block on packed tokens.
+    """Run one transformer block.
 
     Args:
         block: The block.
         x: Tokens of shape (T, F).
         layout: Where the sequences are.
         drop: Factors of stochastic depth of the attention and the MLP, each of shape
-            (T, 1), or empty.
+            (T, 1), or (N, 1) with *class_only*, or empty.
+        class_only: Whether nothing but the class tokens is computed.
 
     Returns:
-        Tokens of shape (T, F).
-    """
-    y = block.ls1(_attention(cast(Attention, block.attn), block.norm1(x), layout))
-    return _add_both(block, x, y, drop)
-
-
-def class_block(
-    block: Block, x: Tensor, layout: Layout, drop: Sequence[Tensor]
-) -> Tensor:
-    """One transformer block of which only the class tokens are read.
-
-    Args:
-        block: The block.
-        x: Tokens of shape (T, F).
-        layout: Where the sequences are.
-        drop: Factors of stochastic depth as above, each of shape (N, 1), or empty.
-
-    Returns:
-        Class tokens of shape (N, F).
+        Tokens of shape (T, F), or class tokens of shape (N, F).
     """
     attn = cast(Attention, block.attn)
-    y = block.ls1(_class_attention(attn, block.norm1(x), layout))
-    return _add_both(block, x.index_select(0, layout.first), y, drop)
-
-
-def _add_both(block: Block, x: Tensor, y: Tensor, drop: Sequence[Tensor]) -> Tensor:
-    """Add what attention gave, then what the MLP makes of the sum."""
+    y = block.ls1(_attention(attn, block.norm1(x), layout, class_only))
+    if class_only:
+        x = x.index_select(0, layout.first)
     x = x + (y * drop[0] if drop else y)
     y = block.ls2(block.mlp(block.norm2(x)))
     return x + (y * drop[1] if drop else y)
+
+
+def _branch_dtype(vit: VisionTransformer, x: Tensor) -> torch.dtype:
+    """Return the dtype that branches of blocks end with: of linear layers or scales."""
+    kind = x.device.type
+    linear = all(type(cast(Block, block).ls1) is nn.Identity for block in vit.blocks)
+    if linear and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _same_backends() -> tuple[
+    AbstractContextManager[None], AbstractContextManager[None]
+]:
+    """Contexts of blocks, and of computing them again, when that of the first is over."""
+    return nullcontext(), sdpa_kernel(BACKENDS)
+
+
+def run_blocks(
+    vit: VisionTransformer, x: Tensor, layout: Layout, drop_paths: Tensor | None
+) -> Tensor:
+    """Run all blocks and the head on packed tokens.
+
+    The last block computes only the class tokens if nothing else is read.
+
+    Args:
+        vit: A Vision Transformer of timm's standard blocks.
+        x: Tokens of shape (T, F).
+        layout: Where the sequences are.
+        drop_paths: Factors of :func:`draw_drop_paths`.
+
+    Returns:
+        Pooled features of shape (N, F).
+    """
+    token = vit.global_pool == 'token'
+    blocks = [cast(Block, block) for block in vit.blocks]
+    of_tokens: Tensor | None = None
+    if drop_paths is not None:
+        # As wide as what they are multiplied with: the residuals, not their sum
+        drop_paths = drop_paths.to(_branch_dtype(vit, x))
+        of_tokens = drop_paths.index_select(1, layout.sequence)
+    for i, block in enumerate(blocks):
+        class_only = token and i == len(blocks) - 1
+        factors = drop_paths if class_only else of_tokens
+        drop = () if factors is None else factors[2 * i : 2 * i + 2, :, None].unbind()
+        arguments = block, x, layout, drop, class_only
+        if vit.grad_checkpointing and torch.is_grad_enabled():
+            context = _same_backends if layout.varlen else noop_context_fn
+            x = checkpoint(
+                _run_block, *arguments, use_reentrant=False, context_fn=context
+            )
+        else:
+            x = _run_block(*arguments)
+    x = vit.norm(x)
+    if token:
+        return vit.head_drop(vit.fc_norm(x))
+    sequences = x.split([group.number * group.length for group in layout.groups])
+    return concatenate(
+        [
+            vit.forward_head(same_length.unflatten(0, group), pre_logits=True)
+            for same_length, group in zip(sequences, layout.groups, strict=True)
+        ]
+    )

@@ -1,14 +1,14 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Encodes crops of several sizes at once."""
+"""Encoding of crops of several sizes at once, their tokens packed into one matrix."""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import groupby
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,32 +17,24 @@ from timm.layers.attention import Attention
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.nn.attention import sdpa_kernel
 
 from .packed_blocks import (
+    BACKENDS,
     Group,
     Layout,
     can_use_varlen,
-    class_block,
     concatenate,
     draw_drop_paths,
-    token_block,
+    make_layout,
+    run_blocks,
 )
 
-#: Attention of all crops at once is FlashAttention's. PyTorch 2.15 would prefer cuDNN's on
-#: Hopper, which takes single queries, those of the last block, for decoding: not tried.
-_BACKENDS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,  # in float32
-    SDPBackend.MATH,
-]
-
-CropBatching = Literal['auto', 'packed', 'by_size']
+CropBatching: TypeAlias = Literal['auto', 'packed', 'by_size']
 
 
 def can_pack(encoder: nn.Module) -> bool:
-    """Whether :func:`encode_crops` packs the tokens of all sizes for an encoder.
+    """Tell whether :func:`encode_crops` packs the tokens of all sizes for an encoder.
 
     Args:
         encoder: A timm model.
@@ -73,7 +65,7 @@ def can_pack(encoder: nn.Module) -> bool:
 
 
 def _must_be_called(module: nn.Module) -> bool:
-    """Whether a module does more than its ``forward`` when it is called."""
+    """Tell whether a module does more than its ``forward`` when it is called."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -142,7 +134,7 @@ def encode_crops(
         rows, columns = vit.patch_embed.patch_size
         grids = tuple((i.shape[2] // rows, i.shape[3] // columns) for i in same_size)
         device = same_size[0].device
-        layout = _layout(
+        layout = make_layout(
             tuple(
                 Group(len(images), math.prod(grid) + vit.num_prefix_tokens)
                 for images, grid in zip(same_size, grids, strict=True)
@@ -151,11 +143,11 @@ def encode_crops(
             # Of one length, there is nothing to win
             batching == 'auto' and len(grids) > 1 and can_use_varlen(vit, device),
         )
-        positions = _positions(vit.patch_embed.grid_size, grids, device)
+        matrix = _position_matrices(vit.patch_embed.grid_size, grids, device)
         run = _compiled() if compiled else _encode_packed
         drop_paths = draw_drop_paths(vit, len(layout.first))
-        with sdpa_kernel(_BACKENDS) if layout.varlen else nullcontext():
-            features = run(vit, same_size, layout, positions, drop_paths)
+        with sdpa_kernel(BACKENDS) if layout.varlen else nullcontext():
+            features = run(vit, same_size, layout, matrix, drop_paths)
     else:
         features = concatenate([encoder(images) for images in same_size])
     return features.unflatten(0, (len(crops), -1))
@@ -175,9 +167,9 @@ def encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
     """
     tokens = vit.norm_pre(tokens)
     if can_pack(vit):
-        layout = _layout((Group(*tokens.shape[:2]),), tokens.device, False)
+        layout = make_layout((Group(*tokens.shape[:2]),), tokens.device, False)
         drop_paths = draw_drop_paths(vit, len(tokens))
-        return _run_blocks(vit, tokens.flatten(0, 1), layout, drop_paths)
+        return run_blocks(vit, tokens.flatten(0, 1), layout, drop_paths)
     if vit.grad_checkpointing and torch.is_grad_enabled():
         tokens = checkpoint_seq(vit.blocks, tokens)
     else:
@@ -199,7 +191,7 @@ def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
 def position_matrix(
     old: tuple[int, int], new: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Matrix that resamples position embeddings to another grid.
+    """Make the matrix that resamples position embeddings to another grid.
 
     Resampling is linear, so it is what timm's function makes of unit vectors. A matrix
     serves all sizes with one product, and its backward pass is deterministic on a GPU,
@@ -211,7 +203,7 @@ def position_matrix(
         device: Device of the matrix.
 
     Returns:
-        Weights of shape (new positions, old positions).
+        A matrix of shape (new positions, old positions).
     """
     unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)[None]
     return resample_abs_pos_embed(
@@ -220,71 +212,41 @@ def position_matrix(
 
 
 @functools.lru_cache(maxsize=32)
-def _positions(
-    native: tuple[int, int], grids: tuple[tuple[int, int], ...], device: torch.device
+def _position_matrices(
+    old: tuple[int, int], grids: tuple[tuple[int, int], ...], device: torch.device
 ) -> Tensor:
-    """Matrices of :func:`position_matrix` of several grids, made once.
-
-    Args:
-        native: Rows and columns of the position embedding.
-        grids: Rows and columns of patches.
-        device: Device of the matrix.
-
-    Returns:
-        Weights of shape (sum of the numbers of patches, positions).
-    """
+    """Stack matrices of :func:`position_matrix`, one for each grid, made once."""
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        return torch.cat([position_matrix(native, grid, device) for grid in grids])
-
-
-@functools.lru_cache(maxsize=32)
-def _layout(groups: tuple[Group, ...], device: torch.device, varlen: bool) -> Layout:
-    """Layout of sequences, made once, as it comes from the host.
-
-    Args:
-        groups: Sequences of one length each.
-        device: Device of the tensors.
-        varlen: Whether attention may run once for all sequences.
-
-    Returns:
-        The layout.
-    """
-    # See _positions
-    with torch.inference_mode(False):
-        lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
-        each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-        total = sum(group.number * group.length for group in groups)
-        sequence = each[:-1].repeat_interleave(lengths, output_size=total)
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return Layout(
-            groups,
-            sequence.to(device),
-            ends[:-1].to(device),
-            ends.to(device),
-            each.to(device),
-            varlen,
-        )
+        return torch.cat([position_matrix(old, grid, device) for grid in grids])
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """The packed forward pass as one graph for each layout, up to PyTorch's limit."""
+    """Compile the packed forward pass, one graph for each layout, up to PyTorch's limit."""
     return torch.compile(_encode_packed, dynamic=False)
+
+
+def split_patches(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Look at images (B, C, H, W) as patches, shape (B, rows, columns, C, h, w)."""
+    patches = image.unflatten(3, (-1, size[1])).unflatten(2, (-1, size[0]))
+    return patches.permute(0, 2, 4, 1, 3, 5)
+
+
+def embed_patches(vit: VisionTransformer, patches: Tensor) -> Tensor:
+    """Embed flat patches (..., C * h * w) as a linear layer, equal to the convolution."""
+    projection = vit.patch_embed.proj
+    tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
+    return cast(Tensor, vit.patch_embed.norm(tokens))
 
 
 def _embed(
     vit: VisionTransformer, images: Sequence[Tensor], layout: Layout, matrix: Tensor
 ) -> Tensor:
-    """Tokens with positions, of shape (T, F), one batch of images after the other."""
-    patch_embed = vit.patch_embed
-    height, width = patch_embed.patch_size
-    patches = []
-    for image in images:
-        split = image.unflatten(3, (-1, width)).unflatten(2, (-1, height))
-        patches.append(split.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1))
-    weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
-    tokens = patch_embed.norm(F.linear(concatenate(patches), weight.flatten(1), bias))
+    """Return tokens with positions, shape (T, F), one batch of images after the other."""
+    size = vit.patch_embed.patch_size
+    patches = [split_patches(image, size).flatten(0, 2).flatten(1) for image in images]
+    tokens = embed_patches(vit, concatenate(patches))
 
     prefix: list[Tensor] = [p for p in (vit.cls_token, vit.reg_token) if p is not None]
     skip = 0 if vit.no_embed_class else vit.num_prefix_tokens
@@ -299,77 +261,25 @@ def _embed(
             first = first + pos_embed[:, :skip]
     # Under autocast, patches are half as wide, and tokens float32 from here on, as in timm
     out = []
-    for number, part, position in zip(
+    for number, same_size, position in zip(
         numbers,
         tokens.split([n * count for n, count in zip(numbers, counts, strict=True)]),
         positions.split(counts),
         strict=True,
     ):
-        sequences = part.unflatten(0, (number, -1)) + position
+        sequences = same_size.unflatten(0, (number, -1)) + position
         if prefix:
             sequences = torch.cat([first.expand(number, -1, -1), sequences], 1)
         out.append(sequences.flatten(0, 1))
     return vit.norm_pre(vit.pos_drop(concatenate(out)))
 
 
-def _branch_dtype(vit: VisionTransformer, x: Tensor) -> torch.dtype:
-    """Dtype that the branches of blocks end with: that of linear layers, or of scales."""
-    kind = x.device.type
-    linear = all(type(cast(Block, block).ls1) is nn.Identity for block in vit.blocks)
-    if linear and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
 def _encode_packed(
     vit: VisionTransformer,
     images: Sequence[Tensor],
     layout: Layout,
-    positions: Tensor,
+    matrix: Tensor,
     drop_paths: Tensor | None,
 ) -> Tensor:
-    """Features of shape (N, F) of batches of images of different sizes."""
-    return _run_blocks(vit, _embed(vit, images, layout, positions), layout, drop_paths)
-
-
-def _same_backends() -> tuple[
-    AbstractContextManager[None], AbstractContextManager[None]
-]:
-    """Contexts of blocks, and of computing them again, when that of the first is over."""
-    return nullcontext(), sdpa_kernel(_BACKENDS)
-
-
-def _run_blocks(
-    vit: VisionTransformer, x: Tensor, layout: Layout, drop_paths: Tensor | None
-) -> Tensor:
-    """Features of shape (N, F) of tokens of shape (T, F)."""
-    token = vit.global_pool == 'token'
-    blocks = [cast(Block, block) for block in vit.blocks]
-    of_tokens: Tensor | None = None
-    if drop_paths is not None:
-        # As wide as what they are multiplied with: the residuals, not their sum
-        drop_paths = drop_paths.to(_branch_dtype(vit, x))
-        of_tokens = drop_paths.index_select(1, layout.sequence)
-    for i, block in enumerate(blocks):
-        last = token and i == len(blocks) - 1
-        factors = drop_paths if last else of_tokens
-        drop = () if factors is None else factors[2 * i : 2 * i + 2, :, None].unbind()
-        step = class_block if last else token_block
-        if vit.grad_checkpointing and torch.is_grad_enabled():
-            context = _same_backends if layout.varlen else noop_context_fn
-            x = checkpoint(
-                step, block, x, layout, drop, use_reentrant=False, context_fn=context
-            )
-        else:
-            x = step(block, x, layout, drop)
-    x = vit.norm(x)
-    if token:
-        return vit.head_drop(vit.fc_norm(x))
-    groups = layout.groups
-    parts = x.split([g.number * g.length for g in groups])
-    return concatenate(
-        [
-            vit.forward_head(part.unflatten(0, group), pre_logits=True)
-            for part, group in zip(parts, groups, strict=True)
-        ]
-    )
+    """Return features (N, F) of batches of images of different sizes."""
+    return run_blocks(vit, _embed(vit, images, layout, matrix), layout, drop_paths)

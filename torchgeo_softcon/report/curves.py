@@ -5,7 +5,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,33 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-#: Columns of each figure, the first pattern that matches counts.
-_GROUPS = {
-    'losses': r'loss',
-    'knn': r'(^|_)(knn|linear)_(accuracy|map)',
-    'spread': r'^collapse/|feature_std',
-    'schedules': r'^schedule/|^lr(-|$)|momentum',
-    'others': r'',
-}
-
-#: Axis labels of columns whose name does not say it all.
-_LABELS = {
-    'schedule/lr': 'learning rate',
-    'schedule/momentum': 'momentum of the teacher',
-    'schedule/teacher_temperature': 'temperature of the teacher',
-    'schedule/weight_decay': 'weight decay',
-    'train_feature_std': 'feature std in the step',
-    'collapse/feature_std': 'feature std',
-    'collapse/effective_rank': 'effective rank',
-    'collapse/uniformity': 'uniformity',
-    'train_unknown_share': 'share of unknown labels',
-}
-
-_WIDTH, _HEIGHT, _COLUMNS = 3.6, 2.5, 3
+from .page import Section
 
 
 def find_logs(run: Path) -> list[Path]:
-    """Files of the loggers of a run.
+    """Find the files of the loggers of a run.
 
     Args:
         run: Folder of the run, or one with folders of runs, of which the last is taken.
@@ -53,7 +32,8 @@ def find_logs(run: Path) -> list[Path]:
         of TensorBoard.
 
     Raises:
-        FileNotFoundError: If there are none, or some of TensorBoard, which is not installed.
+        FileNotFoundError: If there are none, or only some of TensorBoard, and tensorboard
+            is not installed.
     """
     if not run.is_dir():
         raise FileNotFoundError(f'the run {run} does not exist, or is not a folder')
@@ -75,6 +55,7 @@ def find_logs(run: Path) -> list[Path]:
 
 
 def _has_steps(path: Path) -> bool:
+    """Tell whether a CSV file is the log of a run."""
     with open(path, errors='replace') as file:
         return 'step' in file.readline().strip().split(',')
 
@@ -108,7 +89,7 @@ def read_logs(files: Sequence[Path]) -> pd.DataFrame:
 
 
 def _read_events(path: Path) -> pd.DataFrame:
-    """Numbers in a file of TensorBoard."""
+    """Read the numbers in a file of TensorBoard."""
     accumulator = import_module(
         'tensorboard.backend.event_processing.event_accumulator'
     )
@@ -125,93 +106,137 @@ def _read_events(path: Path) -> pd.DataFrame:
     return pd.concat(columns) if columns else pd.DataFrame({'step': []})
 
 
-def plot_curves(log: pd.DataFrame) -> dict[str, Figure]:
+#: Metrics of :class:`.KNNProbe`.
+_PROBE = r'(?:^|_)(?:knn|linear)_(accuracy|map)'
+
+#: Sections of the page by what the names of their metrics match. The first one counts.
+_CURVES = {
+    'loss': Section(
+        'losses',
+        'Losses',
+        'Each metric on its own scale. A falling loss alone does not show that the '
+        'features are of use.',
+    ),
+    _PROBE: Section(
+        'knn',
+        'Probes of the frozen encoder',
+        'How well the labels of held-out images are found from the features. Step 0 is '
+        'before the training; chance knows the frequencies of the classes only.',
+    ),
+    '^collapse/|feature_std': Section(
+        'spread',
+        'Spread of the features',
+        'Feature standard deviation near 0, effective rank near 1 or uniformity near 0 '
+        'mean that all images look alike to the encoder (collapse). Evenly spread '
+        'features have 1 / sqrt(number of features) and about -4. The rank is at most '
+        'the number of images in a batch.',
+    ),
+    '^schedule/|^lr(-|$)|momentum': Section(
+        'schedules', 'Schedules', 'Per optimizer step.'
+    ),
+    '': Section('others', 'Other metrics', 'Whatever else was logged.'),
+}
+
+#: Titles of panels, where the name of a metric does not say it all.
+_TITLES = {
+    'accuracy': 'accuracy',
+    'map': 'mean average precision',
+    'schedule/lr': 'learning rate',
+    'schedule/momentum': 'momentum of the teacher',
+    'schedule/teacher_temperature': 'temperature of the teacher',
+    'schedule/weight_decay': 'weight decay',
+    'train_feature_std': 'feature std in the step',
+    'collapse/feature_std': 'feature std',
+    'collapse/effective_rank': 'effective rank',
+    'collapse/uniformity': 'uniformity',
+    'train_unknown_share': 'share of unknown labels',
+}
+
+#: Limits of the vertical axis, from the smallest and the largest value of a metric.
+_LIMITS: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    _PROBE: lambda low, high: (0, 1),
+    'rank|std|schedule/lr': lambda low, high: (0, 1.1 * high or 1),
+    'uniformity$': lambda low, high: (1.1 * low or -1, 0),
+    'share$': lambda low, high: (-0.02, 1.02),
+}
+
+#: Width and height of a panel of one metric, and of a panel of all probes, in inches.
+_PANEL, _PROBE_PANEL = (3.6, 2.5), (5.4, 3.4)
+
+_COLUMNS = 3
+
+
+def curve_sections(log: pd.DataFrame) -> list[Section]:
     """Plot all that was logged, by optimizer step.
 
     Args:
         log: From :func:`read_logs`.
 
     Returns:
-        Figures by name: *losses*, *knn*, *spread*, *schedules* and *others*, those that
-        there is something for.
+        Sections *losses*, *knn*, *spread*, *schedules* and *others*, those with metrics.
     """
-    groups: dict[str, list[str]] = {name: [] for name in _GROUPS}
-    for column in log.columns.drop(['step', 'epoch'], errors='ignore'):
-        name = next(n for n, pattern in _GROUPS.items() if re.search(pattern, column))
-        groups[name].append(column)
-    figures = {}
-    for name, columns in groups.items():
-        if columns:
-            plot = _plot_probes if name == 'knn' else _plot_panels
-            figures[name] = plot(log, columns)
-    return figures
+    metrics = list(log.columns.drop(['step', 'epoch'], errors='ignore'))
+    sections = []
+    for pattern, section in _CURVES.items():
+        chosen = [m for m in metrics if re.search(pattern, m)]
+        metrics = [m for m in metrics if m not in chosen]
+        if chosen:
+            sections.append(replace(section, figure=_plot(log, chosen)))
+    return sections
 
 
-def _plot_panels(log: pd.DataFrame, columns: Sequence[str]) -> Figure:
-    """One panel per metric: they have different units."""
-    width = min(len(columns), _COLUMNS)
-    rows = math.ceil(len(columns) / width)
-    figure = Figure((_WIDTH * width, _HEIGHT * rows), layout='constrained')
-    axes = list(figure.subplots(rows, width, squeeze=False).flat)
-    for axis, column in zip(axes, columns, strict=False):
-        _draw(axis, log, column)
-        axis.set_title(_LABELS.get(column, column), fontsize='medium', loc='left')
-        values = log[column][np.isfinite(log[column])]
-        if values.empty:
-            continue
-        if re.search('rank|std|schedule/lr', column):
-            axis.set_ylim(0, 1.1 * values.max() or 1)  # 0 has a meaning
-        elif column.endswith('uniformity'):
-            axis.set_ylim(1.1 * values.min() or -1, 0)
-        elif column.endswith('share'):
-            axis.set_ylim(-0.02, 1.02)
-        elif np.ptp(values) == 0:
-            axis.set_ylim(0, 1.2 * values.iloc[0] or 1)
-    for axis in axes[len(columns) :]:
+def _probed(metric: str) -> str:
+    """Return what a probe measures, '' for other metrics."""
+    found = re.search(_PROBE, metric)
+    return found.group(1) if found else ''
+
+
+def _plot(log: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """Plot one panel per metric, which have different units, and one of all probes."""
+    panels: dict[str, list[str]] = {}
+    for metric in metrics:
+        panels.setdefault(_probed(metric) or metric, []).append(metric)
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    width, height = _PROBE_PANEL if _probed(metrics[0]) else _PANEL
+    figure = Figure((width * columns, height * rows), layout='constrained')
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (name, lines) in zip(axes, panels.items(), strict=False):
+        axis.set_title(_TITLES.get(name, name), fontsize='medium', loc='left')
+        # What guessing would give comes last in the legend
+        for metric in sorted(lines, key=lambda m: (m.endswith('_chance'), m)):
+            _draw(axis, log, metric)
+        if _probed(lines[0]):
+            axis.legend(loc='best', fontsize='small')
+    for axis in axes[len(panels) :]:
         axis.remove()
     figure.supxlabel('optimizer step', fontsize='medium')
     return figure
 
 
-def _plot_probes(log: pd.DataFrame, columns: Sequence[str]) -> Figure:
-    """Probes of one kind in one panel, with what guessing would give."""
-    metrics = sorted({_metric(column) for column in columns})
-    figure = Figure((5.4 * len(metrics), 3.4), layout='constrained')
-    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axis, metric in zip(axes, metrics, strict=True):
-        # Chance comes last in the legend
-        for column in sorted(columns, key=lambda c: (c.endswith('_chance'), c)):
-            if _metric(column) == metric:
-                chance = column.endswith('_chance')
-                style = {'color': 'grey', 'linestyle': '--'} if chance else {}
-                name = re.sub(rf'_?{metric}', '', column).replace('_', ', ')
-                name = name.replace('knn, chance', 'chance')
-                _draw(axis, log, column, label=name, **style)
-        axis.set_ylim(0, 1)
-        axis.set_title(
-            'mean average precision' if metric == 'map' else 'accuracy',
-            fontsize='medium',
-            loc='left',
-        )
-        axis.legend(loc='best', fontsize='small')
-    figure.supxlabel('optimizer step', fontsize='medium')
-    return figure
-
-
-def _metric(column: str) -> str:
-    found = re.search(r'(knn|linear)_(accuracy|map)', column)
-    return found.group(2) if found else ''
-
-
-def _draw(axis: Axes, log: pd.DataFrame, column: str, **style: Any) -> None:
-    values = log[['step', column]].dropna()
+def _draw(axis: Axes, log: pd.DataFrame, metric: str) -> None:
+    """Draw the curve of a metric."""
+    values = log[['step', metric]].dropna()
+    label = re.sub(rf'_?{_probed(metric)}', '', metric).replace('_', ', ')
+    style: dict[str, Any] = {'label': label.replace('knn, chance', 'chance')}
+    if metric.endswith('_chance'):
+        style |= {'color': 'grey', 'linestyle': '--'}
     marker = 'o' if len(values) <= 30 else None
-    axis.plot(values['step'], values[column], marker=marker, markersize=3, **style)
+    axis.plot(values['step'], values[metric], marker=marker, markersize=3, **style)
     end = max(log['step'].max(), 1)
     axis.set_xlim(-0.02 * end, 1.02 * end)
     axis.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
-    bad = int((~np.isfinite(values[column])).sum())
-    if bad:
-        axis.text(0.5, 0.5, f'{bad} values are not finite', transform=axis.transAxes)
+    finite = values[metric][np.isfinite(values[metric])]
+    if len(finite) < len(values):
+        text = f'{len(values) - len(finite)} values are not finite'
+        axis.text(0.5, 0.5, text, transform=axis.transAxes)
+    if finite.empty:
+        return
+    low, high = finite.min(), finite.max()
+    limits = [f for pattern, f in _LIMITS.items() if re.search(pattern, metric)]
+    if limits:
+        axis.set_ylim(limits[0](low, high))
+    elif low == high:
+        axis.set_ylim(0, 1.2 * low or 1)

@@ -4,8 +4,7 @@
 """Pictures of what an encoder makes of images."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
-from ..bands import rgb_indices
-from ..datasets.worldcover import WORLDCOVER_COLORS
-from ..landcover.legends import WORLDCOVER_CLASSES, WORLDCOVER_CODES
+from ..bands import shown_channels
+from ..landcover import LandCoverProduct
+from ..landcover.products import WORLDCOVER
 from ..modules.masking import mask_pixels, masked_patches, random_visible
 
 Array = npt.NDArray[Any]
@@ -55,7 +53,7 @@ class Display:
                 data do not count: NaN, or 0 in all bands.
             bands: Names of the bands.
         """
-        self.channels = _channels(bands, images.shape[1])
+        self.channels = shown_channels(bands, images.shape[1])
         seen = ~(images.isnan().any(1) | (images == 0).all(1))  # (B, H, W)
         quantiles = (_CLIPPED, 1 - _CLIPPED)
         self.limits = [(0.0, 1.0)] * len(self.channels)
@@ -69,7 +67,7 @@ class Display:
 
     @property
     def caption(self) -> str:
-        """What is shown."""
+        """Sentence that tells which bands are shown."""
         names = ', '.join(str(channel + 1) for channel in self.channels)
         return (
             f'Shown are the bands number {names} as red, green and blue'
@@ -78,7 +76,7 @@ class Display:
         )
 
     def __call__(self, image: Tensor) -> Array:
-        """Colours in [0, 1].
+        """Return the colours of an image, in [0, 1].
 
         Args:
             image: Image of shape (C, H, W).
@@ -95,15 +93,6 @@ class Display:
         return result
 
 
-def _channels(bands: Sequence[str] | None, count: int) -> list[int]:
-    if bands is not None:
-        try:
-            return list(rgb_indices(bands))
-        except ValueError:
-            pass
-    return [0, 1, 2] if count >= 3 else [0]
-
-
 def _grid(
     rows: int,
     columns: int,
@@ -111,7 +100,7 @@ def _grid(
     extra: float = 0.0,
     widths: Sequence[float] | None = None,
 ) -> Any:
-    """Axes for pictures of *size* inches, and *extra* of them below each."""
+    """Make axes for pictures of *size* inches, with *extra* inches below each."""
     widths = [1] * columns if widths is None else widths[:columns]
     shape = (size * sum(widths), (size + extra) * rows)
     figure = Figure(shape, layout='constrained')
@@ -127,7 +116,7 @@ def _grid(
 def plot_views(
     task: Any, batch: dict[str, Tensor], bands: Sequence[str] | None = None
 ) -> Figure | None:
-    """What the two branches of a task get to see of some images.
+    """Plot the views of some images that the two branches of a task see.
 
     Args:
         task: A pretraining task of this package.
@@ -137,75 +126,73 @@ def plot_views(
     Returns:
         A row per image, or None if the task does not draw views.
     """
+    drawn = _draw_views(task, batch)
+    if drawn is None:
+        return None
+    views, boxes = drawn
+    images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
+    images = images[:, : views[0][1].shape[1]]
+    resized = [F.interpolate(view, images.shape[-1]) for _, view in views]
+    show = Display(torch.cat([images, *resized]), bands)
+    figure, axes = _grid(len(images), 1 + len(views))
+    axes[0, 0].set_title('image', fontsize='small')
+    for axis, image in zip(axes[:, 0], images, strict=True):
+        axis.imshow(show(image))
+    for number, (name, view) in enumerate(views):
+        colour = _COLOURS[number % len(_COLOURS)]
+        title = axes[0, 1 + number].set_title(name, fontsize='small')
+        if boxes:  # a frame of the colour of its box on the image
+            title.set_fontweight('bold')
+        for row, axis in enumerate(axes[:, 1 + number]):
+            colours = show(view[row].nan_to_num())
+            hidden = view[row].isnan().any(0)
+            colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
+            axis.imshow(colours)
+            if boxes:
+                left, top, right, bottom = (boxes[number][row] - 0.5).tolist()
+                outline = Rectangle((left, top), right - left, bottom - top)
+                outline.set(fill=False, edgecolor=colour, linewidth=1.5, clip_on=False)
+                axes[row, 0].add_patch(outline)
+                for spine in axis.spines.values():
+                    spine.set(visible=True, color=colour, linewidth=2)
+    return figure
+
+
+def _draw_views(
+    task: Any, batch: dict[str, Tensor]
+) -> tuple[list[tuple[str, Tensor]], list[Tensor]] | None:
+    """Draw the views of a task, and find their boxes on the images.
+
+    Returns:
+        Titles and views of shape (B, C, H, W), and for each view its boxes of shape
+        (B, 4), or no boxes where the augmentations do not tell them. None if the task
+        does not draw views.
+    """
     boxes: list[Tensor] = []
 
     def keep_boxes(module: Any, args: Any, output: Any) -> None:
         found = getattr(module, 'boxes', [])
         boxes.extend(found if isinstance(found, list) else [found])
 
-    if hasattr(task, 'draw_crops'):
-        with _hook(task.augmentations, keep_boxes):
-            columns = list(task.draw_crops(batch))
-        names = [
-            f'{"global" if i < task.num_global else "local"}, {c.shape[-1]} px'
-            for i, c in enumerate(columns)
-        ]
-    elif hasattr(task, 'draw_views'):
-        with _hook(task.augmentations, keep_boxes):
-            views, _ = task.draw_views(batch)
-        columns = [mask_view(task, views[0]), views[1]]
-        share = task.hparams['mask_ratio']
-        names = [f'trained, {share:.0%} masked', 'teacher']
-    else:
-        return None
-    if len(boxes) != len(columns):
-        boxes = []
-
-    images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
-    images = images[:, : columns[0].shape[1]]
-    side = images.shape[-1]
-    everything = [F.interpolate(c, (side, side)) for c in columns]
-    show = Display(torch.cat([images, *everything]), bands)
-    figure, axes = _grid(len(images), 1 + len(columns))
-    colour = dict(zip(range(len(columns)), _COLOURS * len(columns), strict=False))
-    for row, image in enumerate(images):
-        axes[row, 0].imshow(show(image))
-        for number, box in enumerate(boxes):
-            left, top, right, bottom = (box[row] - 0.5).tolist()
-            outline = Rectangle(
-                (left, top),
-                right - left,
-                bottom - top,
-                fill=False,
-                edgecolor=colour[number],
-                linewidth=1.5,
-                clip_on=False,
-            )
-            axes[row, 0].add_patch(outline)
-        for axis, view in zip(axes[row, 1:], columns, strict=True):
-            hidden = view[row].isnan().any(0)
-            colours = show(view[row].nan_to_num())
-            colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
-            axis.imshow(colours)
-    axes[0, 0].set_title('image', fontsize='small')
-    for number, name in enumerate(names):
-        text = axes[0, 1 + number].set_title(name, fontsize='small')
-        if boxes:  # a frame of the colour of its box on the image
-            text.set_fontweight('bold')
-            for axis in axes[:, 1 + number]:
-                for spine in axis.spines.values():
-                    spine.set(visible=True, color=colour[number], linewidth=2)
-    return figure
-
-
-@contextmanager
-def _hook(module: nn.Module, hook: Any) -> Iterator[None]:
-    """Call something after each forward pass of a module."""
-    handle = module.register_forward_hook(hook)
+    hook = task.augmentations.register_forward_hook(keep_boxes)
     try:
-        yield
+        if hasattr(task, 'draw_crops'):
+            crops = list(task.draw_crops(batch))
+            kinds = ['global'] * task.num_global + ['local'] * len(crops)
+            views = [
+                (f'{kind}, {crop.shape[-1]} px', crop)
+                for kind, crop in zip(kinds, crops, strict=False)
+            ]
+        elif hasattr(task, 'draw_views'):
+            (first, second), _ = task.draw_views(batch)
+            share = task.hparams['mask_ratio']
+            views = [(f'trained, {share:.0%} masked', mask_view(task, first))]
+            views.append(('teacher', second))
+        else:
+            return None
     finally:
-        handle.remove()
+        hook.remove()
+    return views, boxes if len(boxes) == len(views) else []
 
 
 def mask_view(task: Any, view: Tensor) -> Tensor:
@@ -232,7 +219,7 @@ def mask_view(task: Any, view: Tensor) -> Tensor:
 
 
 def label_similarities(labels: Tensor) -> Tensor:
-    """Cosine similarity of multi-labels, or whether classes are the same.
+    """Compare labels: cosine similarity of multi-labels, or equality of classes.
 
     Args:
         labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
@@ -247,7 +234,7 @@ def label_similarities(labels: Tensor) -> Tensor:
 
 
 def feature_similarities(features: Tensor) -> Tensor:
-    """Cosine similarity of features minus their mean.
+    """Compare features: cosine similarity after subtracting their mean.
 
     Without that, what all images share, such as the mean of a rectified layer, would
     make all of them look alike.
@@ -263,7 +250,7 @@ def feature_similarities(features: Tensor) -> Tensor:
 
 
 def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
-    """Similarity of labels against similarity of features, of all pairs of images.
+    """Plot similarities of labels and of features, of all pairs of images.
 
     Args:
         features: Features of shape (N, F).
@@ -280,14 +267,15 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
 
     figure = Figure((13, 4.2), layout='constrained')
     axes = figure.subplots(1, 3)
-    shown = axes[0].imshow(by_label.numpy(), vmin=0, vmax=1, cmap='viridis')
-    axes[0].set_title('label similarity', fontsize='medium')
-    figure.colorbar(shown, ax=axes[0], shrink=0.8)
-    shown = axes[1].imshow(by_feature.numpy(), vmin=-1, vmax=1, cmap='RdBu_r')
-    axes[1].set_title('embedding similarity', fontsize='medium')
-    figure.colorbar(shown, ax=axes[1], shrink=0.8)
-    for axis in axes[:2]:
+    matrices = (
+        ('label', by_label, 0, 'viridis'),
+        ('embedding', by_feature, -1, 'RdBu_r'),
+    )
+    for axis, (name, matrix, low, colours) in zip(axes, matrices, strict=False):
+        shown = axis.imshow(matrix.numpy(), vmin=low, vmax=1, cmap=colours)
+        axis.set_title(f'{name} similarity', fontsize='medium')
         axis.set_xlabel('images, sorted by label')
+        figure.colorbar(shown, ax=axis, shrink=0.8)
 
     upper = torch.triu_indices(len(order), len(order), 1)
     x, y = (m[upper[0], upper[1]].numpy() for m in (by_label, by_feature))
@@ -311,7 +299,7 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
 def plot_neighbours(
     thumbnails: Sequence[Array], features: Tensor, labels: Tensor, count: int = 10
 ) -> Figure:
-    """Nearest neighbours of some images.
+    """Plot the nearest neighbours of some images.
 
     Args:
         thumbnails: Colours of the images.
@@ -351,7 +339,7 @@ def plot_neighbours(
 
 
 def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
-    """Patch tokens, or the last feature map, of some images.
+    """Compute the patch tokens, or the last feature map, of some images.
 
     Args:
         encoder: A timm model.
@@ -375,7 +363,7 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
 
 
 def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
-    """First three principal components of patch tokens as red, green and blue.
+    """Plot three principal components of patch tokens as red, green and blue.
 
     Args:
         tokens: Tokens of shape (B, h, w, F).
@@ -387,49 +375,57 @@ def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
     flat = tokens.float().flatten(0, 2)
     centred = flat - flat.mean(0)
     _, values, right = torch.linalg.svd(centred, full_matrices=False)
-    parts = centred @ right[:3].T
-    low, high = (torch.quantile(parts, q, dim=0) for q in (_CLIPPED, 1 - _CLIPPED))
-    colours = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    components = centred @ right[:3].T
+    limits = (_CLIPPED, 1 - _CLIPPED)
+    low, high = (torch.quantile(components, q, dim=0) for q in limits)
+    colours = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     colours = colours.view(*tokens.shape[:3], 3)
     share = float(values[:3].square().sum() / values.square().sum())
 
-    figure, axes = _grid(2, len(tokens), 1.5)
-    for column, (image, colour) in enumerate(zip(thumbnails, colours, strict=True)):
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(colour.numpy(), interpolation='nearest')
-    axes[0, 0].set_ylabel('image')
-    axes[1, 0].set_ylabel(f'components\n({share:.0%} of variance)')
-    return figure
+    return _plot_below(
+        thumbnails, colours.numpy(), f'components\n({share:.0%} of variance)'
+    )[0]
 
 
-def plot_classes(masks: Sequence[Tensor], thumbnails: Sequence[Array]) -> Figure:
-    """Land cover of some images.
+def _plot_below(
+    thumbnails: Sequence[Array],
+    pictures: Sequence[Array],
+    label: str,
+    extra: float = 0.0,
+) -> tuple[Figure, Any]:
+    """Plot images above, and a picture of each below."""
+    figure, axes = _grid(2, len(thumbnails), 1.5, extra)
+    for row, (colours, name) in enumerate(((thumbnails, 'image'), (pictures, label))):
+        axes[row, 0].set_ylabel(name)
+        for axis, picture in zip(axes[row], colours, strict=True):
+            axis.imshow(picture, interpolation='nearest' if row else None)
+    return figure, axes
+
+
+def plot_classes(
+    masks: Sequence[Tensor],
+    thumbnails: Sequence[Array],
+    product: LandCoverProduct = WORLDCOVER,
+) -> Figure:
+    """Plot the land cover of some images.
 
     Args:
-        masks: WorldCover codes of shape (H, W), 0 is no data.
+        masks: Codes of *product* of shape (H, W).
         thumbnails: Colours of the images.
+        product: The land-cover product.
 
     Returns:
         Images above, classes below, with a legend.
     """
-    codes = [0, *WORLDCOVER_CODES]
-    colours = {code: np.array(WORLDCOVER_COLORS[code]) / 255 for code in codes}
-    colours[0] = np.array([1.0, 1, 1, 1])
-    cmap = ListedColormap([colours[code] for code in codes])
-    norm = BoundaryNorm([*codes, 101], len(codes))
-    figure, axes = _grid(2, len(masks), 1.5, 0.2)
-    for column, (mask, image) in enumerate(zip(masks, thumbnails, strict=True)):
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(
-            mask.numpy(), cmap=cmap, norm=norm, interpolation='nearest'
-        )
-    axes[0, 0].set_ylabel('image')
-    axes[1, 0].set_ylabel('WorldCover')
+    colours = np.ones((256, 4))  # white where there is no data
+    colours[list(product.codes)] = [product.colors[code] for code in product.codes]
+    colours[list(product.codes)] /= 255
+    pictures = [colours[mask.long().numpy()] for mask in masks]
+    figure, _ = _plot_below(thumbnails, pictures, product.title, 0.2)
     present = {int(code) for mask in masks for code in mask.unique()}
-    names = dict(zip(codes, ('No data', *WORLDCOVER_CLASSES), strict=True))
     handles = [
-        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=names[code])
-        for code in codes
+        Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
+        for code, name in product.names.items()
         if code in present
     ]
     figure.legend(

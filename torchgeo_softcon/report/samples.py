@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .._compat import Sample
 from ..datamodules.normalization import match_images
-from ..evaluation.embed import set_up
-from ..evaluation.features import encode, prepare
-from ..evaluation.samples import check_label, split_samples
+from ..datamodules.protocol import dataset_bands, eval_transform
+from ..evaluation.features import prepare
+from ..evaluation.loop import encode_batches
+from ..evaluation.samples import check_label, set_up, split_samples
+from ..landcover import LandCoverProduct
+from ..landcover.products import WORLDCOVER
 from ..models.encoders import Encoder
 from .pictures import Array, Display
 
@@ -47,6 +51,7 @@ class Gallery:
         thumbnails: Colours of all images.
         samples: The first of the samples, as the datamodule gives them.
         masks: Land cover of *samples*, codes of shape (H, W), or None.
+        product: Land-cover product that the codes are of.
     """
 
     split: str
@@ -57,6 +62,7 @@ class Gallery:
     thumbnails: list[Array]
     samples: list[Sample]
     masks: list[Tensor] | None
+    product: LandCoverProduct = WORLDCOVER
 
     def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
         """Features, labels and thumbnails of the images whose label is known."""
@@ -97,45 +103,58 @@ def collect(
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)
     chosen = [indices[i] for i in torch.randperm(len(indices))[:count]]
-    aug: Any = getattr(datamodule, 'val_aug', None) or getattr(datamodule, 'aug', None)
-
-    bands = getattr(dataset, 'bands', None) or getattr(
-        getattr(dataset, 'scenes', None), 'bands', None
-    )
-    kept: list[Sample] = []
+    bands = dataset_bands(dataset)
     small: list[Tensor] = []
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    for start in range(0, len(chosen), _BATCH):
-        samples = [dataset[i] for i in chosen[start : start + _BATCH]]
-        images = torch.stack([sample['image'] for sample in samples]).float()
-        if aug is not None:
-            images = aug({'image': images})['image']
-        if all('label' in sample for sample in samples):
-            label = torch.stack([torch.as_tensor(s['label']) for s in samples])
-            labels.append(check_label(label, f'{split} split'))
-        for sample, image in zip(samples, images, strict=True):
-            if len(kept) < _KEPT:
-                kept.append({**sample, 'image': image})
-        pixels, seasons = prepare(images, encoder.in_channels, encoder.size)
-        pooled = next(iter(encode(encoder.model, pixels).values()))
-        features.append(pooled.unflatten(0, (-1, seasons)).mean(1))
+    kept: list[Sample] = []
+    loader = DataLoader(dataset, _BATCH, sampler=chosen, collate_fn=_collate)
+    for batch, images, found in encode_batches(
+        encoder.model,
+        loader,
+        eval_transform(datamodule),
+        encoder.in_channels,
+        encoder.size,
+    ):
         first, _ = prepare(images, encoder.in_channels, None, first=True)
         small.append(_shrink(first))
+        features.append(next(iter(found.values())))
+        if 'label' in batch:
+            labels.append(check_label(batch['label'], f'{split} split'))
+        for sample, image in zip(batch['samples'], images, strict=True):
+            kept.append({**sample, 'image': image})
+        del kept[_KEPT:]
 
     pictures = torch.cat(small)
     show = Display(pictures, bands)
-    known = len(labels) == len(features)
     return Gallery(
         split,
         bands,
         show,
         torch.cat(features),
-        torch.cat(labels) if known else None,
+        torch.cat(labels) if len(labels) == len(features) else None,
         [show(image) for image in pictures],
         kept,
         _masks(dataset, chosen[:_KEPT], kept),
+        _product(dataset),
     )
+
+
+def _product(dataset: Any) -> LandCoverProduct:
+    """Return the land-cover product of a dataset, or of one that it is made of."""
+    inner = [getattr(dataset, 'scenes', None), *getattr(dataset, 'datasets', ())]
+    for one in (dataset, *inner):
+        product = getattr(one, 'product', None)
+        if isinstance(product, LandCoverProduct):
+            return product
+    return WORLDCOVER
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    """Stack images, and labels if all samples have one, and keep the samples."""
+    keys = [key for key in ('image', 'label') if all(key in s for s in samples)]
+    stacked = {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in keys}
+    return {**stacked, 'samples': samples}
 
 
 def _split(

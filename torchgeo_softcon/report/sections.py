@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +15,9 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from ..models import is_vit
-from ..models.checkpoints import SAFE_GLOBALS, read_checkpoint
+from ..models.checkpoints import read_checkpoint
 from ..models.encoders import Encoder
-from ..transforms.worldcover import WORLDCOVER_CODES
+from ..tasks import loading as tasks
 from .page import Section
 from .pictures import (
     patch_tokens,
@@ -59,7 +58,7 @@ def run_augmentations(config: Path) -> nn.Module | None:
 
 
 def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
-    """The task of a checkpoint of this package, with the augmentations of its run.
+    """Rebuild the task of a checkpoint with the augmentations of its run.
 
     Args:
         checkpoint: Path of the checkpoint.
@@ -68,26 +67,10 @@ def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
     Returns:
         The task in training mode, or None if the checkpoint is of something else.
     """
-    hparams = content.get('hyper_parameters')
-    if not isinstance(hparams, Mapping):
-        return None
-    package, _, name = str(hparams.get('_class_path', '')).rpartition('.')
-    if not name:  # not made by the command line
-        marks = {'soft_weight': 'SoftConTask', 'local_sizes': 'DINOMCTask'}
-        name = next((marks[key] for key in marks if key in hparams), '')
-        package = 'torchgeo_softcon'
-    # Nothing else is imported because a file says so
-    task = package.partition('.')[0] == 'torchgeo_softcon' and name.endswith('Task')
-    if not task:
-        return None
-    found = getattr(import_module('torchgeo_softcon'), name, None)
     config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
     augmentations = run_augmentations(config)
     options = {} if augmentations is None else {'augmentations': augmentations}
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
-        return found and found.load_from_checkpoint(
-            checkpoint, map_location='cpu', weights_only=True, **options
-        )
+    return tasks.load_task(checkpoint, content, **options)
 
 
 def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
@@ -218,14 +201,13 @@ def _components(gallery: Gallery, encoder: Encoder) -> Section:
 
 def _classes(gallery: Gallery) -> Section:
     title = 'Land cover'
-    masks = gallery.masks
-    known = {0, *WORLDCOVER_CODES}
+    masks, product = gallery.masks, gallery.product
+    known = {*product.no_data, *product.codes}
     if masks is None or any(
         m.ndim != 2 or {*m.unique().tolist()} - known for m in masks
     ):
-        text = 'The data have no masks with codes of ESA WorldCover.'
+        text = f'The data have no masks with codes of {product.title}.'
         return Section('classes', title, text)
-    text = 'What the labels are made of: ESA WorldCover under the images, official colours.'
-    return Section(
-        'classes', title, text, plot_classes(masks, gallery.thumbnails[: len(masks)])
-    )
+    text = f'What the labels are made of: {product.title} under the images.'
+    figure = plot_classes(masks, gallery.thumbnails[: len(masks)], product)
+    return Section('classes', title, text, figure)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..transforms.worldcover import WORLDCOVER_CODES
+from ..landcover.products import DYNAMICWORLD, WORLDCOVER
 from .tiffs import days, pair
-
-#: Class codes of Dynamic World, the labels of SSL4EO-S12-ML: water, trees, grass, flooded
-#: vegetation, crops, shrub and scrub, built, bare, snow and ice.
-#: https://github.com/zhu-xlab/softcon#readme
-DYNAMIC_WORLD_CODES = tuple(range(9))
 
 #: Columns of a class in a Parquet file, by its code.
 _CLASS_COLUMN = re.compile(r'(count|fraction)_(\d+)')
@@ -42,8 +38,8 @@ class SeasonLabels:
     """Labels of images.
 
     Attributes:
-        source: Where they are from, for messages.
-        split: What the images are of, shape (N,), empty where it is not said.
+        source: The file that they are from, for messages.
+        split: Split of each image, shape (N,), empty where it is not said.
         location: Names of locations, shape (N,).
         season: Names of the images, shape (N,).
         values: Shares of the classes, or 0 and 1, float32 of shape (N, K). All zeros is
@@ -91,7 +87,7 @@ def _read_json(path: Path) -> SeasonLabels:
         with open(path, encoding='utf-8') as file:
             content = json.load(file, object_pairs_hook=_unique)
     except ValueError as error:
-        raise ValueError(f'labels {path} is no valid JSON file: {error}') from error
+        raise ValueError(f'labels {path} is not a valid JSON file: {error}') from error
     entries = [
         (location, season, classes)
         for location, seasons in _items(content, path)
@@ -106,37 +102,29 @@ def _read_json(path: Path) -> SeasonLabels:
         raise _wrong_json(path, 'an image')
 
     known = {*codes}
-    kinds = (DYNAMIC_WORLD_CODES, WORLDCOVER_CODES)
-    kind = next((k for k in kinds if known <= {*k}), None)
-    if kind is None:
+    # SSL4EO-S12-ML has the former, https://github.com/zhu-xlab/softcon#readme
+    legends = (DYNAMICWORLD.codes, WORLDCOVER.codes)
+    legend = next((codes for codes in legends if known <= {*codes}), None)
+    if legend is None:
         raise ValueError(
             f'labels {path} must have classes of Dynamic World (0 to 8) or codes of '
-            f'WorldCover ({", ".join(map(str, WORLDCOVER_CODES))}), got '
+            f'WorldCover ({", ".join(map(str, WORLDCOVER.codes))}), got '
             f'{", ".join(map(str, sorted(known)[:20]))}'
         )
-    values = np.zeros((len(entries), len(kind)), np.float32)
+    values = np.zeros((len(entries), len(legend)), np.float32)
     rows = np.repeat(np.arange(len(entries)), [len(c) for c in classes])
-    values[rows, np.searchsorted(kind, codes)] = 1
+    values[rows, np.searchsorted(legend, codes)] = 1
     unsaid = np.zeros(len(entries), np.bytes_)
-    return SeasonLabels(
-        str(path),
-        unsaid,
-        _bytes(locations),
-        _bytes(seasons),
-        values,
-        kind,
-        shares=False,
-    )
+    location, season = _bytes(locations), _bytes(seasons)
+    return SeasonLabels(str(path), unsaid, location, season, values, legend, False)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of names that come twice, Python would keep the last."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f'{twice!r} comes twice')
-    return content
+    """Make a JSON object. Of names that come twice, Python would keep the last."""
+    ((name, count),) = Counter(name for name, _ in pairs).most_common(1) or [('', 0)]
+    if count > 1:
+        raise ValueError(f'{name!r} comes twice')
+    return dict(pairs)
 
 
 def _items(content: Any, path: Path, what: str = 'the file') -> Any:
@@ -160,7 +148,9 @@ def _read_parquet(path: Path) -> SeasonLabels:
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f'labels {path} is no valid Parquet file: {error}') from error
+        raise ValueError(
+            f'labels {path} is not a valid Parquet file: {error}'
+        ) from error
     # Counts become shares; a file that has both is not read twice
     columns: dict[int, str] = {}
     for name in schema.names:
@@ -173,12 +163,12 @@ def _read_parquet(path: Path) -> SeasonLabels:
             f'labels {path} must have the column id and one column per class (count_10 or '
             f'fraction_10 and so on), got {", ".join(schema.names)}'
         )
-    names = [columns[code] for code in codes]
+    of_classes = [columns[code] for code in codes]
     valid = ['valid'] if 'valid' in schema.names else []
-    table = pq.read_table(path, columns=['id', *valid, *names])
+    table = pq.read_table(path, columns=['id', *valid, *of_classes])
     ids = pd.Series(table['id'].to_pylist(), dtype=object)
-    parts = ids.astype(str).str.extract(r'^(?:(?:.*/)?(s1|s2c|s2a)/)?([^/]+)/([^/]+)$')
-    wrong = ids[parts[1].isna()]
+    names = ids.astype(str).str.extract(r'^(?:(?:.*/)?(s1|s2c|s2a)/)?([^/]+)/([^/]+)$')
+    wrong = ids[names[1].isna()]
     if len(wrong):
         raise ValueError(
             f'id in labels {path} must be split/location/image, as `torchgeo-softcon '
@@ -191,7 +181,7 @@ def _read_parquet(path: Path) -> SeasonLabels:
             f'id in labels {path} must be unique, {len(twice)} come again: '
             f'{", ".join(twice[:_NAMED])}'
         )
-    counts = np.stack([table[name].to_numpy() for name in names], 1).astype(np.float64)
+    counts = np.stack([table[name].to_numpy() for name in of_classes], 1).astype(float)
     known = np.isfinite(counts).all(1)
     if valid:
         known &= table['valid'].to_numpy() >= _MIN_VALID
@@ -200,7 +190,7 @@ def _read_parquet(path: Path) -> SeasonLabels:
         raise ValueError(f'labels {path} must not be negative, got {counts.min():g}')
     totals = counts.sum(1, keepdims=True)
     values = (counts / np.where(totals > 0, totals, 1)).astype(np.float32)
-    split, location, season = (_bytes(parts[c].fillna('')) for c in parts)
+    split, location, season = (_bytes(names[column].fillna('')) for column in names)
     return SeasonLabels(str(path), split, location, season, values, codes, shares=True)
 
 
@@ -209,63 +199,9 @@ def match_labels(
     split: str,
     location: npt.NDArray[np.bytes_],
     season: npt.NDArray[np.bytes_],
+    strict: bool = True,
 ) -> npt.NDArray[np.float32]:
-    """Find the label of each image by its name, if the names belong together.
-
-    Args:
-        labels: The labels.
-        split: What the images are of.
-        location: Their locations, shape (N,).
-        season: Their names, shape (N,).
-
-    Returns:
-        One label per image, shape (N, K), all zeros where there is none, as by
-        :func:`look_up_labels`.
-
-    Raises:
-        ValueError: If the names in the labels are not those of the images: if none of
-            them is there, or most of the locations that are there have other images.
-
-    Warns:
-        UserWarning: If some images are not in the labels.
-    """
-    labels = _best(labels, split)
-    found, by_name = _find(labels, split, location, season)
-    missing = found < 0
-    # Locations that are there, but with other images: an archive of other dates
-    known = np.isin(location, labels.location)
-    foreign = known & ~np.isin(location, location[~missing]) & by_name
-    other_dates = 2 * len({*location[foreign]}) > len({*location[known]})
-    if missing.all() or other_dates:
-        names = np.flatnonzero(missing if missing.all() else foreign)
-        example = (
-            f', where names are such as {_name(labels.location, labels.season, 0)}'
-            if len(labels.location)
-            else ', which is empty'
-        )
-        raise ValueError(
-            f'labels must have the names of the images: {len(names)} of {len(location)} '
-            f'images are not in {labels.source}{example}. The first are '
-            f'{_names(location, season, names)}'
-        )
-    if missing.any():
-        warnings.warn(
-            f'{missing.sum()} of {len(location)} images are not in {labels.source} and '
-            'count as unknown, such as '
-            f'{_names(location, season, np.flatnonzero(missing))}',
-            UserWarning,
-            stacklevel=2,
-        )
-    return _values(labels, found)
-
-
-def look_up_labels(
-    labels: SeasonLabels,
-    split: str,
-    location: npt.NDArray[np.bytes_],
-    season: npt.NDArray[np.bytes_],
-) -> npt.NDArray[np.float32]:
-    """Find the label of each image by its name, whether or not there are any.
+    """Find the label of each image by its name.
 
     Labels that were made for another split are as good: images of both levels of
     Sentinel-2 have the same names, and one of Sentinel-1 takes the label of the image of
@@ -273,27 +209,22 @@ def look_up_labels(
 
     Args:
         labels: The labels.
-        split: What the images are of.
+        split: Split of the images.
         location: Their locations, shape (N,).
         season: Their names, shape (N,).
+        strict: Whether to check that the labels are of these images.
 
     Returns:
         One label per image, shape (N, K), all zeros where there is none.
 
     Raises:
-        ValueError: If the labels have an image twice.
+        ValueError: If the labels have an image twice. If *strict*, also if none of the
+            images is in the labels, or most of the locations that are have other images.
+
+    Warns:
+        UserWarning: If *strict*, and some images are not in the labels.
     """
-    labels = _best(labels, split)
-    return _values(labels, _find(labels, split, location, season)[0])
-
-
-def _find(
-    labels: SeasonLabels,
-    split: str,
-    location: npt.NDArray[np.bytes_],
-    season: npt.NDArray[np.bytes_],
-) -> tuple[npt.NDArray[np.int64], bool]:
-    """Row of each image in the labels, -1 where there is none, and if names tell it."""
+    labels = _of_split(labels, split)
     index = pd.MultiIndex.from_arrays([labels.location, labels.season])
     if not index.is_unique:
         raise ValueError(f'{labels.source} has images that come twice')
@@ -303,35 +234,57 @@ def _find(
         with contextlib.suppress(ValueError):  # names of something else
             dates = days('s2c', labels.season)
             found = pair(location, days('s1', season), labels.location, dates)
-    return found, by_name
-
-
-def _values(
-    labels: SeasonLabels, found: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
+    if strict:
+        _check_found(labels, location, season, found, by_name)
     values = labels.values[found]
     values[found < 0] = 0
     return values
 
 
-def _best(labels: SeasonLabels, split: str) -> SeasonLabels:
-    """Labels of a split where there are some, else those that may stand for them."""
+def _check_found(
+    labels: SeasonLabels,
+    location: npt.NDArray[np.bytes_],
+    season: npt.NDArray[np.bytes_],
+    found: npt.NDArray[np.int64],
+    by_name: bool,
+) -> None:
+    """Raise or warn if labels do not belong to images, or only to some of them."""
+    missing = found < 0
+    # Locations that are there, but with other images: an archive of other dates
+    known = np.isin(location, labels.location)
+    foreign = known & ~np.isin(location, location[~missing]) & by_name
+    other_dates = 2 * len({*location[foreign]}) > len({*location[known]})
+
+    def name(rows: npt.NDArray[np.bool_]) -> str:
+        return ', '.join(
+            f'{location[row].decode()}/{season[row].decode()}'
+            for row in np.flatnonzero(rows)[:_NAMED]
+        )
+
+    if missing.all() or other_dates:
+        wrong = missing if missing.all() else foreign
+        example = ', which is empty'
+        if len(labels.location):
+            first = labels.location[0].decode(), labels.season[0].decode()
+            example = f', where names are such as {"/".join(first)}'
+        raise ValueError(
+            f'labels must have the names of the images: {wrong.sum()} of {len(location)} '
+            f'images are not in {labels.source}{example}. The first are {name(wrong)}'
+        )
+    if missing.any():
+        warnings.warn(
+            f'{missing.sum()} of {len(location)} images are not in {labels.source} and '
+            f'count as unknown, such as {name(missing)}',
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _of_split(labels: SeasonLabels, split: str) -> SeasonLabels:
+    """Return the labels of a split, or else those that may stand for them."""
     for name in (split, '', 's2c', 's2a'):
-        chosen = labels.split == name.encode()
-        if chosen.any():
-            return replace(
-                labels,
-                split=labels.split[chosen],
-                location=labels.location[chosen],
-                season=labels.season[chosen],
-                values=labels.values[chosen],
-            )
+        rows = labels.split == name.encode()
+        if rows.any():
+            arrays = ('split', 'location', 'season', 'values')
+            return replace(labels, **{a: getattr(labels, a)[rows] for a in arrays})
     return labels
-
-
-def _name(location: Any, season: Any, row: int) -> str:
-    return f'{location[row].decode()}/{season[row].decode()}'
-
-
-def _names(location: Any, season: Any, rows: npt.NDArray[np.int64]) -> str:
-    return ', '.join(_name(location, season, row) for row in rows[:_NAMED])

@@ -4,13 +4,11 @@
 """SSL4EO-S12 in few large files that are mapped into memory: ``torchgeo-softcon pack``."""
 
 import csv
-import fcntl
 import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,14 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from .labels import SeasonLabels, look_up_labels, match_labels, read_labels
-from .packed import (
+from ..storage.lock import exclusive
+from .labels import SeasonLabels, match_labels, read_labels
+from .record_archive import (
     SCHEMA,
-    PackedArchive,
+    RecordArchive,
     checksum,
+    find_splits,
     has_records,
     index_path,
-    packed_splits,
     read_metadata,
     shard_path,
     write_index,
@@ -48,30 +47,15 @@ _SHARD_FILE = re.compile(r'([0-9]{5,})\.(npy|parquet)(\.tmp)?')
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read.
-
-    Attributes:
-        id: Its location.
-        season: Its name.
-        reason: What is wrong, with the file.
-    """
+    """An image that could not be read: its location, its name, and the reason."""
 
     id: str
     season: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of records that is to be written.
-
-    Attributes:
-        number: Its number.
-        rows: Numbers of its images in the archive.
-    """
-
-    number: int
-    rows: npt.NDArray[np.int64]
+#: The number of a file of records, and the numbers of its images in the archive.
+_Shard = tuple[int, npt.NDArray[np.int64]]
 
 
 def pack(
@@ -85,7 +69,7 @@ def pack(
 ) -> list[Failure]:
     """Write the images of SSL4EO-S12 in a form that is fast to read.
 
-    See :mod:`torchgeo_softcon.ssl4eo.packed` for the form. A run that was interrupted
+    See :mod:`torchgeo_softcon.ssl4eo.record_archive` for the form. A run that was interrupted
     goes on when started again, and images that came later are added. Images that can not
     be read are left out, listed in ``failures.csv`` and tried again by the next run.
 
@@ -102,6 +86,7 @@ def pack(
         Images that could not be read.
 
     Raises:
+        BlockingIOError: If another run is writing to *out*.
         FileNotFoundError: If there are no images, or no file of labels.
         OSError: If a file can not be written.
         ValueError: If an argument is out of range, if labels do not belong to the images,
@@ -132,7 +117,7 @@ def pack(
     for archive in archives:
         folder = Path(out) / archive.split
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with exclusive(folder / '.lock', folder):
             failures += _pack_split(
                 archive, folder, table, workers, shard_size, progress
             )
@@ -158,19 +143,13 @@ def verify(
         FileNotFoundError: If there is no packed archive, or a file of it is missing.
     """
     failures = []
-    for name in packed_splits(out) if split is None else split_names(split):
-        archive = PackedArchive(out, name)
-        expected = archive.checksums.tolist()
-        rows = tqdm(range(len(archive)), f'verify {name}', disable=not progress)
-        failures += [
-            Failure(
-                *archive.name(row),
-                f'its checksum is not the one in the index. Delete {archive.file(row)}, '
-                'and pack again',
-            )
-            for row in rows
-            if checksum(archive.read([row])) != expected[row]
-        ]
+    for name in find_splits(out) if split is None else split_names(split):
+        archive = RecordArchive(out, name)
+        for row in tqdm(range(len(archive)), f'verify {name}', disable=not progress):
+            try:
+                archive.read_checked(row)
+            except ValueError as error:
+                failures.append(Failure(*archive.name(row), str(error)))
     return failures
 
 
@@ -185,16 +164,13 @@ def _pack_split(
     """Write what is missing of a split, and its index."""
     index = index_path(folder.parent, archive.split)
     before, labels = _read_index(index)
-    indexed, parts = _resume(archive, folder, before)
-    done = pa.concat_tables([indexed, *parts])
-    there = pd.MultiIndex.from_arrays(
-        [done['id'].to_pylist(), done['season'].to_pylist()]
-    )
+    indexed, not_indexed = _resume(archive, folder, before)
+    done = pa.concat_tables([indexed, *not_indexed])
     ours = pd.MultiIndex.from_arrays(
         [archive.location.astype(str), archive.season.astype(str)]
     )
-    rows = np.flatnonzero(~ours.isin(there))
-    if labels is not None and table is None and len(rows) + len(parts):
+    rows = np.flatnonzero(~ours.isin(_names(done)))
+    if labels is not None and table is None and len(rows) + len(not_indexed):
         raise ValueError(
             f'labels must be given again: {index} has some, and there are images that it '
             'has not'
@@ -204,8 +180,13 @@ def _pack_split(
     used = {*before['shard'].to_pylist(), *done['shard'].to_pylist()}
     numbers = (n for n in itertools.count() if n not in used)
     cuts = range(0, len(rows), shard_size)
-    shards = [Shard(next(numbers), rows[c : c + shard_size]) for c in cuts]
-    failures = _lost(before, indexed, ours, archive.root)
+    shards = [(next(numbers), rows[c : c + shard_size]) for c in cuts]
+    failures = [
+        Failure(location, name, f'its record is gone, and it is not in {archive.root}')
+        for location, name in _names(before)
+        .difference(_names(indexed))
+        .difference(ours)
+    ]
     with tqdm(
         total=len(ours),
         initial=len(ours) - len(rows),
@@ -213,19 +194,19 @@ def _pack_split(
         unit='image',
         disable=not progress,
     ) as bar:
-        for shard, failed in _write(archive, folder, shards, workers):
+        for count, failed in _write_shards(archive, folder, shards, workers):
             failures += failed
-            bar.update(len(shard.rows))
+            bar.update(count)
 
     _write_failures(folder / 'failures.csv', failures)
-    paths = _parts(folder)
+    paths = _shard_indexes(folder)
     if not paths and not len(indexed):
         raise ValueError(
             f'none of the {len(ours)} images of {archive.root} can be read, the first one '
             f'because: {failures[0].reason}'
         )
     if paths or table is not None or len(indexed) < len(before):
-        joined = pa.concat_tables([indexed, *map(_read_part, paths)])
+        joined = pa.concat_tables([indexed, *map(_read_rows, paths)])
         # The order of the images does not depend on which were packed first
         joined = joined.sort_by([('id', 'ascending'), ('season', 'ascending')])
         if table is not None:
@@ -249,15 +230,22 @@ def _check_ours(folder: Path) -> None:
 
 
 def _read_index(index: Path) -> tuple[pa.Table, dict[str, Any] | None]:
-    """Rows of an index, none if there is no index, and what its labels are."""
+    """Read rows of an index, none if there is no index, and what its labels are."""
     if not index.exists():
         return SCHEMA.empty_table(), None
     labels = read_metadata(index)['labels']
-    return _read_part(index), labels
+    return _read_rows(index), labels
 
 
-def _read_part(path: Path) -> pa.Table:
+def _read_rows(path: Path) -> pa.Table:
     return pq.read_table(path).replace_schema_metadata(None)
+
+
+def _names(rows: pa.Table) -> pd.MultiIndex:
+    """Return the location and the name of each image in rows of an index."""
+    return pd.MultiIndex.from_arrays(
+        [rows['id'].to_pylist(), rows['season'].to_pylist()]
+    )
 
 
 def _with_labels(
@@ -268,11 +256,11 @@ def _with_labels(
         np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season')
     )
     # Not strictly: those that fit may be of images that can not be read
-    values = look_up_labels(labels, split, location, season)
+    values = match_labels(labels, split, location, season, strict=False)
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     column = pa.ListArray.from_arrays(offsets, values.ravel())
-    place = rows.schema.get_field_index('label')
-    return rows.set_column(place, SCHEMA.field('label'), column), {
+    position = rows.schema.get_field_index('label')
+    return rows.set_column(position, SCHEMA.field('label'), column), {
         'codes': list(labels.codes),
         'shares': labels.shares,
     }
@@ -287,19 +275,16 @@ def _resume(
         Rows of the index, and of each file that is not yet in it, whose records are there.
     """
     known = {*indexed['shard'].to_pylist()}
-    for path in _parts(folder):
-        if int(path.stem) in known:
-            path.unlink()
     indexed = _with_records(folder, indexed)
-    parts = []
-    for path in _parts(folder):
-        part = _read_part(path)
-        if len(_with_records(folder, part)):
-            parts.append(part)
+    not_indexed = []
+    for path in _shard_indexes(folder):
+        rows = _read_rows(path)
+        if int(path.stem) not in known and len(_with_records(folder, rows)):
+            not_indexed.append(rows)
         else:
             path.unlink()
 
-    complete = {n for rows in (indexed, *parts) for n in rows['shard'].to_pylist()}
+    complete = {n for t in (indexed, *not_indexed) for n in t['shard'].to_pylist()}
     for path in folder.iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         unfinished = match is not None and (
@@ -315,11 +300,11 @@ def _resume(
                 f'{folder} has images of another kind than {archive.root}, {dtype} and '
                 f'{archive.dtype}. Choose another folder'
             )
-    return indexed, parts
+    return indexed, not_indexed
 
 
 def _with_records(folder: Path, rows: pa.Table) -> pa.Table:
-    """Rows of an index whose file of records is there and long enough for all of them."""
+    """Return the rows of an index whose file of records has all of them."""
     if not len(rows):
         return rows
     shard = rows['shard'].to_numpy()
@@ -332,39 +317,25 @@ def _with_records(folder: Path, rows: pa.Table) -> pa.Table:
     return rows.filter(pa.array(np.isin(shard, whole)))
 
 
-def _lost(
-    before: pa.Table, indexed: pa.Table, ours: pd.MultiIndex, root: Path
-) -> list[Failure]:
-    """Images whose records are gone, and which are not there to be packed again."""
-    kept = {*indexed['shard'].to_pylist()}
-    return [
-        Failure(
-            row['id'], row['season'], f'its record is gone, and it is not in {root}'
-        )
-        for row in before.select(['id', 'season', 'shard']).to_pylist()
-        if row['shard'] not in kept and (row['id'], row['season']) not in ours
-    ]
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Rows of the index that belong to one file of records each."""
+def _shard_indexes(folder: Path) -> list[Path]:
+    """Return the files of rows of an index that belong to one file of records each."""
     return sorted(
         path for path in folder.glob('*.parquet') if _SHARD_FILE.fullmatch(path.name)
     )
 
 
-def _write(
-    archive: TiffArchive, folder: Path, shards: Sequence[Shard], workers: int
-) -> Iterator[tuple[Shard, list[Failure]]]:
-    """Write files of records, in this process or in others."""
+def _write_shards(
+    archive: TiffArchive, folder: Path, shards: Sequence[_Shard], workers: int
+) -> Iterator[tuple[int, list[Failure]]]:
+    """Write files of records, and yield how many images each had, and its failures."""
     if workers == 1 or len(shards) < 2:
-        for shard in shards:
-            yield shard, _write_shard(archive, folder, shard)
+        for number, rows in shards:
+            yield len(rows), _write_shard(archive, folder, number, rows)
         return
     # Forks of a process with threads may hang
     context = get_context('spawn')
     with ProcessPoolExecutor(workers, context, _set_archive, (archive,)) as pool:
-        jobs = {pool.submit(_write_in_worker, folder, shard): shard for shard in shards}
+        jobs = {pool.submit(_write_in_worker, folder, *s): len(s[1]) for s in shards}
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
@@ -382,19 +353,21 @@ def _set_archive(archive: TiffArchive) -> None:
     _archive = archive
 
 
-def _write_in_worker(folder: Path, shard: Shard) -> list[Failure]:
-    return _write_shard(_archive, folder, shard)
+def _write_in_worker(*shard: Any) -> list[Failure]:
+    return _write_shard(_archive, *shard)
 
 
-def _write_shard(archive: TiffArchive, folder: Path, shard: Shard) -> list[Failure]:
+def _write_shard(
+    archive: TiffArchive, folder: Path, number: int, rows: npt.NDArray[np.int64]
+) -> list[Failure]:
     """Write a file of records and then, as a sign that it is complete, its rows."""
-    records = np.empty(len(shard.rows), archive.dtype)
+    records = np.empty(len(rows), archive.dtype)
     entries: list[dict[str, Any]] = []
     failures = []
-    for row in shard.rows.tolist():
+    for row in rows.tolist():
         location, season = archive.name(row)
         try:
-            record, place = archive.load(row)
+            record, grids = archive.load(row)
         except (OSError, ValueError) as error:
             failures.append(Failure(location, season, str(error)))
             continue
@@ -404,21 +377,21 @@ def _write_shard(archive: TiffArchive, folder: Path, shard: Shard) -> list[Failu
             {
                 'id': location,
                 'season': season,
-                'shard': shard.number,
+                'shard': number,
                 'offset': offset,
-                'crs': place.crs,
-                'bounds': place.bounds,
-                'transforms': [x for transform in place.transforms for x in transform],
-                'nodata': place.nodata,
+                'crs': grids.crs,
+                'bounds': grids.bounds,
+                'transforms': [x for transform in grids.transforms for x in transform],
+                'nodata': grids.nodata,
                 'checksum': checksum(record),
                 'label': None,
             }
         )
     if entries:
-        path = shard_path(folder, shard.number)
+        path = shard_path(folder, number)
         write_records(path, records[: len(entries)])
-        rows = pa.Table.from_pylist(entries, SCHEMA)
-        write_index(path.with_suffix('.parquet'), rows, None)
+        table = pa.Table.from_pylist(entries, SCHEMA)
+        write_index(path.with_suffix('.parquet'), table, None)
     return failures
 
 
@@ -430,14 +403,3 @@ def _write_failures(path: Path, failures: Sequence[Failure]) -> None:
         writer = csv.writer(file)
         writer.writerow(['id', 'season', 'reason'])
         writer.writerows((f.id, f.season, f.reason) for f in failures)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. A process that is killed lets go of it."""
-    with open(folder / '.lock', 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f'{folder} is being written by another run') from error
-        yield

@@ -3,6 +3,7 @@
 
 """The folders of SSL4EO-S12: which images are there, and how one is read."""
 
+import abc
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import rasterio
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from ..geo.rasters import open_raster, read_raster
-from .records import record_dtype
+from .image_records import record_dtype
 
 #: Sentinel-1 GRD, Sentinel-2 Level-1C and Level-2A. The names are those of the folders.
 Split = Literal['s1', 's2c', 's2a']
@@ -34,14 +38,16 @@ SIZE = 264
 #: Images that are looked at to find out what all are like.
 _TRIED = 10
 
-_LOCATION = re.compile(r'\d+')
+#: Names of locations, such as 0000200.
+_LOCATION = re.compile(r'\d+', re.ASCII)
 
 #: Names of images are those of Earth Engine and contain the time of acquisition:
 #: 20200604T054639_20200604T054831_T43RCP, S1A_IW_GRDH_1SDV_20200607T010800_...
-_SEASON = {
-    's1': re.compile(r'S1[A-Z]_\w{12}_(\d{8})T\d{6}\w*'),
-    's2c': re.compile(r'(\d{8})T\d{6}\w*'),
-    's2a': re.compile(r'(\d{8})T\d{6}\w*'),
+_SENTINEL2_IMAGE = re.compile(r'(\d{8})T\d{6}\w*', re.ASCII)
+_IMAGE = {
+    's1': re.compile(r'S1[A-Z]_\w{12}_(\d{8})T\d{6}\w*', re.ASCII),
+    's2c': _SENTINEL2_IMAGE,
+    's2a': _SENTINEL2_IMAGE,
 }
 
 #: The seasons of a location are a quarter of a year apart, and the images of the sensors
@@ -52,7 +58,7 @@ MAX_DAYS = 45
 
 @dataclass(frozen=True)
 class Georeference:
-    """Where the pixels of an image are.
+    """The pixel grids of an image.
 
     Attributes:
         crs: Coordinate reference system as an authority code or WKT, None if there is
@@ -68,31 +74,74 @@ class Georeference:
     bounds: tuple[float, float, float, float]
 
 
-class Archive:
+class Archive(abc.ABC):
     """Images of one split, by number.
 
     Attributes:
+        root: Folder of the split.
+        split: Name of the split.
+        bands: Names of its bands.
         location: Location of each image, shape (N,).
         season: Name of each image in its location, shape (N,).
+        dtype: Type of the image records, see :func:`.record_dtype`.
     """
 
     location: npt.NDArray[np.bytes_]
     season: npt.NDArray[np.bytes_]
+    dtype: np.dtype[Any]
+
+    def __init__(self, root: str | os.PathLike[str], split: str) -> None:
+        """Initialize a new Archive instance.
+
+        Args:
+            root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
+            split: Name of one of them.
+        """
+        self.root = Path(root) / split
+        self.split = split
+        self.bands = BANDS[split]
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.location)
 
     def name(self, row: int) -> tuple[str, str]:
-        """Name of an image.
+        """Return the location of an image and its own name."""
+        return self.location[row].decode(), self.season[row].decode()
+
+    @abc.abstractmethod
+    def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
+        """Read an image with its georeference.
 
         Args:
             row: Number of the image.
 
         Returns:
-            Its location and its own name.
+            Its record, of shape (), and its georeference.
+
+        Raises:
+            OSError: If a file is missing or can not be read, it is named.
+            ValueError: If the image is not as it should be.
         """
-        return self.location[row].decode(), self.season[row].decode()
+
+    @abc.abstractmethod
+    def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Read images.
+
+        Args:
+            rows: Numbers of N images.
+
+        Returns:
+            Their records of R bytes, shape (N, R).
+
+        Raises:
+            OSError: If a file is missing or can not be read, it is named.
+            ValueError: If an image is not as it should be.
+        """
+
+    @abc.abstractmethod
+    def georeference(self, row: int) -> Georeference:
+        """Return the pixel grids of an image."""
 
 
 class TiffArchive(Archive):
@@ -113,9 +162,7 @@ class TiffArchive(Archive):
             FileNotFoundError: If there is no image.
             OSError: If none of the first images can be opened.
         """
-        self.root = Path(root) / split
-        self.split = split
-        self.bands = BANDS[split]
+        super().__init__(root, split)
         found = list_images(root, split)
         if not found:
             raise FileNotFoundError(
@@ -129,69 +176,33 @@ class TiffArchive(Archive):
         self.season = np.array(season, dtype=np.bytes_)
         self.dtype = self._first_dtype()
 
-    def folder(self, row: int) -> Path:
-        """Folder of an image.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            The folder with the bands.
-        """
+    def _folder(self, row: int) -> Path:
+        """Return the folder with the bands of an image."""
         return self.root.joinpath(*self.name(row))
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with all that its files tell.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its record, of shape (), and its georeference.
-
-        Raises:
-            OSError: If a file is missing or can not be read, it is named.
-            ValueError: If a band has another size or type than in the first image, or
-                the bands have several coordinate reference systems.
-        """
+        """Read an image with its georeference, see :meth:`Archive.load`."""
         record = np.zeros((), self.dtype)
-        places: dict[str, Any] = {}
+        grids = {}
         for band, source, values in self._open(row):
             record[band] = values
             crs = source.crs.to_string() if source.crs else None
-            places[band] = (
-                crs,
-                tuple(source.transform[:6]),
-                source.nodata,
-                source.bounds,
-            )
-        systems = {crs for crs, *_ in places.values()}
+            grids[band] = crs, source.transform[:6], source.nodata, source.bounds
+        systems = {crs for crs, *_ in grids.values()}
         if len(systems) > 1:
             raise ValueError(
-                f'the bands of an image must have one CRS, those in {self.folder(row)} '
+                f'the bands of an image must have one CRS, those in {self._folder(row)} '
                 f'have {", ".join(sorted(map(str, systems)))}'
             )
         finest = max(self.bands, key=lambda band: self.dtype[band].shape)
+        crs, _, _, bounds = grids[finest]
+        _, transforms, nodata, _ = zip(*(grids[b] for b in self.bands), strict=True)
         return record, Georeference(
-            places[finest][0],
-            tuple(places[band][1] for band in self.bands),
-            tuple(places[band][2] for band in self.bands),
-            tuple(places[finest][3]),
+            crs, tuple(map(tuple, transforms)), nodata, tuple(bounds)
         )
 
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Read images.
-
-        Args:
-            rows: Numbers of N images.
-
-        Returns:
-            Their records of R bytes, shape (N, R).
-
-        Raises:
-            OSError: If a file is missing or can not be read, it is named.
-            ValueError: If a band has another size or type than in the first image.
-        """
+        """Read images, see :meth:`Archive.read`."""
         records = np.zeros(len(rows), self.dtype)
         for record, row in zip(records, rows, strict=True):
             for band, _, values in self._open(row):
@@ -199,19 +210,12 @@ class TiffArchive(Archive):
         return records.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
 
     def georeference(self, row: int) -> Georeference:
-        """Where an image is.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its georeference.
-        """
+        """Return the pixel grids of an image."""
         return self.load(row)[1]
 
     def _open(self, row: int) -> Iterator[tuple[str, Any, npt.NDArray[Any]]]:
-        """Each band of an image with its open file and its values."""
-        folder = self.folder(row)
+        """Yield each band of an image with its open file and its values."""
+        folder = self._folder(row)
         # GDAL shall not list the folder to look for other files that belong to this one
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
             for band in self.dtype.names or ():
@@ -231,10 +235,10 @@ class TiffArchive(Archive):
             )
 
     def _first_dtype(self) -> np.dtype[Any]:
-        """Type of the records, from the files of the first image that can be opened."""
+        """Return the type of the records of the first image that can be opened."""
         errors = []
         for row in range(min(len(self), _TRIED)):
-            self._model = self.folder(row)
+            self._model = self._folder(row)
             bands = {}
             try:
                 for band in self.bands:
@@ -267,6 +271,32 @@ def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def check_names(source: Path, split: str, location: pa.Array, season: pa.Array) -> None:
+    """Check names that were read from a file, before a path is made of them.
+
+    Args:
+        source: The file, for the message.
+        split: Name of the split.
+        location: Names of locations, as text.
+        season: Names of images, as text.
+
+    Raises:
+        ValueError: If a name is not one of a folder that :func:`list_images` finds.
+    """
+    for kind, names, pattern in (
+        ('location', location, _LOCATION),
+        ('image', season, _IMAGE[split]),
+    ):
+        # RE2 knows ASCII only for these classes, as our patterns do
+        valid = pc.match_substring_regex(names, rf'\A(?:{pattern.pattern})\z')
+        wrong = names.filter(pc.invert(pc.fill_null(valid, False)))
+        if len(wrong):
+            raise ValueError(
+                f'{source} has {wrong[0].as_py()!r} as the name of {kind}, which is none of '
+                f'{split} of SSL4EO-S12. Do not use this file, it may be harmful'
+            )
+
+
 def list_images(root: str | os.PathLike[str], split: str) -> list[tuple[str, str]]:
     """Find images by the names of their folders. Others are passed over.
 
@@ -281,12 +311,12 @@ def list_images(root: str | os.PathLike[str], split: str) -> list[tuple[str, str
     return [
         (location, season)
         for location in _folders(folder, _LOCATION)
-        for season in _folders(folder / location, _SEASON[split])
+        for season in _folders(folder / location, _IMAGE[split])
     ]
 
 
 def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:
-    """Names of the folders in a folder, sorted."""
+    """Return the names of the folders in a folder, sorted."""
     if not root.is_dir():
         return []
     with os.scandir(root) as entries:
@@ -295,10 +325,10 @@ def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:
 
 
 def days(split: str, seasons: npt.NDArray[np.bytes_]) -> npt.NDArray[np.datetime64]:
-    """Dates of images.
+    """Return the dates of images.
 
     Args:
-        split: What they are of.
+        split: Name of their split.
         seasons: Names of N images.
 
     Returns:
@@ -309,9 +339,9 @@ def days(split: str, seasons: npt.NDArray[np.bytes_]) -> npt.NDArray[np.datetime
     """
     texts = []
     for name in seasons.tolist():
-        match = _SEASON[split].fullmatch(name.decode())
+        match = _IMAGE[split].fullmatch(name.decode())
         if match is None:
-            raise ValueError(f'{name.decode()!r} is no name of an image of {split}')
+            raise ValueError(f'{name.decode()!r} is not a name of an image of {split}')
         texts.append(f'{match[1][:4]}-{match[1][4:6]}-{match[1][6:]}')
     return np.array(texts, dtype='datetime64[D]')
 
@@ -336,18 +366,15 @@ def pair(
         Position of the partner of each image in the other list, shape (N,), -1 where
         there is none within :data:`MAX_DAYS`.
     """
-    partners: dict[bytes, list[int]] = {}
-    for position, location in enumerate(other_locations.tolist()):
-        partners.setdefault(location, []).append(position)
-    images: dict[bytes, list[int]] = {}
-    for position, location in enumerate(locations.tolist()):
-        images.setdefault(location, []).append(position)
-
+    images, partners = (
+        pd.Series(range(len(names))).groupby(names.tolist()).indices
+        for names in (locations, other_locations)
+    )
     ours = dates.astype(np.int64).tolist()
     theirs = other_dates.astype(np.int64).tolist()
     found = np.full(len(locations), -1)
     for location, here in images.items():
-        there = partners.get(location, [])
+        there = partners.get(location, ())
         gaps = sorted((abs(ours[i] - theirs[j]), i, j) for i in here for j in there)
         taken = set()
         for gap, i, j in gaps:

@@ -10,21 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import rasterio
 from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from tqdm import tqdm
 
+from ..storage.lock import exclusive
+from ..storage.whole_file import whole_file
 from .pack import Failure
-from .packed import PackedArchive, checksum, packed_splits
+from .record_archive import RecordArchive, find_splits
 from .tiffs import Georeference, split_names
 
 
 @dataclass
 class Unpacked:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         written: Number of images that it wrote.
@@ -57,71 +58,61 @@ def unpack(
         What was written, and what could not be.
 
     Raises:
+        BlockingIOError: If another run is writing to *out*.
         FileNotFoundError: If there is no packed archive.
         OSError: If a file can not be written.
-        ValueError: If *out* is *root*.
+        ValueError: If *out* is *root*, or if the archive is not valid.
     """
     if Path(root).resolve() == Path(out).resolve():
         raise ValueError(f'out must be another folder than root, got {out} for both')
+    splits = find_splits(root) if split is None else split_names(split)
+    archives = [RecordArchive(root, name) for name in splits]
     done = Unpacked()
-    for name in packed_splits(root) if split is None else split_names(split):
-        archive = PackedArchive(root, name)
-        checksums = archive.checksums.tolist()
-        for row in tqdm(range(len(archive)), f'unpack {name}', disable=not progress):
-            folder = Path(out).joinpath(name, *archive.name(row))
-            if folder.exists():
-                done.there += 1
-                continue
-            record = archive.read([row])
-            if checksum(record) != checksums[row]:
-                reason = (
-                    'its checksum is not the one in the index. Delete '
-                    f'{archive.file(row)}, and pack again'
-                )
-                done.failures.append(Failure(*archive.name(row), reason))
-                continue
-            place = archive.georeference(row)
-            _write(folder, record.view(archive.dtype)[0, 0], archive.bands, place)
-            done.written += 1
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with exclusive(Path(out, '.unpack.lock'), out):
+        for archive in archives:
+            split = archive.split
+            rows = tqdm(range(len(archive)), f'unpack {split}', disable=not progress)
+            for row in rows:
+                folder = Path(out).joinpath(split, *archive.name(row))
+                if folder.exists():
+                    done.there += 1
+                    continue
+                try:
+                    record, grids = archive.load(row)
+                except ValueError as error:
+                    done.failures.append(Failure(*archive.name(row), str(error)))
+                    continue
+                _write(folder, record, archive.bands, grids)
+                done.written += 1
     return done
 
 
 def _write(
-    folder: Path, record: npt.NDArray[Any], bands: Sequence[str], place: Georeference
+    folder: Path, record: npt.NDArray[Any], bands: Sequence[str], grids: Georeference
 ) -> None:
     """Write the bands of an image to a folder, which is there once it is complete."""
     unfinished = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    crs = None if place.crs is None else CRS.from_user_input(place.crs)
+    crs = None if grids.crs is None else CRS.from_user_input(grids.crs)
     for band, transform, nodata in zip(
-        bands, place.transforms, place.nodata, strict=True
+        bands, grids.transforms, grids.nodata, strict=True
     ):
-        values = np.asarray(record[band])
         # GDAL does not always tell when the disk is full
         with MemoryFile() as memory:
             with memory.open(
                 driver='GTiff',
-                height=values.shape[0],
-                width=values.shape[1],
+                height=record[band].shape[0],
+                width=record[band].shape[1],
                 count=1,
-                dtype=values.dtype.name,
+                dtype=record[band].dtype.name,
                 crs=crs,
                 transform=rasterio.Affine(*transform),
                 nodata=nodata,
                 compress='lzw',
             ) as file:
-                file.write(values, 1)
-            content = memory.read()
-        try:
-            with open(unfinished / f'{band}.tif', 'wb') as written:
-                written.write(content)
-                written.flush()
-                os.fsync(written.fileno())
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f'cannot write {folder / band}.tif: {error.strerror}. Make room, and '
-                'start again to go on',
-            ) from error
+                file.write(record[band], 1)
+            with whole_file(unfinished / f'{band}.tif') as path:
+                path.write_bytes(memory.read())
     os.replace(unfinished, folder)

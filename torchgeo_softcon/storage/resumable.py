@@ -44,7 +44,7 @@ class ResumableParquet:
         """
         self.path = path
         self.folder = path.with_name(f'{path.name}.parts')
-        self.origin = dict(origin)
+        self.origin = {key: str(value) for key, value in origin.items()}
         self._manifest = self.folder / 'origin.json'
         self._replaced = False
 
@@ -94,7 +94,7 @@ class ResumableParquet:
             f'{key} = {there.get(key)}, not {self.origin.get(key)}'
             for key in {**there, **self.origin}
             if key not in self.notes
-            and str(there.get(key)) != str(self.origin.get(key))
+            and str(there.get(key)) != self.origin.get(key, 'None')
         ]
         if differ:
             raise ValueError(
@@ -122,7 +122,7 @@ class ResumableParquet:
 
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
         with whole_file(self._manifest) as unfinished:
-            unfinished.write_text(json.dumps(content, default=str))
+            unfinished.write_text(json.dumps(content, indent=2))
 
     def noted(self) -> dict[str, Any]:
         """Read the manifest."""

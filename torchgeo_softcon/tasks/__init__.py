@@ -3,8 +3,20 @@
 
 """Pretraining tasks, and the linear evaluation of what they train."""
 
-from .dino_mc import DINOMCTask
-from .linear_probe import LinearProbeTask
-from .softcon import SoftConTask
+from typing import TYPE_CHECKING
 
-__all__ = ('DINOMCTask', 'LinearProbeTask', 'SoftConTask')
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .base import PretrainingTask as PretrainingTask
+    from .dino_mc import DINOMCTask as DINOMCTask
+    from .linear_probe import LinearProbeTask as LinearProbeTask
+    from .softcon import SoftConTask as SoftConTask
+
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    base=('PretrainingTask',),
+    dino_mc=('DINOMCTask',),
+    linear_probe=('LinearProbeTask',),
+    softcon=('SoftConTask',),
+)

@@ -1,12 +1,13 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What the pretraining tasks share: encoder, seasons, randomness, schedules, EMA."""
+"""What pretraining tasks share: encoder, views, randomness, schedules, checkpoints."""
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -14,6 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .._checks import (
+    check_choice,
+    check_counts,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+)
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
 from ..models import (
@@ -24,18 +32,53 @@ from ..models import (
     read_pretrained,
     read_weights,
 )
-from ..models.input_layer import input_layer
-from ..modules import make_teacher, update_ema
+from ..models.checkpoints import Branch
+from ..models.encoders import PRETRAINING
+from ..models.input_layer import InputLayerInit, input_layer
+from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
 from .memory_format import contiguous, follow_parameters, set_memory_format
-from .optimizers import create_optimizer, parameter_groups, peak_lr, run_length
+from .optimizers import (
+    OptimizerName,
+    create_optimizer,
+    parameter_groups,
+    peak_lr,
+    run_length,
+)
 from .schedules import cosine_warmup
 
+#: How the hyperparameters that tasks share are checked.
+_CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
+    check_counts: ('in_channels', 'size', 'hidden_dim', 'output_dim'),
+    check_fractions: ('momentum', 'momentum_final'),
+    check_positive: ('lr',),
+    check_not_negative: ('weight_decay', 'warmup_epochs', 'lr_final'),
+}
+_CHOICES = {
+    'optimizer': get_args(OptimizerName),
+    'in_layer_init': get_args(InputLayerInit),
+}
 
-class EMATask(BaseTask):
-    """A task with an encoder, a teacher that follows it, and per-step schedules."""
+
+class PretrainingTask(BaseTask):
+    """Base of tasks that pretrain an encoder, with what they share.
+
+    A new method is a subclass that builds ``self.model``, the encoder to export, in
+    :meth:`configure_models` by :meth:`create_encoder`, and computes its loss in
+    :meth:`training_step`. Checkpoints note what it declares, so that ``export``,
+    ``embed``, ``evaluate`` and ``report`` know them.
+
+    .. versionadded:: 0.1
+    """
+
+    #: Name of the method. A task of several may choose by its hyperparameters.
+    method: str
+    #: Paper of the method.
+    reference: str | None = None
+    #: Attributes with the encoders of the task. The one in *model* is exported.
+    branches: Mapping[Branch, str] = MappingProxyType({'student': 'model'})
 
     #: Not saved as hyperparameters: a checkpoint holds plain values only, so that it
     #: opens safely and without this package.
@@ -46,15 +89,53 @@ class EMATask(BaseTask):
     rng_seed: Tensor
 
     #: EMA momentum at the start and at the end of the run.
-    momentum: tuple[float, float]
+    momentum: tuple[float, float] = 1.0, 1.0
 
     #: Number of optimizer steps of the run and of an epoch. A step without a trainer is
     #: one of a run of one step.
     total_steps: int = 1
     epoch_steps: int = 1
 
-    def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
-        """Pairs of a trained module and the teacher that follows it."""
+    #: Options that a task need not have, and what stands for them.
+    defaults: Mapping[str, Any] = MappingProxyType(
+        {
+            'bands': None,
+            'in_layer_init': 'random',
+            'freeze_patch_embed': False,
+            'grad_checkpointing': False,
+            'channels_last': None,
+            'optimizer': 'adamw',
+            'lr_final': 0.0,
+            'weight_decay': 0.0,
+            'warmup_epochs': 0.0,
+        }
+    )
+
+    def __init__(
+        self,
+        weights: WeightsEnum | bool | str | None = None,
+        augmentations: nn.Module | None = None,
+    ) -> None:
+        """Initialize a new PretrainingTask instance.
+
+        All arguments of the subclass become hyperparameters, but those in *ignore*.
+        *model*, *in_channels*, *size* and *lr* must be among them.
+
+        Args:
+            weights: Initial weights, see :func:`~torchgeo_softcon.models.read_weights`.
+            augmentations: Module that draws views of images, None to take them as they
+                are.
+        """
+        self.weights = weights
+        super().__init__()
+        self.augmentations = nn.Identity() if augmentations is None else augmentations
+
+    def option(self, name: str) -> Any:
+        """Return a hyperparameter, or the default of a task that does not have it."""
+        return self.hparams.get(name, self.defaults.get(name))
+
+    def ema_pairs(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """Return pairs of a trained module and the teacher that follows it."""
         return ()
 
     def momentum_at(self, step: int) -> float:
@@ -68,7 +149,7 @@ class EMATask(BaseTask):
         """
         return cosine_warmup(step, self.total_steps, *self.momentum)
 
-    def create_encoder(self, drop_path_rate: float) -> nn.Module:
+    def create_encoder(self, drop_path_rate: float = 0.0) -> nn.Module:
         """Create the encoder that the hyperparameters ask for and load its weights.
 
         Args:
@@ -81,10 +162,11 @@ class EMATask(BaseTask):
             ValueError: If *drop_path_rate* is out of range, or *model*, *weights*, *bands*
                 and *size* do not fit each other.
         """
+        self._check_options()
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         name, channels = self.hparams['model'], self.hparams['in_channels']
-        bands = self.hparams['bands']
+        bands = self.option('bands')
         if bands is not None and len(normalize_band_names(bands)) != channels:
             raise ValueError(
                 f'bands must name all in_channels = {channels} bands, got {len(bands)}: '
@@ -99,14 +181,21 @@ class EMATask(BaseTask):
                 state_dict = read_pretrained(name, channels, bands)
             else:
                 state_dict = read_weights(self.weights)
-            load_encoder(encoder, state_dict, self.hparams['in_layer_init'], bands)
-        if self.hparams['freeze_patch_embed']:
+            load_encoder(encoder, state_dict, self.option('in_layer_init'), bands)
+        if self.option('freeze_patch_embed'):
             input_layer(encoder)[1].requires_grad_(False)
-        set_memory_format(encoder, self.hparams['channels_last'])
+        set_memory_format(encoder, self.option('channels_last'))
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
         return encoder
+
+    def _check_options(self) -> None:
+        """Check the hyperparameters that tasks share."""
+        for check, names in _CHECKS.items():
+            check(**{name: self.option(name) for name in names})
+        for name, choices in _CHOICES.items():
+            check_choice(name, self.option(name), choices)
 
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
         """Copy the encoder into its teacher, and let it save memory if asked to.
@@ -121,7 +210,7 @@ class EMATask(BaseTask):
             ValueError: If *grad_checkpointing* is not possible.
         """
         teacher = make_teacher(encoder)
-        if self.hparams['grad_checkpointing']:
+        if self.option('grad_checkpointing'):
             checkpoint_activations(encoder, self.hparams['model'])
         return teacher
 
@@ -221,8 +310,8 @@ class EMATask(BaseTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out augmentations, and refuse to overwrite a good checkpoint.
 
-        Whether images were scaled as :class:`.ToUnitRange` does is noted, if the datamodule
-        tells.
+        Noted are the task, its method and its branches, and whether images were scaled as
+        :class:`.ToUnitRange` does, if the datamodule tells.
 
         Args:
             checkpoint: The checkpoint.
@@ -236,6 +325,12 @@ class EMATask(BaseTask):
             del state[key]
         contiguous(state)
         checkpoint['unsaved'] = self.unsaved()
+        checkpoint[PRETRAINING] = {
+            'task': class_path(type(self)),
+            'method': getattr(self, 'method', type(self).__name__),
+            'reference': self.reference,
+            'branches': dict(self.branches),
+        }
         # For those who use the encoder with other data
         datamodule = getattr(self._trainer, 'datamodule', None)
         checkpoint['unit_range'] = getattr(datamodule, 'unit_range', False)
@@ -289,10 +384,11 @@ class EMATask(BaseTask):
         Returns:
             The number of steps.
         """
-        steps = round(self.hparams[name] * self.epoch_steps)
+        epochs = self.option(name)
+        steps = round(epochs * self.epoch_steps)
         if steps > self.total_steps // 2:
             rank_zero_warn(
-                f'{name} = {self.hparams[name]} is {steps} of the {self.total_steps} '
+                f'{name} = {epochs} is {steps} of the {self.total_steps} '
                 'optimizer steps of this run. It is cut to one half of the run.'
             )
             steps = self.total_steps // 2
@@ -327,9 +423,9 @@ class EMATask(BaseTask):
             and getattr(self.trainer.precision_plugin, 'scaler', None) is None
             and self.trainer.strategy.root_device.type in ('cpu', 'cuda')
         )
-        groups = parameter_groups([self], self.hparams['weight_decay'])
-        optimizer = create_optimizer(self.hparams['optimizer'], groups, lr, fused)
-        total, final = self.total_steps, self.hparams.get('lr_final', 0) / lr
+        groups = parameter_groups([self], self.option('weight_decay'))
+        optimizer = create_optimizer(self.option('optimizer'), groups, lr, fused)
+        total, final = self.total_steps, self.option('lr_final') / lr
         scheduler = LambdaLR(
             optimizer, lambda step: cosine_warmup(step, total, 1, final, warmup)
         )
@@ -346,7 +442,7 @@ class EMATask(BaseTask):
             *args: Of Lightning.
             **kwargs: Of Lightning.
         """
-        again = self.modules() if self.hparams['grad_checkpointing'] else ()
+        again = self.modules() if self.option('grad_checkpointing') else ()
         with paused_statistics(again):
             super().backward(loss, *args, **kwargs)
 
@@ -367,10 +463,10 @@ class EMATask(BaseTask):
 
     def schedules(self) -> dict[str, float]:
         """What the schedules say at this step, to be logged."""
-        return {
-            'lr': self.trainer.optimizers[0].param_groups[0]['lr'],
-            'momentum': self.momentum_at(self.global_step),
-        }
+        values = {'lr': self.trainer.optimizers[0].param_groups[0]['lr']}
+        if self.ema_pairs():
+            values['momentum'] = self.momentum_at(self.global_step)
+        return values
 
     def log_step(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log the losses and where the schedules are.
@@ -448,3 +544,8 @@ class EMATask(BaseTask):
                     'timm\nand load the file into a task: '
                     'task.model.load_state_dict(torch.load(FILE), strict=False)'
                 )
+
+
+def class_path(task: type[PretrainingTask]) -> str:
+    """Return the name by which checkpoints note the class of their task."""
+    return f'{task.__module__}.{task.__qualname__}'

@@ -6,6 +6,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -15,15 +16,16 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_counts, check_fractions, check_not_negative, check_positive
+from .._checks import check_counts, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
 from ..models.timm_models import timm_name
-from ..modules import DINOHead, can_pack, copy_buffers, encode_crops, make_teacher
-from ..modules.packing import CropBatching
+from ..modules.ema import copy_buffers, make_teacher
+from ..modules.heads import DINOHead
+from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
-from .base import EMATask
+from .base import PretrainingTask
 from .optimizers import OptimizerName, clip_each_gradient
 from .schedules import cosine_warmup
 
@@ -50,7 +52,7 @@ def default_drop_path_rate(model: str) -> float:
     return 0.2 if is_model_in_modules(name, ('swin_transformer',)) else 0.0
 
 
-class DINOMCTask(EMATask):
+class DINOMCTask(PretrainingTask):
     """DINO-MC and DINO-TP: self-distillation with local crops of several sizes.
 
     A student encodes two global and several local crops of every image, each local crop
@@ -78,6 +80,9 @@ class DINOMCTask(EMATask):
 
     .. versionadded:: 0.1
     """
+
+    reference = 'arXiv 2303.06670'
+    branches = MappingProxyType({'teacher': 'model', 'student': 'student'})
 
     plateau: Tensor
     _idle: Tensor
@@ -205,26 +210,16 @@ class DINOMCTask(EMATask):
             ValueError: If an argument is out of range, or if *model*, *weights*,
                 *bands* and *size* do not fit each other.
         """
-        check_counts(
-            in_channels=in_channels,
-            size=size,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-        )
-        check_fractions(momentum=momentum, momentum_final=momentum_final)
+        check_counts(size=size, bottleneck_dim=bottleneck_dim)
         check_positive(
             teacher_temperature=teacher_temperature,
             warmup_teacher_temperature=warmup_teacher_temperature,
-            lr=lr,
             clip_grad=clip_grad,
         )
         check_not_negative(
             freeze_last_layer=freeze_last_layer,
             teacher_temperature_epochs=teacher_temperature_epochs,
-            lr_final=lr_final,
-            weight_decay=weight_decay,
             weight_decay_final=weight_decay_final,
-            warmup_epochs=warmup_epochs,
         )
         if teacher_statistics not in ('own', 'student'):
             raise ValueError(
@@ -242,13 +237,16 @@ class DINOMCTask(EMATask):
                 local_scale=local_scale,
                 value_range=value_range,
             )
-        self.weights = weights
         # Sides of the crops, as far as they are known
         self._sizes: tuple[int, ...] = (
             augmentations.sizes if isinstance(augmentations, MultiCropView) else (size,)
         )
-        super().__init__()
-        self.augmentations = augmentations
+        super().__init__(weights, augmentations)
+
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """Name of the method, by *views*."""
+        return 'DINO-TP' if self.hparams['views'] == 'temporal' else 'DINO-MC'
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""

@@ -18,7 +18,7 @@ from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
 from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
 from ..models.convert import choose_bands
-from ..models.encoders import read_trained
+from ..models.encoders import read_encoder
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
 from ..models.weights import EncoderWeights
@@ -176,7 +176,7 @@ class LinearProbeTask(ClassificationTask):
             if isinstance(member, EncoderWeights):
                 return member.get_state_dict(bands=bands, layout='timm')
             if member is None:
-                known = read_trained(cast(str, weights)).hparams.get('bands')
+                known = read_encoder(cast(str, weights)).bands
             else:
                 known = cast(WeightsEnum, member).meta.get('bands')
             if not known:

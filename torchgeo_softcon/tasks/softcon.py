@@ -4,26 +4,29 @@
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_fractions, check_not_negative, check_positive
+from .._checks import check_counts
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
 from ..models.input_layer import InputLayerInit
-from ..modules import SiameseMasking, encode_crops, make_teacher, mlp_head
-from ..modules.masking import MaskMode
+from ..modules.ema import make_teacher
+from ..modules.heads import mlp_head
+from ..modules.masking import MaskMode, SiameseMasking
+from ..modules.packing import encode_crops
 from ..transforms import RandomView
-from .base import EMATask
+from .base import PretrainingTask
 from .guard import label_message, read_at_once
 from .optimizers import OptimizerName
 
 
-class SoftConTask(EMATask):
+class SoftConTask(PretrainingTask):
     """SoftCon: multi-label guided soft contrastive learning.
 
     Two views of every image are encoded, one by the trainable encoder, which sees only
@@ -45,6 +48,10 @@ class SoftConTask(EMATask):
 
     .. versionadded:: 0.1
     """
+
+    method = 'SoftCon'
+    reference = 'arXiv 2405.20462'
+    branches = MappingProxyType({'student': 'model', 'teacher': 'teacher'})
 
     def __init__(
         self,
@@ -162,28 +169,19 @@ class SoftConTask(EMATask):
                 *bands*, *size* and *mask_mode* do not fit each other.
         """
         check_counts(
-            in_channels=in_channels,
-            size=size,
             mask_patch_size=mask_patch_size,
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
             projector_layers=projector_layers,
             predictor_layers=predictor_layers,
         )
-        check_fractions(momentum=momentum, momentum_final=momentum_final)
-        check_positive(lr=lr)
-        check_not_negative(weight_decay=weight_decay, warmup_epochs=warmup_epochs)
         if seasons not in ('same', 'different'):
             raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
 
-        self.weights = weights
         self.label_similarity = label_similarity
         if callable(label_similarity):
             # A function in a checkpoint could not be loaded safely
             self.ignore = (*self.ignore, 'label_similarity')
-        super().__init__()
-        self.augmentations = (
-            RandomView(size) if augmentations is None else augmentations
+        super().__init__(
+            weights, RandomView(size) if augmentations is None else augmentations
         )
 
     def configure_losses(self) -> None:

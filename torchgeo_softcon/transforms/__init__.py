@@ -3,20 +3,26 @@
 
 """Transforms for batches on their device."""
 
-from .colours import jitter
-from .crops import MultiCropView
-from .sampling import random_crop_grid
-from .unit_range import ToUnitRange
-from .views import RandomView
-from .worldcover import WORLDCOVER_CODES, WorldCoverMultiLabel, class_fractions
+from typing import TYPE_CHECKING
 
-__all__ = (
-    'WORLDCOVER_CODES',
-    'MultiCropView',
-    'RandomView',
-    'ToUnitRange',
-    'WorldCoverMultiLabel',
-    'class_fractions',
-    'jitter',
-    'random_crop_grid',
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .colours import jitter as jitter
+    from .crops import MultiCropView as MultiCropView
+    from .sampling import random_crop_grid as random_crop_grid
+    from .unit_range import ToUnitRange as ToUnitRange
+    from .views import RandomView as RandomView
+    from .worldcover import WORLDCOVER_CODES as WORLDCOVER_CODES
+    from .worldcover import WorldCoverMultiLabel as WorldCoverMultiLabel
+    from .worldcover import class_fractions as class_fractions
+
+__getattr__, __dir__, __all__ = lazy_names(
+    globals(),
+    colours=('jitter',),
+    crops=('MultiCropView',),
+    sampling=('random_crop_grid',),
+    unit_range=('ToUnitRange',),
+    views=('RandomView',),
+    worldcover=('WORLDCOVER_CODES', 'WorldCoverMultiLabel', 'class_fractions'),
 )

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What an encoder is shown in evaluations."""
+"""The view of an image that encoders get in evaluations."""
 
 import torchvision.transforms.v2.functional as F
 from torch import Tensor

@@ -6,7 +6,7 @@
 import math
 
 import torch
-from kornia.color import rgb_to_hsv
+from kornia.color import rgb_to_grayscale, rgb_to_hsv
 from kornia.enhance import (
     adjust_brightness_accumulative,
     adjust_contrast_with_mean_subtraction,
@@ -56,10 +56,10 @@ def colour_map(
     contrast: Tensor,
     saturation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The changes of :func:`jitter` as one linear map of the bands.
+    """Write the changes of :func:`jitter` as one linear map of the bands.
 
-    Each pixel becomes ``matrix @ pixel + offset``. As such a map commutes with resampling
-    and blurring, it can be made where there are the fewest pixels.
+    Each pixel becomes ``matrix @ pixel + offset``. Such a map commutes with resampling
+    and blurring, so it is applied where there are the fewest pixels.
 
     Args:
         means: Means of the bands of the images that :func:`jitter` is given, shape
@@ -81,9 +81,14 @@ def colour_map(
 
 
 def jitter_rgb(
-    image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor
+    image: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+    hue: Tensor,
+    grey: Tensor | None = None,
 ) -> Tensor:
-    """Change brightness, contrast, saturation and hue in random order.
+    """Change brightness, contrast, saturation and hue in random order, then to grey.
 
     The operations of torchvision's ``ColorJitter``, with factors per image.
 
@@ -93,6 +98,7 @@ def jitter_rgb(
         contrast: Factors of shape (B,). 1 changes nothing.
         saturation: Factors of shape (B,). 1 changes nothing.
         hue: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
+        grey: Images that become grey, their luma, shape (B,), bool. Defaults to none.
 
     Returns:
         The changed images, shape (B, 3, H, W), in [0, 1].
@@ -106,6 +112,8 @@ def jitter_rgb(
     )
     for i in torch.randperm(4).tolist():  # on the CPU: nothing waits for a device
         image = operations[i](image)
+    if grey is not None:
+        image = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
     return image
 
 

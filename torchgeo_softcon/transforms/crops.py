@@ -3,27 +3,27 @@
 
 """Global and local crops of several sizes, for a whole batch on its device."""
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from kornia.color import rgb_to_grayscale
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import check_fractions, check_range
+from .._checks import check_choice, check_counts, check_not_negative
 from .colours import colour_map, jitter_rgb
-from .interpolation import Crop, Interpolation, crop_weights, identity
+from .interpolation import Crop, Interpolation, crop_matrices, identity
 from .resample import means, resample
-from .sampling import constant, draw, random_blurs, random_boxes, uniform
+from .sampling import choose, constant, random_blurs, random_boxes, uniform
+from .views import ViewModule
 
 #: Strengths of brightness, contrast, saturation and hue.
 Strengths: TypeAlias = tuple[float, float, float, float]
+MultiCropViews: TypeAlias = Literal['multi_crop', 'temporal']
 
 
-class MultiCropView(nn.Module):
+class MultiCropView(ViewModule):
     """Two or three global crops and several local crops of each image of a batch.
 
     The views of `DINO-MC and DINO-TP <https://arxiv.org/abs/2303.06670>`_: local crops
@@ -65,7 +65,7 @@ class MultiCropView(nn.Module):
         global_size: int = 224,
         local_sizes: Sequence[int] = (184, 164, 144, 124, 104, 84),
         num_local_crops: int | None = None,
-        views: Literal['multi_crop', 'temporal'] = 'multi_crop',
+        views: MultiCropViews = 'multi_crop',
         global_scale: tuple[float, float] = (0.32, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.32),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -152,7 +152,7 @@ class MultiCropView(nn.Module):
         self.blur_sigma = blur_sigma
         self.global_solarize = global_solarize
         self.value_range = value_range
-        self._check()
+        self._check_options()
 
         self.num_global = 3 if temporal else 2
         first = len(self.local_sizes) - num_local_crops
@@ -161,71 +161,48 @@ class MultiCropView(nn.Module):
         self.boxes: list[Tensor] = []
         self._warned = False
 
-    def _check(self) -> None:
+    def _check_options(self) -> None:
         """Check the options."""
-        if self.views not in ('multi_crop', 'temporal'):
-            raise ValueError(
-                f"views must be 'multi_crop' or 'temporal', got {self.views!r}"
-            )
-        if self.num_local_crops < 0:
-            raise ValueError(
-                f'num_local_crops must be >= 0, got {self.num_local_crops}'
-            )
+        self._check(
+            ('global_scale', 'local_scale', 'ratio', 'blur_sigma'),
+            (
+                'horizontal_flip',
+                'vertical_flip',
+                'jitter_probability',
+                'grey_probability',
+                'local_blur',
+            ),
+        )
+        check_choice('views', self.views, get_args(MultiCropViews))
+        check_choice(
+            'global_interpolation', self.global_interpolation, get_args(Interpolation)
+        )
+        check_choice(
+            'local_interpolation', self.local_interpolation, get_args(Interpolation)
+        )
+        check_not_negative(num_local_crops=self.num_local_crops)
         if self.num_local_crops > len(self.local_sizes):
             raise ValueError(
                 f'num_local_crops = {self.num_local_crops} crops need as many sizes, got '
                 f'local_sizes = {self.local_sizes}. Give a size for each crop'
             )
-        if self.global_size < 1 or any(size < 1 for size in self.local_sizes):
-            raise ValueError(
-                'global_size and local_sizes must be at least 1 pixel, got '
-                f'{self.global_size} and {self.local_sizes}'
-            )
-        for name in ('global_interpolation', 'local_interpolation'):
-            value = getattr(self, name)
-            if value not in ('bilinear', 'bicubic'):
-                raise ValueError(
-                    f"{name} must be 'bilinear' or 'bicubic', got {value!r}"
-                )
-        check_fractions(
-            horizontal_flip=self.horizontal_flip,
-            vertical_flip=self.vertical_flip,
-            jitter_probability=self.jitter_probability,
-            grey_probability=self.grey_probability,
-            local_blur=self.local_blur,
-        )
-        for name, length in (
-            ('global_jitter', 4),
-            ('local_jitter', 4),
-            ('global_blur', 2),
-            ('global_solarize', 2),
-        ):
-            values = getattr(self, name)
+        smallest = min(self.local_sizes, default=None)
+        check_counts(global_size=self.global_size, local_sizes=smallest)
+        for name in ('global_jitter', 'local_jitter', 'global_blur', 'global_solarize'):
+            values, length = getattr(self, name), 4 if 'jitter' in name else 2
             if len(values) != length or not all(0 <= value <= 1 for value in values):
                 raise ValueError(
                     f'{name} must be {length} numbers in [0, 1], got {values}'
                 )
-        for name in ('global_jitter', 'local_jitter'):
-            hue = getattr(self, name)[3]
-            if hue > 0.5:
-                raise ValueError(f'the hue of {name} must be in [0, 0.5], got {hue}')
-        check_range('global_scale', self.global_scale, 1)
-        check_range('local_scale', self.local_scale, 1)
-        check_range('ratio', self.ratio)
-        check_range('blur_sigma', self.blur_sigma)
-        limits = self.value_range
-        if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
-            raise ValueError(f'value_range must be (low, high), got {limits}')
-        if limits is None and any(self.global_solarize):
+            if length == 4 and values[3] > 0.5:
+                raise ValueError(
+                    f'the hue of {name} must be in [0, 0.5], got {values[3]}'
+                )
+        if self.value_range is None and any(self.global_solarize):
             raise ValueError(
                 f'global_solarize = {self.global_solarize} needs the middle of the '
                 'range of values: declare value_range, or set (0, 0)'
             )
-
-    def extra_repr(self) -> str:
-        """Parameters for the module's representation."""
-        names = list(inspect.signature(type(self)).parameters)
-        return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -270,10 +247,10 @@ class MultiCropView(nn.Module):
             )
 
     def _multi_crop(self, image: Tensor) -> list[Tensor]:
-        """Views of one image, of several seasons one."""
+        """Make the views of one image, or of one season of several."""
         if image.ndim == 5:
             seasons = uniform(image, *image.shape[:2]).argmax(1)
-            image = _take(image, seasons)
+            image = _pick_season(image, seasons)
         image = self._prepare(image)
         crops = [*self._draw_global(image, 2), *self._draw_local(image)]
         number = len(self._crop_sizes)
@@ -286,7 +263,7 @@ class MultiCropView(nn.Module):
         )
 
     def _temporal(self, image: Tensor) -> list[Tensor]:
-        """Views of three seasons."""
+        """Make the views of three seasons."""
         if image.ndim == 4 or image.shape[1] < 2:
             raise ValueError(
                 "views = 'temporal' needs images of at least two seasons, shape "
@@ -295,10 +272,10 @@ class MultiCropView(nn.Module):
             )
         order = uniform(image, *image.shape[:2]).argsort(1)
         if image.shape[1] == 2:
-            again = order.gather(1, draw(image, 0.5).long()[:, None])
+            again = order.gather(1, choose(image, 0.5).long()[:, None])
             order = torch.cat([order, again], 1)
         first, second, third = (
-            self._prepare(_take(image, order[:, i])) for i in range(3)
+            self._prepare(_pick_season(image, order[:, i])) for i in range(3)
         )
         augmented = self._augment(
             [second, first],
@@ -359,18 +336,19 @@ class MultiCropView(nn.Module):
         if not sizes:
             return []
         batch, number = len(image), len(sizes) * len(image)
-        every = image[:1].expand(number, -1, -1, -1)  # nothing but its shape is read
+        every = image[:1].expand(number, -1, -1, -1)  # only its shape is read
         boxes = random_boxes(every, scale, self.ratio)
         self.boxes += boxes.split(batch)
         flips = torch.zeros(2, number, dtype=torch.bool, device=image.device)
         if flip:
             probabilities = self.horizontal_flip, self.vertical_flip
-            flips = torch.stack([draw(every, p) for p in probabilities])
+            flips = torch.stack([choose(every, p) for p in probabilities])
         crops: list[Crop] = []
         for size, group in groupby(sizes):
-            part = slice(len(crops) * batch, (len(crops) + len(list(group))) * batch)
-            rows, columns = crop_weights(
-                image, boxes[part], (size, size), flips[:, part], interpolation
+            end = len(crops) + len(list(group))
+            own = slice(len(crops) * batch, end * batch)
+            rows, columns = crop_matrices(
+                image, boxes[own], (size, size), flips[:, own], interpolation
             )
             crops += zip(rows.split(batch), columns.split(batch), strict=True)
         return crops
@@ -395,24 +373,22 @@ class MultiCropView(nn.Module):
         Returns:
             The views, each of shape (B, C, h, w).
         """
-        rgb = self._is_rgb(images[0])
+        rgb = images[0].shape[1] == 3 and self.value_range is not None
         if crops is not None and rgb:
-            # Jitter clips, what is not linear: no single product with the blur
+            # Jitter clips, which is not linear: no single product with the blur
             pairs = zip(images, crops, strict=True)
             images, crops = [resample(image, *crop) for image, crop in pairs], None
 
         # All draws at once, shape (V, B)
         like, shape = images[0], (len(images), len(images[0]))
-        drawn = uniform(like, *shape) < self.jitter_probability
+        jittered = uniform(like, *shape) < self.jitter_probability
         grey = uniform(like, *shape) < self.grey_probability
         scale = constant(tuple(map(tuple, strengths)), like.device)
         scale = scale.T[..., None]  # (4, V, 1)
-        factors = (uniform(like, 4, *shape) * 2 - 1) * (scale * drawn)
+        factors = (uniform(like, 4, *shape) * 2 - 1) * (scale * jittered)
         if rgb:
-            images = [
-                _change_rgb(image, *view)
-                for image, *view in zip(images, *factors, grey, strict=True)
-            ]
+            changes = zip(images, *(1 + factors[:3]), factors[3], grey, strict=True)
+            images = [jitter_rgb(*change) for change in changes]
             colours: Sequence[Any] = [None] * len(images)
         else:
             mean = torch.stack(
@@ -423,7 +399,7 @@ class MultiCropView(nn.Module):
                     for image, crop in zip(images, crops, strict=True)
                 ]
             )
-            colours = _draw_colours(mean, factors, scale[3] * drawn, grey)
+            colours = _draw_colours(mean, factors, scale[3] * jittered, grey)
         if crops is None:
             crops = [identity(image) for image in images]
         crops = random_blurs(crops, blurs, self.blur_sigma)
@@ -434,37 +410,20 @@ class MultiCropView(nn.Module):
         for i, probability in enumerate(solarize):
             if probability:
                 view = views[i]
-                chosen = draw(view, probability).view(-1, 1, 1, 1)
+                chosen = choose(view, probability).view(-1, 1, 1, 1)
                 views[i] = torch.where(chosen & (view >= 0.5), 1 - view, view)
         return views
 
-    def _is_rgb(self, image: Tensor) -> bool:
-        """Whether images are RGB images."""
-        return image.shape[1] == 3 and self.value_range is not None
 
-
-def _take(image: Tensor, seasons: Tensor) -> Tensor:
-    """Take one season (B,) of each sample (B, T, C, H, W)."""
+def _pick_season(image: Tensor, seasons: Tensor) -> Tensor:
+    """Pick one season (B,) of each sample (B, T, C, H, W)."""
     return image[torch.arange(len(image), device=image.device), seasons]
-
-
-def _change_rgb(
-    image: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    grey: Tensor,
-) -> Tensor:
-    """Jitter and grey of RGB images, each parameter of shape (B,)."""
-    image = jitter_rgb(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-    return torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
 
 
 def _draw_colours(
     mean: Tensor, factors: Tensor, strength: Tensor, grey: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Jitter and grey of other images, for each view.
+    """Draw jitter and grey of other images, for each view.
 
     Args:
         mean: Means of the bands of the views, shape (V, B, C).
@@ -474,13 +433,13 @@ def _draw_colours(
         grey: Whether to make all bands equal, shape (V, B).
 
     Returns:
-        What :func:`resample` takes.
+        Matrix and offset of each view, as :func:`resample` takes them.
     """
     brightness, contrast, saturation, _ = 1 + factors
     gain = 1 + strength[..., None] * (uniform(mean, *mean.shape) * 2 - 1)
     gain = brightness[..., None] * gain / gain.mean(-1, keepdim=True)
-    # Grey is no saturation
-    drawn = (mean, gain, contrast, saturation * ~grey)
-    matrix, offset = colour_map(*(x.flatten(0, 1) for x in drawn))
+    # Grey is a saturation of 0
+    changes = (mean, gain, contrast, saturation * ~grey)
+    matrix, offset = colour_map(*(x.flatten(0, 1) for x in changes))
     batch = mean.shape[1]
     return [*zip(matrix.split(batch), offset.split(batch), strict=True)]

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Interpolation: TypeAlias = Literal['bilinear', 'bicubic']
-#: Weights of the rows (B, h, H) and of the columns (B, w, W) of a view.
+#: Matrices of the rows (B, h, H) and of the columns (B, w, W) of a view.
 Crop: TypeAlias = tuple[Tensor, Tensor]
 
 
-def resize_weights(
+def resize_matrices(
     spans: Tensor, pixels: int, size: int, flip: Tensor, interpolation: Interpolation
 ) -> Tensor:
-    """Weights of antialiased resizing, as in PyTorch, torchvision and Pillow.
+    """Resize along one axis, antialiased as in PyTorch, torchvision and Pillow.
 
     Args:
         spans: First pixel, and the one after the last, of each sample, shape (B, 2),
@@ -63,14 +63,14 @@ def resize_weights(
     return _dense(index, weight / weight.sum(-1, keepdim=True), pixels)
 
 
-def crop_weights(
+def crop_matrices(
     image: Tensor,
     boxes: Tensor,
     size: tuple[int, int],
     flips: Tensor,
     interpolation: Interpolation = 'bilinear',
 ) -> Crop:
-    """Weights of resizing a box of each image, antialiased, and then mirroring it.
+    """Resize a box of each image, antialiased, and then mirror it.
 
     Equal to torchvision's ``resized_crop(..., antialias=True)`` for each image, then
     flips.
@@ -84,23 +84,23 @@ def crop_weights(
         interpolation: Kernel of the interpolation.
 
     Returns:
-        Weights of the rows, shape (B, h, H), and of the columns, shape (B, w, W).
+        Matrices of the rows, shape (B, h, H), and of the columns, shape (B, w, W).
     """
     height, width = image.shape[-2:]
     if height == width and size[0] == size[1]:
         # Both axes at once: half the operations
         spans = torch.cat([boxes[:, 1::2], boxes[:, ::2]])
         flip = flips.flip(0).flatten()
-        both = resize_weights(spans, width, size[1], flip, interpolation)
+        both = resize_matrices(spans, width, size[1], flip, interpolation)
         rows, columns = both.unflatten(0, (2, -1)).unbind()
         return rows, columns
-    columns = resize_weights(boxes[:, ::2], width, size[1], flips[0], interpolation)
-    rows = resize_weights(boxes[:, 1::2], height, size[0], flips[1], interpolation)
+    columns = resize_matrices(boxes[:, ::2], width, size[1], flips[0], interpolation)
+    rows = resize_matrices(boxes[:, 1::2], height, size[0], flips[1], interpolation)
     return rows, columns
 
 
-def bilinear_weights(position: Tensor, pixels: int) -> Tensor:
-    """Weights of bilinear interpolation between the two nearest pixels.
+def bilinear_matrices(position: Tensor, pixels: int) -> Tensor:
+    """Interpolate linearly between the two nearest pixels.
 
     The same as ``grid_sample(..., padding_mode='border', align_corners=False)``.
 
@@ -114,13 +114,13 @@ def bilinear_weights(position: Tensor, pixels: int) -> Tensor:
     """
     position = (((position + 1) * pixels - 1) / 2).clamp(0, pixels - 1)
     low = position.floor()
-    part = position - low
+    share = position - low
     index = low.long()[..., None] + torch.arange(2, device=position.device)
-    return _dense(index, torch.stack([1 - part, part], -1), pixels)
+    return _dense(index, torch.stack([1 - share, share], -1), pixels)
 
 
 def _dense(index: Tensor, weight: Tensor, pixels: int) -> Tensor:
-    """Matrices (B, n, N) with weights (B, n, K) at different columns (B, n, K)."""
+    """Make matrices (B, n, N) of taps (B, n, K) at different columns (B, n, K)."""
     # Taps beside the image have no weight, and go to a column that is left out
     index, weight = torch.where(weight == 0, pixels, index), weight.float()
     matrix = weight.new_zeros(*weight.shape[:2], pixels + 1)
@@ -128,22 +128,20 @@ def _dense(index: Tensor, weight: Tensor, pixels: int) -> Tensor:
 
 
 def identity(image: Tensor) -> Crop:
-    """Weights of the rows and columns of images (B, C, H, W) as they are."""
-    rows, columns = (
-        torch.eye(side, dtype=torch.float32, device=image.device).expand(
-            len(image), -1, -1
-        )
+    """Make matrices that leave images (B, C, H, W) as they are."""
+    height, width = (
+        torch.eye(side, dtype=torch.float32, device=image.device)
         for side in image.shape[-2:]
     )
-    return rows, columns
+    return height.expand(len(image), -1, -1), width.expand(len(image), -1, -1)
 
 
-def gaussian_kernels(sigma: Tensor, drawn: Tensor, radius: int) -> Tensor:
-    """Gaussian kernels, within three standard deviations.
+def gaussian_kernels(sigma: Tensor, chosen: Tensor, radius: int) -> Tensor:
+    """Make Gaussian kernels, within three standard deviations.
 
     Args:
         sigma: Standard deviations in pixels, shape (B,).
-        drawn: Whether to blur a sample, else its kernel is a unit impulse, shape (B,),
+        chosen: Whether to blur a sample, else its kernel is a unit impulse, shape (B,),
             bool.
         radius: Number of taps r on either side.
 
@@ -155,42 +153,42 @@ def gaussian_kernels(sigma: Tensor, drawn: Tensor, radius: int) -> Tensor:
     # Taps beyond weigh less than 0.3 %
     inside = offset.abs() <= (3 * sigma).ceil()
     kernel = (-0.5 * (offset / sigma) ** 2).exp() * inside
-    kernel = torch.where(drawn[:, None], kernel, (offset == 0).to(kernel))
+    kernel = torch.where(chosen[:, None], kernel, (offset == 0).to(kernel))
     return (kernel / kernel.sum(1, keepdim=True)).float()
 
 
-def blur_weights(weights: Tensor, kernels: Tensor) -> Tensor:
-    """Blur what matrices give, with reflection at both ends.
+def blur_matrices(matrices: Tensor, kernels: Tensor) -> Tensor:
+    """Blur the results of matrices, with reflection at both ends.
 
     Args:
-        weights: Matrices of shape (B, n, N).
+        matrices: Matrices of shape (B, n, N).
         kernels: Kernels of shape (B, 2 r + 1) with r < n.
 
     Returns:
         Matrices of shape (B, n, N).
     """
-    form = _blur_each if weights.device.type == 'cpu' else _blur_all
-    return form(weights, kernels)
+    form = _blur_each if matrices.device.type == 'cpu' else _blur_all
+    return form(matrices, kernels)
 
 
-def _blur_all(weights: Tensor, kernels: Tensor) -> Tensor:
-    """The whole batch at once: nothing waits for the kernels."""
+def _blur_all(matrices: Tensor, kernels: Tensor) -> Tensor:
+    """Blur the whole batch at once: nothing waits for the kernels."""
     radius = kernels.shape[1] // 2
-    padded = F.pad(weights, (0, 0, radius, radius), mode='reflect')
+    padded = F.pad(matrices, (0, 0, radius, radius), mode='reflect')
     blurred = F.conv2d(padded[None], kernels[:, None, :, None], groups=len(kernels))
     return blurred[0]
 
 
-def _blur_each(weights: Tensor, kernels: Tensor) -> Tensor:
-    """Only what is blurred, with the taps that this needs: faster on a CPU."""
-    blurred = weights.clone(memory_format=torch.contiguous_format)
-    size, middle = weights.shape[1], kernels.shape[1] // 2
+def _blur_each(matrices: Tensor, kernels: Tensor) -> Tensor:
+    """Blur only the chosen samples, with as many taps as they need: for a CPU."""
+    blurred = matrices.clone(memory_format=torch.contiguous_format)
+    size, middle = matrices.shape[1], kernels.shape[1] // 2
     for i, kernel in enumerate(kernels.tolist()):
         radius = sum(tap > 0 for tap in kernel) // 2
         if radius:
             taps = kernel[middle - radius : middle + radius + 1]
             pad = (0, 0, radius, radius)
-            padded = F.pad(weights[i : i + 1], pad, mode='reflect')[0]
+            padded = F.pad(matrices[i : i + 1], pad, mode='reflect')[0]
             torch.mul(padded[:size], taps[0], out=blurred[i])
             for start, tap in enumerate(taps[1:], 1):
                 blurred[i].add_(padded[start : start + size], alpha=tap)

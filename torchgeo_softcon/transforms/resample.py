@@ -24,8 +24,8 @@ def resample(
 
     Args:
         image: Images of shape (B, C, H, W), float32.
-        rows: Weights of each row of the view, shape (B, h, H).
-        columns: Weights of each column of the view, shape (B, w, W). They sum to 1.
+        rows: Matrix of the rows of each view, shape (B, h, H).
+        columns: Matrix of the columns of each view, shape (B, w, W). Its rows sum to 1.
         colours: A *matrix* of shape (B, C, C) and an *offset* of shape (B, C, 1) for the
             bands. None changes nothing.
 
@@ -42,8 +42,8 @@ def resample_batch(
     columns: Tensor,
     colours: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The whole batch at once: nothing waits for the weights. As :func:`resample`."""
-    # Of all bands at once, so that the weights need not be repeated for each
+    """Resample the whole batch at once: nothing waits. As :func:`resample`."""
+    # Of all bands at once, so that the matrices need not be repeated for each
     lines = (image.flatten(1, 2) @ columns.mT).unflatten(1, image.shape[1:3])
     view = rows[:, None] @ lines
     if colours is None:
@@ -58,7 +58,7 @@ def resample_blocks(
     columns: Tensor,
     colours: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Without the zeros of the weights, which are most of them. As :func:`resample`.
+    """Resample without the zeros, which are most of a matrix. As :func:`resample`.
 
     Several times faster on a CPU: of each block of rows or columns of a view, only the
     pixels of the image that contribute to it are read, image by image, so that the cache
@@ -66,7 +66,7 @@ def resample_blocks(
     """
     bands, height, width = image.shape[1], rows.shape[1], columns.shape[1]
     view = image.new_empty(len(image), bands, height, width)
-    # A band of ones has the offset as its weight: a pass less
+    # A band of ones has the offset as its weight, which saves a pass over the view
     affine = None if colours is None else torch.cat(colours, 2)
     parameters = zip(_blocks(rows), _blocks(columns), strict=True)
     for i, (row_blocks, column_blocks) in enumerate(parameters):
@@ -78,22 +78,22 @@ def resample_blocks(
             weight = rows[i, start:stop, low:high].expand(bands, -1, -1)
             torch.bmm(weight, box[:, low:high], out=lines[:bands, start:stop])
         if affine is not None:
-            # Here already: the offset survives, as the weights of columns sum to 1
+            # Here already: the offset survives, as the rows of *columns* sum to 1
             lines[bands] = 1
             lines = (affine[i] @ lines.flatten(1)).view_as(lines[:bands])
         lines, pixels = lines[:bands].flatten(0, 1), view[i].flatten(0, 1)
         for start, stop, low, high in column_blocks:
             weight = columns[i, start:stop, low:high].T
-            part = lines[:, low - left : high - left]
-            torch.mm(part, weight, out=pixels[:, start:stop])
+            read = lines[:, low - left : high - left]
+            torch.mm(read, weight, out=pixels[:, start:stop])
     return view
 
 
-def _blocks(weights: Tensor) -> list[list[tuple[int, int, int, int]]]:
-    """Blocks of rows of each matrix, and the columns between which they are not zero."""
-    size, pixels = weights.shape[1:]
+def _blocks(matrices: Tensor) -> list[list[tuple[int, int, int, int]]]:
+    """Find blocks of rows, and the columns between which each one is not zero."""
+    size, pixels = matrices.shape[1:]
     starts = range(0, size, _BLOCK)
-    blocks = [weights[:, start : start + _BLOCK].abs().amax(1) > 0 for start in starts]
+    blocks = [matrices[:, start : start + _BLOCK].abs().amax(1) > 0 for start in starts]
     used = torch.stack(blocks, 1).byte()  # (B, blocks, N)
     low, high = used.argmax(2), pixels - used.flip(2).argmax(2)
     return [
@@ -106,12 +106,12 @@ def _blocks(weights: Tensor) -> list[list[tuple[int, int, int, int]]]:
 
 
 def means(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Mean of each band of the views that :func:`resample` gives.
+    """Compute the mean of each band of the views that :func:`resample` gives.
 
     Args:
         image: Images of shape (B, C, H, W), float32.
-        rows: Weights of each row of the view, shape (B, h, H).
-        columns: Weights of each column of the view, shape (B, w, W).
+        rows: Matrix of the rows of each view, shape (B, h, H).
+        columns: Matrix of the columns of each view, shape (B, w, W).
 
     Returns:
         Means of shape (B, C).

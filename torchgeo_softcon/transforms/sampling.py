@@ -11,54 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interpolation import Crop, blur_weights, gaussian_kernels
-
-
-def draw(image: Tensor, probability: float) -> Tensor:
-    """Choose samples.
-
-    Args:
-        image: Images of shape (B, ...).
-        probability: Probability to choose a sample.
-
-    Returns:
-        True for the chosen samples, shape (B,).
-    """
-    return uniform(image, len(image)) < probability
+from .interpolation import Crop, blur_matrices, gaussian_kernels
 
 
 def uniform(like: Tensor, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Draw uniform numbers, in float32 whatever PyTorch's default is.
+    """Draw uniform numbers on a device, in float32 whatever PyTorch's default is.
 
     Positions of pixels need it: in bfloat16, 224 of them are no longer all different.
-
-    Args:
-        like: Tensor on the device.
-        *shape: Shape of the numbers.
-        low: Smallest number.
-        high: Largest number, excluded.
-
-    Returns:
-        The numbers, float32.
     """
     numbers = torch.empty(shape, dtype=torch.float32, device=like.device)
     return numbers.uniform_(low, high)
 
 
+def choose(image: Tensor, probability: float) -> Tensor:
+    """Choose samples of images (B, ...): True with a probability, shape (B,)."""
+    return uniform(image, len(image)) < probability
+
+
 @functools.lru_cache(maxsize=64)
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, made once, as they come from the host.
-
-    Args:
-        values: Numbers, or tuples of numbers.
-        device: The device.
-
-    Returns:
-        The numbers, float32.
-    """
+    """Put numbers on a device in float32, once, as they come from the host."""
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32).to(device)
+
+
+def _random_sides(
+    image: Tensor, shape: Sequence[int], scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Draw widths and heights of crops in pixels, area and log of the ratio uniform."""
+    pixels = image.shape[-2] * image.shape[-1]
+    area = uniform(image, *shape, low=scale[0], high=scale[1]) * pixels
+    low, high = map(math.log, ratio)
+    aspect = uniform(image, *shape, low=low, high=high).exp()
+    return (area * aspect).sqrt(), (area / aspect).sqrt()
 
 
 def random_crop_axes(
@@ -87,15 +73,11 @@ def random_crop_axes(
         Where the rows and the columns of the crops lie in the coordinates of
         ``grid_sample(..., align_corners=False)``, shapes (B, h) and (B, w), float32.
     """
-    batch, device = len(image), image.device
-    height, width = image.shape[-2:]
-    area = uniform(image, batch, low=scale[0], high=scale[1]) * (height * width)
-    low, high = map(math.log, ratio)
-    aspect = uniform(image, batch, low=low, high=high).exp()
-
+    batch = len(image)
     # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
-    extent_x = ((area * aspect).sqrt() / width).clamp(max=1)
-    extent_y = ((area / aspect).sqrt() / height).clamp(max=1)
+    width, height = _random_sides(image, (batch,), scale, ratio)
+    extent_x = (width / image.shape[-1]).clamp(max=1)
+    extent_y = (height / image.shape[-2]).clamp(max=1)
     centre = uniform(image, 2, batch) * 2 - 1
     sign = uniform(image, 2, batch)
     axes = []
@@ -103,7 +85,7 @@ def random_crop_axes(
         (1, extent_y, vertical_flip, size[0]),
         (0, extent_x, horizontal_flip, size[1]),
     ):
-        number = torch.arange(pixels, dtype=torch.float32, device=device)
+        number = torch.arange(pixels, dtype=torch.float32, device=image.device)
         base = (number * 2 + 1) / pixels - 1
         signed = extent * torch.where(sign[i] < flip, -1, 1)
         shift = centre[i] * (1 - extent)
@@ -155,12 +137,9 @@ def random_boxes(
         Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
         int64.
     """
-    draws = len(image), 10
     height, width = image.shape[-2:]
-    area = uniform(image, *draws, low=scale[0], high=scale[1]) * (height * width)
-    low, high = map(math.log, ratio)
-    aspect = uniform(image, *draws, low=low, high=high).exp()
-    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()]).round_()
+    sides = _random_sides(image, (len(image), 10), scale, ratio)
+    size = torch.stack(sides).round_()
 
     fits = (size[0] >= 1) & (size[0] <= width) & (size[1] >= 1) & (size[1] <= height)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
@@ -187,12 +166,12 @@ def random_blurs(
     """Draw a Gaussian blur of some samples of views, with a standard deviation each.
 
     Args:
-        crops: Weights of the rows and columns of V views of B images.
+        crops: Matrices of the rows and columns of V views of B images.
         probabilities: Probability that a sample is blurred, for each view.
         sigma: Range of the standard deviation in pixels.
 
     Returns:
-        Weights with the blurs.
+        The matrices with the blurs.
     """
     if not any(probabilities):
         return list(crops)
@@ -201,18 +180,18 @@ def random_blurs(
     share: float | Tensor = probabilities[0]
     if any(p != share for p in probabilities):
         share = constant(tuple(probabilities), like.device)[:, None]
-    drawn = uniform(like, *shape) < share
+    chosen = uniform(like, *shape) < share
     sigmas = uniform(like, *shape, low=sigma[0], high=sigma[1])
     # Three standard deviations, at most what reflection can pad
-    sides = [min(weights.shape[1] for weights in crop) for crop in crops]
+    sides = [min(rows.shape[1], columns.shape[1]) for rows, columns in crops]
     radii = [min(math.ceil(3 * sigma[1]), side - 1) for side in sides]
     kernels = {
-        radius: gaussian_kernels(sigmas.flatten(), drawn.flatten(), radius)
+        radius: gaussian_kernels(sigmas.flatten(), chosen.flatten(), radius)
         for radius in dict.fromkeys(radii)
     }
     blurred = list(crops)
     for i, (rows, columns) in enumerate(crops):
         if probabilities[i]:
             own = kernels[radii[i]].unflatten(0, shape)[i]
-            blurred[i] = blur_weights(rows, own), blur_weights(columns, own)
+            blurred[i] = blur_matrices(rows, own), blur_matrices(columns, own)
     return blurred

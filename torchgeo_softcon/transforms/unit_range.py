@@ -52,7 +52,7 @@ class ToUnitRange(nn.Module):
 
     @classmethod
     def of(cls, bands: Sequence[str]) -> 'ToUnitRange':
-        """The transform for some bands, with the statistics of SSL4EO-S12.
+        """Make the transform for some bands, with the statistics of SSL4EO-S12.
 
         Args:
             bands: Bands of Sentinel-2 (digital numbers) or Sentinel-1 (dB), in the order
@@ -62,7 +62,7 @@ class ToUnitRange(nn.Module):
             A transform.
 
         Raises:
-            ValueError: If a name is unknown or has no statistics, or there is none.
+            ValueError: If *bands* is empty, or a name is unknown or has no statistics.
         """
         names = normalize_band_names(bands)
         if not names:
@@ -78,7 +78,7 @@ class ToUnitRange(nn.Module):
 
     @classmethod
     def between(cls, pairs: Sequence[tuple[float, float]]) -> 'ToUnitRange':
-        """The transform that makes given values 0 and 1.
+        """Make the transform that maps given values to 0 and 1.
 
         Args:
             pairs: The value that becomes 0 and the one that becomes 1, for each band.
@@ -110,7 +110,6 @@ class ToUnitRange(nn.Module):
                 f'image must have {len(self.low)} channels, shape (..., {len(self.low)}, '
                 f'H, W), got {tuple(sample.shape)}. Choose those bands of it'
             )
-        low, extent = (
-            x.view(-1, 1, 1).to(sample.device) for x in (self.low, self.extent)
-        )
+        low = self.low.view(-1, 1, 1).to(sample.device)
+        extent = self.extent.view(-1, 1, 1).to(sample.device)
         return ((sample - low) / extent).clamp(0, 1)

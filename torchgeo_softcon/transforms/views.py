@@ -4,18 +4,39 @@
 """Random views of images with any number of bands, for a whole batch on its device."""
 
 import inspect
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_fractions, check_range
+from .._checks import check_fractions, check_limits, check_range
 from .colours import colour_map
-from .interpolation import bilinear_weights
+from .interpolation import bilinear_matrices
 from .resample import means, resample
-from .sampling import draw, random_blurs, random_crop_axes, uniform
+from .sampling import choose, random_blurs, random_crop_axes, uniform
 
 
-class RandomView(nn.Module):
+class ViewModule(nn.Module):
+    """Random views of batches, with an attribute for each option."""
+
+    value_range: tuple[float, float] | None
+
+    def extra_repr(self) -> str:
+        """Return the options for the module's representation."""
+        names = list(inspect.signature(type(self)).parameters)
+        return ', '.join(f'{name}={getattr(self, name)}' for name in names)
+
+    def _check(self, ranges: Sequence[str], fractions: Sequence[str]) -> None:
+        """Check options that both kinds of views have."""
+        for name in ranges:
+            limits = getattr(self, name)
+            check_range(name, limits, 1 if name.endswith('scale') else math.inf)
+        check_fractions(**{name: getattr(self, name) for name in fractions})
+        check_limits('value_range', self.value_range)
+
+
+class RandomView(ViewModule):
     """A random view of each image of a batch: crop, flips, jitter, grey, blur.
 
     Runs on the device of the batch, draws its parameters per sample from PyTorch's
@@ -34,8 +55,8 @@ class RandomView(nn.Module):
     antialiasing, which matters only where the crop is much larger than *size*.
 
     Attributes:
-        boxes: What the views of the last call show: left, top, right and bottom in pixels,
-            shape (B, 4). None before the first call.
+        boxes: Left, top, right and bottom of the views of the last call in pixels of the
+            image, shape (B, 4). None before the first call.
 
     .. versionadded:: 0.1
     """
@@ -76,23 +97,6 @@ class RandomView(nn.Module):
         Raises:
             ValueError: If an option is out of range.
         """
-        check_fractions(
-            horizontal_flip=horizontal_flip,
-            vertical_flip=vertical_flip,
-            jitter_probability=jitter_probability,
-            grey_probability=grey_probability,
-            blur_probability=blur_probability,
-            brightness=brightness,
-            contrast=contrast,
-        )
-        check_range('scale', scale, 1)
-        check_range('ratio', ratio)
-        check_range('blur_sigma', blur_sigma)
-        if value_range is not None and (
-            len(value_range) != 2 or not value_range[0] < value_range[1]
-        ):
-            raise ValueError(f'value_range must be (low, high), got {value_range}')
-
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.scale = scale
@@ -106,12 +110,24 @@ class RandomView(nn.Module):
         self.blur_probability = blur_probability
         self.blur_sigma = blur_sigma
         self.value_range = value_range
+        self._check(
+            ('scale', 'ratio', 'blur_sigma'),
+            (
+                'horizontal_flip',
+                'vertical_flip',
+                'brightness',
+                'contrast',
+                'jitter_probability',
+                'grey_probability',
+                'blur_probability',
+            ),
+        )
         self._corners: Tensor | None = None
         self._image_size = (0, 0)
 
     @property
     def boxes(self) -> Tensor | None:
-        """What the views of the last call show."""
+        """Boxes of the views of the last call, shape (B, 4), or None before it."""
         if self._corners is None:
             return None
         # From the centres of the outer pixels of a view to their outer edges
@@ -120,11 +136,6 @@ class RandomView(nn.Module):
         edge = (high - low) / steps / 2
         sides = self._corners.new_tensor(self._image_size[::-1])
         return torch.cat([(low - edge + 1) * sides, (high + edge + 1) * sides], 1) / 2
-
-    def extra_repr(self) -> str:
-        """Parameters for the module's representation."""
-        names = list(inspect.signature(type(self)).parameters)
-        return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -160,8 +171,8 @@ class RandomView(nn.Module):
             self._image_size = (image.shape[-2], image.shape[-1])
             # Crops end at the outer edge of the outer pixels, half a pixel beyond their
             # centres: there, values are those of the outer pixels
-            rows = bilinear_weights(y, image.shape[-2])
-            columns = bilinear_weights(x, image.shape[-1])
+            rows = bilinear_matrices(y, image.shape[-2])
+            columns = bilinear_matrices(x, image.shape[-1])
             colours = self._draw_colours(means(image, rows, columns))
             crops = [(rows, columns)]
             (crop,) = random_blurs(crops, [self.blur_probability], self.blur_sigma)
@@ -171,12 +182,12 @@ class RandomView(nn.Module):
         return view
 
     def _draw_colours(self, means: Tensor) -> tuple[Tensor, Tensor]:
-        """Jitter and grey, for views with these means (B, C)."""
+        """Draw jitter and grey, for views with these means (B, C)."""
         factors = uniform(means, 2, len(means)) * 2 - 1
-        factors = factors * draw(means, self.jitter_probability)
+        factors = factors * choose(means, self.jitter_probability)
         return colour_map(
             means,
             1 + self.brightness * factors[0],
             1 + self.contrast * factors[1],
-            saturation=~draw(means, self.grey_probability),
+            saturation=~choose(means, self.grey_probability),
         )

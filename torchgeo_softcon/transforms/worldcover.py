@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""From masks of ESA WorldCover codes to multi-labels of whole images."""
+"""From masks of land-cover codes to multi-labels of whole images."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_fractions
-from ..landcover.legends import WORLDCOVER_CODES
+from .._checks import check_fractions, require
+from ..landcover.products import WORLDCOVER_CODES, ProductLike, find_product
 
 #: Class codes are bytes.
 _BINS = 256
 
 
 def class_fractions(mask: Tensor, codes: Sequence[int] = WORLDCOVER_CODES) -> Tensor:
-    """Share of every class among the valid pixels of a mask.
+    """Return the share of every class among the valid pixels of a mask.
 
     Args:
         mask: Class codes of shape (..., H, W), any integer dtype. A floating point
@@ -134,12 +134,11 @@ def check_codes(codes: Sequence[int]) -> tuple[int, ...]:
         ValueError: If *codes* is empty, has duplicates or a value outside of 1 to 255.
     """
     codes = tuple(codes)
-    if not codes or any(not 0 < code < _BINS or code != int(code) for code in codes):
-        raise ValueError(
-            f'codes must be whole numbers from 1 to 255 (0 is no data), got {codes}'
-        )
-    if len(set(codes)) != len(codes):
-        raise ValueError(f'codes must be unique, got {codes}')
+    require(
+        codes and all(0 < code < _BINS and code == int(code) for code in codes),
+        f'codes must be whole numbers from 1 to 255 (0 is no data), got {codes}',
+    )
+    require(len(set(codes)) == len(codes), f'codes must be unique, got {codes}')
     return tuple(int(code) for code in codes)
 
 
@@ -164,18 +163,19 @@ class WorldCoverMultiLabel(nn.Module):
 
     def __init__(
         self,
-        codes: Sequence[int] = WORLDCOVER_CODES,
+        codes: Sequence[int] | None = None,
         min_fraction: float = 0.05,
         min_valid: float = 0.5,
         fractions: bool = False,
         keep_mask: bool = False,
         foreign: Literal['error', 'ignore'] = 'error',
+        product: ProductLike = 'worldcover',
     ) -> None:
         """Initialize a new WorldCoverMultiLabel instance.
 
         Args:
-            codes: Class codes to keep, in the order of the label, K of them. All other
-                codes are no data.
+            codes: Class codes to keep, in the order of the label, K of them, by default
+                all of *product*. All other codes are no data.
             min_fraction: Smallest share of the valid pixels that a class must cover
                 to count as present, in (0, 1]. Not used if *fractions* is true.
             min_valid: Smallest share of all pixels that must be valid, in [0, 1]. The
@@ -185,20 +185,29 @@ class WorldCoverMultiLabel(nn.Module):
             keep_mask: Whether the mask stays in the sample.
             foreign: What to do with codes that are not in the legend. *error* finds
                 masks that are ordinal or interpolated, *ignore* counts them as no
-                data. The legend is WorldCover's, or *codes* if one of these is not
-                WorldCover's.
+                data. The legend is the product's, or *codes* if one of these is not the
+                product's.
+            product: Another land-cover product, its name, or its YAML file, see
+                :func:`torchgeo_softcon.landcover.find_product`.
 
         Raises:
-            ValueError: If *codes* has duplicates or values outside of 1 to 255, if
-                *min_fraction* is not in (0, 1], *min_valid* not in [0, 1], or
+            ValueError: If *codes* has duplicates or other values than the product's and
+                those from 1 to 255, if *min_fraction* is not in (0, 1], *min_valid* not in [0, 1], or
                 *foreign* unknown.
         """
-        codes = check_codes(codes)
-        if not 0 < min_fraction <= 1:
-            raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
+        product = find_product(product)
+        codes = product.codes if codes is None else tuple(codes)
+        official = {*codes} <= {*product.codes} and 0 < len(codes) == len({*codes})
+        if not official:
+            codes = check_codes(codes)
+        require(
+            0 < min_fraction <= 1, f'min_fraction must be in (0, 1], got {min_fraction}'
+        )
         check_fractions(min_valid=min_valid)
-        if foreign not in ('error', 'ignore'):
-            raise ValueError(f"foreign must be 'error' or 'ignore', got {foreign!r}")
+        require(
+            foreign in ('error', 'ignore'),
+            f"foreign must be 'error' or 'ignore', got {foreign!r}",
+        )
 
         super().__init__()
         self.codes = codes
@@ -207,9 +216,8 @@ class WorldCoverMultiLabel(nn.Module):
         self.fractions = fractions
         self.keep_mask = keep_mask
         self.foreign = foreign
-
-        official = set(codes) <= set(WORLDCOVER_CODES)
-        self._legend = (0, *(WORLDCOVER_CODES if official else codes))
+        legend = (*product.no_data, *product.codes)
+        self._legend = legend if official else (0, *codes)
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Convert the mask of a sample or of a batch to a label.
@@ -238,7 +246,7 @@ class WorldCoverMultiLabel(nn.Module):
         """
         if 'mask' not in sample:
             raise ValueError(
-                "sample must have a 'mask' of ESA WorldCover codes, got the keys "
+                "sample must have a 'mask' of land-cover codes, got the keys "
                 f'{sorted(map(str, sample))}: join the images with ESAWorldCover, or '
                 'leave this transform out if the labels are there already'
             )
@@ -266,20 +274,22 @@ class WorldCoverMultiLabel(nn.Module):
         return sample
 
 
-def check_values(mask: Tensor) -> None:
-    """Refuse a mask that does not hold class codes of WorldCover.
+def check_values(mask: Tensor, product: ProductLike = 'worldcover') -> None:
+    """Refuse a mask that does not hold class codes of a product.
 
     Args:
         mask: Class codes of shape (..., H, W).
+        product: The land-cover product.
 
     Raises:
         TypeError: If the mask is not a real-valued tensor.
         ValueError: If its values are no class codes. Values on a CUDA device are not
             looked at, because that would wait for the device.
     """
-    _, present = _count(mask, WORLDCOVER_CODES)
+    product = find_product(product)
+    _, present = _count(mask, product.codes)
     if present is not None:
-        _check_present(present, (0, *WORLDCOVER_CODES))
+        _check_present(present, (*product.no_data, *product.codes))
 
 
 def _check_present(present: Tensor, legend: Sequence[int]) -> None:
@@ -292,7 +302,7 @@ def _check_present(present: Tensor, legend: Sequence[int]) -> None:
     names = ', '.join(map(str, foreign[:5])) + (', ...' if foreign[5:] else '')
     if _BINS - 1 in foreign:
         names += ' (255 stands for everything out of range, too)'
-    if max(values) <= len(WORLDCOVER_CODES) and max(legend) > max(values):
+    if max(values) < len(legend) < max(legend):
         remedy = (
             'It looks like ordinals: read it with ESAWorldCover(ordinal=False), or '
             'pass codes=range(1, K + 1) if 0 is no data, or map it back with '

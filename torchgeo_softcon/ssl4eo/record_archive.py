@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""A packed archive: files of records that are mapped into memory, and an index.
+"""An archive that is packed: files of records, mapped into memory, and an index.
 
 ``s2c/00000.npy`` and so on hold the records of one split, and ``s2c/index.parquet`` has one
 row per image: ``id`` (location), ``season``, ``shard`` (number of the file), ``offset``
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from ..storage.whole_file import whole_file
 from .batch_memory import BufferPool
 from .labels import SeasonLabels
-from .tiffs import BANDS, Archive, Georeference
+from .tiffs import BANDS, Archive, Georeference, check_names
 
 #: Version of the format.
 FORMAT = 1
@@ -49,34 +49,21 @@ SCHEMA = pa.schema(
     ]
 )
 
+#: Columns that tell where the record of which image is.
+_NAMES = ('id', 'season', 'shard', 'offset')
+
 
 def index_path(root: str | os.PathLike[str], split: str) -> Path:
-    """Where the index of a split is.
-
-    Args:
-        root: Folder of a packed archive.
-        split: Name of the split.
-
-    Returns:
-        The file.
-    """
+    """Return the path of the index of a split."""
     return Path(root) / split / 'index.parquet'
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where records are.
-
-    Args:
-        folder: Folder of a split.
-        shard: Number of the file.
-
-    Returns:
-        The file.
-    """
+    """Return the path of a file of records in the folder of a split."""
     return folder / f'{shard:05}.npy'
 
 
-def packed_splits(root: str | os.PathLike[str]) -> list[str]:
+def find_splits(root: str | os.PathLike[str]) -> list[str]:
     """Find the splits of a packed archive.
 
     Args:
@@ -91,29 +78,22 @@ def packed_splits(root: str | os.PathLike[str]) -> list[str]:
     splits = [name for name in BANDS if index_path(root, name).exists()]
     if not splits:
         raise FileNotFoundError(
-            f'{root} is no packed archive: {", ".join(BANDS)} with index.parquet are '
+            f'{root} is not a packed archive: {", ".join(BANDS)} with index.parquet are '
             'missing'
         )
     return splits
 
 
 def checksum(record: npt.NDArray[Any]) -> int:
-    """Checksum of a record.
-
-    Args:
-        record: A record, or its bytes.
-
-    Returns:
-        Its CRC-32.
-    """
+    """Return the CRC-32 of a record, or of its bytes."""
     return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8).data)
 
 
-class PackedArchive(Archive):
+class RecordArchive(Archive):
     """Images of one split of a packed archive."""
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
-        """Initialize a new PackedArchive instance.
+        """Initialize a new RecordArchive instance.
 
         Args:
             root: Folder of a packed archive.
@@ -121,15 +101,15 @@ class PackedArchive(Archive):
 
         Raises:
             FileNotFoundError: If there is no index, or a file of records is missing.
-            ValueError: If the files are of another version, or do not fit the index.
+            ValueError: If the files are of another version or do not fit the index, or if
+                the index has names that are not those of images.
         """
-        self.root = Path(root) / split
-        self.split = split
-        self.bands = BANDS[split]
+        super().__init__(root, split)
         self.index = index_path(root, split)
         self._version = _version(self.index)
         self.metadata = read_metadata(self.index)
-        table = self._columns('id', 'season', 'shard', 'offset')
+        table = self._columns(*_NAMES).combine_chunks()
+        check_names(self.index, split, table['id'], table['season'])
         self.location = np.array(table['id'].to_pylist(), dtype=np.bytes_)
         self.season = np.array(table['season'].to_pylist(), dtype=np.bytes_)
         self._shard = table['shard'].to_numpy()
@@ -158,26 +138,37 @@ class PackedArchive(Archive):
             **self.metadata['labels'],
         )
 
-    def file(self, row: int) -> Path:
-        """Where the record of an image is.
+    def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
+        """Read an image with its georeference, see :meth:`.Archive.load`.
+
+        Raises:
+            ValueError: See :meth:`read_checked`, or if more was packed since this was
+                opened, so that rows have moved.
+        """
+        return self.read_checked(row), self.georeference(row)
+
+    def read_checked(self, row: int) -> npt.NDArray[Any]:
+        """Read an image, and compare it with its checksum.
 
         Args:
             row: Number of the image.
 
         Returns:
-            The file of records.
+            Its record, of shape ().
+
+        Raises:
+            ValueError: If it is not what was packed.
         """
-        return shard_path(self.root, self._shard[row])
+        records = self.read([row])
+        if checksum(records) != self._checksums[row]:
+            raise ValueError(
+                'its checksum is not the one in the index. Delete '
+                f'{shard_path(self.root, self._shard[row])}, and pack again'
+            )
+        return np.asarray(records.view(self.dtype)[0, 0])
 
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Read images.
-
-        Args:
-            rows: Numbers of N images.
-
-        Returns:
-            Their records of R bytes, shape (N, R).
-        """
+        """Read images, see :meth:`.Archive.read`."""
         records = self._buffers.empty(len(rows), self.dtype.itemsize)
         shards, offsets = self._shard[rows].tolist(), self._offset[rows].tolist()
         for position, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
@@ -191,30 +182,25 @@ class PackedArchive(Archive):
         return records
 
     def georeference(self, row: int) -> Georeference:
-        """Where an image is.
+        """Return the pixel grids of an image, see :meth:`load`."""
+        (entry,) = self._grids.slice(row, 1).to_pylist()
+        return Georeference(
+            entry['crs'],
+            tuple(zip(*[iter(entry['transforms'])] * 6, strict=True)),
+            tuple(entry['nodata']),
+            tuple(entry['bounds']),
+        )
 
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its georeference.
-
-        Raises:
-            ValueError: If more was packed since this was opened: rows have moved.
-        """
-        return georeferences(self._places.slice(row, 1))[0]
-
-    @property
-    def checksums(self) -> npt.NDArray[np.uint32]:
-        """Checksums of the records, shape (N,)."""
+    @functools.cached_property
+    def _checksums(self) -> npt.NDArray[np.uint32]:
         return np.asarray(self._columns('checksum')['checksum'])
 
     @functools.cached_property
-    def _places(self) -> pa.Table:
+    def _grids(self) -> pa.Table:
         return self._columns('crs', 'bounds', 'transforms', 'nodata')
 
     def _columns(self, *names: str) -> pa.Table:
-        """Columns of the index, whose rows must be those of the start."""
+        """Read columns of the index, whose rows must be those of the start."""
         table = pq.read_table(self.index, columns=list(names))
         if _version(self.index) != self._version:
             raise ValueError(
@@ -223,7 +209,7 @@ class PackedArchive(Archive):
         return table
 
     def _check(self) -> np.dtype[Any]:
-        """Find the type of the records, and look at the length of all files."""
+        """Return the type of the records, and check the length of all files."""
         shards, inverse = np.unique(self._shard, return_inverse=True)
         counts = np.zeros(len(shards), np.int64)
         np.maximum.at(counts, inverse, self._offset + 1)
@@ -244,13 +230,13 @@ class PackedArchive(Archive):
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """What tells a file from another that takes its place."""
+    """Return what tells a file from another one of the same name."""
     status = path.stat()
     return status.st_ino, status.st_mtime_ns
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
-    """Type of the records in a file, and where they begin."""
+    """Read the type of the records in a file, and where they begin."""
     with open(path, 'rb') as file:
         np.lib.format.read_magic(file)
         _, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -258,15 +244,7 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
 
 
 def has_records(path: Path, count: int) -> bool:
-    """Whether a file of records is there and long enough.
-
-    Args:
-        path: The file.
-        count: Number of records that it must have.
-
-    Returns:
-        Whether it has them.
-    """
+    """Tell whether a file has a number of complete records."""
     try:
         dtype, start = _read_header(path)
     except (FileNotFoundError, ValueError):
@@ -275,7 +253,7 @@ def has_records(path: Path, count: int) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What an index tells of the whole archive.
+    """Read what an index tells of the whole archive.
 
     Args:
         path: The index.
@@ -284,17 +262,28 @@ def read_metadata(path: Path) -> dict[str, Any]:
         The version of the *format*, and *labels*: what they are, or None.
 
     Raises:
-        ValueError: If it is of another version, or no index of a packed archive.
+        ValueError: If it is of another version, or not the index of a packed archive.
     """
     try:
-        metadata: dict[str, Any] = json.loads(pq.read_schema(path).metadata[_METADATA])
+        schema = pq.read_schema(path)
+        metadata: dict[str, Any] = json.loads(schema.metadata[_METADATA])
         version = metadata['format']
+        # Paths are made of these: text in place of a number could lead anywhere
+        types = [schema.field(name).type for name in _NAMES]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is no index of `torchgeo-softcon pack`') from error
+        raise ValueError(
+            f'{path} is not an index of `torchgeo-softcon pack`'
+        ) from error
     if version != FORMAT:
         raise ValueError(
             f'{path} must be of format {FORMAT}, got {version}. Pack the '
             'archive again, or use the version of this package that it was packed with'
+        )
+    expected = [SCHEMA.field(name).type for name in _NAMES]
+    if types != expected:
+        raise ValueError(
+            f'{path} must have the columns {", ".join(_NAMES)} of the types '
+            f'{", ".join(map(str, expected))}, got {", ".join(map(str, types))}'
         )
     return metadata
 
@@ -315,27 +304,6 @@ def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> N
         pq.write_table(
             table.replace_schema_metadata(metadata), unfinished, compression='zstd'
         )
-
-
-def georeferences(table: pa.Table) -> list[Georeference]:
-    """Read where images are from rows of an index.
-
-    Args:
-        table: Rows of :data:`SCHEMA`.
-
-    Returns:
-        One georeference per row.
-    """
-    rows = table.select(['crs', 'bounds', 'transforms', 'nodata']).to_pylist()
-    return [
-        Georeference(
-            row['crs'],
-            tuple(zip(*[iter(row['transforms'])] * 6, strict=True)),
-            tuple(row['nodata']),
-            tuple(row['bounds']),
-        )
-        for row in rows
-    ]
 
 
 def write_records(path: Path, records: npt.NDArray[Any]) -> None:

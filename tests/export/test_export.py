@@ -15,14 +15,11 @@ from torch import Tensor, nn
 
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask, extract_backbone
-from torchgeo_softcon.export.encoder import (
-    Encoder,
-    convert_encoder,
-    export,
-    read_encoder,
-)
+from torchgeo_softcon.export.encoder import convert_encoder
+from torchgeo_softcon.export.files import export
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.convert import to_patch_size
+from torchgeo_softcon.models.encoders import Encoder, read_encoder
 
 from ..models.helpers import dino_checkpoint, randomize, vit_shapes
 
@@ -108,9 +105,9 @@ class TestBranch:
     def test_one_branch_is_of_another_task(self, tmp_path: Path) -> None:
         student, teacher = softcon('resnet18')
         path = save_run(tmp_path, 'resnet18', ('model.',), student)
-        match = r"checkpoint of SoftConTask or DINOMCTask, got .*\['model', 'projector'"
+        match = r"task such as SoftConTask or DINOMCTask, got .*\['model', 'projector'"
         with pytest.raises(ValueError, match=match):
-            read_encoder(path)
+            export(path, 'timm')
         path = save_run(tmp_path, 'resnet18', SOFTCON, student, teacher)
         file, _ = export(path, 'torchgeo')
         match = r"DINOMCTask, got a file with \['model'\]\. Weights of others need no"
@@ -121,7 +118,7 @@ class TestBranch:
         state = {'conv1.weight': torch.ones(1)}
         torch.save(dino_checkpoint(state, state, False), tmp_path / 'a.ckpt')
         with pytest.raises(ValueError, match=r'SoftConTask or DINOMCTask, got .*args'):
-            read_encoder(tmp_path / 'a.ckpt')
+            export(tmp_path / 'a.ckpt', 'timm')
 
 
 class TestFormats:
@@ -279,9 +276,9 @@ class TestSizes:
     ) -> None:
         state = randomize(vit_shapes(384, patch, 4, 224 // patch, patch == 14))
         state.pop('mask_token', None)
-        encoder = Encoder(model, state, 'student', {}, {})
+        encoder = Encoder(state, model)
         converted = convert_encoder(encoder, 16, size)
-        assert (converted.model, converted.options) == (expected, {})
+        assert (converted.name, converted.options) == (expected, {})
         with torch.device('meta'):
             built: nn.Module = timm.create_model(expected, in_chans=4, num_classes=0)
         built.load_state_dict(converted.state_dict, assign=True)

@@ -1,0 +1,209 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""From a training checkpoint to files that other tools load.
+
+A checkpoint of this package is large (optimizer, teacher, heads), but TorchGeo opens it as
+it is. An export holds one encoder, in the layout of a tool, with a model card.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+from ..models.checkpoints import Branch
+from ..models.convert import to_smp
+from ..models.encoders import Encoder, read_encoder
+from ..storage.whole_file import whole_file
+from .card import model_card
+from .encoder import convert_encoder
+
+Format = Literal['torchgeo', 'timm', 'safetensors', 'smp']
+
+#: Suffixes of checkpoints, which an output may have whatever the format.
+_SUFFIXES = ('.ckpt', '.pt', '.pth', '.safetensors')
+
+
+def _host_checkpoint(encoder: Encoder, key: str, prefix: str, state: Any) -> Any:
+    """Return what ``weights=`` of TorchGeo's tasks opens."""
+    return {
+        'hyper_parameters': {key: encoder.name},
+        'state_dict': {f'{prefix}{k}': v for k, v in state.items()},
+    }
+
+
+def _torchgeo(encoder: Encoder) -> Any:
+    """Return a checkpoint, if TorchGeo's loader opens models of this family.
+
+    It looks at the last layer, and knows classifiers of one layer only.
+    """
+    name = encoder.name or ''
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(name, num_classes=0)
+    except (NotImplementedError, RuntimeError):  # timm that reads numbers as it builds
+        model = timm.create_model(name, num_classes=0)
+    last = list(model.children())[-1]
+    if isinstance(last, nn.Identity) or hasattr(last, 'out_features'):
+        return _host_checkpoint(encoder, 'model', 'model.', encoder.state_dict)
+    others = 'timm or safetensors'
+    with suppress(ValueError):
+        _smp(encoder)
+        others += ', or smp for segmentation'
+    raise ValueError(
+        f"format must be another than 'torchgeo' for {name}: TorchGeo does not open "
+        f'models of this family. Choose {others}'
+    )
+
+
+def _smp(encoder: Encoder) -> Any:
+    return to_smp(encoder.state_dict, encoder.name or '')
+
+
+def _smp_torchgeo(encoder: Encoder) -> Any:
+    return _host_checkpoint(encoder, 'backbone', 'model.backbone.model.', _smp(encoder))
+
+
+def _state_dict(encoder: Encoder) -> Any:
+    return encoder.state_dict
+
+
+class _Files(NamedTuple):
+    """The files of a format."""
+
+    #: Suffix of each file, and what makes its content.
+    contents: dict[str, Callable[[Encoder], Any]]
+    #: How to load them, filled in by :func:`.model_card`.
+    usage: str
+    #: Whether the tool can build a model of another image size than that of its name.
+    any_size: bool
+
+
+_CREATE = (
+    "timm.create_model('{model}', in_chans={channels}, num_classes=0{options}, "
+    "checkpoint_path='{file}')"
+)
+_FORMATS: dict[Format, _Files] = {
+    'torchgeo': _Files(
+        {'.ckpt': _torchgeo},
+        '--model.model {model} --model.weights {file} --model.in_channels {channels}',
+        False,
+    ),
+    'timm': _Files({'.pth': _state_dict}, _CREATE, True),
+    'safetensors': _Files({'.safetensors': _state_dict}, _CREATE, True),
+    'smp': _Files(
+        {'.pth': _smp, '.ckpt': _smp_torchgeo},
+        "encoder.load_state_dict(torch.load('{file}'))  # of {smp}\n"
+        '--model.backbone {smp} --model.weights {last_file}',
+        False,
+    ),
+}
+
+
+def export(
+    path: str | os.PathLike[str],
+    format: Format,
+    branch: Branch | None = None,
+    patch_size: int | None = None,
+    img_size: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Write the encoder of a checkpoint for another tool, with a model card.
+
+    * ``'torchgeo'``: a checkpoint for ``weights=`` of TorchGeo's classification,
+      regression and pretraining tasks, and of its segmentation tasks with ResNets;
+    * ``'timm'``: a state dict for ``timm.create_model(..., checkpoint_path=...)``;
+    * ``'safetensors'``: the same in safetensors;
+    * ``'smp'``: a state dict for encoders of segmentation_models_pytorch (``tu-``
+      encoders but for ResNets), and a checkpoint of it for ``weights=`` of TorchGeo's
+      segmentation tasks.
+
+    Args:
+        path: Path of the checkpoint of a pretraining task.
+        format: The layout.
+        branch: See :func:`.read_encoder`.
+        patch_size: See :func:`.convert_encoder`.
+        img_size: See :func:`.convert_encoder`.
+        output: Path of the new file, or a folder for it. It gets the suffix of the format
+            in place of that of another checkpoint; ``.pt`` may stand for ``.pth``.
+            Defaults to the name of the checkpoint with the format, beside it.
+
+    Returns:
+        Paths of the files: one or two for the encoder, and the card.
+
+    Raises:
+        ValueError: If the file is not such a checkpoint, or something does not fit.
+    """
+    if format not in _FORMATS:
+        raise ValueError(f'format must be one of {", ".join(_FORMATS)}, got {format!r}')
+    contents, usage, any_size = _FORMATS[format]
+    source = Path(path)
+    base, pt = _base(source, format, output)
+    targets = [
+        Path(f'{base}{".pt" if pt and suffix == ".pth" else suffix}')
+        for suffix in contents
+    ]
+    if source.resolve() in [target.resolve() for target in targets]:
+        raise ValueError(f'output must be another file than {source}')
+    encoder = read_encoder(source, branch)
+    # Exports and checkpoints of other tasks have no branches
+    if encoder.branch is None or encoder.name is None:
+        content = encoder.checkpoint.get('state_dict', encoder.checkpoint)
+        attributes = {str(key).partition('.')[0] for key in content}
+        raise ValueError(
+            f'{path} must be a checkpoint of a pretraining task such as SoftConTask or '
+            f'DINOMCTask, got a file with {sorted(attributes)[:6]}. Weights of others '
+            'need no export'
+        )
+    pretrained_as = encoder.name
+    encoder = convert_encoder(encoder, patch_size, img_size)
+    if encoder.options and not any_size:
+        raise ValueError(
+            f'img_size must be one that a model of timm is built for, but {encoder.name} '
+            f'needs {encoder.options}, which cannot be told to {format}. Choose another '
+            'img_size, such as 224, or another format'
+        )
+    made = [make(encoder) for make in contents.values()]
+    for content, target in zip(made, targets, strict=True):
+        _save(content, target, encoder)
+    card = Path(f'{targets[0]}.md')
+    card.write_text(model_card(encoder, pretrained_as, usage, targets))
+    return [*targets, card]
+
+
+def _base(
+    source: Path, format: str, output: str | os.PathLike[str] | None
+) -> tuple[Path, bool]:
+    """Return the path of the new files without suffix, and whether it had .pt."""
+    name = f'{source.stem}_{format}'
+    if output is None:
+        return source.with_name(name), False
+    path = Path(output)
+    if path.is_dir():
+        return path / name, False
+    # A path forgets that it ended in a separator
+    folder = path if os.fspath(output).endswith(('/', os.sep)) else path.parent
+    if not folder.is_dir():
+        raise ValueError(
+            f'output must be in an existing folder, got {str(output)!r}. Make the folder '
+            f'{folder}, or choose another'
+        )
+    known = path.suffix in _SUFFIXES
+    return path.with_suffix('') if known else path, path.suffix == '.pt'
+
+
+def _save(content: dict[str, Any], target: Path, encoder: Encoder) -> None:
+    """Write a file, all or nothing."""
+    with whole_file(target) as partial:
+        if target.suffix == '.safetensors':
+            from safetensors.torch import save_file
+
+            save_file(content, partial, {'format': 'pt', 'model': encoder.name or ''})
+        else:
+            torch.save(content, partial)
