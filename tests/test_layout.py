@@ -32,7 +32,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ('datamodules',),
     ('tasks',),
     ('export',),
-    ('callbacks', 'cli', 'evaluation', 'report'),
+    ('evaluation',),
+    ('callbacks',),
+    ('report',),
+    ('cli',),
     ('__main__',),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -725,9 +725,9 @@ class TestRegister:
 
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            plugin._register_model(timm_models.softcon_resnet50)
+            plugin._register_model(vars(timm_models)['softcon_resnet50'])
         entry = timm.models.model_entrypoint('softcon_resnet50')
-        assert entry is timm_models.softcon_resnet50
+        assert entry is vars(timm_models)['softcon_resnet50']
 
     def test_enum_without_a_new_member_is_not_registered(self, api: Any) -> None:
         before = dict(api._model_weights)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchgeo_softcon.callbacks import EmbeddingWriter
-from torchgeo_softcon.callbacks.embeddings import make_table
-from torchgeo_softcon.callbacks.places import footprints
+from torchgeo_softcon.evaluation.embedding_rows import EmbeddingRows, make_table
+from torchgeo_softcon.evaluation.footprints import footprints
 from torchgeo_softcon.storage.resumable import ResumableParquet
 
 from ..tasks.helpers import Scenes, make_task, make_trainer
@@ -118,20 +118,21 @@ class TestEmbeddingWriter:
         assert predict(path, Second()).rows == 14
         assert pd.read_parquet(path)['index'].tolist() == list(range(14))
 
-    def test_another_number_of_rows_than_samples(self, tmp_path: Path) -> None:
-        path = tmp_path / 'e.parquet'
+    def test_another_number_of_rows_than_samples(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, flush = tmp_path / 'e.parquet', EmbeddingRows.flush
 
-        class Double(EmbeddingWriter):
-            def _flush(self) -> None:
-                again = list(self._held)
-                super()._flush()
-                self._held = again
-                super()._flush()
+        def flush_twice(rows: EmbeddingRows) -> None:
+            again = list(rows._held)
+            flush(rows)
+            rows._held = again
+            flush(rows)
 
-        trainer = make_trainer(tmp_path, callbacks=[Double(path)])
-        loader = DataLoader(Scenes(14), batch_size=4)
-        with pytest.raises(ValueError, match='has 28 rows, but there are 14 samples'):
-            trainer.predict(Identity(), loader, return_predictions=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddingRows, 'flush', flush_twice)
+            with pytest.raises(ValueError, match='has 28 rows, but there are 14 samp'):
+                predict(path)
         assert not path.exists()
         # What was written is not taken for the rows of another run
         assert predict(path, overwrite=True).rows == 14

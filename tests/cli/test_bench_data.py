@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from torchgeo_softcon import bench_data
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import KNNProbe
-from torchgeo_softcon.cli.bench_data import Speed, _Measured, _Phases
+from torchgeo_softcon.cli import data_speed
+from torchgeo_softcon.cli.data_speed import Speed, _Measured, _MeasuredBatches
 from torchgeo_softcon.ssl4eo.pack import pack
 from torchgeo_softcon.tasks import SoftConTask
 
@@ -73,7 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(Patches, '__getitem__', slow_read)
     monkeypatch.setattr(SoftConTask, 'training_step', slow_step)
     now = SimpleNamespace(perf_counter=lambda: seconds['now'])
-    monkeypatch.setattr(bench_data, 'time', now)
+    monkeypatch.setattr(data_speed, 'time', now)
     return seconds
 
 
@@ -132,9 +132,9 @@ def test_what_workers_have_prepared_does_not_count(
                 yield {'image': torch.zeros(6, 1)}
 
     clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(bench_data, 'time', clock)
+    monkeypatch.setattr(data_speed, 'time', clock)
     loader = Loader()
-    batches = iter(_Phases(loader, torch.device('cpu'), 3))
+    batches = iter(_MeasuredBatches(loader, torch.device('cpu'), 3))
     next(batches)
     # They count little in twice as many, and are no part of the first ones
     assert loader.taken == 2 + 4 + 8 + 1
@@ -159,7 +159,7 @@ def test_later_configurations_win(
     args = [*args, '-c', 'two.yaml', '--json', '--config=three.yaml']
     assert main([*args, '--steps', '1']) == 0
     assert json.loads(capsys.readouterr().out)['batch_size'] == 3
-    assert main([*args, '-c', 'none.yaml']) == 1
+    assert main([*args, '-c', 'none.yaml']) == 2
     assert 'config none.yaml is not a file' in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ class TestAdvice:
 def test_bad_input(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(['bench-data', *args]) == 1
+    assert main(['bench-data', *args]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -272,11 +272,11 @@ def test_bad_data(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = configure(length=0)
-    assert main(args) == 1
+    assert main(args) == 2
     assert 'length 0' in capsys.readouterr().err
 
     monkeypatch.setattr(Patches, '__getitem__', lambda self, index: {'x': 'text'})
-    assert main(configure()) == 1
+    assert main(configure()) == 2
     error = capsys.readouterr().err
     assert "must have the key 'image', or other tensors, got ['x']" in error
 

@@ -35,7 +35,7 @@ QUIET: dict[str, Any] = {'enable_progress_bar': False, 'enable_model_summary': F
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import torchgeo_softcon.callbacks.embeddings as embeddings
+import torchgeo_softcon.evaluation.embedding_rows as embeddings
 from torchgeo_softcon.evaluation.embed import embed
 from torchgeo_softcon.models.encoders import open_encoder
 from tests.callbacks.helpers import Patches, PatchesDataModule
@@ -250,7 +250,7 @@ class TestCommand:
         args += ['--accelerator', 'cpu', '--data', PATCHES, '--data.batch_size', '5']
         assert main(args) == 0
         assert '24 embeddings are in' in capsys.readouterr().out
-        assert main(args) == 1
+        assert main(args) == 2
         assert 'exists already' in capsys.readouterr().err
         assert main([*args, '--overwrite']) == 0
 
@@ -278,10 +278,10 @@ class TestCommand:
         args += ['--config', str(config), '--accelerator', 'cpu']
         assert main([*args, '--data', PATCHES, '--data.batch_size', '3']) == 0
         assert len(pd.read_parquet(out)) == 10
-        assert main([*args, '--data=SyntheticScenesDataModule', '--data.size=96']) == 1
+        assert main([*args, '--data=SyntheticScenesDataModule', '--data.size=96']) == 2
         message = 'PatchesDataModule, got SyntheticScenesDataModule. Leave out --config'
         assert message in capsys.readouterr().err
-        assert main([*args, '--data', '{bad']) == 1
+        assert main([*args, '--data', '{bad']) == 2
         assert 'data {bad is not YAML' in capsys.readouterr().err
 
     def test_goes_on_with_a_smaller_batch(
@@ -296,8 +296,8 @@ class TestCommand:
         args += ['--accelerator', 'cpu', '--data', PATCHES]
         with monkeypatch.context() as patch:
             patch.setattr(ResumableParquet, 'join', _disk_full)
-            assert main([*args, '--data.batch_size', '5']) == 1
-        assert main([*args, '--data.dict_kwargs.kind', 'multiclass']) == 1
+            assert main([*args, '--data.batch_size', '5']) == 2
+        assert main([*args, '--data.dict_kwargs.kind', 'multiclass']) == 2
         message = 'interrupted run with data.kind = None, not multiclass. Choose'
         assert message in capsys.readouterr().err
         assert main([*args, '--data.batch_size', '2']) == 0
@@ -318,7 +318,7 @@ class TestCommand:
     def test_bad_input(
         self, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(['embed', *args]) == 1
+        assert main(['embed', *args]) == 2
         assert message in capsys.readouterr().err
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
@@ -327,7 +327,7 @@ class TestCommand:
     ) -> None:
         args = ['embed', '--checkpoint', str(checkpoint), '--data', PATCHES]
         args += ['--accelerator', 'cuda', '--out', str(tmp_path / 'e.parquet')]
-        assert main(args) == 1
+        assert main(args) == 2
         assert (
             'embed: `CUDAAccelerator` can not run on your system'
             in capsys.readouterr().err

@@ -229,7 +229,7 @@ class TestCommand:
     def test_bad_input(
         self, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(['evaluate', *args]) == 1
+        assert main(['evaluate', *args]) == 2
         assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize('command', ['evaluate', 'embed', 'report'])
@@ -248,5 +248,5 @@ class TestCommand:
 
         monkeypatch.setattr('torch.hub.download_url_to_file', refused)
         weights = ('--weights', 'ResNet50_Weights.SENTINEL2_SOFTCON')
-        assert main([command, *weights, '--data', PATCHES]) == 1
+        assert main([command, *weights, '--data', PATCHES]) == 2
         assert 'could not be downloaded' in capsys.readouterr().err

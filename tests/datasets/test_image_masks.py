@@ -278,7 +278,7 @@ class TestErrors:
         [
             ({'seasons': 0}, 'seasons and size must be at least 1'),
             ({'size': 0}, 'seasons and size must be at least 1'),
-            ({'seed': -1}, 'seed must be at least 0, got -1'),
+            ({'seed': -1}, 'seed must be from 0 .*, got -1'),
             ({'mask_band': 4}, 'mask_band must be from 1 to 3'),
             ({'image_bands': (0, 1)}, 'image_bands must be from 1 to 3'),
             ({'bands': ('B4', 'B3')}, 'bands must name the 3 image_bands'),

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from tests.datamodules.helpers import DATA, two_zones, write_raster, write_worldcover
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS
 from torchgeo_softcon.datasets.scaling import resolve_value_range, to_unit_range
-from torchgeo_softcon.datasets.scenes import SceneGrid, WorldCoverScenes
+from torchgeo_softcon.datasets.scene_grid import SceneGrid
+from torchgeo_softcon.datasets.scenes import WorldCoverScenes
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
-from torchgeo_softcon.geo.rasters import _interpolate
+from torchgeo_softcon.geo.rasters import interpolate_axis
 
 
 @pytest.fixture(scope='module')
@@ -500,7 +501,7 @@ def test_a_neighbour_of_weight_0_does_not_count() -> None:
     values = np.array([[1, np.nan, 3, 5]], np.float32)
     positions = np.array([0, 0.5, 1, 2, 2.5, 3])
     expected = [[1, np.nan, np.nan, 3, 4, 5]]
-    np.testing.assert_array_equal(_interpolate(values, positions, 1), expected)
+    np.testing.assert_array_equal(interpolate_axis(values, positions, 1), expected)
 
 
 class TestErrors:

@@ -418,13 +418,13 @@ class TestCommand:
         self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         args = ['--format', 'timm']
-        assert main(['export', str(run), *args, '--img-size', '100']) == 1
+        assert main(['export', str(run), *args, '--img-size', '100']) == 2
         assert 'export: img_size must be a multiple' in capsys.readouterr().err
-        assert main(['export', str(tmp_path / 'none.ckpt'), *args]) == 1
+        assert main(['export', str(tmp_path / 'none.ckpt'), *args]) == 2
         assert 'none.ckpt' in capsys.readouterr().err
         assert (
             main(['export', str(run), '--format', 'torchgeo', '--output', str(run)])
-            == 1
+            == 2
         )
         assert 'output must be another file' in capsys.readouterr().err
         assert sorted(run.parent.iterdir()) == [run]

@@ -16,7 +16,8 @@ from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
 from torchgeo_softcon.datasets.scenes import WorldCoverScenes
 from torchgeo_softcon.geo.find_files import find_files, pattern_root
 from torchgeo_softcon.labels.sources import find_images, read
-from torchgeo_softcon.landcover.files import find_tiles
+from torchgeo_softcon.landcover.files import find_map_files
+from torchgeo_softcon.landcover.products import WORLDCOVER
 
 
 def touch(root: Path, *names: str) -> None:
@@ -134,7 +135,7 @@ def labelled(root: Path) -> int:
 
 
 def tiles(root: Path) -> int:
-    return len(find_tiles(root / 'images', 2021))
+    return len(find_map_files(root / 'images', WORLDCOVER, 2021))
 
 
 @pytest.mark.filterwarnings('ignore:images has .*, which is left out:UserWarning')

@@ -560,7 +560,7 @@ class TestBadInput:
         # To the whole group as a terminal does, after the first of ten units
         code = (
             'import os, signal, sys\n'
-            'from torchgeo_softcon.cli.labels import main\n'
+            'from torchgeo_softcon.__main__ import main\n'
             'from torchgeo_softcon.labels import plan, store\n'
             'plan._SMALLEST = plan._LARGEST = 32\n'
             'append = store.LabelStore.append\n'
@@ -569,7 +569,7 @@ class TestBadInput:
             '    if kind == "counts":\n'
             '        os.killpg(0, signal.SIGINT)\n'
             'store.LabelStore.append = interrupt\n'
-            'sys.exit(main(sys.argv[1:]))'
+            'sys.exit(main(["labels", *sys.argv[1:]]))'
         )
         command = [sys.executable, '-W', 'ignore', '-c', code, '--quiet']
         command += ['--footprints', str(table), '--worldcover', str(tiles)]

@@ -15,9 +15,9 @@ from pyproj import CRS
 from rasterio.mask import mask
 from rasterio.warp import reproject
 
-from torchgeo_softcon.geo.footprints import make_footprints
+from torchgeo_softcon.geo.footprints import make_footprints, to_crs
 from torchgeo_softcon.labels import blocks, counting
-from torchgeo_softcon.labels.counting import Counted, count_pixels, to_crs
+from torchgeo_softcon.labels.counting import Counted, count_pixels
 from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 
 from .helpers import (

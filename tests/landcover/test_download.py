@@ -1,6 +1,8 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from rasterio.transform import from_origin
 from rasterio.windows import Window
 
 from torchgeo_softcon.datasets import ESAWorldCover
-from torchgeo_softcon.landcover import download
+from torchgeo_softcon.landcover import TileGrid, download
 from torchgeo_softcon.landcover.download import TileDownload, download_tiles, tiles_of
 from torchgeo_softcon.landcover.products import WORLDCOVER
 
@@ -360,6 +362,26 @@ class TestTruncation:
         assert files(tmp_path) == []
         bucket.answers = [cut]
         assert fetch(bucket, tmp_path).downloaded == [TILE]
+
+    @pytest.mark.parametrize('announced', [True, False])
+    def test_without_an_end(
+        self, bucket: Bucket, tmp_path: Path, announced: bool
+    ) -> None:
+        def endless(handler: Any, body: bytes) -> None:
+            handler.send_response(200)
+            if announced:
+                handler.send_header('Content-Length', str(10**12))
+            handler.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    handler.wfile.write(body)
+
+        small = dataclasses.replace(WORLDCOVER, tiles=TileGrid(3, 100))
+        bucket.answers = [endless]
+        result = fetch(bucket, tmp_path, product=small)
+        assert 'cannot have so many bytes' in result.failed[TILE]
+        assert len(bucket.requests) == 1
+        assert files(tmp_path) == []
 
     def test_damaged_block(self, bucket: Bucket, tmp_path: Path) -> None:
         def damage(handler: Any, body: bytes) -> None:

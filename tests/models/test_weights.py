@@ -3,6 +3,9 @@
 
 import copy
 import inspect
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -14,19 +17,21 @@ import torchgeo.models
 from torch import Tensor
 from torchvision.models._api import WeightsEnum
 
+import torchgeo_softcon
+from torchgeo_softcon import models
 from torchgeo_softcon.bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
-from torchgeo_softcon.models import (
+from torchgeo_softcon.models import timm_models
+from torchgeo_softcon.models.convert import swin_to_timm
+from torchgeo_softcon.models.hub import WEIGHTS_VARIABLE
+from torchgeo_softcon.models.weights import (
+    EncoderWeights,
     ResNet50_Weights,
     Swin_T_Weights,
-    ViTBase14_DINOv2_Weights,
-    ViTBase16_Weights,
     ViTSmall8_Weights,
     ViTSmall14_DINOv2_Weights,
     ViTSmall16_Weights,
     WideResNet50_2_Weights,
 )
-from torchgeo_softcon.models.convert import swin_to_timm
-from torchgeo_softcon.models.hub import WEIGHTS_VARIABLE
 
 from .helpers import (
     WeightsFolder,
@@ -38,19 +43,48 @@ from .helpers import (
     vit_tokens,
 )
 
-ENUMS: tuple[Any, ...] = (
-    ResNet50_Weights,
-    Swin_T_Weights,
-    ViTBase14_DINOv2_Weights,
-    ViTBase16_Weights,
-    ViTSmall14_DINOv2_Weights,
-    ViTSmall16_Weights,
-    ViTSmall8_Weights,
-    WideResNet50_2_Weights,
-)
+ENUMS: list[Any] = EncoderWeights.__subclasses__()
 MEMBERS = [member for enum in ENUMS for member in enum]
 SOFTCON = [member for member in MEMBERS if member.name.endswith('SOFTCON')]
 DINO_MC = [member for member in MEMBERS if member not in SOFTCON]
+
+
+def test_a_class_is_one_entry_that_all_lists_follow() -> None:
+    """What has to name each class: two lazy faces and the entry points."""
+    names = {enum.__name__ for enum in ENUMS}
+    for face in (torchgeo_softcon, models):
+        assert {name for name in face.__all__ if name.endswith('_Weights')} == names
+        assert all(getattr(face, enum.__name__) is enum for enum in ENUMS)
+    pyproject = Path(torchgeo_softcon.__file__).parents[1] / 'pyproject.toml'
+    declared = tomllib.loads(pyproject.read_text())['project']['entry-points']
+    assert declared['torchgeo.weights'] == {
+        name: f'torchgeo_softcon.models:{name}' for name in names
+    }
+    assert declared['timm.models'] == {
+        name: f'{timm_models.__name__}:{name}' for name in timm_models._MODELS
+    }
+    # Models of timm name the class and its members
+    for model in timm_models._MODELS.values():
+        members = {member.name.lower() for member in getattr(models, model.enum)}
+        assert model.bands.keys() <= members
+
+
+def test_a_name_loads_little(tmp_path: Path) -> None:
+    """A weight by its name adds nothing heavy to what the host has loaded."""
+    code = """
+import sys
+import torchgeo.models
+before = {*sys.modules}
+torchgeo.models.get_weight('ViTSmall16_Weights.SENTINEL2_SOFTCON')
+heavy = ('kornia', 'lightly', 'lightning', 'torchmetrics')
+new = {name for name in sys.modules.keys() - before if name.startswith(heavy)}
+new |= {n for n in sys.modules if n.startswith('torchgeo_softcon.tasks')}
+print(sorted(new))
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == '[]'
 
 
 @pytest.fixture

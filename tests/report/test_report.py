@@ -362,7 +362,7 @@ class TestCommand:
         assert 'last.ckpt does not tell its architecture. Set model' in text
         assert 'losses' in pictures
         args = ['--checkpoint', 'run/last.ckpt', '--data', PATCHES]
-        assert main(['report', 'run', *args]) == 1
+        assert main(['report', 'run', *args]) == 2
 
     def test_checkpoint_with_numbers_of_numpy(self, run: Path) -> None:
         content = read_checkpoint(str(run / 'last.ckpt'))
@@ -387,7 +387,7 @@ class TestCommand:
     def test_bad_input(
         self, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(['report', *args]) == 1
+        assert main(['report', *args]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -325,7 +325,7 @@ def test_lost_file_whose_images_are_gone_too(root: Path, tmp_path: Path) -> None
     ('error', 'status', 'message'),
     [
         (BrokenProcessPool(), 2, 'fewer --workers, and start again'),
-        (KeyboardInterrupt(), 130, 'stopped, start again to go on'),
+        (KeyboardInterrupt(), 130, 'interrupted, start again to go on'),
     ],
 )
 def test_interrupted(
@@ -357,7 +357,7 @@ def test_unpacking_is_interrupted(
     pack(root, tmp_path / 'packed', 's2a')
     monkeypatch.setattr('torchgeo_softcon.ssl4eo.unpack._write', stop)
     assert main(['unpack', str(tmp_path / 'packed'), str(tmp_path / 'back')]) == 130
-    assert 'stopped, start again to go on' in capsys.readouterr().err
+    assert 'interrupted, start again to go on' in capsys.readouterr().err
 
 
 def test_unpacking_into_the_same_folder(root: Path, tmp_path: Path) -> None:

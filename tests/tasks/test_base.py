@@ -21,11 +21,11 @@ from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.tasks import SoftConTask
 from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
+    cosine_warmup,
     create_optimizer,
     images_per_step,
     parameter_groups,
 )
-from torchgeo_softcon.tasks.schedules import cosine_warmup
 from torchgeo_softcon.transforms.seasons import _warn_once, split_seasons
 
 from ..models.helpers import WeightsFolder

@@ -17,11 +17,10 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from torchgeo_softcon.models.loading import default_drop_path_rate
 from torchgeo_softcon.modules.heads import DINOHead
 from torchgeo_softcon.tasks import DINOMCTask
-from torchgeo_softcon.tasks.dino_mc import default_drop_path_rate
-from torchgeo_softcon.tasks.optimizers import clip_each_gradient
-from torchgeo_softcon.tasks.schedules import cosine_warmup
+from torchgeo_softcon.tasks.optimizers import clip_each_gradient, cosine_warmup
 from torchgeo_softcon.transforms import MultiCropView
 
 from .helpers import Corners, Scenes, make_batch, make_dino, make_loader, make_trainer
@@ -58,7 +57,7 @@ class TestConstructor:
             ({'warmup_epochs': -1}, 'warmup_epochs must be >= 0'),
             ({'freeze_last_layer': -1}, 'freeze_last_layer must be >= 0'),
             ({'clip_grad': 0}, 'clip_grad must be > 0, got 0'),
-            ({'crop_batching': 'padded'}, r"crop_batching must be one of \('auto'"),
+            ({'crop_batching': 'padded'}, "crop_batching must be 'auto', "),
             (
                 {'crop_batching': 'packed', 'model': 'test_resnet'},
                 "crop_batching = 'packed' needs a Vision Transformer",

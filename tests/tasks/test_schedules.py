@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from lightly.utils.scheduler import cosine_schedule
 
-from torchgeo_softcon.tasks.schedules import cosine_warmup
+from torchgeo_softcon.tasks.optimizers import cosine_warmup
 
 
 def test_matches_the_formula_of_dino() -> None:

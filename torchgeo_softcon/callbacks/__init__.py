@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Callbacks for any task of the host: does an encoder learn, and what does it see."""
+"""Callbacks for any task of TorchGeo: what an encoder sees, and whether it learns."""
 
 from typing import TYPE_CHECKING
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .._checks import check_counts, check_not_negative
 from ..evaluation.features import encode, prepare
+from ..tasks.guard import plateau_message
 from .watch import EncoderWatch, gather, quietly
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    r"""Number of dimensions that features use.
+    r"""Measure how many dimensions features use.
 
     The exponential of the entropy of the singular values :math:`\sigma_i`,
 
@@ -45,7 +46,7 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
-    r"""How evenly features spread over the unit sphere.
+    r"""Measure how evenly features spread over the unit sphere.
 
     .. math::
 
@@ -67,7 +68,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
 
 
 class CollapseMonitor(EncoderWatch):
-    """Tells how much of their space the features use, and warns if it is too little.
+    """Measure how much of their space the features use, and warn of too little.
 
     Encodes the images of a batch with the encoder as it is, from time to time, and logs
 
@@ -133,16 +134,11 @@ class CollapseMonitor(EncoderWatch):
 
     @property
     def state_key(self) -> str:
-        """Tells the states of several monitors apart."""
+        """Name of the state of this monitor in checkpoints."""
         return self._generate_state_key(encoder=self.encoder)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen so far, for the checkpoint.
-
-        Returns:
-            Looks in a row with a collapse, step at which the plateau began, and the
-            warnings that were given.
-        """
+        """Return looks in a row with a collapse, start of the plateau, and warnings."""
         return {
             'seen': self._seen,
             'plateau_start': self._plateau_start,
@@ -150,11 +146,7 @@ class CollapseMonitor(EncoderWatch):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state_dict: From :meth:`state_dict`.
-        """
+        """Go on from a checkpoint."""
         self._seen = state_dict['seen']
         self._plateau_start = state_dict['plateau_start']
         self._warned = list(state_dict['warned'])
@@ -225,14 +217,8 @@ class CollapseMonitor(EncoderWatch):
         if self._plateau_start < 0:
             self._plateau_start = step
         if step - self._plateau_start >= self.plateau_steps:
-            self._warn(
-                'plateau',
-                f'train_loss has stayed at {loss:.3f} for {step - self._plateau_start} '
-                f'steps, which is log({prototypes}): every prototype is as likely as any '
-                'other, whatever the image. Usually one of these helps: a lower teacher '
-                'temperature, a lower momentum of the centre, a lower lr or a longer '
-                'warm-up, a larger batch_size.',
-            )
+            steps = step - self._plateau_start
+            self._warn('plateau', plateau_message(f'{loss:.3f}', prototypes, steps))
 
     def _warn(self, kind: str, message: str) -> None:
         """Warn once per run, also if the run is interrupted."""
@@ -242,14 +228,7 @@ class CollapseMonitor(EncoderWatch):
 
 
 def count_prototypes(task: LightningModule) -> int | None:
-    """Number of prototypes of a task's loss.
-
-    Args:
-        task: The task.
-
-    Returns:
-        The size of the centre of the teacher's outputs, or None if the loss has none.
-    """
+    """Return the size of the centre of a loss over prototypes, None for other losses."""
     criterion = getattr(task, 'criterion', None)
     for name in ('centre', 'center'):
         # lightly's loss has a module of that name with the buffer in it

@@ -1,32 +1,25 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Writes embeddings to a (Geo)Parquet file during prediction."""
+"""Embeddings of a prediction in a (Geo)Parquet file."""
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import shapely
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from ..storage.resumable import ROWS, ResumableParquet
-from .places import Footprint, footprints
-
-#: A part is written after so many seconds at the latest.
-_SECONDS = 30
+from ..evaluation.embedding_rows import EmbeddingRows
+from ..storage.resumable import ResumableParquet
 
 
 class EmbeddingWriter(BasePredictionWriter):
-    """Writes what ``predict_step`` gives to a Parquet file, sample by sample.
+    """Write what ``predict_step`` gives to a Parquet file, sample by sample.
 
     The columns are *index* (position in the order of prediction), *embedding* and, where
     the batch has it, *label*. Where data tell the place of a sample, the file is a
@@ -64,26 +57,11 @@ class EmbeddingWriter(BasePredictionWriter):
         super().__init__('batch')
         self.path = Path(path)
         self.overwrite = overwrite
-        self._file: ResumableParquet | None = None
-        self._skipped = 0
+        self._rows: EmbeddingRows | None = None
         self._lock = contextlib.ExitStack()
-
-    def resume(self, file: ResumableParquet, skipped: int) -> None:
-        """Write to a file that is open already.
-
-        Args:
-            file: The file. Whoever has opened it closes it.
-            skipped: Samples at the start that the trainer leaves out, because they are
-                written.
-        """
-        self._file, self._skipped = file, skipped
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start, or go on with what is there.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
 
         Raises:
             BlockingIOError: If another run writes the file.
@@ -95,23 +73,20 @@ class EmbeddingWriter(BasePredictionWriter):
                 'EmbeddingWriter writes one dataset, got '
                 f'{trainer.predict_loop.num_dataloaders} data loaders for prediction'
             )
-        self._kind = f'part-{trainer.global_rank:05d}'
-        if self._file is None:
-            dataset = _dataset(trainer)
-            origin = {
-                'checkpoint': trainer.ckpt_path,
-                'dataset': type(dataset).__name__,
-                'samples': len(dataset) if hasattr(dataset, '__len__') else None,
-                'processes': trainer.world_size,
-            }
-            self._file = ResumableParquet(self.path, origin)
-            if trainer.is_global_zero:
-                self._lock.enter_context(self._file.open(self.overwrite))
+        dataset = _dataset(trainer)
+        origin = {
+            'checkpoint': trainer.ckpt_path,
+            'dataset': type(dataset).__name__,
+            'samples': len(dataset) if hasattr(dataset, '__len__') else None,
+            'processes': trainer.world_size,
+        }
+        self._file = ResumableParquet(self.path, origin)
+        if trainer.is_global_zero:
+            self._lock.enter_context(self._file.open(self.overwrite))
         trainer.strategy.barrier('EmbeddingWriter')
-        self._held: list[pa.Table] = []
-        self._since = time.monotonic()
-        self._written = self._file.count_rows(self._kind)
-        self._position = self._skipped
+        self._rows = EmbeddingRows(
+            self._file, dataset, 0, trainer.global_rank, trainer.world_size
+        )
 
     def write_on_batch_end(
         self,
@@ -125,15 +100,6 @@ class EmbeddingWriter(BasePredictionWriter):
     ) -> None:
         """Take the rows of a batch, and write a part if it is time.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            prediction: Embeddings of shape (B, F).
-            batch_indices: What the dataset was asked for.
-            batch: The batch.
-            batch_idx: Index of the batch.
-            dataloader_idx: Index of the dataloader.
-
         Raises:
             ValueError: If *prediction* is no embedding.
         """
@@ -145,36 +111,18 @@ class EmbeddingWriter(BasePredictionWriter):
                 f'(B, F), got {seen}. For other tasks, use `torchgeo-softcon embed '
                 '--checkpoint`, which takes the encoder alone'
             )
-        start = self._position
-        self._position += len(prediction)
-        known = min(max(self._written - start, 0), len(prediction))
-        if known == len(prediction):
-            return
-        # Ranks take turns
-        index = np.arange(start, self._position) * trainer.world_size
-        index += trainer.global_rank
-        places = footprints(batch, batch_indices, _dataset(trainer))
-        table = make_table(index, prediction, places, _label(batch, len(prediction)))
-        self._held.append(table.slice(known))
-        if (
-            sum(table.num_rows for table in self._held) >= ROWS
-            or time.monotonic() - self._since > _SECONDS
-        ):
-            self._flush()
+        assert self._rows is not None  # since the start
+        self._rows.add(prediction, batch, batch_indices)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make one file of the parts.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-        """
-        assert self._file is not None  # since the start
+        """Make one file of the parts."""
+        assert self._rows is not None  # since the start
         with self._close():
-            self._flush()
+            self._rows.flush()
             # Of all processes, which have then written theirs
             samples = trainer.strategy.reduce(
-                torch.tensor(self._position, device=pl_module.device), reduce_op='sum'
+                torch.tensor(self._rows.position, device=pl_module.device),
+                reduce_op='sum',
             )
             if trainer.is_global_zero:
                 self.rows = self._file.join(int(samples))
@@ -182,16 +130,10 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save the rows that are in memory, for the next run to go on from.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            exception: The error.
-        """
+        """Save the rows that are in memory, for the next run to go on from."""
         with self._close():
-            if getattr(self, '_held', None):
-                self._flush()
+            if self._rows is not None:
+                self._rows.flush()
 
     @contextlib.contextmanager
     def _close(self) -> Iterator[None]:
@@ -200,61 +142,7 @@ class EmbeddingWriter(BasePredictionWriter):
             yield
         finally:
             self._lock.close()
-            self._file, self._skipped = None, 0
-
-    def _flush(self) -> None:
-        if self._held and self._file is not None:
-            self._file.append(self._kind, pa.concat_tables(self._held))
-        self._held, self._since = [], time.monotonic()
-
-
-def make_table(
-    index: Any,
-    embedding: Tensor,
-    places: Sequence[Footprint] | None = None,
-    label: Tensor | None = None,
-) -> pa.Table:
-    """Rows of a file of embeddings.
-
-    Args:
-        index: Numbers of the samples, shape (B,).
-        embedding: Embeddings of shape (B, F).
-        places: Where the samples are from.
-        label: Labels of shape (B,) or (B, K).
-
-    Returns:
-        The rows.
-    """
-    values = embedding.detach().float().cpu().numpy()
-    columns: dict[str, pa.Array] = {
-        'index': pa.array(index, pa.int64()),
-        'embedding': _vectors(values),
-    }
-    if label is not None:
-        array = label.detach().cpu().numpy()
-        columns['label'] = pa.array(array) if array.ndim == 1 else _vectors(array)
-    if places is not None:
-        moment = pa.timestamp('us', 'UTC')
-        columns |= {
-            'crs': pa.array([place.crs for place in places], pa.string()),
-            'start': pa.array([place.start for place in places], moment),
-            'stop': pa.array([place.stop for place in places], moment),
-            'geometry': pa.array(
-                [shapely.to_wkb(place.outline) for place in places], pa.binary()
-            ),
-        }
-    return pa.table(columns)
-
-
-def _vectors(values: Any) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-def _label(batch: Any, count: int) -> Tensor | None:
-    label = batch.get('label') if isinstance(batch, dict) else None
-    fits = isinstance(label, Tensor) and label.ndim in (1, 2) and len(label) == count
-    return label if fits else None
+            self._rows = None
 
 
 def _dataset(trainer: Trainer) -> Any:

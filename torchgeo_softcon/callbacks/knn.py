@@ -37,7 +37,7 @@ _MIN_SAMPLES = 128
 
 
 class KNNProbe(EncoderWatch):
-    """Tells how well nearest neighbours, and a linear classifier, find labels.
+    """Measure how well nearest neighbours, and a linear classifier, find labels.
 
     The loss of self-supervised learning may fall while the features are of no use. This
     encodes labelled images from time to time with the encoder as it is, and logs
@@ -197,10 +197,6 @@ class KNNProbe(EncoderWatch):
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Encode the labelled images and evaluate the probes.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
 
         Returns:
             Metrics by name, the same on all ranks.

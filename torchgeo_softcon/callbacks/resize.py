@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Brings images to the size that a model takes."""
+"""Resizing of images to the size that a model takes."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _POSITIONS = ('mask', 'masks', 'bbox', 'bbox_xyxy', 'boxes', 'keypoints')
 
 
 class ResizeInput(Callback):
-    """Resizes ``batch['image']`` on its way into any task of whole images.
+    """Resize ``batch['image']`` on its way into any task of whole images.
 
     EuroSAT's tiles have 64 pixels, those of BigEarthNet 120. The papers evaluate their
     encoders at 224 pixels (see the README of `SoftCon
@@ -89,16 +89,6 @@ class ResizeInput(Callback):
         batch['image'] = flat.to(image.dtype).reshape(*image.shape[:-2], *self._target)
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Resize the images.
-
-        Raises:
-            ValueError: If the mini-batch has masks or boxes as well.
-        """
-        self._resize(batch)
-
-    def on_validation_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -106,11 +96,16 @@ class ResizeInput(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Resize the images."""
+        """Resize the images in *batch*, of shape (..., C, H, W).
+
+        Raises:
+            ValueError: If the mini-batch has masks or boxes as well.
+        """
         self._resize(batch)
 
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
+    on_validation_batch_start = on_train_batch_start
+    on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
 
 
 class ResizeForWeights(ResizeInput):
@@ -147,14 +142,7 @@ class ResizeForWeights(ResizeInput):
 
 
 def fixed_size(task: LightningModule) -> tuple[int, int] | None:
-    """The only size of images that the model of a task takes.
-
-    Args:
-        task: Any task.
-
-    Returns:
-        Height and width in pixels, None if the model takes several.
-    """
+    """Return the only height and width that the model of a task takes, None for any."""
     embed = getattr(getattr(task, 'model', None), 'patch_embed', None)
     if not getattr(embed, 'strict_img_size', False):
         return None
@@ -163,14 +151,7 @@ def fixed_size(task: LightningModule) -> tuple[int, int] | None:
 
 
 def has_our_weights(task: LightningModule) -> bool:
-    """Whether a task of the host started from weights of this package.
-
-    Args:
-        task: Any task.
-
-    Returns:
-        Whether its *weights* are a member of one of our enums or the name of one.
-    """
+    """Tell whether the *weights* of a task are of one of our enums, or the name of one."""
     weights = getattr(task, 'weights', None)
     if isinstance(weights, str):
         try:
@@ -181,6 +162,6 @@ def has_our_weights(task: LightningModule) -> bool:
 
 
 def _shape(batch: Any) -> tuple[int, ...] | None:
-    """Height and width of the images of a mini-batch, if it has any."""
+    """Return the height and width of the images of a mini-batch, if it has any."""
     image = batch.get('image') if isinstance(batch, dict) else None
     return tuple(image.shape[-2:]) if isinstance(image, Tensor) else None

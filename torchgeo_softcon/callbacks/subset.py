@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Training with a part of the labels."""
+"""Training with a part of the samples."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..evaluation.samples import choose_subset
 
 
 class TrainSubset(Callback):
-    """Trains with a part of the training samples, in all epochs the same.
+    """Train with a part of the training samples, in all epochs the same.
 
     Papers evaluate on 10 % of BigEarthNet. (Lightning's ``limit_train_batches`` takes
     others in each epoch.) Validation and testing are on all samples. For datamodules of

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Brings images to the values that SoftCon's encoders are trained on."""
+"""Scaling of images to the values that SoftCon's encoders are trained on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ..datamodules.protocol import trainer_datamodule
 
 
 class UnitRange(Callback):
-    """Lets a datamodule of TorchGeo give images in [0, 1], as SoftCon's authors do.
+    """Let a datamodule of TorchGeo give images in [0, 1], as SoftCon's authors do.
 
     TorchGeo's datamodules scale images each in its own way, such as EuroSAT's to zero
     mean. A frozen encoder needs the values that it was trained on. For datasets in digital
@@ -39,11 +39,7 @@ class UnitRange(Callback):
         self.bands = None if bands is None else tuple(bands)
 
     def state_dict(self) -> dict[str, Any]:
-        """Leave a note in checkpoints: which values the encoder was trained on.
-
-        Returns:
-            The bands.
-        """
+        """Leave a note in checkpoints: which values the encoder was trained on."""
         return {'bands': None if self.bands is None else list(self.bands)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -3,62 +3,85 @@
 
 """Options that name an encoder and data, shared by the commands."""
 
+import argparse
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import LightningDataModule
 
-from .. import datamodules  # noqa: F401, for the short names of its classes
-from .._compat import BaseDataModule
+from .parsers import CommandParser, boolean, list_of, optional
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
+    from ..models.encoders import Encoder
 
 
-def data_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser with the options that name an encoder and data.
+def data_parser(command: str, description: str, example: str) -> CommandParser:
+    """Return a parser with the options that name an encoder and data.
 
     Args:
-        prog: What the user calls.
-        description: What it does.
+        command: Name of the command.
+        description: What it does, in lines.
+        example: Options that the help ends with.
 
     Returns:
-        The parser.
+        The parser, for :func:`parse_options`.
     """
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument('--checkpoint', type=str | None, help='checkpoint of a task')
-    parser.add_argument(
-        '--weights', type=str | None, help='name of a weight enum member, instead'
+    parser = CommandParser(
+        command,
+        description,
+        f'torchgeo-softcon {command} {example}',
+        allow_abbrev=False,
+        usage='%(prog)s [OPTIONS]',
     )
-    parser.add_argument(
-        '--model', type=str | None, help='timm name, if the checkpoint has none'
+    group = parser.add_argument_group('encoder')
+    group.add_argument('--checkpoint', type=optional(str), help='checkpoint of a task')
+    group.add_argument(
+        '--weights', type=optional(str), help='name of a weight enum member, instead'
     )
-    parser.add_argument(
-        '--config',
-        type=str | None,
-        help='configuration of `torchgeo fit`, of which the section `data` is used. By '
-        'default the one of the run that the checkpoint is from',
+    group.add_argument(
+        '--model', type=optional(str), help='timm name, if the checkpoint has none'
     )
-    parser.add_argument(
+    group.add_argument(
         '--bands',
-        type=list[str] | None,
+        type=optional(list_of(str)),
         help='names of the bands of the images, if they are not those of --weights: '
         '[B2,B3,B4,B8]',
     )
-    parser.add_argument(
+    group.add_argument(
         '--unit-range',
-        type=bool | None,
+        type=optional(boolean),
+        metavar='BOOL',
         help='whether to scale the images of a datamodule of TorchGeo to [0, 1], as '
         'SoftCon did. By default true for weights of SoftCon',
     )
-    parser.add_subclass_arguments(
-        BaseDataModule, 'data', required=False, help='datamodule, as in `torchgeo fit`'
+    group = parser.add_argument_group('data')
+    group.add_argument(
+        '--data',
+        metavar='CLASS',
+        default=argparse.SUPPRESS,
+        help='datamodule, as in `torchgeo fit`. --data.help CLASS shows its options',
+    )
+    group.add_argument(
+        '--data.OPTION',
+        metavar='VALUE',
+        default=argparse.SUPPRESS,
+        help='option of the datamodule',
+    )
+    group.add_argument(
+        '--config',
+        type=optional(str),
+        help='configuration of `torchgeo fit`, of which the section `data` is used. By '
+        'default the one of the run that the checkpoint is from',
     )
     return parser
 
 
-def parse_options(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+def parse_options(parser: CommandParser, args: Sequence[str]) -> argparse.Namespace:
     """Parse all options but those of data, whose class a configuration may name.
 
     Args:
@@ -66,41 +89,39 @@ def parse_options(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         args: Command-line arguments.
 
     Returns:
-        The options.
+        The options, with those of data as *data_args*.
     """
-    kept: list[str] = []
+    others: list[str] = []
+    data_args: list[str] = []
     value = False
     for arg in args:
-        if value and not arg.startswith('--'):
-            value = False
-            continue
         name, equals, _ = arg.partition('=')
-        data = name.partition('.')[0] == '--data'
-        value = data and not equals
-        if not data:
-            kept.append(arg)
-    return parser.parse_args(kept)
+        of_data = name.partition('.')[0] == '--data'
+        value_of_data = value and not arg.startswith('--')
+        (data_args if of_data or value_of_data else others).append(arg)
+        value = of_data and not equals
+    return argparse.Namespace(**vars(parser.parse_args(others)), data_args=data_args)
 
 
-def parse_data(
-    parser: ArgumentParser, args: Sequence[str], run: Path | None = None
-) -> tuple[Namespace, LightningDataModule | None]:
-    """Parse options, with the data of a configuration as default.
+def open_data(
+    options: argparse.Namespace, run: Path | None = None
+) -> 'tuple[LightningDataModule | None, dict[str, Any]]':
+    """Build the datamodule that the options or a configuration name.
 
     Args:
-        parser: From :func:`data_parser`.
-        args: Command-line arguments.
+        options: From :func:`parse_options`.
         run: Folder of a run, by default that of the checkpoint.
 
     Returns:
-        The options and the datamodule, None if none is named.
+        The datamodule, None if none is named, and its class path and options.
 
     Raises:
-        FileNotFoundError: If there is no such configuration.
-        ValueError: If it is no YAML, or has data of another class than the options.
+        ArgumentError: If its options are invalid.
+        FileNotFoundError: If the configuration is missing.
+        ValueError: If it is not YAML, or has data of another class than the options.
     """
-    options = parse_options(parser, args)
-    named = _option(args, '--data') or _option(args, '--data.class_path')
+    args: list[str] = options.data_args
+    named = _value(args, '--data') or _value(args, '--data.class_path')
     config = options.config
     if config is None and named is None:
         if run is None and options.checkpoint is not None:
@@ -115,14 +136,79 @@ def parse_data(
                 f'{named}. Leave out --config or --data'
             )
         args = ['--data', json.dumps(data), *args]
-    namespace = parser.parse_args(list(args))
-    return namespace, parser.instantiate_classes(namespace).get('data')
+    if not args:
+        return None, {}
+    # Not before: help must not wait for them
+    from jsonargparse import ArgumentParser
+
+    from .._compat import BaseDataModule
+
+    load_classes('datamodules')
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(BaseDataModule, 'data', required=False)
+    namespace = parser.parse_args(args)
+    values = namespace.as_dict()['data']
+    return parser.instantiate_classes(namespace).data, values or {}
+
+
+def load_classes(*folders: str) -> None:
+    """Load classes, which options can name without their modules from then on.
+
+    Args:
+        *folders: Packages of this package.
+    """
+    for folder in folders:
+        face = import_module(f'torchgeo_softcon.{folder}')
+        for name in face.__all__:
+            getattr(face, name)
+
+
+def open_required_data(
+    options: argparse.Namespace,
+) -> 'tuple[LightningDataModule, dict[str, Any]]':
+    """Build the datamodule as :func:`open_data`, for commands that need one.
+
+    Args:
+        options: From :func:`parse_options`.
+
+    Returns:
+        The datamodule, and its class path and options.
+
+    Raises:
+        ValueError: If none is named.
+    """
+    datamodule, values = open_data(options)
+    if datamodule is None:
+        raise ValueError(
+            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
+        )
+    return datamodule, values
+
+
+def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
+    """Build the encoder that the options name.
+
+    Args:
+        options: From :func:`parse_options`.
+
+    Returns:
+        The encoder.
+    """
+    from ..models.encoders import open_encoder
+
+    return open_encoder(
+        options.checkpoint,
+        options.weights,
+        options.model,
+        options.bands,
+        options.unit_range,
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a configuration."""
+    """Read the sections of a configuration."""
     if not path.is_file():
-        raise FileNotFoundError(f'config {path} does not exist, or is no file')
+        raise FileNotFoundError(f'config {path} does not exist, or is not a file')
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -131,13 +217,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _class_name(data: Any) -> str:
-    """Name of the class of some data, without its module."""
+    """Return the name of the class of some data, without its module."""
     path = data.get('class_path') if isinstance(data, dict) else data
     return str(path).rpartition('.')[2]
 
 
 def _named_class(data: str) -> str:
-    """Name of the class of an option, which is a name, YAML, or a file of that."""
+    """Return the class of an option, which is a name, YAML, or a file of that."""
     if Path(data).is_file():
         return _class_name(_read_yaml(Path(data)))
     try:
@@ -146,8 +232,8 @@ def _named_class(data: str) -> str:
         raise ValueError(f'data {data} is not YAML: {error}') from error
 
 
-def _option(args: Sequence[str], name: str) -> str | None:
-    """Value of an option in the two ways to write it."""
+def _value(args: Sequence[str], name: str) -> str | None:
+    """Return the value of an option in the two ways to write it."""
     for position, arg in enumerate(args):
         if arg == name and position + 1 < len(args):
             return args[position + 1]

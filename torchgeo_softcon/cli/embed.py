@@ -7,32 +7,40 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import Namespace
-
-from .. import datamodules  # noqa: F401, for the short names of its classes
-from ..evaluation.embed import embed
-from ..evaluation.samples import STAGES
-from ..models.encoders import open_encoder
-from .data import data_parser, parse_data
+from .data import data_parser, open_named_encoder, open_required_data, parse_options
+from .parsers import CommandParser, optional
 
 #: Options of datamodules that do not change what a sample is. (The choice of samples is
 #: compared on its own.)
 _READING = ('batch_size', 'num_workers', 'length')
 
 
-def _data_origin(data: Namespace) -> dict[str, Any]:
-    """What the class and the options of a datamodule say of its samples."""
-    values = data.as_dict()
-    options = {**values.get('init_args', {}), **values.get('dict_kwargs', {})}
-    origin = {f'data.{k}': v for k, v in options.items() if k not in _READING}
-    return {'data': values['class_path'], **origin}
-
-
-def _fingerprint(path: str | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = data_parser(
+        'embed',
+        'Write the embeddings of a dataset to a Parquet file, with place and time where\n'
+        'the data tell. An interrupted run goes on when started again.',
+        '--checkpoint logs/version_0/checkpoints/last.ckpt',
+    )
+    group = parser.add_argument_group('run')
+    group.add_argument(
+        '--split',
+        type=optional(str),
+        help='predict, test, val or train, by default the first that the data have',
+    )
+    group.add_argument(
+        '--size',
+        type=optional(int),
+        help='pixels to resize images to, by default as in the training',
+    )
+    group.add_argument('--pooling', type=optional(str), help='cls or mean')
+    group.add_argument('--accelerator', default='auto', help='cpu, gpu, ...')
+    group.add_argument(
+        '--out', default='embeddings.parquet', help='file, default: embeddings.parquet'
+    )
+    group.add_argument('--overwrite', action='store_true', help='replace the file')
+    return parser
 
 
 def main(args: Sequence[str]) -> int:
@@ -48,41 +56,17 @@ def main(args: Sequence[str]) -> int:
         OSError: If a file is missing, or is there already.
         ValueError: If arguments, data and encoder do not fit each other.
     """
-    parser = data_parser(
-        'torchgeo-softcon embed',
-        'Write the embeddings of a dataset to a Parquet file, with place and time where '
-        'the data tell. An interrupted run goes on when started again.',
-    )
-    parser.add_argument('--out', type=str, default='embeddings.parquet', help='file')
-    parser.add_argument(
-        '--split',
-        type=str | None,
-        help='predict, test, val or train, the first there is',
-    )
-    parser.add_argument(
-        '--size',
-        type=int | None,
-        help='resize images to so many pixels. By default the size in the training',
-    )
-    parser.add_argument('--pooling', type=str | None, help='cls or mean')
-    parser.add_argument('--overwrite', action='store_true', help='replace the file')
-    parser.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
-    options, datamodule = parse_data(parser, args)
-    if datamodule is None:
-        raise ValueError(
-            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-        )
+    options = parse_options(parser(), args)
+    # Not before: help must not wait for it
+    from ..evaluation.embed import embed
+    from ..evaluation.samples import STAGES
+
+    datamodule, data = open_required_data(options)
     if options.split not in (None, *STAGES):
         raise ValueError(
             f'split must be one of {", ".join(STAGES)}, got {options.split}'
         )
-    encoder = open_encoder(
-        options.checkpoint,
-        options.weights,
-        options.model,
-        options.bands,
-        options.unit_range,
-    )
+    encoder = open_named_encoder(options)
     rows = embed(
         encoder,
         datamodule,
@@ -94,9 +78,24 @@ def main(args: Sequence[str]) -> int:
         {
             'checkpoint': _fingerprint(options.checkpoint),
             'weights': options.weights,
-            **_data_origin(options.data),
+            **_data_origin(data),
         },
         accelerator=options.accelerator,
     )
     print(f'{rows} embeddings are in {options.out}')
     return 0
+
+
+def _data_origin(data: dict[str, Any]) -> dict[str, Any]:
+    """Tell the samples of one datamodule from those of others."""
+    options = {**data.get('init_args', {}), **data.get('dict_kwargs', {})}
+    origin = {f'data.{k}': v for k, v in options.items() if k not in _READING}
+    return {'data': data['class_path'], **origin}
+
+
+def _fingerprint(path: str | None) -> str | None:
+    """Tell whether a file is the same."""
+    if path is None:
+        return None
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -8,14 +8,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from .data import data_parser, open_named_encoder, open_required_data, parse_options
+from .parsers import CommandParser, list_of, optional
 
-from ..evaluation.evaluate import evaluate_encoder
-from ..models.encoders import open_encoder
-from .data import data_parser, parse_data
-
-#: What is no score.
+#: Values that are counts, not scores.
 _COUNTS = ('train_images', 'test_images', 'val_images', 'image_size')
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = data_parser(
+        'evaluate',
+        'Evaluate the frozen features of an encoder on labelled data, by nearest\n'
+        'neighbours and by a linear classifier.',
+        '--weights ResNet50_Weights.SENTINEL2_SOFTCON \\\n'
+        '    --data EuroSATDataModule --data.dict_kwargs.root DIR',
+    )
+    group = parser.add_argument_group('run')
+    group.add_argument('--split', default='test', help='test (default) or val')
+    group.add_argument(
+        '--k',
+        type=list_of(int),
+        default=[5, 10, 15, 20],
+        help='numbers of neighbours, default: [5,10,15,20]',
+    )
+    group.add_argument(
+        '--temperature', type=float, default=0.07, help='of their votes, default: 0.07'
+    )
+    group.add_argument(
+        '--size', type=optional(int), help='pixels, by default as in training, or 224'
+    )
+    group.add_argument(
+        '--fraction',
+        type=float,
+        default=1.0,
+        help='share of the training split to use, default: 1',
+    )
+    group.add_argument(
+        '--seed', type=int, default=42, help='of the choice of the share, default: 42'
+    )
+    group.add_argument('--device', type=optional(str), help='cpu, cuda, ...')
+    group.add_argument('--out', type=optional(str), help='JSON file for the result')
+    group.add_argument('--overwrite', action='store_true', help='replace the file')
+    return parser
 
 
 def main(args: Sequence[str]) -> int:
@@ -31,47 +66,19 @@ def main(args: Sequence[str]) -> int:
         OSError: If a file is missing, or is there already.
         ValueError: If arguments, data and encoder do not fit each other.
     """
-    parser = data_parser(
-        'torchgeo-softcon evaluate',
-        'Evaluate the frozen features of an encoder on labelled data, by nearest '
-        'neighbours and by a linear classifier.',
-    )
-    parser.add_argument('--split', type=str, default='test', help='test or val')
-    parser.add_argument(
-        '--k', type=list[int], default=[5, 10, 15, 20], help='numbers of neighbours'
-    )
-    parser.add_argument(
-        '--temperature', type=float, default=0.07, help='of their votes'
-    )
-    parser.add_argument(
-        '--size', type=int | None, help='pixels, by default as in training, or 224'
-    )
-    parser.add_argument(
-        '--fraction', type=float, default=1.0, help='share of the training split to use'
-    )
-    parser.add_argument(
-        '--seed', type=int, default=42, help='of the choice of the share'
-    )
-    parser.add_argument('--device', type=str | None, help='cpu, cuda, ...')
-    parser.add_argument('--out', type=str | None, help='JSON file for the result')
-    parser.add_argument('--overwrite', action='store_true', help='replace the file')
-    options, datamodule = parse_data(parser, args)
+    options = parse_options(parser(), args)
     out = None if options.out is None else Path(options.out)
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f'the folder of out = {out} does not exist')
     if out is not None and out.exists() and not options.overwrite:
         raise FileExistsError(f'out = {out} exists already. Set overwrite')
-    if datamodule is None:
-        raise ValueError(
-            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-        )
-    encoder = open_encoder(
-        options.checkpoint,
-        options.weights,
-        options.model,
-        options.bands,
-        options.unit_range,
-    )
+    # Not before: help must not wait for them
+    import torch
+
+    from ..evaluation.evaluate import evaluate_encoder
+
+    datamodule, data = open_required_data(options)
+    encoder = open_named_encoder(options)
     device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     values = evaluate_encoder(
         encoder,
@@ -86,14 +93,10 @@ def main(args: Sequence[str]) -> int:
     )
     print(_table(values))
     if out is not None:
+        names = ('checkpoint', 'weights', 'split', 'fraction', 'seed', 'temperature')
         origin: dict[str, Any] = {
-            'checkpoint': options.checkpoint,
-            'weights': options.weights,
-            'data': options.data.as_dict(),
-            'split': options.split,
-            'fraction': options.fraction,
-            'seed': options.seed,
-            'temperature': options.temperature,
+            **{name: getattr(options, name) for name in names},
+            'data': data,
             'bands': encoder.bands,
             'unit_range': encoder.unit_range,
         }
@@ -103,7 +106,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _table(values: dict[str, float]) -> str:
-    """The values in lines."""
+    """Return the values in lines."""
     width = max(map(len, values))
     return '\n'.join(
         f'{name:{width}}  {value:{".0f" if name in _COUNTS else ".4f"}}'

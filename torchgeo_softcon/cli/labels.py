@@ -1,42 +1,37 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""``torchgeo-softcon labels``."""
+"""The land cover of an archive's patches: ``torchgeo-softcon labels``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from ..labels.sources import LAYOUTS
-from ..landcover.products import WORLDCOVER
+from .parsers import CommandError, CommandParser
 
 _DESCRIPTION = """\
-Label every patch of an archive with the land cover of ESA WorldCover.
-
-  torchgeo-softcon labels --images 'DIR/**/*.tif' --worldcover DIR --out labels.parquet
-  torchgeo-softcon labels --footprints patches.gpkg --worldcover DIR --out labels.parquet
-  torchgeo-softcon labels --layout ssl4eo-s12 ROOT --worldcover DIR --out labels.json
-
+Label every patch of an archive with its land cover, by default that of ESA WorldCover.
 The file has one row per patch: id, product, CRS, outline, pixels, share of valid pixels,
 and pixels and fraction of each class. An interrupted run goes on when started again, and
-a second run does only what is missing."""
+a second run does only what is missing. Patches that fail are in *.failed.csv beside it."""
 
-_EPILOG = """\
-exit status:
-  0  every patch has a label
-  1  some have none: they are in a table beside the file, *.failed.csv, with the reason
-  2  nothing was finished; what is done is kept for the next run, as it is when the run
-     is interrupted (130)
-"""
+_EXAMPLES = """\
+torchgeo-softcon labels --images 'DIR/**/*.tif' --worldcover DIR --out labels.parquet
+  torchgeo-softcon labels --footprints patches.gpkg --worldcover DIR --out labels.parquet
+  torchgeo-softcon labels --layout ssl4eo-s12 ROOT --worldcover DIR --out labels.json"""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = argparse.ArgumentParser(
-        prog='torchgeo-softcon labels',
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parser() -> CommandParser:
+    """Return the parser of the command.
+
+    Options that are not given are left to the defaults of :func:`.label_archive`.
+    """
+    parser = CommandParser(
+        'labels',
+        _DESCRIPTION,
+        _EXAMPLES,
+        usage='%(prog)s ARCHIVE --worldcover PATH [PATH ...] [OPTIONS]',
+        argument_default=argparse.SUPPRESS,
     )
     group = parser.add_argument_group('archive, one of')
     archive = group.add_mutually_exclusive_group(required=True)
@@ -57,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         '--layout',
         nargs=2,
         metavar=('LAYOUT', 'ROOT'),
-        help=f'known folders: {", ".join(LAYOUTS)} (s2c, s2a, s1 / location / date / band)',
+        help='known folders: ssl4eo-s12 (s2c, s2a, s1 / location / date / band)',
     )
 
     group = parser.add_argument_group('land cover')
@@ -74,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         action='store_true',
         help='download the tiles under the archive that are not in the folder',
     )
-    group.add_argument('--base-url', metavar='URL', help=f'default: {WORLDCOVER.url}')
+    group.add_argument(
+        '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
+    )
     group.add_argument(
         '--year', type=int, metavar='YEAR', help='2020 or 2021, default: 2021'
     )
@@ -86,18 +83,12 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         '--product',
-        default='worldcover',
         metavar='NAME',
         help='another land-cover product: its name, or the .yaml file that describes it',
     )
 
     group = parser.add_argument_group('output')
-    group.add_argument(
-        '--out',
-        default='labels.parquet',
-        metavar='FILE',
-        help='default: labels.parquet',
-    )
+    group.add_argument('--out', metavar='FILE', help='default: labels.parquet')
     group.add_argument(
         '--format',
         choices=('parquet', 'json'),
@@ -107,14 +98,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         '--min-fraction',
         type=float,
-        default=0.05,
         metavar='X',
         help='smallest share of a class in the JSON file, default: 0.05. Counts have none',
     )
     group.add_argument(
         '--min-valid',
         type=float,
-        default=0.5,
         metavar='X',
         help='smallest share of pixels with data in the JSON file, default: 0.5',
     )
@@ -130,7 +119,13 @@ def parser() -> argparse.ArgumentParser:
         help='of Dask, like tcp://10.0.0.1:8786, instead of processes here. Its workers '
         'need this package and the same paths',
     )
-    group.add_argument('--quiet', action='store_true', help='no progress bar')
+    group.add_argument(
+        '--quiet',
+        action='store_false',
+        default=True,
+        dest='progress',
+        help='no progress bar',
+    )
     return parser
 
 
@@ -141,23 +136,23 @@ def main(args: Sequence[str]) -> int:
         args: Command-line arguments.
 
     Returns:
-        Exit status: 0, 1 if patches failed, 2 if the run did, 130 if interrupted.
-    """
-    options = vars(parser().parse_args(list(args)))
-    options['progress'] = not options.pop('quiet')
-    if options['layout'] is not None:
-        options['layout'] = tuple(options['layout'])
-    try:
-        # Not before: help must not wait for it
-        from ..labels.archive import label_archive
+        Exit status: 0, or 1 if patches failed.
 
+    Raises:
+        CommandError: If Dask is missing, or workers die again and again.
+        OSError: If a file cannot be read or written.
+        ValueError: If options and archive do not fit each other.
+    """
+    options = vars(parser().parse_args(args))
+    if 'layout' in options:
+        options['layout'] = tuple(options['layout'])
+    # Not before: help must not wait for it
+    from ..labels.archive import label_archive
+
+    try:
         labelled = label_archive(**options)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f'torchgeo-softcon labels: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted, start again to go on', file=sys.stderr)
-        return 130
+    except (ImportError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
     before = labelled.rows - labelled.new
     print(
         f'{labelled.path} has {labelled.rows} labels'

@@ -1,35 +1,47 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""``torchgeo-softcon list``."""
+"""What the package declares, and whether it loads: ``torchgeo-softcon list``."""
 
-import argparse
+import sys
 import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__, plugin
+from .parsers import CommandParser
 
 
-def run(namespace: argparse.Namespace) -> int:
-    """Print the entry points of the package as a table.
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    return CommandParser(
+        'list',
+        'Show what the package declares to torch and TorchGeo, and whether it loads. The\n'
+        'exit status is 1 if something does not.',
+        'torchgeo-softcon list',
+    )
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``torchgeo-softcon list``.
 
     Args:
-        namespace: Parsed arguments, none.
+        args: Command-line arguments.
 
     Returns:
-        0 if everything loads, else 1.
+        Exit status: 0 if everything loads, else 1.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
+    parser().parse_args(args)
     try:
         host = version('torchgeo')
     except PackageNotFoundError:
         host = 'not installed'
-
     reason = plugin.why_inactive()
     print(f'torchgeo-softcon  {__version__}')
     print(f'torchgeo          {host}')
     print('activation        ' + ('on' if reason is None else f'off, {reason}'))
 
+    print('Loading everything that is declared ...', file=sys.stderr, flush=True)
     with warnings.catch_warnings():
         # The activation meets the same errors, which are about to be shown
         warnings.filterwarnings('ignore', 'torchgeo-softcon could not', RuntimeWarning)

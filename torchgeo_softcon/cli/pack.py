@@ -1,18 +1,81 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""``torchgeo-softcon pack``."""
+"""SSL4EO-S12 in large files: ``torchgeo-softcon pack``."""
 
 import argparse
 import sys
-from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from ..ssl4eo.pack import SHARD_SIZE, pack, verify
-from ..ssl4eo.tiffs import BANDS
+from .parsers import CommandParser
 
 #: Failures that are printed.
 _NAMED = 10
+
+
+def archive_parser(command: str, description: str, root: str) -> CommandParser:
+    """Return a parser with the options of ``pack`` and ``unpack``.
+
+    Options that are not given are left to the defaults of the function behind.
+
+    Args:
+        command: Name of the command.
+        description: What it does, in lines.
+        root: Help of the folder to read.
+
+    Returns:
+        The parser.
+    """
+    parser = CommandParser(
+        command,
+        f'{description}\nAn interrupted run goes on when started again.',
+        f'torchgeo-softcon {command} DIR OUT --split s2c',
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument('root', help=root)
+    parser.add_argument('out', help='folder to write')
+    parser.add_argument(
+        '--split',
+        nargs='+',
+        choices=('s1', 's2c', 's2a'),
+        help='default: all that the archive has',
+    )
+    return parser
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = archive_parser(
+        'pack',
+        'Write the images of SSL4EO-S12 in few large files, which are read a hundred times\n'
+        'faster. Nothing is lost: `torchgeo-softcon unpack` gives the GeoTIFFs back.',
+        'folder with s1, s2c or s2a',
+    )
+    parser.add_argument('--labels', metavar='FILE', help='to put into the index')
+    parser.add_argument(
+        '--workers', type=int, metavar='N', help='processes (default: 1)'
+    )
+    parser.add_argument(
+        '--shard-size', type=int, metavar='N', help='images per file (default: 256)'
+    )
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        default=False,
+        help='read all again and compare checksums',
+    )
+    return parser
+
+
+def print_failures(failures: Iterable[Any]) -> None:
+    """Print the first failures with their reasons.
+
+    Args:
+        failures: Images with their ids, seasons, and reasons.
+    """
+    for failure in list(failures)[:_NAMED]:
+        print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
 
 
 def main(args: Sequence[str]) -> int:
@@ -22,69 +85,29 @@ def main(args: Sequence[str]) -> int:
         args: Command-line arguments.
 
     Returns:
-        Exit status: 1 if images could not be read or are not what they were, 2 if the
-        run could not go on, 130 if it was interrupted.
+        Exit status: 1 if images could not be read or have changed.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If options and archive do not fit each other.
     """
-    parser = argparse.ArgumentParser(
-        prog='torchgeo-softcon pack',
-        description='Write the images of SSL4EO-S12 in few large files, which are read '
-        'a hundred times faster. Nothing is lost: `torchgeo-softcon unpack` gives the '
-        'GeoTIFFs back. An interrupted run goes on when started again.',
-    )
-    parser.add_argument('root', help='folder with s1, s2c or s2a')
-    parser.add_argument('out', help='folder to write')
-    parser.add_argument(
-        '--split', nargs='+', choices=BANDS, help='default: all there are'
-    )
-    parser.add_argument('--labels', metavar='FILE', help='to put into the index')
-    parser.add_argument(
-        '--workers', type=int, default=1, metavar='N', help='processes (default: 1)'
-    )
-    parser.add_argument(
-        '--shard-size',
-        type=int,
-        default=SHARD_SIZE,
-        metavar='N',
-        help=f'images per file (default: {SHARD_SIZE})',
-    )
-    parser.add_argument(
-        '--verify', action='store_true', help='read all again and compare checksums'
-    )
-    options = parser.parse_args(args)
-    try:
-        failures = pack(
-            options.root,
-            options.out,
-            options.split,
-            options.labels,
-            options.workers,
-            options.shard_size,
-            progress=True,
-        )
-        damaged = (
-            verify(options.out, options.split, progress=True) if options.verify else []
-        )
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon pack: {error}', file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            'torchgeo-softcon pack: a process was killed, perhaps for want of memory. Use '
-            'fewer --workers, and start again to go on',
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print('torchgeo-softcon pack: stopped, start again to go on', file=sys.stderr)
-        return 130
-    for failure in [*failures[:_NAMED], *damaged[:_NAMED]]:
-        print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
+    options = vars(parser().parse_args(args))
+    check = options.pop('verify')
+    # Not before: help must not wait for it
+    from ..ssl4eo.pack import pack, verify
+
+    failures = pack(**options, progress=True)
+    print_failures(failures)
     if failures:
         print(
             f'{len(failures)} images could not be read. They are in failures.csv beside '
             'the index, and are tried again by the next run',
             file=sys.stderr,
         )
+    damaged = (
+        verify(options['out'], options.get('split'), progress=True) if check else []
+    )
+    print_failures(damaged)
     if damaged:
-        print(f'{len(damaged)} records are not what they were', file=sys.stderr)
+        print(f'{len(damaged)} records have changed', file=sys.stderr)
     return int(bool(failures or damaged))

@@ -1,17 +1,23 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""``torchgeo-softcon unpack``."""
+"""The GeoTIFFs of a packed SSL4EO-S12: ``torchgeo-softcon unpack``."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from ..ssl4eo.tiffs import BANDS
-from ..ssl4eo.unpack import unpack
+from .pack import archive_parser, print_failures
+from .parsers import CommandParser
 
-#: Failures that are printed.
-_NAMED = 10
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    return archive_parser(
+        'unpack',
+        'Write the GeoTIFFs of an archive that `torchgeo-softcon pack` wrote, with the\n'
+        'same pixels and georeference.',
+        'folder that is packed',
+    )
 
 
 def main(args: Sequence[str]) -> int:
@@ -21,31 +27,18 @@ def main(args: Sequence[str]) -> int:
         args: Command-line arguments.
 
     Returns:
-        Exit status: 1 if records are not what they were, 2 if the run could not go on,
-        130 if it was interrupted.
+        Exit status: 1 if records are damaged.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If options and archive do not fit each other.
     """
-    parser = argparse.ArgumentParser(
-        prog='torchgeo-softcon unpack',
-        description='Write the GeoTIFFs of an archive that `torchgeo-softcon pack` wrote, '
-        'with the same pixels and georeference. An interrupted run goes on when started '
-        'again.',
-    )
-    parser.add_argument('root', help='folder that is packed')
-    parser.add_argument('out', help='folder to write')
-    parser.add_argument(
-        '--split', nargs='+', choices=BANDS, help='default: all there are'
-    )
-    options = parser.parse_args(args)
-    try:
-        done = unpack(options.root, options.out, options.split, progress=True)
-    except (OSError, ValueError) as error:
-        print(f'torchgeo-softcon unpack: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('torchgeo-softcon unpack: stopped, start again to go on', file=sys.stderr)
-        return 130
-    for failure in done.failures[:_NAMED]:
-        print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
+    options = vars(parser().parse_args(args))
+    # Not before: help must not wait for it
+    from ..ssl4eo.unpack import unpack
+
+    done = unpack(**options, progress=True)
+    print_failures(done.failures)
     if done.failures:
         print(f'{len(done.failures)} records are damaged', file=sys.stderr)
     print(f'{done.written} images written, {done.there} were there')

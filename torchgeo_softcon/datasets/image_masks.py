@@ -6,7 +6,7 @@
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.figure import Figure
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-from .._compat import NonGeoDataset, Sample
+from .._compat import Sample
 from ..bands import RGB_BANDS, normalize_band_names
 from ..geo.find_files import find_files
-from ..geo.rasters import find_alpha, open_raster, read_raster, to_float
+from ..geo.rasters import (
+    Values,
+    drop_empty,
+    find_alpha,
+    open_raster,
+    read_raster,
+    read_values,
+)
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .plotting import plot_sample
+from .base import DrawnImages, check_draws
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
@@ -50,7 +56,7 @@ class Patch:
     width: int
 
 
-class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
+class ImageMaskFolder(DrawnImages):
     """Image patches and masks of ESA WorldCover codes in two folders.
 
     ``images/a/b.png`` belongs to ``masks/a/b.*``, or to ``masks/a.*`` if that is the
@@ -133,12 +139,7 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
                 f'masks must be left out, or mask_band, got masks = {masks} and mask_band = '
                 f'{mask_band}'
             )
-        if seed < 0:
-            raise ValueError(f'seed must be at least 0, got {seed}')
-        if seasons < 1 or (size is not None and size < 1):
-            raise ValueError(
-                f'seasons and size must be at least 1, got {seasons} and {size}'
-            )
+        check_draws(seed, seasons=seasons, size=size)
 
         self.seasons = seasons
         self.size = size
@@ -336,27 +337,9 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
         """Number of samples."""
         return len(self.samples)
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Samples of the first epoch."""
-        return (self[index] for index in range(len(self)))
-
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file can not be read, it is named.
-        """
-        if index < 0:
-            raise IndexError(f'index must be at least 0, got {index}')
-        # Counter based: no state that order, workers or ranks could change
-        rng = np.random.Generator(np.random.Philox([self.seed, index]))
+        """Read a sample, see :class:`.DrawnImages`."""
+        rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
@@ -382,43 +365,26 @@ class ImageMaskFolder(NonGeoDataset):  # type: ignore[misc]
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
         return Window(left, top, self.size, self.size)
 
-    def _image(self, patch: Patch, window: Window | None) -> npt.NDArray[np.float32]:
+    def _image(self, patch: Patch, window: Window | None) -> Values:
         with open_raster(patch.image) as source:
-            indexes = list(self.image_bands)
             alpha = find_alpha(source)
-            if alpha is not None and alpha not in (*indexes, self.mask_band):
-                indexes.append(alpha)
-            raw = read_raster(source, patch.image, indexes, window)
+            if alpha in (*self.image_bands, self.mask_band):
+                alpha = None
             nodata = [
                 source.nodatavals[i - 1] if self.nodata is None else self.nodata
                 for i in self.image_bands
             ]
-        values, zero = to_float(raw[: len(nodata)], nodata)
-        values[:, (zero | ~np.isfinite(values)).all(0)] = np.nan
-        if len(indexes) > len(nodata):
-            values[:, raw[-1] == 0] = np.nan
-        return to_unit_range(values, self.value_range)
+            values, zero = read_values(source, self.image_bands, nodata, alpha, window)
+        return to_unit_range(drop_empty(values, zero), self.value_range)
 
     def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
         band = self.mask_band or 1
         with open_raster(patch.mask) as source:
-            mask: npt.NDArray[Any] = read_raster(source, patch.mask, [band], window)[0]
+            mask: npt.NDArray[Any] = read_raster(source, [band], window)[0]
             nodata = source.nodatavals[band - 1]
         if nodata is not None:
             mask[mask == nodata] = 0
         return mask
-
-    def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
-        """Plot a sample.
-
-        Args:
-            sample: A sample of this dataset.
-            suptitle: Title of the figure.
-
-        Returns:
-            A figure with a row of one image per season, and the mask if there is one.
-        """
-        return plot_sample(sample, self.bands, suptitle)
 
 
 def _find(folder: Path, what: str) -> dict[str, Path]:

@@ -4,32 +4,23 @@
 """Windows of georeferenced images, with ESA WorldCover as the mask."""
 
 import copy
-import datetime
-import itertools
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import shapely
 import torch
-from matplotlib.figure import Figure
-from pyproj import CRS
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from .._checks import check_fractions
-from .._compat import NonGeoDataset, Sample
-from ..geo.mosaic import outline
-from ..geo.rasters import Grid, RasterReader, Scene, find_rasters, find_scenes
+from .._checks import check_counts, check_fractions
+from .._compat import Sample
+from ..geo.discovery import find_rasters, find_scenes
+from ..geo.grid import Grid, group_by_grid
+from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .plotting import plot_sample
+from .base import DrawnImages, check_draws
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 from .worldcover import ESAWorldCover
 
@@ -41,33 +32,29 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: mask is no data, so their label is unknown.
 _MAX_TRIES = 10
 
-#: Share of the smaller of two places from which on they overlap, above what the bends
-#: of neighbours' edges in degrees have in common.
-_SHARED = 1e-4
-
-#: Year, month and day in the name of a file, not in the middle of a number.
-_DATE = re.compile(r'(?<!\d)((?:19|20)\d{2})([-_]?)(\d{2})\2(\d{2})(?!\d)')
-
 #: Files that an error message lists.
 _MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
-class Place:
-    """Scenes of the same ground on the same pixels.
+class SceneStack:
+    """Scenes on the same pixels, one per date: a place.
 
     Attributes:
         grid: The pixels.
-        crs: The CRS of *grid*, as pyproj has it.
         scenes: One per date.
     """
 
     grid: Grid
-    crs: CRS
     scenes: tuple[Scene, ...]
 
+    @property
+    def name(self) -> str:
+        """Name of the first scene."""
+        return self.scenes[0].name
 
-class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
+
+class WorldCoverScenes(DrawnImages):
     """Random windows of Sentinel-2-like rasters and their WorldCover mask.
 
     Rasters may lie in any mix of coordinate reference systems. A window is cut on the
@@ -177,7 +164,8 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 band without a name are taken for dates of one place, or later, if no
                 window with enough data is found.
         """
-        _check_draws(patch_size, length, seed, seasons)
+        check_draws(seed, patch_size=patch_size, seasons=seasons)
+        check_counts(length=length)
         check_fractions(min_valid=min_valid)
 
         self.patch_size = patch_size
@@ -193,11 +181,9 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             transforms = WorldCoverMultiLabel(product=self.product)
         self.transforms = transforms
 
-        scenes = find_scenes(
-            [Path(f) for f in find_rasters(images)], bands, all_bands, nodata, offset
-        )
+        scenes = find_scenes(find_rasters(images), bands, all_bands, nodata, offset)
         self.bands = scenes[0].bands
-        self.places = _group(scenes)
+        self.places = _stack(scenes)
         _warn_single_bands(self.places)
         self.value_range = resolve_value_range(
             value_range,
@@ -206,7 +192,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             {layer.dtype for scene in scenes for layer in scene.layers},
         )
         self._check_dates()
-        self._set_rows(rows)
+        self._set_rows(rows, length)
 
         self.worldcover: ESAWorldCover | None
         if worldcover is None or isinstance(worldcover, ESAWorldCover):
@@ -217,8 +203,6 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             self._check_tiles(self.worldcover)
 
         self._reader = RasterReader()
-        covered = int(self._areas.sum()) // patch_size**2
-        self.length = max(1, covered) if length is None else length
 
     def _check_dates(self) -> None:
         for place in self.places:
@@ -229,8 +213,8 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                     f'grid, got {len(place.scenes)}: {names}'
                 )
 
-    def _set_rows(self, rows: tuple[float, float]) -> None:
-        """Find the rows of each place, and how likely it is drawn."""
+    def _set_rows(self, rows: tuple[float, float], length: int | None) -> None:
+        """Set the rows of each place, how likely it is drawn, and the length."""
         if not 0 <= rows[0] < rows[1] <= 1:
             raise ValueError(f'rows must be 0 <= first < last <= 1, got {rows}')
         self._rows = []
@@ -243,29 +227,26 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
                 )
                 raise ValueError(
                     f'patch_size must fit into every raster, got {self.patch_size} and '
-                    f'{place.scenes[0].name} of {last - first} x {width} pixels{part}'
+                    f'{place.name} of {last - first} x {width} pixels{part}'
                 )
             self._rows.append((first, last))
-        self._areas = np.array(
-            [
-                (last - first) * place.grid.width
-                for (first, last), place in zip(self._rows, self.places, strict=True)
-            ],
-            dtype=np.float64,
-        )
-        self._cumulative = self._areas.cumsum() / self._areas.sum()
+        heights = np.array([last - first for first, last in self._rows], np.float64)
+        areas = heights * [place.grid.width for place in self.places]
+        self._cumulative = areas.cumsum() / areas.sum()
+        covered = int(areas.sum()) // self.patch_size**2
+        self.length = max(1, covered) if length is None else length
 
     def _check_tiles(self, worldcover: ESAWorldCover | None) -> None:
         """Every place must at least touch a tile."""
         if worldcover is None:
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
-        missing: list[Place] = []
-        partly: list[Place] = []
+        missing: list[SceneStack] = []
+        partly: list[SceneStack] = []
         for place in self.places:
-            if not worldcover.covers(place.crs, place.grid.bounds):
+            if not worldcover.covers(place.grid.crs, place.grid.bounds):
                 missing.append(place)
-            elif not worldcover.covers(place.crs, place.grid.bounds, wholly=True):
+            elif not worldcover.covers(place.grid.crs, place.grid.bounds, wholly=True):
                 partly.append(place)
         if partly:
             _warn_partly(partly, worldcover)
@@ -275,7 +256,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             tiles = {
                 tile
                 for place in shown
-                for tile in worldcover.tiles(place.crs, place.grid.bounds)
+                for tile in worldcover.tiles(place.grid.crs, place.grid.bounds)
             }
             product = worldcover.product
             address = f'{product.url}/{product.file_path("", worldcover.year)}'
@@ -284,7 +265,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             )
             raise FileNotFoundError(
                 f'no {product.title} tile lies under '
-                f'{", ".join(place.scenes[0].name for place in shown)}'
+                f'{", ".join(place.name for place in shown)}'
                 f'{f" and {more} more" if more else ""}{expected}. Set allow_unlabelled '
                 'to go on without'
             )
@@ -319,40 +300,20 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         other.seed = self.seed if seed is None else seed
         other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
-        _check_draws(self.patch_size, length, other.seed, other.seasons)
+        check_draws(other.seed, seasons=other.seasons)
+        check_counts(length=length)
         other._check_dates()
-        other._set_rows(rows)
-        covered = int(other._areas.sum()) // self.patch_size**2
-        other.length = max(1, covered) if length is None else length
+        other._set_rows(rows, length)
         return other
 
     def __len__(self) -> int:
         """Number of samples per epoch."""
         return self.length
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Samples of the first epoch."""
-        return (self[index] for index in range(len(self)))
-
     def __getitem__(self, index: int) -> Sample:
-        """Draw a window.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file can not be read, it is named.
-        """
-        if index < 0:
-            raise IndexError(f'index must be at least 0, got {index}')
-        # Counter based: no state that order, workers or ranks could change
-        entropy = [self.seed, index, self.stream]
-        rng = np.random.Generator(np.random.Philox(entropy))
-        best: tuple[float, Place, int, int, list[npt.NDArray[np.float32]]] | None = None
+        """Draw a window, see :class:`.DrawnImages`."""
+        rng = self._generator(index, self.stream)
+        best: tuple[float, SceneStack, int, int, list[Values]] | None = None
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
             place, (first, last) = self.places[number], self._rows[number]
@@ -374,7 +335,7 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         if best is None:  # pragma: no cover
             raise RuntimeError('no window was drawn')
         valid, place, top, left, seasons = best
-        name = place.scenes[0].name
+        name = place.name
         if valid < self.min_valid and name not in self._warned:
             self._warned.add(name)
             warnings.warn(
@@ -386,15 +347,11 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
             )
         return self._sample(place, top, left, seasons)
 
-    def _window(self, scene: Scene, top: int, left: int) -> npt.NDArray[np.float32]:
+    def _window(self, scene: Scene, top: int, left: int) -> Values:
         return self._reader.read(scene, top, left, self.patch_size, self.patch_size)
 
     def _sample(
-        self,
-        place: Place,
-        top: int,
-        left: int,
-        seasons: Sequence[npt.NDArray[np.float32]],
+        self, place: SceneStack, top: int, left: int, seasons: Sequence[Values]
     ) -> Sample:
         # A label must not speak of what the image does not show
         valid = np.logical_and.reduce([np.isfinite(v).any(0) for v in seasons])
@@ -405,122 +362,15 @@ class WorldCoverScenes(NonGeoDataset):  # type: ignore[misc]
         sample: Sample = {'image': image, 'mask': mask}
         return self.transforms(sample)
 
-    def _mask(self, place: Place, top: int, left: int) -> Tensor:
+    def _mask(self, place: SceneStack, top: int, left: int) -> Tensor:
         size = self.patch_size
         if self.worldcover is None:
             return torch.full((size, size), self.product.fill)
-        transform = place.grid.window_transform(top, left)
-        return self.worldcover.read_window(place.crs, transform, size, size)
-
-    def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
-        """Plot a sample.
-
-        Args:
-            sample: A sample of this dataset.
-            suptitle: Title of the figure.
-
-        Returns:
-            A figure with a row of one image per season, and the mask if there is one.
-        """
-        return plot_sample(sample, self.bands, suptitle)
+        window = place.grid.window(top, left, size, size)
+        return self.worldcover.read_window(window.crs, window.transform, size, size)
 
 
-class SceneGrid(Dataset[Sample]):
-    """All windows of some scenes side by side, each date on its own.
-
-    For prediction: the order is place, date, row, column. The last row and column of
-    windows are moved inwards to end with the raster.
-
-    .. versionadded:: 0.1
-    """
-
-    def __init__(self, scenes: WorldCoverScenes) -> None:
-        """Initialize a new SceneGrid instance.
-
-        Args:
-            scenes: Where to take windows from.
-        """
-        self.scenes = scenes
-        size = scenes.patch_size
-        self.windows = [
-            (number, scene, top, left)
-            for number, (first, last) in enumerate(scenes._rows)
-            for scene, top, left in itertools.product(
-                range(len(scenes.places[number].scenes)),
-                _starts(first, last, size),
-                _starts(0, scenes.places[number].grid.width, size),
-            )
-        ]
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read a window.
-
-        Args:
-            index: Position in ``windows``.
-
-        Returns:
-            A sample with an image of shape (C, H, W).
-        """
-        number, scene, top, left = self.windows[index]
-        place = self.scenes.places[number]
-        values = self.scenes._window(place.scenes[scene], top, left)
-        return self.scenes._sample(place, top, left, [values])
-
-    def footprint(
-        self, index: int
-    ) -> tuple[shapely.Polygon, CRS, datetime.date | None]:
-        """Where and when a window is from.
-
-        Args:
-            index: Position in ``windows``.
-
-        Returns:
-            The outline, its coordinate reference system, and the date in the name of
-            the raster, if there is one.
-        """
-        number, scene, top, left = self.windows[index]
-        place, size = self.scenes.places[number], self.scenes.patch_size
-        transform = place.grid.window_transform(top, left)
-        corners = [
-            transform * (x, y) for x, y in ((0, 0), (size, 0), (size, size), (0, size))
-        ]
-        return shapely.Polygon(corners), place.crs, _date(place.scenes[scene].name)
-
-
-def _date(name: str) -> datetime.date | None:
-    """The first date in a file name, such as 20210630 or 2021-06-30."""
-    for match in _DATE.finditer(os.path.basename(name)):
-        try:
-            return datetime.date(*map(int, match.group(1, 3, 4)))
-        except ValueError:  # a number that is no date
-            continue
-    return None
-
-
-def _starts(first: int, last: int, size: int) -> list[int]:
-    starts = list(range(first, last - size + 1, size))
-    if starts[-1] + size < last:
-        starts.append(last - size)
-    return starts
-
-
-def _check_draws(patch_size: int, length: int | None, seed: int, seasons: int) -> None:
-    if patch_size < 1 or seasons < 1:
-        raise ValueError(
-            f'patch_size and seasons must be at least 1, got {patch_size} and {seasons}'
-        )
-    if length is not None and length < 1:
-        raise ValueError(f'length must be at least 1, got {length}')
-    # One word of entropy. A larger one would take the place of the index behind it.
-    if not 0 <= seed < 2**32:
-        raise ValueError(f'seed must be from 0 to 2**32 - 1, got {seed}')
-
-
-def _warn_single_bands(places: Sequence[Place]) -> None:
+def _warn_single_bands(places: Sequence[SceneStack]) -> None:
     """Bands that are not the last part of a file name look like dates."""
     for place in places:
         first = place.scenes[0]
@@ -536,19 +386,19 @@ def _warn_single_bands(places: Sequence[Place]) -> None:
             return
 
 
-def _warn_partly(places: Sequence[Place], worldcover: ESAWorldCover) -> None:
+def _warn_partly(places: Sequence[SceneStack], worldcover: ESAWorldCover) -> None:
     there = {os.path.basename(file) for file in worldcover.files}
     needed = {
         tile
         for place in places
-        for tile in worldcover.tiles(place.crs, place.grid.bounds)
+        for tile in worldcover.tiles(place.grid.crs, place.grid.bounds)
     }
     missing = sorted(needed - there)
     more = f' and {len(missing) - _MAX_NAMED} more' if missing[_MAX_NAMED:] else ''
     warnings.warn(
         f'{sum(len(p.scenes) for p in places)} images are only partly covered by '
         f'{worldcover.product.title} tiles, such as '
-        f'{places[0].scenes[0].name}. There the mask is no data. Not found by name: '
+        f'{places[0].name}. There the mask is no data. Not found by name: '
         f'{", ".join(missing[:_MAX_NAMED]) or "none"}{more} (there are no tiles '
         'where only sea is)',
         UserWarning,
@@ -556,33 +406,10 @@ def _warn_partly(places: Sequence[Place], worldcover: ESAWorldCover) -> None:
     )
 
 
-def overlapping(places: Sequence[Place]) -> list[tuple[Place, Place]]:
-    """Find places that share ground.
-
-    Args:
-        places: Places on different grids.
-
-    Returns:
-        Pairs whose outlines have more in common than their edges.
-    """
-    earth = CRS.from_epsg(4326)
-    outlines = [outline(place.crs, earth, place.grid.bounds) for place in places]
-    pairs = shapely.STRtree(outlines).query(outlines, predicate='intersects').T
-    return [
-        (places[i], places[j])
-        for i, j in pairs.tolist()
-        if i < j
-        and outlines[i].intersection(outlines[j]).area
-        > _SHARED * min(outlines[i].area, outlines[j].area)
-    ]
-
-
-def _group(scenes: Sequence[Scene]) -> tuple[Place, ...]:
+def _stack(scenes: Sequence[Scene]) -> tuple[SceneStack, ...]:
     """Put scenes on one grid together."""
-    places: dict[tuple[Any, ...], list[Scene]] = {}
-    for scene in scenes:
-        places.setdefault(scene.grid.key, []).append(scene)
+    groups = group_by_grid(scene.grid for scene in scenes)
     return tuple(
-        Place(group[0].grid, CRS.from_user_input(group[0].grid.crs), tuple(group))
-        for group in places.values()
+        SceneStack(scenes[group[0]].grid, tuple(scenes[i] for i in group))
+        for group in groups
     )

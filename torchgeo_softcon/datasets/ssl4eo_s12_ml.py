@@ -7,7 +7,7 @@ import copy
 import datetime
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .._compat import NonGeoDataset, Sample
+from .._compat import Sample
 from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
 from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
-from .plotting import plot_sample
+from .base import DrawnImages, check_draws
 from .scaling import resolve_value_range
 
 #: Locations that a message names.
 _NAMED = 3
 
 
-class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
+class SSL4EOS12ML(DrawnImages):
     """SSL4EO-S12-ML: patches of Sentinel-1 and Sentinel-2 in four seasons, with labels.
 
     The images are those of TorchGeo's ``SSL4EOS12``, in the same folders and with the same
@@ -98,10 +98,7 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
             UserWarning: If images are not in the labels, or locations are left out.
         """
         splits = split_names(split)
-        if seasons < 1 or seed < 0:
-            raise ValueError(
-                f'seasons must be at least 1 and seed at least 0, got {seasons} and {seed}'
-            )
+        check_draws(seed, seasons=seasons)
         if not 0 < min_fraction <= 1:
             raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
 
@@ -219,23 +216,8 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
         """Number of locations."""
         return len(self._start)
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Samples of the first epoch."""
-        return (self[index] for index in range(len(self)))
-
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file can not be read, it is named.
-        """
+        """Read a sample, see :class:`.DrawnImages`."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> 'RecordBatch':
@@ -265,14 +247,11 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
 
     def _draw(self, index: int) -> npt.NDArray[np.int64]:
         """Numbers of the images of a sample, shape (T,)."""
-        if index < 0:
-            raise IndexError(f'index must be at least 0, got {index}')
         location = index % len(self)
         count = self._count[location]
-        if count == 1:
+        if count == 1 and index >= 0:
             return self._start[location : location + 1]
-        # Counter based: no state that order, workers or ranks could change
-        rng = np.random.Generator(np.random.Philox([self.seed, index]))
+        rng = self._generator(index)
         return self._start[location] + rng.permutation(count)[: self.seasons]
 
     def names(self, index: int) -> list[str]:
@@ -363,17 +342,10 @@ class SSL4EOS12ML(NonGeoDataset):  # type: ignore[misc]
         return other
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
-        """Plot a sample.
-
-        Args:
-            sample: A sample of this dataset.
-            suptitle: Title of the figure.
-
-        Returns:
-            A figure with a row of one image per season.
-        """
-        pairs = resolve_value_range('softcon', self.bands, len(self.bands), ())
-        return plot_sample(ToUnitRange.between(pairs)(sample), self.bands, suptitle)
+        """Plot a sample, see :meth:`.DrawnImages.plot`, from -2 to +2 deviations."""
+        bands = self.bands or ()
+        pairs = resolve_value_range('softcon', bands, len(bands), ())
+        return super().plot(ToUnitRange.between(pairs)(sample), suptitle)
 
 
 class RecordBatch(Sequence[Sample]):

@@ -21,7 +21,8 @@ from affine import Affine
 from pyproj import CRS, Transformer
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
-from ..geo.mosaic import Tile, Window, outline, projection
+from ..geo.grid import Grid, outline
+from ..geo.warp import Warp
 from ..landcover.products import WORLDCOVER
 from ..synthetic.landscape import Landscape, optical, radar, random_field
 
@@ -288,10 +289,8 @@ class SyntheticScenes:
         self, folder: Path, place: _Place, landscape: Landscape, top: int, left: int
     ) -> None:
         """Write all dates of a place."""
-        window = Window(
-            projection(place.crs, _tile().crs), place.transform, self.size, self.size
-        )
-        row, col = window.pixels(_tile())
+        grid = Grid(place.crs, place.transform, self.size, self.size)
+        row, col = Warp(grid, _tile().crs).pixels(_tile())
         ground = landscape.take(row - top, col - left)
         is_radar = self.bands[0] in SENTINEL1_BANDS
         available = SENTINEL1_BANDS if is_radar else SENTINEL2_BANDS
@@ -332,10 +331,10 @@ class SyntheticScenes:
                 dst.update_tags(description='Synthetic scene, no Copernicus product')
 
 
-def _tile() -> Tile:
+def _tile() -> Grid:
     """Georeference of the tile."""
     transform = Affine(_TILE_RES, 0, _TILE_WEST, 0, -_TILE_RES, _TILE_NORTH)
-    return Tile(_TILE, CRS.from_epsg(4326), transform, _TILE_SIZE, _TILE_SIZE, 0)
+    return Grid(CRS.from_epsg(4326), transform, _TILE_SIZE, _TILE_SIZE)
 
 
 def _places(count: int, size: int) -> list[_Place]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .._checks import require
 from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
-from ..geo.mosaic import Mosaic, open_tile, outline
+from ..geo.grid import Grid, outline
+from ..geo.mosaic import Mosaic, open_tile
 from ..landcover.files import Path, find_map_files, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
@@ -218,16 +219,7 @@ class ESAWorldCover(RasterDataset):
         Returns:
             True if tiles cover the box or, unless *wholly*, some of it.
         """
-        box = outline(CRS.from_user_input(crs), CRS.from_epsg(4326), bounds)
-        ground = self._mosaic.footprint
-        # Across the antimeridian, the box leaves [-180, 180]
-        if box.bounds[2] > 180:
-            ground = ground.union(_moved(ground, 360))
-        elif box.bounds[0] < -180:
-            ground = ground.union(_moved(ground, -360))
-        if wholly:
-            return bool(ground.covers(box))
-        return bool(ground.intersection(box).area > 1e-6 * box.area)
+        return self._mosaic.covers(CRS.from_user_input(crs), bounds, wholly)
 
     def read_window(
         self, crs: Any, transform: Affine, height: int, width: int
@@ -254,7 +246,8 @@ class ESAWorldCover(RasterDataset):
             height > 0 and width > 0,
             f'height and width must be positive, got {height} and {width}',
         )
-        codes = self._mosaic.read(CRS.from_user_input(crs), transform, height, width)
+        grid = Grid(CRS.from_user_input(crs), transform, height, width)
+        codes = self._mosaic.read(grid)
         return torch.from_numpy(self._map[codes])
 
     def __getitem__(self, query: Any) -> Sample:
@@ -358,8 +351,3 @@ class ESAWorldCover(RasterDataset):
         if suptitle is not None:
             fig.suptitle(suptitle)
         return fig
-
-
-def _moved(ground: shapely.Geometry, degrees: float) -> shapely.Geometry:
-    """Move a geometry to the east."""
-    return shapely.transform(ground, lambda points: np.add(points, (degrees, 0)))

@@ -7,40 +7,21 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from .. import datamodules  # noqa: F401, for the short names of its classes
-from .._compat import Sample
-from ..callbacks.embeddings import EmbeddingWriter
 from ..datamodules.normalization import match_images
+from ..datamodules.protocol import offer_of
 from ..models.encoders import Encoder
 from ..storage.resumable import ResumableParquet
-from .features import encode, poolings, prepare
+from .embedding_rows import EmbeddingRows
+from .features import poolings
+from .loop import encode_batches
 from .samples import set_up, split_samples
-
-
-class _Embedder(LightningModule):
-    """Makes an encoder usable by a trainer."""
-
-    def __init__(
-        self, encoder: Encoder, size: int | None, pooling: str | None = None
-    ) -> None:
-        super().__init__()
-        self.model = encoder.model
-        self.in_channels = encoder.in_channels
-        self.size = size
-        self.pooling = pooling
-
-    def predict_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        image, seasons = prepare(batch['image'].float(), self.in_channels, self.size)
-        features = encode(self.model, image)
-        pooled = features[self.pooling or next(iter(features))]
-        return pooled.unflatten(0, (-1, seasons)).mean(1)
 
 
 def embed(
@@ -56,12 +37,12 @@ def embed(
 ) -> int:
     """Write the embeddings of a split of a datamodule to a file.
 
-    If a file is there that is not complete, the run goes on where that one ended.
+    If an interrupted run has left an incomplete file, this one goes on where that ended.
 
     Args:
         encoder: From :func:`.open_encoder`.
         datamodule: A TorchGeo datamodule.
-        out: The file, see :class:`.EmbeddingWriter`.
+        out: The file, with the columns of :class:`.EmbeddingWriter`.
         split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
             that the datamodule has.
         size: Side to resize images to in pixels, None for as they are.
@@ -70,7 +51,8 @@ def embed(
         overwrite: Whether to replace a file that exists.
         origin: What the embeddings are made from, to tell whether a file that is not
             complete belongs to them.
-        **trainer: Arguments of Lightning's trainer.
+        **trainer: Arguments of Lightning's trainer that say where and how to compute,
+            such as *accelerator*, and whether to show the progress.
 
     Returns:
         Number of rows in the file.
@@ -87,9 +69,9 @@ def embed(
             f'pooling must be one that the encoder has ({", ".join(known)}), got '
             f'{pooling!r}'
         )
-    writer = EmbeddingWriter(out)
-    arguments = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
-    runner = Trainer(**{**arguments, **trainer}, callbacks=[writer])
+    runner = Trainer(
+        **{'logger': False, 'enable_checkpointing': False, 'devices': 1, **trainer}
+    )
     split = set_up(datamodule, split)
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
@@ -113,22 +95,37 @@ def embed(
 
         # The number of processes that read may depend on its device
         datamodule.trainer = runner
+        offer = offer_of(datamodule)
         loader = DataLoader(
             dataset,
-            batch_size=getattr(datamodule, 'batch_size', None) or 64,
+            offer.batch_size,
             sampler=indices[done:],
-            num_workers=getattr(datamodule, 'num_workers', 0),
-            collate_fn=getattr(datamodule, 'collate_fn', default_collate),
+            num_workers=offer.num_workers,
+            collate_fn=offer.collate_fn,
         )
-        cast(Any, datamodule).predict_dataloader = lambda: loader
-        writer.resume(file, done)
-        embedder = _Embedder(encoder, size, pooling)
-        runner.predict(embedder, datamodule, return_predictions=False)
-    return writer.rows
+        device = runner.strategy.root_device
+        silent = runner.progress_bar_callback is None
+        rows = EmbeddingRows(file, dataset, done)
+        try:
+            with torch.inference_mode(), runner.precision_plugin.forward_context():
+                for batch, _, features in encode_batches(
+                    encoder.model.to(device),
+                    tqdm(loader, 'embed', leave=False, disable=silent),
+                    offer.aug if offer.predict_aug is None else offer.predict_aug,
+                    encoder.in_channels,
+                    size,
+                    device,
+                ):
+                    values = features[pooling or known[0]]
+                    start = rows.position
+                    rows.add(values, batch, indices[start : start + len(values)])
+        finally:
+            rows.flush()  # for the next run to go on from
+        return file.join(len(indices))
 
 
 def _digest(indices: Sequence[Any]) -> str:
-    """Tells whether samples are the same, in the same order."""
+    """Return a digest of what a dataset is asked for, and in which order."""
     digest = hashlib.sha256()
     for index in indices:
         digest.update(f'{index!r}\n'.encode())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..datamodules.normalization import match_images
-from ..models import is_vit
 from ..models.encoders import Encoder
+from ..models.loading import has_class_token
 from ..transforms.center_view import center_view
 from .features import encode, pool
 from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
@@ -27,13 +27,7 @@ _BLOCKS = 4
 def extract_features(
     encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
 ) -> LabelledFeatures:
-    """Encode the centre of labelled images.
-
-    Args:
-        encoder: The encoder, on *device*.
-        samples: The images.
-        size: Side in pixels of what the encoder sees.
-        device: Where to compute.
+    """Encode the centre of labelled images, *size* pixels wide, on *device*.
 
     Returns:
         Features by the names of :func:`.encode`, and *blocks*, the class tokens of the
@@ -58,7 +52,7 @@ def extract_features(
 def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """Return all features of images, from one pass."""
     model: Any = encoder
-    if not is_vit(encoder) or model.cls_token is None:
+    if not has_class_token(encoder):
         return encode(encoder, image)
     depth = min(_BLOCKS, len(model.blocks))
     tokens, layers = model.forward_intermediates(

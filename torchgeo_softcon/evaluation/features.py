@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..models.loading import has_class_token
 from ..transforms.seasons import split_seasons
 
 #: Where TorchGeo's self-supervised tasks keep their encoder: MoCo and SimCLR in
@@ -19,10 +19,10 @@ _NAMES = ('backbone', 'vit', 'model')
 
 
 def find_encoder(task: nn.Module, name: str | None = None) -> nn.Module:
-    """Find the encoder that a task trains.
+    """Find the encoder that a task of this package or of TorchGeo trains.
 
     Args:
-        task: A task of this package or of TorchGeo.
+        task: The task.
         name: Dotted name of the encoder in the task, if it is known.
 
     Returns:
@@ -74,15 +74,7 @@ def encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """Pool what an encoder makes of images, by all poolings that it knows.
-
-    Args:
-        encoder: A timm model.
-        tokens: From its ``forward_features``.
-
-    Returns:
-        See :func:`encode`.
-    """
+    """Pool what ``forward_features`` of a timm model gives, as :func:`encode` does."""
     model: Any = encoder
     pooled = model.forward_head(tokens, pre_logits=True).flatten(1)
     names = poolings(encoder)
@@ -94,15 +86,8 @@ def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def poolings(encoder: nn.Module) -> tuple[str, ...]:
-    """Names of the features of an encoder, see :func:`encode`.
-
-    Args:
-        encoder: A timm model, or any module from (B, C, H, W) to (B, F).
-
-    Returns:
-        The names, the encoder's own pooling first.
-    """
-    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+    """Return the names of the features that :func:`encode` gives of an encoder."""
+    if not has_class_token(encoder):
         return ('pooled',)
     return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
 

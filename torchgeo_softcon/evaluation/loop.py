@@ -86,16 +86,16 @@ def collect_labelled(
     device: str | torch.device,
     gather: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> LabelledFeatures:
-    """Keep the features and labels of all batches whose label is known.
+    """Keep the features and labels of all images but those with unknown (zero) labels.
 
     Args:
         encoded: From :func:`encode_batches`.
-        name: Name of the data in messages.
-        device: Where to keep them.
-        gather: Joins what all ranks have.
+        name: What messages call the data.
+        device: Where to keep features and labels.
+        gather: Joins the values of all ranks.
 
     Returns:
-        Features and labels, without images whose multi-label is unknown (all zeros).
+        Features and labels.
 
     Raises:
         ValueError: If a feature is NaN or infinite.
@@ -149,18 +149,9 @@ def score_probes(
 ) -> Iterator[Score]:
     """Classify queries by the features and labels of a bank.
 
-    Args:
-        bank: What is searched for neighbours, and what the linear classifier is fitted
-            to.
-        queries: What is classified.
-        k: Numbers of neighbours.
-        temperature: Temperature of their votes.
-        linear: Whether to fit a linear classifier, too.
-        micro: Whether to give the average precision over all pairs of an image and a
-            class, too.
-
-    Yields:
-        Scores of each method and each kind of features.
+    By *k* nearest neighbours, by a *linear* classifier, and by chance, of all features.
+    With *micro* also scored by the average precision over all pairs of an image and a
+    class.
     """
     labels, answers = bank.labels, queries.labels
     multi = labels.ndim == 2

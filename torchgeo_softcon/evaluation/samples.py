@@ -4,6 +4,7 @@
 """The samples of a split of a datamodule, in their order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,7 @@ _MIN_FRACTION = 0.05
 #: Samples that a sampler without end is asked for.
 _MAX_DRAWS = 1_000_000
 
-#: Stage of a datamodule that has a split.
+#: Splits of a datamodule, in the order of preference, and the stage that prepares each.
 STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit'}
 
 
@@ -31,8 +32,7 @@ def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
 
     Args:
         datamodule: The datamodule.
-        split: Either 'predict', 'test', 'val' or 'train'. By default, the first of them
-            that the datamodule has.
+        split: One of :data:`STAGES`. By default, the first that the datamodule has.
 
     Returns:
         The split.
@@ -53,14 +53,7 @@ def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
 def split_samples(
     datamodule: LightningDataModule, split: str
 ) -> tuple[Dataset[Sample], list[Any]]:
-    """The samples of a split of a TorchGeo datamodule that is set up.
-
-    Args:
-        datamodule: The datamodule.
-        split: Either 'train', 'val', 'test' or 'predict'.
-
-    Returns:
-        The dataset, and what to ask it for, in order.
+    """Return the dataset of a split that is set up, and what to ask it for, in order.
 
     Raises:
         ValueError: If the datamodule has no such split.
@@ -78,7 +71,7 @@ def split_samples(
     return dataset, list(range(len(dataset)))  # type: ignore[arg-type]
 
 
-def shuffled(count: int, seed: int) -> Tensor:
+def shuffled(count: int, seed: int = 0) -> Tensor:
     """Return the numbers from 0 to *count* - 1 in an order that *seed* determines."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
@@ -110,56 +103,41 @@ def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
     return shuffled(count, seed)[:chosen].sort().values.tolist()
 
 
+@dataclass(eq=False)
 class LabelledSamples:
-    """A fixed choice of the samples of one split."""
+    """A fixed choice of the samples of one split.
 
-    def __init__(
-        self,
-        dataset: Dataset[Sample],
-        indices: Sequence[Any],
-        name: str,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        transform: Callable[[Sample], Sample] | None = None,
-        shares_ground: bool = False,
-    ) -> None:
-        """Initialize a new LabelledSamples instance.
+    Attributes:
+        dataset: Gives *image* and *label*.
+        indices: What the dataset is asked for.
+        name: What messages call the samples.
+        batch_size: Number of samples that are read at a time.
+        num_workers: Number of processes that read.
+        transform: What the datamodule does to a batch on the device.
+        shares_ground: Whether other splits have other samples of the same ground.
 
-        Args:
-            dataset: Gives *image* and *label*.
-            indices: What the dataset is asked for.
-            name: What messages call it.
-            batch_size: Number of samples that are read at a time.
-            num_workers: Number of processes that read.
-            transform: What the datamodule does to a batch on the device.
-            shares_ground: Whether other splits have other samples of the same ground.
+    Raises:
+        ValueError: If there are no samples.
+    """
 
-        Raises:
-            ValueError: If there are no samples.
-        """
-        if not len(indices):
-            raise ValueError(f'the {name} has no samples. Give labelled data')
-        self.dataset = dataset
-        self.indices = indices
-        self.name = name
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.transform = transform
-        self.shares_ground = shares_ground
+    dataset: Dataset[Sample]
+    indices: Sequence[Any]
+    name: str
+    batch_size: int = 64
+    num_workers: int = 0
+    transform: Callable[[Sample], Sample] | None = None
+    shares_ground: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse to have no samples."""
+        if not len(self.indices):
+            raise ValueError(f'the {self.name} has no samples. Give labelled data')
 
     @classmethod
     def of_split(
         cls, datamodule: LightningDataModule, split: str, name: str
     ) -> 'LabelledSamples':
-        """Samples of a split of a TorchGeo datamodule that is set up.
-
-        Args:
-            datamodule: The datamodule.
-            split: Either 'train' or 'val'.
-            name: What messages call it.
-
-        Returns:
-            All samples of the split.
+        """Take all samples of a split of a datamodule that is set up.
 
         Raises:
             ValueError: If the datamodule has no such split.
@@ -170,38 +148,28 @@ class LabelledSamples:
             name,
             offer.batch_size,
             offer.num_workers,
+            # Images are not augmented, only normalized
             eval_transform(datamodule),
             offer.shares_ground,
         )
 
     def limit(self, count: int) -> None:
-        """Choose some of the samples at random, always the same.
-
-        Args:
-            count: Largest number of samples.
-        """
+        """Choose at most *count* samples at random, always the same."""
         if count > len(self.indices) and is_endless(self.dataset):
             self.indices = range(count)
-        self.indices = self._pick(shuffled(len(self.indices), 0)[:count])
+        self.indices = self._pick(shuffled(len(self.indices))[:count])
 
     def is_same(self, other: 'LabelledSamples') -> bool:
-        """Whether these are the samples of another split, too.
+        """Tell whether another split, not limited, has the same samples.
 
         Datamodules that keep nothing for validation or testing use all samples for all
         splits.
-
-        Args:
-            other: The other split, not limited.
-
-        Returns:
-            True if both ask the same dataset for the same.
         """
-        return other.dataset is self.dataset and list(other.indices) == list(
-            self.indices
-        )
+        same = other.dataset is self.dataset
+        return same and list(other.indices) == list(self.indices)
 
     def limit_apart(self, other: 'LabelledSamples', count: int, others: int) -> None:
-        """Choose some of the samples at random, and different ones for another split.
+        """Choose samples at random, and different ones for a split of the same samples.
 
         Where there are too few, these get three quarters.
 
@@ -212,9 +180,8 @@ class LabelledSamples:
         """
         if is_endless(self.dataset):
             self.indices = range(count + others)
-        number = len(self.indices)
-        count = min(count, number * 3 // 4)
-        order = shuffled(number, 0)
+        count = min(count, len(self.indices) * 3 // 4)
+        order = shuffled(len(self.indices))
         other.indices = self._pick(order[count : count + others])
         self.indices = self._pick(order[:count])
 
@@ -223,23 +190,14 @@ class LabelledSamples:
         return [self.indices[i] for i in positions.sort().values]
 
     def check(self) -> None:
-        """Look at the first sample.
-
-        Raises:
-            ValueError: If it has no usable label.
-        """
+        """Raise a ValueError if the first sample has no usable label."""
         self._collate([self.dataset[self.indices[0]]])
 
     def batches(self, rank: int = 0, world_size: int = 1) -> DataLoader[Sample]:
-        """Batches of *image* and *label* for one rank.
+        """Load *image* and *label* of the samples of one rank.
 
-        Args:
-            rank: Number of the rank.
-            world_size: Number of ranks. All get the same number of samples: the first
-                ones come again where the number does not divide.
-
-        Returns:
-            A data loader.
+        All ranks get the same number of samples: the first ones come again where the
+        number does not divide.
         """
         count = -(-len(self.indices) // world_size) * world_size
         share = [
@@ -254,7 +212,7 @@ class LabelledSamples:
         )
 
     def _collate(self, samples: Sequence[Sample]) -> Sample:
-        """Keep what a probe needs: places and other metadata are no tensors."""
+        """Stack what a probe needs: footprints and other metadata are no tensors."""
         for key in ('image', 'label'):
             if key not in samples[0]:
                 raise ValueError(
@@ -285,11 +243,10 @@ def check_label(label: Tensor, name: str) -> Tensor:
     """
     if label.ndim == 3:
         label = label.amax(1)
-    if label.ndim == 2 and label.shape[1] == 1 and not label.is_floating_point():
+    whole = not label.is_floating_point()
+    if label.ndim == 2 and label.shape[1] == 1 and whole:
         label = label[:, 0]
-    if label.ndim == 1 and (
-        not label.is_floating_point() or bool((label % 1 == 0).all())
-    ):
+    if label.ndim == 1 and (whole or bool((label % 1 == 0).all())):
         if bool((label < 0).any()):
             raise ValueError(
                 f'the {name} has a negative class index {int(label.min())}'

@@ -25,6 +25,12 @@ _Folder = tuple[str, str, frozenset[int]]
 _OF_GDAL = re.compile(r'/vsi|\w+://')
 
 
+def path_list(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
+    """Return one or more paths as a list of texts."""
+    single = isinstance(paths, str | os.PathLike)
+    return [os.fspath(path) for path in ([paths] if single else paths)]  # type: ignore[list-item, union-attr]
+
+
 def find_files(
     paths: AnyPath | Iterable[AnyPath],
     suffixes: Sequence[str] = RASTERS,
@@ -55,8 +61,7 @@ def find_files(
         UserWarning: If a file is left out because its name is not UTF-8.
     """
     files: dict[str, None] = {}
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        text = os.fspath(path)
+    for text in path_list(paths):
         if os.path.isdir(text):
             found = _search(text, ('**', '*'), tuple(suffixes))
         elif os.path.exists(text) or _OF_GDAL.match(text):

@@ -12,20 +12,19 @@ A table of footprints has one row per patch:
 * *polygon*, an outline as WKB: no pixels, and *height* and *width* are 0.
 """
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import shapely
-from pyproj import CRS
-from pyproj.exceptions import CRSError, ProjError
+from pyproj import CRS, Transformer
+from pyproj.exceptions import ProjError
 
-from .mosaic import join_halves, projection
-
-Floats = npt.NDArray[np.float64]
+from .antimeridian import Floats, center, join_halves
+from .grid import LONLAT, parse_crs, projection
+from .warp import project
 
 #: Columns of a table of footprints.
 SCHEMA = pa.schema(
@@ -44,30 +43,8 @@ SCHEMA = pa.schema(
 #: of WorldCover, are not, as in GeoPandas' ``to_crs``.
 EDGE_DEGREES, EDGE_UNITS = 0.05, 5000.0
 
-#: Most pieces of one of four edges: wrong coordinates may be as far away as they like.
-_PIECES = 128
-
-#: Longitude and latitude.
-LONLAT = 'OGC:CRS84'
-
-
-@functools.lru_cache(maxsize=1024)
-def parse_crs(text: str) -> CRS:
-    """Coordinate reference system of a text, parsed once.
-
-    Args:
-        text: An authority code, WKT, or what else pyproj understands.
-
-    Returns:
-        The CRS.
-
-    Raises:
-        ValueError: If there is no such CRS.
-    """
-    try:
-        return CRS.from_user_input(text)
-    except CRSError as error:
-        raise ValueError(f'unknown coordinate reference system {text!r}') from error
+#: Most pieces of one of four edges: wrong coordinates may be arbitrarily far away.
+_MOST_PIECES = 128
 
 
 def make_footprints(
@@ -85,9 +62,6 @@ def make_footprints(
         transforms: Transforms of shape (N, 6), for pixel grids.
         shapes: Heights and widths of shape (N, 2), for pixel grids.
         polygons: Outlines as WKB, if there are no pixel grids.
-
-    Returns:
-        The table.
     """
     names = pa.array(ids, pa.string())
     count = len(names)
@@ -112,13 +86,13 @@ def make_footprints(
 
 
 def transforms_of(table: pa.Table) -> Floats:
-    """Transforms of a table of footprints, of shape (N, 6)."""
+    """Return the transforms of a table of footprints, of shape (N, 6)."""
     column = table['transform'].combine_chunks()
     return np.asarray(column.flatten().to_numpy()).reshape(-1, 6)
 
 
 def by_crs(table: pa.Table) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """Coordinate reference systems of a table of footprints, and the rows of each."""
+    """Yield each CRS of a table of footprints with the rows that have it."""
     column = table['crs'].unify_dictionaries().combine_chunks()
     numbers = column.indices.to_numpy()
     for number, crs in enumerate(column.dictionary.to_pylist()):
@@ -128,97 +102,88 @@ def by_crs(table: pa.Table) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
 
 
 def outlines(table: pa.Table) -> npt.NDArray[Any]:
-    """Outlines of footprints in degrees of longitude and latitude.
-
-    Args:
-        table: Footprints.
+    """Return outlines of footprints in degrees of longitude and latitude.
 
     Returns:
-        Polygons of shape (N,), None where a footprint has no place on Earth. They leave
+        Polygons of shape (N,), None where a footprint is not on Earth. They leave
         [-180, 180] where they cross that line.
     """
     out = np.full(len(table), None, object)
     shapes = np.stack([table[name].to_numpy() for name in ('height', 'width')], 1)
     transforms = transforms_of(table)
+    lonlat = parse_crs(LONLAT)
     for crs, rows in by_crs(table):
         try:
             source = parse_crs(crs)
-            to_degrees = projection(source, parse_crs(LONLAT))
+            to_degrees = projection(source, lonlat)
         except (ProjError, ValueError):
             continue
         grid = shapes[rows, 0] > 0
         bent = not source.is_geographic
-        pieces = _pieces(transforms[rows], shapes[rows]) if bent else np.ones(len(rows))
+        pieces = np.ones(len(rows))
+        if bent:
+            pieces = _count_pieces(transforms[rows], shapes[rows])
         for number in np.unique(pieces[grid]):
             chosen = rows[grid & (pieces == number)]
-            x, y = ring(transforms[chosen], shapes[chosen], int(number))
-            if to_degrees is not None:
-                x, y = to_degrees.transform(x, y)
-            x = unwrap(x)
+            ring_cols, ring_rows = _rings(shapes[chosen], int(number))
+            x, y = project(
+                source, lonlat, transforms[chosen].T[:, :, None], ring_cols, ring_rows
+            )
             sound = np.isfinite(x).all(1) & np.isfinite(y).all(1)
             rings = np.stack([x, y], -1)[sound]  # (N, 4 * number + 1, 2)
             out[chosen[sound]] = shapely.polygons(rings)
         for row in rows[~grid]:
             polygon = shapely.from_wkb(table['polygon'][row].as_py())
             if bent and np.isfinite(polygon.length):
-                longest = max(EDGE_UNITS, polygon.length / (4 * _PIECES))
+                longest = max(EDGE_UNITS, polygon.length / (4 * _MOST_PIECES))
                 polygon = shapely.segmentize(polygon, longest)
-            out[row] = _to_degrees(polygon, to_degrees)
+            moved = _project(polygon, to_degrees, join_halves)
+            if np.isfinite(shapely.get_coordinates(moved)).all():
+                out[row] = moved
     return out
 
 
-def _pieces(transforms: Floats, shapes: npt.NDArray[np.int32]) -> Floats:
-    """Into how many pieces the edges of pixel grids are cut, of shape (N,)."""
+def _count_pieces(transforms: Floats, shapes: npt.NDArray[np.int32]) -> Floats:
+    """Return into how many pieces the edges of pixel grids are cut, of shape (N,)."""
     a, b, _, d, e, _ = transforms.T
     height, width = shapes.T
     edges = np.maximum(np.hypot(a, d) * width, np.hypot(b, e) * height)
-    return np.asarray(np.nan_to_num(np.ceil(edges / EDGE_UNITS)).clip(1, _PIECES))
+    return np.asarray(np.nan_to_num(np.ceil(edges / EDGE_UNITS)).clip(1, _MOST_PIECES))
 
 
-def ring(
-    transforms: Floats, shapes: npt.NDArray[np.int32], pieces: int = 1
-) -> tuple[Floats, Floats]:
-    """Closed rings around pixel grids in their own coordinates.
-
-    Args:
-        transforms: Transforms of shape (N, 6).
-        shapes: Heights and widths of shape (N, 2).
-        pieces: Into how many pieces every edge is cut.
-
-    Returns:
-        x and y of shape (N, 4 * *pieces* + 1) each.
-    """
+def _rings(shapes: npt.NDArray[np.int32], pieces: int) -> tuple[Floats, Floats]:
+    """Return columns and rows around pixel grids, of shape (N, 4 * *pieces* + 1)."""
     height, width = shapes[:, :1].astype(np.float64), shapes[:, 1:].astype(np.float64)
     along = np.arange(4 * pieces + 1) / pieces
     cols = np.interp(along, range(5), [0, 0, 1, 1, 0]) * width
     rows = np.interp(along, range(5), [0, 1, 1, 0, 0]) * height
-    a, b, c, d, e, f = transforms.T[:, :, None]
-    return a * cols + b * rows + c, d * cols + e * rows + f
+    return cols, rows
 
 
-def unwrap(lon: Floats) -> Floats:
-    """Bring longitudes within half a turn of the first one in their row.
+def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geometry:
+    """Project an outline, with the bends of its long edges.
 
-    Args:
-        lon: Degrees of shape (N, M).
-
-    Returns:
-        The same places, the first ones in [-180, 180].
+    In degrees, its halves on both sides of the antimeridian are together, and its middle
+    is in [-180, 180].
     """
-    # Multiples of 360 are exact: what is near already stays as it is to the last bit
-    with np.errstate(invalid='ignore'):
-        first = lon[:, :1] - 360 * np.round(lon[:, :1] / 360)
-        return np.asarray(lon + 360 * np.round((first - lon) / 360))
+    transformer = projection(source, target)
+    if transformer is not None:
+        longest = EDGE_DEGREES if source.is_geographic else EDGE_UNITS
+        polygon = shapely.segmentize(polygon, longest)
+    return _project(polygon, transformer, center if target.is_geographic else None)
 
 
-def _to_degrees(polygon: shapely.Geometry, to_degrees: Any) -> shapely.Geometry | None:
-    """A polygon in longitude and latitude, None if it has no place."""
+def _project(
+    polygon: shapely.Geometry,
+    transformer: Transformer | None,
+    arrange: Callable[[Floats], Floats] | None,
+) -> shapely.Geometry:
+    """Project a polygon, and arrange its longitudes."""
 
     def move(points: Floats) -> Floats:
         x, y = points.T
-        if to_degrees is not None:
-            x, y = to_degrees.transform(x, y)
-        return np.column_stack([join_halves(x), y])
+        if transformer is not None:
+            x, y = transformer.transform(x, y)
+        return np.column_stack([x if arrange is None else arrange(x), y])
 
-    moved = shapely.transform(polygon, move)
-    return moved if np.isfinite(shapely.get_coordinates(moved)).all() else None
+    return shapely.transform(polygon, move)

@@ -19,7 +19,8 @@ import shapely
 from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
-from ..geo.footprints import Floats, outlines
+from ..geo.antimeridian import Floats
+from ..geo.footprints import outlines
 from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 
-from ..geo.mosaic import Mosaic, Tile, open_tile
+from ..geo.mosaic import Block, Mosaic, Tile, open_tile
 
 #: Size of a cell in pixels, if the blocks of a file divide it: that of official tiles.
 _CELL = 1024
@@ -34,19 +34,9 @@ _REMOTE = {
 #: Block cache of GDAL in megabytes. It is of no use, blocks are kept here.
 _GDAL_CACHE = 16
 
-#: Rows and columns, each from start to stop.
-Window = tuple[tuple[int, int], tuple[int, int]]
-
 
 def gdal_options(paths: Iterable[str]) -> dict[str, Any]:
-    """Options of GDAL for reading tiles.
-
-    Args:
-        paths: The tiles.
-
-    Returns:
-        Options of :class:`rasterio.Env`.
-    """
+    """Return options of :class:`rasterio.Env` for reading tiles."""
     remote = any(path.startswith('/vsi') for path in paths)
     return {'GDAL_CACHEMAX': _GDAL_CACHE, **(_REMOTE if remote else {})}
 
@@ -77,13 +67,7 @@ class BlockMosaic(Mosaic):
     def __init__(
         self, tiles: Sequence[Tile], codes: Sequence[int], no_data: Sequence[int] = (0,)
     ) -> None:
-        """Initialize a new BlockMosaic instance.
-
-        Args:
-            tiles: Rasters, in order of precedence.
-            codes: Codes of the classes.
-            no_data: Codes of pixels without data.
-        """
+        """Initialize a new BlockMosaic instance, see :class:`.Mosaic`."""
         super().__init__(tiles, codes, True, no_data)
         self._cells: OrderedDict[tuple[str, int, int], npt.NDArray[Any]] = OrderedDict()
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -96,21 +80,13 @@ class BlockMosaic(Mosaic):
         #: How many cells were decoded.
         self.decoded = 0
 
-    def flat(self, tile: Tile, window: Window) -> tuple[npt.NDArray[Any], int, int]:
-        """A part of a tile as it is stored, for pixels numbered through.
-
-        Args:
-            tile: The raster.
-            window: Rows and columns, inside of it.
+    def flat(self, tile: Tile, part: Block) -> tuple[npt.NDArray[Any], int, int]:
+        """Return pixels of shape (N,) as they are stored, and where a part is in them.
 
         Returns:
-            Pixels of shape (N,), the number of the first one of the window, and how
-            many are in a row.
-
-        Raises:
-            OSError: If the tile cannot be read.
+            The pixels, the number of the first one of the part, and how many are in a row.
         """
-        (top, bottom), (left, right) = window
+        (top, bottom), (left, right) = part
         height, width = self._shape(tile)
         row, col = top // height, left // width
         if self._top != (tile.path, row):
@@ -119,7 +95,7 @@ class BlockMosaic(Mosaic):
             cell = self._cell(tile, row, col)
             first = (top - row * height) * cell.shape[1] + left - col * width
             return cell.reshape(-1), first, cell.shape[1]
-        return self._stored(tile, window).reshape(-1), 0, right - left
+        return self._stored(tile, part).reshape(-1), 0, right - left
 
     def _forget(self, tile: Tile, row: int) -> None:
         """Give up the cells above a row of cells."""
@@ -133,10 +109,10 @@ class BlockMosaic(Mosaic):
         self._spare.append(cell)
 
     def _stored(
-        self, tile: Tile, window: Window, out: npt.NDArray[Any] | None = None
+        self, tile: Tile, part: Block, out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
         """Put a part of a tile together from its cells."""
-        (top, bottom), (left, right) = window
+        (top, bottom), (left, right) = part
         height, width = self._shape(tile)
         for i in range(top // height, (bottom - 1) // height + 1):
             for j in range(left // width, (right - 1) // width + 1):
@@ -154,7 +130,7 @@ class BlockMosaic(Mosaic):
         return out
 
     def _cell(self, tile: Tile, row: int, col: int) -> npt.NDArray[Any]:
-        """A cell, decoded unless it is kept."""
+        """Return a cell, decoded unless it is kept."""
         key = (tile.path, row, col)
         cell = self._cells.get(key)
         if cell is None:
@@ -178,7 +154,7 @@ class BlockMosaic(Mosaic):
         return cell
 
     def _shape(self, tile: Tile) -> tuple[int, int]:
-        """Height and width of the cells of a tile."""
+        """Return the height and width of the cells of a tile."""
         if tile.path not in self._shapes:
             with self.files.use(tile.path) as source:
                 height, width = source.block_shapes[0]

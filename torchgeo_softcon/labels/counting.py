@@ -12,8 +12,7 @@ the map projection, made for many grids at once, and pixels from blocks that are
 once. Everything else takes the way of :class:`.Mosaic`, with the same result.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,16 +27,11 @@ from pyproj import CRS
 from pyproj.exceptions import ProjError
 from rasterio.features import geometry_mask
 
-from ..geo.footprints import (
-    EDGE_DEGREES,
-    EDGE_UNITS,
-    Floats,
-    by_crs,
-    parse_crs,
-    transforms_of,
-    unwrap,
-)
-from ..geo.mosaic import EDGE, Tile, join_halves, projection
+from ..geo.antimeridian import Floats
+from ..geo.footprints import by_crs, to_crs, transforms_of
+from ..geo.grid import Grid, apply, parse_crs
+from ..geo.mosaic import Tile
+from ..geo.warp import EDGE, node_positions, project, to_coefficients, vandermonde
 from .blocks import BlockMosaic, gdal_options
 
 Counts = npt.NDArray[np.int64]
@@ -56,9 +50,13 @@ _MAX_PIXELS = 2**22
 _STRIP = 24_000
 
 #: Pixels of all official tiles together, for outlines where no tile is.
-_LATTICE = Tile(
-    '', CRS.from_epsg(4326), Affine(1 / 12000, 0, -180, 0, -1 / 12000, 84), 0, 0, None
+_LATTICE = Grid(
+    parse_crs('EPSG:4326'), Affine(1 / 12000, 0, -180, 0, -1 / 12000, 84), 0, 0
 )
+
+
+#: What a footprint or the tiles under it may be wrong in.
+_FAILURES = (OSError, ProjError, ValueError, shapely.errors.GEOSException)
 
 
 @dataclass
@@ -108,34 +106,17 @@ def count_pixels(
                 if found is None:
                     found = counter.of_any(table, row)
                 out.counts[row], out.pixels[row] = found
-            except (
-                OSError,
-                ProjError,
-                ValueError,
-                shapely.errors.GEOSException,
-            ) as error:
+            except _FAILURES as error:
                 out.reasons[row] = ' '.join(str(error).split())
     out.decoded = mosaic.decoded
     return out
-
-
-@functools.lru_cache(maxsize=256)
-def _vandermonde(size: int) -> Floats:
-    """Chebyshev polynomials at the pixel centres of an axis, (size, nodes)."""
-    centres = (np.arange(size) + 0.5) * 2 / size - 1
-    return np.asarray(chebyshev.chebvander(centres, _NODES - 1), np.float64)
 
 
 class _Grids:
     """Pixel grids that lie in one tile each: polynomials from pixels to its pixels."""
 
     def __init__(self, table: pa.Table, tiles: Sequence[Tile]) -> None:
-        """Project all grids at once.
-
-        Args:
-            table: Footprints.
-            tiles: Rasters of class codes.
-        """
+        """Project all footprints that are grids at once."""
         count = len(table)
         self.tiles = tiles
         self.shapes = np.stack(
@@ -159,48 +140,29 @@ class _Grids:
 
     def _place(self, crs: str, rows: npt.NDArray[np.int64], transforms: Floats) -> None:
         """Find the tiles of grids of one CRS."""
-        target = self.tiles[0].crs
-        try:
-            to_tile = projection(parse_crs(crs), target)
-        except (ProjError, ValueError):
-            return
-        nodes = (chebyshev.chebpts1(_NODES) + 1) / 2
         height, width = self.shapes[rows, :1], self.shapes[rows, 1:]
+        nodes = node_positions(_NODES)
         y, x = (axis.ravel() for axis in np.meshgrid(nodes, nodes, indexing='ij'))
         # Corner pixels and the middle tell how good the polynomial is
         ends = np.array([0, 0, 1, 1, 0.5]), np.array([0, 1, 0, 1, 0.5])
-        node_rows, node_cols = y * height, x * width
-        check_rows = ends[0] * (height - 1) + 0.5
-        check_cols = ends[1] * (width - 1) + 0.5
-        a, b, c, d, e, f = transforms.T[:, :, None]
-        row = np.concatenate([node_rows, check_rows], 1)
-        col = np.concatenate([node_cols, check_cols], 1)
-        east, north = a * col + b * row + c, d * col + e * row + f
-        if to_tile is not None:
-            east, north = to_tile.transform(east, north)
-        if target.is_geographic:
-            east = unwrap(east)
-
-        basis = np.linalg.inv(
-            chebyshev.chebvander(chebyshev.chebpts1(_NODES), _NODES - 1)
-        ).astype(np.float64)
+        checks = ends[0] * (height - 1) + 0.5, ends[1] * (width - 1) + 0.5
+        row = np.concatenate([y * height, checks[0]], 1)
+        col = np.concatenate([x * width, checks[1]], 1)
+        numbers, target = transforms.T[:, :, None], self.tiles[0].crs
+        try:
+            east, north = project(parse_crs(crs), target, numbers, col, row)
+        except (ProjError, ValueError):
+            return
         for number, tile in enumerate(self.tiles):
-            inverse = ~tile.transform
-            position = np.stack(
-                [
-                    inverse.d * east + inverse.e * north + inverse.f,
-                    inverse.a * east + inverse.b * north + inverse.c,
-                ],
-                1,
-            )  # (N, 2, nodes² + checks)
-            self._fit(rows, number, position, basis, (check_rows, check_cols))
+            tile_col, tile_row = apply(~tile.transform, east, north)
+            position = np.stack([tile_row, tile_col], 1)  # (N, 2, nodes² + checks)
+            self._fit(rows, number, position, checks)
 
     def _fit(
         self,
         rows: npt.NDArray[np.int64],
         number: int,
         position: Floats,
-        basis: Floats,
         checks: tuple[Floats, Floats],
     ) -> None:
         """Take the grids that lie in a tile, and give up those that only touch it."""
@@ -213,6 +175,7 @@ class _Grids:
         checks = checks[0][near], checks[1][near]
 
         values = position[..., : _NODES**2].reshape(-1, 2, _NODES, _NODES)
+        basis = to_coefficients(_NODES)
         coefficients = basis @ values @ basis.T
         error = self._errors(rows, coefficients, position[..., _NODES**2 :], checks)
         coefficients[:, :, 0, 0] += EDGE
@@ -240,7 +203,7 @@ class _Grids:
         expected: Floats,
         checks: tuple[Floats, Floats],
     ) -> Floats:
-        """Largest error of polynomials, in pixels, of shape (N,)."""
+        """Return the largest error of polynomials, in pixels, of shape (N,)."""
         y, x = (
             chebyshev.chebvander(2 * check / self.shapes[rows, i, None] - 1, _NODES - 1)
             for i, check in enumerate(checks)
@@ -253,12 +216,7 @@ class _Counter:
     """Counts footprints one after the other."""
 
     def __init__(self, mosaic: BlockMosaic, codes: Sequence[int]) -> None:
-        """Initialize a new _Counter instance.
-
-        Args:
-            mosaic: The map.
-            codes: Codes to count.
-        """
+        """Initialize a new _Counter instance for a map and the codes to count."""
         self.mosaic = mosaic
         # Bytes are compared with bytes eight times as fast as with int64
         self.codes = np.array(codes, np.uint8)
@@ -279,10 +237,10 @@ class _Counter:
         if pixels.dtype != np.uint8:
             return None
 
-        weights = np.matmul(_vandermonde(height), grids.coefficients[row])
+        weights = np.matmul(vandermonde(height, _NODES), grids.coefficients[row])
         weights[0, :, 0] -= top
         weights[1, :, 0] -= left
-        columns = _vandermonde(width).T
+        columns = vandermonde(width, _NODES).T
         if grids.parallel[row]:
             # One row of the tile for each row of the grid, and so the columns
             rows = weights[0, :, 0].astype(np.intp) + first // stride
@@ -310,12 +268,12 @@ class _Counter:
         height, width = table['height'][row].as_py(), table['width'][row].as_py()
         if height:
             transform = Affine(*table['transform'][row].as_py())
-            return self._grid(crs, transform, height, width), height * width
+            return self._grid(Grid(crs, transform, height, width)), height * width
         polygon = shapely.from_wkb(table['polygon'][row].as_py())
         return self._polygon(crs, polygon)
 
     def _histogram(self, values: npt.NDArray[np.uint8]) -> Counts | None:
-        """Pixels of every code, None if there are others than these and no data."""
+        """Count the pixels of every code, None if there are others but no data."""
         counts = np.zeros(len(self.codes), np.int64)
         left = values.size
         for position in self.order:
@@ -329,100 +287,47 @@ class _Counter:
         self.order = np.argsort(-counts, kind='stable').tolist()
         return counts
 
-    def _grid(self, crs: CRS, transform: Affine, height: int, width: int) -> Counts:
+    def _grid(self, grid: Grid) -> Counts:
         """Count a grid of any size, piece by piece."""
         counts = np.zeros(len(self.codes), np.int64)
-        for piece, rows, cols in _pieces(transform, height, width):
-            values = self._read(crs, piece, rows, cols)
+        for piece in _pieces(grid):
+            values = self.mosaic.read(piece)
             counts += np.bincount(values.ravel(), minlength=256)[self.codes]
         return counts
-
-    def _read(
-        self, crs: CRS, transform: Affine, height: int, width: int
-    ) -> npt.NDArray[np.uint8]:
-        """Codes of a grid, also of one that goes on beyond the antimeridian."""
-        if not crs.is_geographic:
-            return self.mosaic.read(crs, transform, height, width)
-        corners = [transform @ (col, row) for col in (0, width) for row in (0, height)]
-        turns = [round(lon / 360) for lon, _ in corners]
-        out = np.full((height, width), self.mosaic.fill, np.uint8)
-        for turn in range(min(turns), max(turns) + 1):
-            moved = Affine.translation(-360 * turn, 0) @ transform
-            values = self.mosaic.read(crs, moved, height, width)
-            np.copyto(out, values, where=out == self.mosaic.fill)
-        return out
 
     def _polygon(self, crs: CRS, polygon: shapely.Geometry) -> tuple[Counts, int]:
         """Count the pixels of the map whose centres lie in an outline."""
         tile = self._home(crs, polygon)
         polygon = to_crs(polygon, crs, tile.crs)
         box = np.array(polygon.bounds)
-        inverse = ~tile.transform
-        ends = [inverse @ (x, y) for x in box[::2] for y in box[1::2]]
-        (left, top), (right, bottom) = (
-            np.floor(np.min(ends, 0)),
-            np.ceil(np.max(ends, 0)),
-        )
-        grid = tile.transform @ Affine.translation(left, top)
+        cols, rows = apply(~tile.transform, box[[0, 0, 2, 2]], box[[1, 3, 1, 3]])
+        left, top = np.floor(cols.min()), np.floor(rows.min())
+        right, bottom = np.ceil(cols.max()), np.ceil(rows.max())
         size = max(int(bottom - top), 1), max(int(right - left), 1)
         counts, pixels = np.zeros(len(self.codes), np.int64), 0
-        for piece, height, width in _pieces(grid, *size):
-            inside = geometry_mask([polygon], (height, width), piece, invert=True)
+        for piece in _pieces(tile.window(int(top), int(left), *size)):
+            shape = piece.height, piece.width
+            inside = geometry_mask([polygon], shape, piece.transform, invert=True)
             found = int(np.count_nonzero(inside))
             if found:
-                values = self._read(tile.crs, piece, height, width)[inside]
+                values = self.mosaic.read(piece)[inside]
                 counts += np.bincount(values, minlength=256)[self.codes]
                 pixels += found
         return counts, pixels
 
-    def _home(self, crs: CRS, polygon: shapely.Geometry) -> Tile:
-        """The tile whose pixels an outline is filled with: the first one under it."""
+    def _home(self, crs: CRS, polygon: shapely.Geometry) -> Grid:
+        """Return the tile whose pixels an outline is filled with: the first under it."""
         for tile in self.mosaic.tiles:
-            box = to_crs(polygon, crs, tile.crs).bounds
-            bounds = tile.bounds
-            if (
-                box[0] < bounds[2]
-                and box[2] > bounds[0]
-                and box[1] < bounds[3]
-                and box[3] > bounds[1]
-            ):
+            box = shapely.box(*to_crs(polygon, crs, tile.crs).bounds)
+            if box.intersection(shapely.box(*tile.bounds)).area > 0:
                 return tile
         return self.mosaic.tiles[0] if self.mosaic.tiles else _LATTICE
-
-
-def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geometry:
-    """An outline in another CRS, with the bends of its long edges.
-
-    Args:
-        polygon: The outline.
-        source: Its CRS.
-        target: The other CRS.
-
-    Returns:
-        The outline. In degrees, its halves on both sides of the antimeridian are
-        together.
-    """
-    transformer = projection(source, target)
-    if transformer is not None:
-        longest = EDGE_DEGREES if source.is_geographic else EDGE_UNITS
-        polygon = shapely.segmentize(polygon, longest)
-
-    def move(points: Floats) -> Floats:
-        x, y = points.T
-        if transformer is not None:
-            x, y = transformer.transform(x, y)
-        if target.is_geographic:
-            x = join_halves(x)
-            x = x - 360 * np.round((x.min() + x.max()) / 720)
-        return np.column_stack([x, y])
-
-    return shapely.transform(polygon, move)
 
 
 def _steps(
     values: npt.NDArray[Any], numbers: npt.NDArray[np.intp], axis: int
 ) -> npt.NDArray[Any]:
-    """Some rows or columns, not copied if they are neighbours."""
+    """Take rows or columns, without a copy if they are neighbours."""
     first, last = int(numbers[0]), int(numbers[-1])
     if last - first == len(numbers) - 1 and (np.diff(numbers) == 1).all():
         part = slice(first, last + 1)
@@ -430,10 +335,10 @@ def _steps(
     return values.take(numbers, axis)
 
 
-def _pieces(transform: Affine, height: int, width: int) -> Any:
-    """Split a grid into pieces that fit into memory, each with its height and width."""
+def _pieces(grid: Grid) -> Iterator[Grid]:
+    """Split a grid into pieces that fit into memory."""
     side = int(_MAX_PIXELS**0.5)
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            piece = transform @ Affine.translation(left, top)
-            yield piece, min(side, height - top), min(side, width - left)
+    for top in range(0, grid.height, side):
+        for left in range(0, grid.width, side):
+            size = min(side, grid.height - top), min(side, grid.width - left)
+            yield grid.window(top, left, *size)

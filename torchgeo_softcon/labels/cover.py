@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import shapely
 
-from ..geo.footprints import Floats
+from ..geo.antimeridian import Floats
+from ..geo.find_files import path_list
 from ..geo.mosaic import Tile
 from ..landcover.download import download_tiles
 from ..landcover.files import Path, find_map_files, warn_of_resampled
@@ -26,7 +27,7 @@ class Cover:
     Attributes:
         tiles: The tiles, in order of precedence.
         absent: Names of official tiles that do not exist: sea.
-        failed: Names of official tiles that could not be had, and why.
+        failed: Names of official tiles that could not be fetched, and why.
     """
 
     tiles: list[Tile] = field(default_factory=list)
@@ -43,7 +44,7 @@ def find_cover(
     base_url: str | None = None,
     progress: bool = True,
 ) -> Cover:
-    """Find the tiles under boxes.
+    """Find the tiles of a product and year under boxes.
 
     Args:
         worldcover: Folders and files, or the address of a bucket as
@@ -52,11 +53,8 @@ def find_cover(
         year: Year of the map.
         boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
         workers: What opens the files.
-        base_url: Address to download tiles from that are not there, None for no download.
+        base_url: Address to download missing tiles from, None for no download.
         progress: Whether to show a progress bar for downloads.
-
-    Returns:
-        The tiles.
 
     Raises:
         OSError: If there are none, or one cannot be opened.
@@ -111,14 +109,6 @@ def find_year(
     A dataset takes every file that is named. Labels are said to be those of one map, so
     here the year of an official name counts, wherever the file is.
 
-    Args:
-        worldcover: Folders and files.
-        product: The land-cover product.
-        year: Year of the map.
-
-    Returns:
-        The files, as :func:`.find_map_files` sorts them.
-
     Raises:
         FileNotFoundError: If there is none.
     """
@@ -138,35 +128,26 @@ def find_year(
 
 
 def remote_bucket(worldcover: Path | Iterable[Path]) -> str | None:
-    """Address of a bucket that is to be read in place, None for folders and files."""
-    paths = (
-        [worldcover] if isinstance(worldcover, str | os.PathLike) else list(worldcover)
-    )
-    addresses = [os.fspath(path).rstrip('/') for path in paths]
-    if len(addresses) != 1 or not addresses[0].startswith(('/vsi', 'http')):
+    """Return the address of a bucket to read in place, None for folders and files."""
+    address, *more = (path.rstrip('/') for path in path_list(worldcover) or [''])
+    is_file = address.lower().endswith(('.tif', '.tiff', '.vrt'))
+    if more or is_file or not address.startswith(('/vsi', 'http')):
         return None
-    if addresses[0].lower().endswith(('.tif', '.tiff', '.vrt')):
-        return None
-    if addresses[0].startswith('http'):
-        return f'/vsicurl/{addresses[0]}'
-    return addresses[0]
+    return f'/vsicurl/{address}' if address.startswith('http') else address
 
 
 def download_folder(worldcover: Path | Iterable[Path]) -> str:
-    """The one folder that tiles are downloaded to.
+    """Return the one folder that tiles are downloaded to.
 
     Raises:
-        ValueError: If there are several, or it is no folder.
+        ValueError: If there are several, or it is a file.
     """
-    paths = (
-        [worldcover] if isinstance(worldcover, str | os.PathLike) else list(worldcover)
-    )
-    if len(paths) != 1 or (os.path.exists(paths[0]) and not os.path.isdir(paths[0])):
+    paths = path_list(worldcover)
+    if len(paths) != 1 or os.path.isfile(paths[0]):
         raise ValueError(
-            'worldcover must be one folder to download to, got '
-            f'{", ".join(os.fspath(path) for path in paths)}'
+            f'worldcover must be one folder to download to, got {", ".join(paths)}'
         )
-    return os.fspath(paths[0])
+    return paths[0]
 
 
 def reasons(
@@ -176,18 +157,10 @@ def reasons(
     product: LandCoverProduct,
     year: int | None,
 ) -> dict[int, str]:
-    """Why boxes have no land cover.
+    """Return why boxes have no land cover, by row.
 
-    Args:
-        cover: The tiles.
-        boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
-        uncovered: Rows of the boxes without any tile.
-        product: The land-cover product.
-        year: Year of the map.
-
-    Returns:
-        Reasons by row: tiles under the box failed, or there is none and it is not known
-        that there is only sea.
+    That is, tiles under the box failed, or those of the rows *uncovered* do not exist and
+    it is not known that there is only sea.
     """
     out = {}
     for row in uncovered:

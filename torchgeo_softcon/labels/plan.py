@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import shapely
 
-from ..geo.footprints import LONLAT, Floats, parse_crs
-from ..geo.mosaic import Tile, outline
+from ..geo.antimeridian import TURNS, Floats, turned_boxes
+from ..geo.grid import LONLAT, outline, parse_crs
+from ..geo.mosaic import Tile
 from .counting import Counted, count_pixels
 
 #: Footprints per unit, at least and at most. What a unit has counted is lost if the run
@@ -69,11 +70,11 @@ class Plan:
         """
         self.boxes, self.tiles = boxes, list(tiles)
         bounds = np.array([_degrees(tile) for tile in tiles]).reshape(-1, 4)
-        # Boxes may leave [-180, 180] on either side
-        turns = np.array([0, -360, 360])
-        moved = bounds[None] + turns[:, None, None] * np.array([1, 0, 1, 0])
         self._bounds = bounds
-        self._index = shapely.STRtree(shapely.box(*moved.reshape(-1, 4).T))
+        # Boxes may leave [-180, 180] on either side
+        turns = np.repeat(TURNS, len(bounds))
+        moved = turned_boxes(np.tile(bounds, (len(TURNS), 1)), turns)
+        self._index = shapely.STRtree(shapely.box(*moved.T))
         #: First tile under each footprint, -1 if there is none.
         self.first = np.full(len(boxes), -1)
         for start in range(0, len(boxes), _CHUNK):

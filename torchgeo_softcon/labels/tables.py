@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
 
-from ..geo.footprints import Floats, make_footprints, parse_crs
+from ..geo.antimeridian import Floats
+from ..geo.footprints import make_footprints
+from ..geo.grid import parse_crs
 from .sources import Read, check_unique
 
 #: Columns of a table that has boxes instead of geometries.

@@ -40,8 +40,9 @@ _CHUNK = 2**16
 #: Bytes of a file that are not pixels, at most.
 _HEADERS = 2**22
 
-#: Answers that may be better later: too many requests, and errors of the server.
-_BUSY = (408, 429, 500, 502, 503, 504)
+#: Answers that may be better later: another part of the file than was asked for, too many
+#: requests, and errors of the server.
+_RETRIED = (206, 408, 416, 429, 500, 502, 503, 504)
 
 #: How TIFF and BigTIFF files begin.
 _TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
@@ -92,17 +93,7 @@ def tiles_of(
     Raises:
         ValueError: If *bounds* are not boxes, or if the product has no tiles.
     """
-    return tile_grid(find_product(product)).names_under(bounds)
-
-
-def tile_grid(product: LandCoverProduct) -> TileGrid:
-    """Return the grid of a product, or raise a ValueError if it has none."""
-    if product.tiles is None:
-        raise ValueError(
-            f'product must have tiles to be found on a server, got {product.name!r} '
-            'without: name its files, or add tiles to the product'
-        )
-    return product.tiles
+    return find_product(product).grid.names_under(bounds)
 
 
 def download_tiles(
@@ -144,11 +135,10 @@ def download_tiles(
             *timeout* are not positive.
     """
     product = find_product(product)
-    grid = tile_grid(product)
     year = product.check_year(year)
     tiles = sorted({*names})
     for tile in tiles:
-        grid.bounds(tile)
+        product.grid.bounds(tile)
     check_counts(workers=workers)
     check_positive(timeout=timeout)
     base_url = product.url if base_url is None else base_url
@@ -273,7 +263,7 @@ class _Fetch:
             try:
                 if not self._receive(url, partial):
                     return False
-                check_official(partial.name, tile, tile_grid(self.product))
+                check_official(partial.name, tile, self.product.grid)
                 return True
             except (_Again, requests.RequestException) as error:
                 reason = str(error)
@@ -302,51 +292,46 @@ class _Fetch:
         with requests.get(
             url, headers=headers, stream=True, timeout=self.timeout
         ) as response:
-            status = f'{response.status_code} {response.reason}'
-            if response.status_code == 404:
+            code = response.status_code
+            part = response.headers.get('Content-Range', '')
+            if code == 404:
                 return False
-            if response.status_code in _BUSY:
-                raise _Again(status)
-            if response.status_code not in (200, 206, 416):
-                raise OSError(f'{url}: {status}')
-            if response.status_code == 200:
+            if code == 200:
                 size = 0
                 partial.truncate(0)
                 etag = response.headers.get('ETag', '')
                 version.unlink(missing_ok=True)
                 if etag.startswith('"'):  # weak ones are not good for ranges
                     version.write_text(etag)
-            elif not response.headers.get('Content-Range', '').startswith(
-                f'bytes {size}-'
-            ):
-                partial.truncate(0)
-                raise _Again(f'the server does not continue the file: {status}')
+            elif code != 206 or not part.startswith(f'bytes {size}-'):
+                if code in (206, 416):  # the file cannot be continued
+                    partial.truncate(0)
+                status = f'{code} {response.reason}'
+                raise (
+                    _Again(status) if code in _RETRIED else OSError(f'{url}: {status}')
+                )
             self._write(response, partial, size)
         return True
 
     def _write(self, response: requests.Response, partial: BinaryIO, size: int) -> None:
         """Write the body of an answer behind the bytes that there are."""
-        limit = tile_grid(self.product).pixels ** 2 + _HEADERS - size
-        text = response.headers.get('Content-Length', '')
-        length = int(text) if text.isdecimal() else None
+        limit = self.product.grid.pixels**2 + _HEADERS - size
+        announced = response.headers.get('Content-Length', '')
+        length = int(announced) if announced.isdecimal() else None
         received = 0
         try:
             for chunk in response.iter_content(_CHUNK):
                 self._check_stop()
+                if not size and not received and chunk[:4] not in _TIFF:
+                    raise _Again(
+                        f'not recognized as a TIFF, it begins with {chunk[:9]!r}'
+                    )
                 received += len(chunk)
                 if max(received, length or 0) > limit:
                     partial.truncate(0)
-                    raise OSError(
-                        f'{response.url}: {max(received, length or 0)} bytes came or were '
-                        f'announced, a tile has at most {limit + size}'
-                    )
+                    raise OSError(f'{response.url}: a tile cannot have so many bytes')
                 partial.write(chunk)
                 self.received += len(chunk)
-                if size == 0 and received == len(chunk) and chunk[:4] not in _TIFF:
-                    partial.truncate(0)
-                    raise _Again(
-                        f'not recognized as a TIFF: it begins with {chunk[:9]!r}'
-                    )
         finally:
             partial.flush()
         if length is not None and received != length:

@@ -131,6 +131,10 @@ class LandCoverProduct:
                 f'{names.get(code)!r}: name a code that no class has',
             )
         for name, mapping in self.mappings.items():
+            require(
+                isinstance(mapping, Mapping),
+                f'mappings.{name} must map codes to codes, got {mapping!r}',
+            )
             wrong = sorted({*mapping} ^ {*names}, key=str)
             require(
                 not wrong,

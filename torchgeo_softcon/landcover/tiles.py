@@ -21,22 +21,21 @@ _TOUCH = 1e-9
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Square tiles in longitude and latitude (EPSG:4326), named after a corner.
+    """Square tiles in longitude and latitude (EPSG:4326).
+
+    They are named after their south-west corner, like N51E003.
 
     Attributes:
         degrees: Width and height of a tile in degrees, a divisor of 180.
         pixels: Width and height of a tile in pixels.
         south: Latitude where the southernmost tiles begin, a multiple of *degrees*.
         north: Latitude where the northernmost tiles end, a multiple of *degrees*.
-        names: Name of a tile by its south-west corner: ``ns`` is N or S, ``ew`` is E or
-            W, and ``lat`` and ``lon`` are whole degrees without a sign.
     """
 
     degrees: int
     pixels: int
     south: int = -90
     north: int = 90
-    names: str = '{ns}{lat:02}{ew}{lon:03}'
 
     def __post_init__(self) -> None:
         """Refuse a grid that does not close around the Earth.
@@ -46,9 +45,7 @@ class TileGrid:
         """
         for key, value in vars(self).items():
             require(
-                type(value) is (str if key == 'names' else int),
-                f'tiles.{key} must be a {"text" if key == "names" else "whole number"}, '
-                f'got {value!r}',
+                type(value) is int, f'tiles.{key} must be a whole number, got {value!r}'
             )
         require(
             self.degrees > 0 and 180 % self.degrees == 0,
@@ -61,15 +58,6 @@ class TileGrid:
             and south % self.degrees == north % self.degrees == 0,
             'tiles.south and tiles.north must be multiples of tiles.degrees from -90 to '
             f'90, south below north, got {south} and {north}',
-        )
-        try:
-            number = len(self.corners)
-        except (LookupError, ValueError):
-            number = 0
-        require(
-            number == self._rows * self._cols,
-            'tiles.names must be a pattern such as {ns}{lat:02}{ew}{lon:03} that names '
-            f'every tile differently, got {self.names!r}',
         )
 
     @property
@@ -84,12 +72,7 @@ class TileGrid:
     def corners(self) -> dict[str, tuple[int, int]]:
         """Longitude and latitude of the south-west corner of every tile, by its name."""
         return {
-            self.names.format(
-                ns='N' if lat >= 0 else 'S',
-                lat=abs(lat),
-                ew='E' if lon >= 0 else 'W',
-                lon=abs(lon),
-            ): (lon, lat)
+            f'{"NS"[lat < 0]}{abs(lat):02}{"EW"[lon < 0]}{abs(lon):03}': (lon, lat)
             for lat in range(self.south, self.north, self.degrees)
             for lon in range(-180, 180, self.degrees)
         }

@@ -80,7 +80,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be read, and what to do."""
+    """Tell why a file cannot be read, and what to do."""
     found = re.findall(
         r'(?:GLOBAL|unsafe class|Unsupported class) ([A-Za-z_][\w.]*)', str(error)
     )
@@ -139,7 +139,7 @@ def dino_mc_encoder(
 
 @functools.cache
 def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any]:
-    """Shapes of the parameters of an encoder by their names."""
+    """Return the shapes of the parameters of an encoder by their names."""
 
     def build() -> dict[str, Any]:
         if model == 'swin_t':  # the host takes it from torchvision
@@ -191,16 +191,9 @@ def require_shapes(
     message: str,
     hint: str,
 ) -> None:
-    """Check that parameters have the expected names and shapes, and no others.
+    """Raise a ValueError unless parameters have the expected names and shapes.
 
-    Args:
-        state_dict: The parameters.
-        expected: Shapes by name.
-        message: Start of the error.
-        hint: End of the error: what to do.
-
-    Raises:
-        ValueError: If they differ.
+    The error starts with *message* and ends with *hint*, what to do.
     """
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - expected.keys())

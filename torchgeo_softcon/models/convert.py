@@ -51,38 +51,17 @@ _SWIN = (
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter is not part of the encoder.
-
-    Args:
-        name: Name of the parameter in the layout of timm or torchvision.
-
-    Returns:
-        True for classifiers and the mask token of DINOv2.
-    """
+    """Whether a parameter is no part of the encoder: a classifier, or a mask token."""
     return _NOT_ENCODER.match(name) is not None
 
 
 def drop_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what is not part of the encoder: classifiers and the mask token.
-
-    Args:
-        state_dict: Parameters in the layout of timm or torchvision.
-
-    Returns:
-        Those of the encoder.
-    """
+    """Leave out what is not part of the encoder: classifiers and the mask token."""
     return {k: v for k, v in state_dict.items() if not is_head(k)}
 
 
 def has_layer_scale(keys: Iterable[str]) -> bool:
-    """Whether there is LayerScale among the names of parameters.
-
-    Args:
-        keys: Names of parameters.
-
-    Returns:
-        True if they need :func:`fold_layer_scale` for networks that have none.
-    """
+    """Whether LayerScale is among the names of parameters, see `fold_layer_scale`."""
     return any(_LAYER_SCALE.fullmatch(key) for key in keys)
 
 
@@ -273,14 +252,7 @@ def to_smp(state_dict: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
 
 
 def is_torchvision_swin(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether parameters are of torchvision's Swin Transformer.
-
-    Args:
-        state_dict: Parameters.
-
-    Returns:
-        True if they need :func:`swin_to_timm`.
-    """
+    """Whether parameters are of torchvision's Swin Transformer."""
     return 'features.0.0.weight' in state_dict
 
 
@@ -308,14 +280,7 @@ def choose_bands(
 
 
 def fresh(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy parameters: contiguous, on the CPU, and free of the file they came from.
-
-    Args:
-        state_dict: Parameters.
-
-    Returns:
-        Parameters that may be modified.
-    """
+    """Copy parameters: contiguous, on the CPU, and free of the file they came from."""
     return {
         k: v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
         for k, v in state_dict.items()

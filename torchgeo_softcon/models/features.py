@@ -6,8 +6,9 @@
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from .loading import has_class_token
 
 
 def last_block_features(
@@ -32,14 +33,15 @@ def last_block_features(
     Raises:
         ValueError: If the encoder has no class tokens, or fewer blocks.
     """
-    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+    if not has_class_token(encoder):
         raise ValueError(
             'blocks are for Vision Transformers with a class token, got '
             f'{type(encoder).__name__}. Leave them out for other encoders'
         )
-    if not 1 <= blocks <= len(encoder.blocks):
+    depth = len(cast(Any, encoder).blocks)
+    if not 1 <= blocks <= depth:
         raise ValueError(
-            f'blocks must be from 1 to {len(encoder.blocks)}, the number of blocks of the '
+            f'blocks must be from 1 to {depth}, the number of blocks of the '
             f'encoder, got {blocks}'
         )
     layers = cast(Any, encoder).get_intermediate_layers(

@@ -82,7 +82,7 @@ def find_file(
 
 
 def _checked(path: str, check_hash: bool) -> str:
-    """The path of a file, if the file is what its name promises."""
+    """Return the path of a file, if the file is what its name promises."""
     match = _HASH.search(os.path.basename(path)) if check_hash else None
     if match is not None:
         with open(path, 'rb') as stream:

@@ -19,6 +19,10 @@ from .convert import drop_head
 from .input_layer import InputLayerInit, adapt_input_weight, input_layer
 from .timm_models import timm_name
 
+#: Modules of timm with Vision Transformers, and with Swin Transformers.
+_VITS = ('vision_transformer', 'deit', 'eva')
+_SWIN = ('swin_transformer',)
+
 
 def create_encoder(
     model: str,
@@ -51,10 +55,10 @@ def create_encoder(
         raise ValueError(f'model must be the name of a timm model, got {model!r}{hint}')
 
     kwargs: dict[str, Any] = {}
-    swin = is_model_in_modules(name, 'swin_transformer')
+    swin = is_model_in_modules(name, _SWIN)
     if drop_path_rate or swin:  # where timm's default is not 0
         kwargs['drop_path_rate'] = drop_path_rate
-    if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
+    if is_model_in_modules(name, _VITS):
         kwargs['dynamic_img_size'] = True
     elif swin:
         kwargs['strict_img_size'] = False
@@ -64,18 +68,42 @@ def create_encoder(
 
 
 def is_vit(model: nn.Module) -> bool:
-    """Whether a model is a plain Vision Transformer: patches that can be dropped.
+    """Whether a timm model is a plain Vision Transformer: patches that can be dropped.
 
-    Args:
-        model: A timm model.
-
-    Returns:
-        True for timm's ``VisionTransformer`` with a patch embedding (ViT, DeiT, DINOv2),
-        False for hybrids with a convolutional stem and for other families.
+    Such as ViT, DeiT and DINOv2, but not hybrids with a convolutional stem.
     """
     return isinstance(model, VisionTransformer) and isinstance(
         model.patch_embed, PatchEmbed
     )
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether a timm model is a Vision Transformer with a class token."""
+    return isinstance(model, VisionTransformer) and model.cls_token is not None
+
+
+def default_drop_path_rate(model: str) -> float:
+    """Return the stochastic depth rate of the student in DINO-MC.
+
+    0.1 for Vision Transformers, an option of DINO, and 0.2 for Swin, where the paper's
+    code leaves torchvision's default.
+    """
+    name = timm_name(model)
+    if is_model_in_modules(name, _VITS):
+        return 0.1
+    return 0.2 if is_model_in_modules(name, _SWIN) else 0.0
+
+
+def check_patches(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
+    """Raise a ValueError unless whole patches of an encoder cover an image (H, W)."""
+    if is_vit(encoder):
+        patch = cast(Any, encoder).patch_embed.patch_size
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ValueError(
+                f'{name} must be a multiple of the patch size {patch[0]} of the '
+                f'model, got {size[0]} x {size[1]}. The nearest one is '
+                f'{max(1, round(size[0] / patch[0])) * patch[0]}'
+            )
 
 
 def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:

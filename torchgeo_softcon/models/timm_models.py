@@ -11,10 +11,11 @@ Nothing but timm is imported here: this module is loaded whenever timm is.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ _LAYERS = {
 _ANY_SIZE = {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True}
 _SIZE_256 = {**_ANY_SIZE, 'img_size': 256}
 
+#: How each model is built, by its name. An entry point names each of them as well.
 _MODELS = {
     'softcon_resnet50': _Model('resnet50', 'ResNet50_Weights', _SOFTCON, {}),
     'softcon_vit_small_patch14_224': _Model(
@@ -96,20 +98,13 @@ _MODELS = {
 
 
 def timm_name(model: str) -> str:
-    """Name of timm's model of the same architecture.
-
-    Args:
-        model: Name of a model of timm or of this module, also with a tag.
-
-    Returns:
-        The name without tag, of timm's model if it is one of this module.
-    """
+    """Return the name of timm's model of the same architecture, without a tag."""
     name = model.split('/')[-1].split('.')[0]
     return _MODELS[name].timm_name if name in _MODELS else name
 
 
 def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
-    """What timm wants to know of pretrained weights."""
+    """Return what timm wants to know of pretrained weights."""
     rgb = model.bands is _DINO_MC
     size = model.options.get('img_size', 224)
     family = next(name for name in _LAYERS if name in model.timm_name)
@@ -118,8 +113,8 @@ def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
         'url': f'{_SCHEME}{model.enum}.{tag.upper()}',
         'input_size': (channels, size, size),
         'num_classes': 0,
-        'mean': (0.485, 0.456, 0.406) if rgb else (0.0,) * channels,
-        'std': (0.229, 0.224, 0.225) if rgb else (1.0,) * channels,
+        'mean': IMAGENET_DEFAULT_MEAN if rgb else (0.0,) * channels,
+        'std': IMAGENET_DEFAULT_STD if rgb else (1.0,) * channels,
         'origin_url': 'https://github.com/'
         + ('WennyXY/DINO-MC' if rgb else 'zhu-xlab/softcon'),
         'paper_ids': 'arXiv:2303.06670' if rgb else 'arXiv:2405.20462',
@@ -139,7 +134,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -> str:
-    """Which weights fit: those asked for, else the first that have the bands."""
+    """Return the weights that fit: those asked for, else the first with the bands."""
     known = _MODELS[name].bands
     if tag is not None:
         if tag not in known:
@@ -156,7 +151,7 @@ def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -
 
 
 def _get(cfg: Any, key: str) -> Any:
-    """An entry of a configuration, which timm has as a dict or as an object."""
+    """Return an entry of a configuration, which timm has as a dict or as an object."""
     return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
 
 
@@ -167,7 +162,7 @@ def _is_ours(cfg: Any) -> bool:
 
 
 def _own_tag(name: str, cfg: Any) -> str:
-    """The tag that a configuration of ours stands for."""
+    """Return the tag that a configuration of ours stands for."""
     enum, _, member = _get(cfg, 'url').removeprefix(_SCHEME).partition('.')
     if enum != _MODELS[name].enum:
         raise ValueError(
@@ -295,58 +290,17 @@ def _read(
     return state_dict
 
 
-def softcon_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-50 of SoftCon."""
-    return _create('softcon_resnet50', pretrained, **kwargs)
+def _builder(name: str) -> Callable[..., nn.Module]:
+    """Return what timm calls to create a model of this module."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, pretrained, **kwargs)
+
+    model = _MODELS[name]
+    # What timm registers it by
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f'Create {model.timm_name} for the weights of {model.enum}.'
+    return create
 
 
-def softcon_vit_small_patch14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/14 of SoftCon."""
-    return _create('softcon_vit_small_patch14_224', pretrained, **kwargs)
-
-
-def softcon_vit_base_patch14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/14 of SoftCon."""
-    return _create('softcon_vit_base_patch14_224', pretrained, **kwargs)
-
-
-def softcon_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/16, converted from SoftCon's ViT-S/14."""
-    return _create('softcon_vit_small_patch16_224', pretrained, **kwargs)
-
-
-def softcon_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16, converted from SoftCon's ViT-B/14."""
-    return _create('softcon_vit_base_patch16_224', pretrained, **kwargs)
-
-
-def softcon_vit_small_patch16_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/16 at 256 pixels, with the features of SoftCon's ViT-S/14 at 224 pixels."""
-    return _create('softcon_vit_small_patch16_256', pretrained, **kwargs)
-
-
-def softcon_vit_base_patch16_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-B/16 at 256 pixels, with the features of SoftCon's ViT-B/14 at 224 pixels."""
-    return _create('softcon_vit_base_patch16_256', pretrained, **kwargs)
-
-
-def dinomc_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-50 of DINO-MC and DINO-TP."""
-    return _create('dinomc_resnet50', pretrained, **kwargs)
-
-
-def dinomc_wide_resnet50_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide ResNet-50-2 of DINO-MC and DINO-TP."""
-    return _create('dinomc_wide_resnet50_2', pretrained, **kwargs)
-
-
-def dinomc_vit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-S/8 of DINO-MC and DINO-TP."""
-    return _create('dinomc_vit_small_patch8_224', pretrained, **kwargs)
-
-
-def dinomc_swin_tiny_patch4_window7_224(
-    pretrained: bool = False, **kwargs: Any
-) -> nn.Module:
-    """Swin-T of DINO-MC and DINO-TP, equal to torchvision's at 224 pixels only."""
-    return _create('dinomc_swin_tiny_patch4_window7_224', pretrained, **kwargs)
+globals().update({name: _builder(name) for name in _MODELS})

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torchvision.transforms.v2 as T
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .._compat import Weights, WeightsEnum, host_weights
@@ -35,8 +36,26 @@ _PATCH_SIZES = {
     'vit_base_patch16_224': 16,
 }
 
-#: Mean and standard deviation of ImageNet, used by DINO-MC.
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+#: Files of DINO-MC and DINO-TP on Google Drive, as linked from
+#: https://github.com/WennyXY/DINO-MC#readme.
+_DRIVE_IDS = {
+    'resnet50': (
+        '1Tku4QoQDc3BU1BOr8PzQWFPyVStUDsVE',
+        '1mHR9uv5G7-9FpEzGBvdEOcJcWbnHOGEV',
+    ),
+    'wide_resnet50_2': (
+        '1WlNDoks3Uo_Al5pUHWrhQpljDrt4Ip__',
+        '1MoclNnRlSGOKhudm5lreDYSxYJqciQar',
+    ),
+    'swin_t': (
+        '1rod3PxdZ2OGqNJxLp5CAtXm7vIsLO7us',
+        '1E00rYPB2wFvnq7exmQwVRe1koQ98BECL',
+    ),
+    'vit_small_patch8_224': (
+        '18RqKqZYzigOjwbyNzLsys8bmwqxrNhyt',
+        '1BIRR56wCwTDlB4_eQTA0DpYYPHACHfxN',
+    ),
+}
 
 
 class EncoderWeights(WeightsEnum):
@@ -129,7 +148,7 @@ class EncoderWeights(WeightsEnum):
         return dict(state_dict)
 
     def _grid(self, img_size: int | None) -> int | None:
-        """Number of patches along each side, None without patches."""
+        """Return the number of patches along each side, None without patches."""
         if img_size is not None and not isinstance(img_size, Integral):
             raise ValueError(
                 'img_size must be the side of square images as a number, such as 224, '
@@ -148,65 +167,78 @@ class EncoderWeights(WeightsEnum):
         return int(size // patch)
 
 
-def _softcon(enum: str, sensor: str, model: str | None = None) -> Weights:
-    """Weights that the host has, with transforms to the range of the pretraining.
+def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
+    """Describe the weights of Sentinel-2 and Sentinel-1 that a host's enum has.
 
-    The host's transforms of the same weights are z-scores.
+    Transforms lead to the range of the pretraining; the host's are z-scores.
+
+    Args:
+        enum: Name of the host's enum.
+        model: Name of the model to convert them to, None for the host's.
     """
-    host = host_weights(enum, f'{sensor}_SOFTCON')
-    bands = SENTINEL1_BANDS if sensor == 'SENTINEL1_GRD' else SENTINEL2_BANDS
-    meta = {
-        'img_size': 224,
-        **host.meta,
-        'bands': bands,
-        # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
-        'license': 'Apache-2.0',
-        'value_range': (0, 1),
-    }
-    if model is not None:
-        meta.update(model=model, converted_from=meta['model'])
-    transforms = nn.Sequential(
-        T.Resize((256, 256)), T.CenterCrop(224), ToUnitRange.of(bands)
-    )
-    return Weights(url=host.url, transforms=transforms, meta=meta)
-
-
-def _dino_mc(method: str, model: str, drive_id: str) -> Weights:
-    """Weights on Google Drive, in training checkpoints.
-
-    The links are those of https://github.com/WennyXY/DINO-MC#readme. This form of them
-    does not ask for confirmation before large files.
-    """
-    short = method.replace('-', '')
-    return Weights(
-        url=(
-            'https://drive.usercontent.google.com/download'
-            f'?id={drive_id}&export=download&confirm=t'
-        ),
-        transforms=nn.Sequential(
-            T.Resize(256, T.InterpolationMode.BICUBIC),
-            T.CenterCrop(224),
-            T.ToDtype(torch.float32),
-            T.Normalize([0.0], [255.0]),
-            T.Normalize(*_IMAGENET),
-        ),
-        meta={
-            'dataset': 'SeCo Dataset',
-            'in_chans': 3,
+    result = []
+    for sensor, bands in (
+        ('SENTINEL2_ALL', SENTINEL2_BANDS),
+        ('SENTINEL1_GRD', SENTINEL1_BANDS),
+    ):
+        host = host_weights(enum, f'{sensor}_SOFTCON')
+        meta = {
             'img_size': 224,
-            'model': model,
-            'publication': 'https://arxiv.org/abs/2303.06670',
-            'repo': 'https://github.com/WennyXY/DINO-MC',
-            'ssl_method': method,
-            'bands': SENTINEL2_SUBSETS[3],
-            # The code is MIT; the links say nothing
-            'license': 'MIT (code), not stated (weights)',
+            **host.meta,
+            'bands': bands,
+            # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
+            'license': 'Apache-2.0',
             'value_range': (0, 1),
-            'mean': _IMAGENET[0],
-            'std': _IMAGENET[1],
-            'file': f'{short}_{model}.pth',
-        },
+        }
+        if model is not None:
+            meta.update(model=model, converted_from=meta['model'])
+        transforms = nn.Sequential(
+            T.Resize((256, 256)), T.CenterCrop(224), ToUnitRange.of(bands)
+        )
+        result.append(Weights(url=host.url, transforms=transforms, meta=meta))
+    return result[0], result[1]
+
+
+def _dino_mc(model: str) -> tuple[Weights, Weights]:
+    """Describe the training checkpoints of DINO-MC and DINO-TP on Google Drive.
+
+    Links of this form do not ask for confirmation before large files.
+    """
+    mc, tp = (
+        Weights(
+            url=(
+                'https://drive.usercontent.google.com/download'
+                f'?id={drive_id}&export=download&confirm=t'
+            ),
+            transforms=nn.Sequential(
+                T.Resize(256, T.InterpolationMode.BICUBIC),
+                T.CenterCrop(224),
+                T.ToDtype(torch.float32),
+                T.Normalize([0.0], [255.0]),
+                T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            ),
+            meta={
+                'dataset': 'SeCo Dataset',
+                'in_chans': 3,
+                'img_size': 224,
+                'model': model,
+                'publication': 'https://arxiv.org/abs/2303.06670',
+                'repo': 'https://github.com/WennyXY/DINO-MC',
+                'ssl_method': method,
+                'bands': SENTINEL2_SUBSETS[3],
+                # The code is MIT; the links say nothing
+                'license': 'MIT (code), not stated (weights)',
+                'value_range': (0, 1),
+                'mean': IMAGENET_DEFAULT_MEAN,
+                'std': IMAGENET_DEFAULT_STD,
+                'file': f'{method.replace("-", "")}_{model}.pth',
+            },
+        )
+        for method, drive_id in zip(
+            ('dino-mc', 'dino-tp'), _DRIVE_IDS[model], strict=True
+        )
     )
+    return mc, tp
 
 
 class ResNet50_Weights(EncoderWeights):
@@ -230,14 +262,8 @@ class ResNet50_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_SOFTCON = _softcon('ResNet50_Weights', 'SENTINEL2_ALL')
-    SENTINEL1_SOFTCON = _softcon('ResNet50_Weights', 'SENTINEL1_GRD')
-    SENTINEL2_RGB_DINOMC = _dino_mc(
-        'dino-mc', 'resnet50', '1Tku4QoQDc3BU1BOr8PzQWFPyVStUDsVE'
-    )
-    SENTINEL2_RGB_DINOTP = _dino_mc(
-        'dino-tp', 'resnet50', '1mHR9uv5G7-9FpEzGBvdEOcJcWbnHOGEV'
-    )
+    SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ResNet50_Weights')
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('resnet50')
 
 
 class WideResNet50_2_Weights(EncoderWeights):
@@ -248,12 +274,7 @@ class WideResNet50_2_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_RGB_DINOMC = _dino_mc(
-        'dino-mc', 'wide_resnet50_2', '1WlNDoks3Uo_Al5pUHWrhQpljDrt4Ip__'
-    )
-    SENTINEL2_RGB_DINOTP = _dino_mc(
-        'dino-tp', 'wide_resnet50_2', '1MoclNnRlSGOKhudm5lreDYSxYJqciQar'
-    )
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('wide_resnet50_2')
 
 
 class Swin_T_Weights(EncoderWeights):
@@ -266,12 +287,7 @@ class Swin_T_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_RGB_DINOMC = _dino_mc(
-        'dino-mc', 'swin_t', '1rod3PxdZ2OGqNJxLp5CAtXm7vIsLO7us'
-    )
-    SENTINEL2_RGB_DINOTP = _dino_mc(
-        'dino-tp', 'swin_t', '1E00rYPB2wFvnq7exmQwVRe1koQ98BECL'
-    )
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('swin_t')
 
 
 class ViTSmall8_Weights(EncoderWeights):
@@ -282,12 +298,7 @@ class ViTSmall8_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_RGB_DINOMC = _dino_mc(
-        'dino-mc', 'vit_small_patch8_224', '18RqKqZYzigOjwbyNzLsys8bmwqxrNhyt'
-    )
-    SENTINEL2_RGB_DINOTP = _dino_mc(
-        'dino-tp', 'vit_small_patch8_224', '1BIRR56wCwTDlB4_eQTA0DpYYPHACHfxN'
-    )
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('vit_small_patch8_224')
 
 
 class ViTSmall14_DINOv2_Weights(EncoderWeights):
@@ -300,8 +311,7 @@ class ViTSmall14_DINOv2_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights', 'SENTINEL2_ALL')
-    SENTINEL1_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights', 'SENTINEL1_GRD')
+    SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights')
 
 
 class ViTBase14_DINOv2_Weights(EncoderWeights):
@@ -314,8 +324,7 @@ class ViTBase14_DINOv2_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_SOFTCON = _softcon('ViTBase14_DINOv2_Weights', 'SENTINEL2_ALL')
-    SENTINEL1_SOFTCON = _softcon('ViTBase14_DINOv2_Weights', 'SENTINEL1_GRD')
+    SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTBase14_DINOv2_Weights')
 
 
 class ViTSmall16_Weights(EncoderWeights):
@@ -332,11 +341,8 @@ class ViTSmall16_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_SOFTCON = _softcon(
-        'ViTSmall14_DINOv2_Weights', 'SENTINEL2_ALL', 'vit_small_patch16_224'
-    )
-    SENTINEL1_SOFTCON = _softcon(
-        'ViTSmall14_DINOv2_Weights', 'SENTINEL1_GRD', 'vit_small_patch16_224'
+    SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
+        'ViTSmall14_DINOv2_Weights', 'vit_small_patch16_224'
     )
 
 
@@ -348,9 +354,6 @@ class ViTBase16_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_SOFTCON = _softcon(
-        'ViTBase14_DINOv2_Weights', 'SENTINEL2_ALL', 'vit_base_patch16_224'
-    )
-    SENTINEL1_SOFTCON = _softcon(
-        'ViTBase14_DINOv2_Weights', 'SENTINEL1_GRD', 'vit_base_patch16_224'
+    SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
+        'ViTBase14_DINOv2_Weights', 'vit_base_patch16_224'
     )

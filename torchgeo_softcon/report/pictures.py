@@ -42,6 +42,10 @@ _COLOURS = [
 ]
 
 
+#: Colour of masked pixels, which no land has.
+_PINK = (0.93, 0.35, 0.75)
+
+
 class Display:
     """Shows images of any bands in colours, all on one scale."""
 
@@ -76,14 +80,7 @@ class Display:
         )
 
     def __call__(self, image: Tensor) -> Array:
-        """Return the colours of an image, in [0, 1].
-
-        Args:
-            image: Image of shape (C, H, W).
-
-        Returns:
-            Array of shape (H, W, 3).
-        """
+        """Return the colours in [0, 1], (H, W, 3), of an image of shape (C, H, W)."""
         bands = [
             ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
             for c, (low, high) in zip(self.channels, self.limits, strict=True)
@@ -146,7 +143,7 @@ def plot_views(
         for row, axis in enumerate(axes[:, 1 + number]):
             colours = show(view[row].nan_to_num())
             hidden = view[row].isnan().any(0)
-            colours[hidden.numpy()] = (0.93, 0.35, 0.75)  # no colour of any land
+            colours[hidden.numpy()] = _PINK
             axis.imshow(colours)
             if boxes:
                 left, top, right, bottom = (boxes[number][row] - 0.5).tolist()
@@ -161,12 +158,9 @@ def plot_views(
 def _draw_views(
     task: Any, batch: dict[str, Tensor]
 ) -> tuple[list[tuple[str, Tensor]], list[Tensor]] | None:
-    """Draw the views of a task, and find their boxes on the images.
+    """Draw views with titles, and find their boxes (B, 4) if the augmentations tell.
 
-    Returns:
-        Titles and views of shape (B, C, H, W), and for each view its boxes of shape
-        (B, 4), or no boxes where the augmentations do not tell them. None if the task
-        does not draw views.
+    None if the task does not draw views.
     """
     boxes: list[Tensor] = []
 
@@ -196,15 +190,7 @@ def _draw_views(
 
 
 def mask_view(task: Any, view: Tensor) -> Tensor:
-    """Draw a mask as the task does, with NaN for what is masked.
-
-    Args:
-        task: A :class:`.SoftConTask`.
-        view: Views of shape (B, C, H, W).
-
-    Returns:
-        The same with NaN.
-    """
+    """Mask views of shape (B, C, H, W) as a :class:`.SoftConTask` does, by NaN."""
     masking = task.masking
     if masking.ratio == 0:
         return view
@@ -219,14 +205,7 @@ def mask_view(task: Any, view: Tensor) -> Tensor:
 
 
 def label_similarities(labels: Tensor) -> Tensor:
-    """Compare labels: cosine similarity of multi-labels, or equality of classes.
-
-    Args:
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-
-    Returns:
-        Similarities of shape (N, N).
-    """
+    """Compare labels: cosine similarity of (N, K), or equality of class indices (N,)."""
     if labels.ndim == 1:
         return (labels[:, None] == labels).float()
     unit = F.normalize(labels.float())
@@ -234,16 +213,10 @@ def label_similarities(labels: Tensor) -> Tensor:
 
 
 def feature_similarities(features: Tensor) -> Tensor:
-    """Compare features: cosine similarity after subtracting their mean.
+    """Compare features of shape (N, F): cosine similarity after subtracting their mean.
 
     Without that, what all images share, such as the mean of a rectified layer, would
     make all of them look alike.
-
-    Args:
-        features: Features of shape (N, F).
-
-    Returns:
-        Similarities of shape (N, N).
     """
     unit = F.normalize(features.float() - features.float().mean(0))
     return unit @ unit.T
@@ -252,12 +225,7 @@ def feature_similarities(features: Tensor) -> Tensor:
 def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
     """Plot similarities of labels and of features, of all pairs of images.
 
-    Args:
-        features: Features of shape (N, F).
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-
-    Returns:
-        Two matrices and a scatter plot.
+    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,).
     """
     # Images with the same label side by side
     keys = labels[:, None] if labels.ndim == 1 else labels
@@ -299,16 +267,9 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
 def plot_neighbours(
     thumbnails: Sequence[Array], features: Tensor, labels: Tensor, count: int = 10
 ) -> Figure:
-    """Plot the nearest neighbours of some images.
+    """Plot *count* images with their five nearest neighbours by features (N, F).
 
-    Args:
-        thumbnails: Colours of the images.
-        features: Features of shape (N, F).
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-        count: Number of images to look from.
-
-    Returns:
-        A row per image: the image, and its five nearest neighbours.
+    Labels are multi-hot (N, K), or class indices (N,).
     """
     by_label, similarity = label_similarities(labels), feature_similarities(features)
     similarity.fill_diagonal_(-math.inf)
@@ -339,15 +300,10 @@ def plot_neighbours(
 
 
 def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
-    """Compute the patch tokens, or the last feature map, of some images.
-
-    Args:
-        encoder: A timm model.
-        image: Images of shape (B, C, H, W).
+    """Return patch tokens, or the last feature map, of images of shape (B, C, H, W).
 
     Returns:
-        Tokens of shape (B, h, w, F), or None if the encoder has no map of at least
-        4 x 4.
+        Tokens of shape (B, h, w, F), None if there are fewer than 4 x 4.
     """
     model: Any = encoder
     tokens = model.forward_features(image)
@@ -363,15 +319,7 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
 
 
 def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
-    """Plot three principal components of patch tokens as red, green and blue.
-
-    Args:
-        tokens: Tokens of shape (B, h, w, F).
-        thumbnails: Colours of the images.
-
-    Returns:
-        Images above, components below.
-    """
+    """Plot images, and below three principal components of their tokens (B, h, w, F)."""
     flat = tokens.float().flatten(0, 2)
     centred = flat - flat.mean(0)
     _, values, right = torch.linalg.svd(centred, full_matrices=False)
@@ -407,16 +355,7 @@ def plot_classes(
     thumbnails: Sequence[Array],
     product: LandCoverProduct = WORLDCOVER,
 ) -> Figure:
-    """Plot the land cover of some images.
-
-    Args:
-        masks: Codes of *product* of shape (H, W).
-        thumbnails: Colours of the images.
-        product: The land-cover product.
-
-    Returns:
-        Images above, classes below, with a legend.
-    """
+    """Plot images, and below the classes of their masks (H, W), with a legend."""
     colours = np.ones((256, 4))  # white where there is no data
     colours[list(product.codes)] = [product.colors[code] for code in product.codes]
     colours[list(product.codes)] /= 255

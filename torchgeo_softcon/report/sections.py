@@ -5,15 +5,18 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
+from ..evaluation.features import prepare
 from ..models import is_vit
 from ..models.checkpoints import read_checkpoint
 from ..models.encoders import Encoder
@@ -31,14 +34,9 @@ from .samples import Gallery, collect
 
 
 def run_augmentations(config: Path) -> nn.Module | None:
-    """The augmentations of a run, which its checkpoints do not have.
+    """Read the augmentations of a run, which its checkpoints do not have, from a YAML file.
 
-    Args:
-        config: Configuration of the run, as the command line has saved it.
-
-    Returns:
-        The augmentations, None if the run had those of its task or if they are no part of
-        this package.
+    None if the run had those of its task, or some that are no part of this package.
     """
     if not config.is_file():
         return None
@@ -58,14 +56,9 @@ def run_augmentations(config: Path) -> nn.Module | None:
 
 
 def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
-    """Rebuild the task of a checkpoint with the augmentations of its run.
+    """Rebuild the task of a checkpoint in training mode, with the run's augmentations.
 
-    Args:
-        checkpoint: Path of the checkpoint.
-        content: What is in it, from :func:`.read_checkpoint`.
-
-    Returns:
-        The task in training mode, or None if the checkpoint is of something else.
+    None if the checkpoint, whose *content* is read already, is of something else.
     """
     config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
     augmentations = run_augmentations(config)
@@ -74,15 +67,7 @@ def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
 
 
 def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
-    """Whether a run had other augmentations than the task that was made of it.
-
-    Args:
-        content: What is in a checkpoint of the run.
-        task: From :func:`load_task`.
-
-    Returns:
-        True if the checkpoint tells so.
-    """
+    """Tell whether a checkpoint notes other augmentations than the rebuilt task has."""
     own = task.unsaved()['augmentations']
     return bool(content.get('unsaved', {}).get('augmentations', own) != own)
 
@@ -95,7 +80,7 @@ def picture_sections(
     split: str | None = None,
     count: int = 200,
 ) -> Iterator[Section]:
-    """Pictures of what an encoder makes of data.
+    """Draw what an encoder makes of data.
 
     Args:
         encoder: The encoder.
@@ -109,55 +94,35 @@ def picture_sections(
     """
     gallery = collect(encoder, datamodule, split, count)
     yield _views(gallery, checkpoint)
-    features, labels, thumbnails = gallery.labelled()
-    number = f'{len(features)} images of the {gallery.split} split'
-    if labels is None or len(labels) < 2:
-        text = f'The {gallery.split} split has no labels.'
-        yield Section('similarities', 'Labels and embeddings', text)
-    else:
-        yield Section(
-            'similarities',
-            'Labels and embeddings',
-            f'Pairs among {number}. Label similarity is the cosine of multi-labels (or '
-            'whether classes are the same), embedding similarity the cosine of features '
-            'minus their mean. Blocks that are in both matrices, and medians that rise, '
-            'mean that the encoder finds the labels.',
-            plot_similarities(features, labels),
-        )
-        yield Section(
-            'neighbours',
-            'Nearest neighbours',
-            f'Ten of {number}, and the five most similar among all. Below each: '
-            'similarity of the embedding | of the label. '
-            f'{gallery.show.caption}, all images on one scale.',
-            plot_neighbours(thumbnails, features, labels),
-        )
+    yield from _comparisons(gallery)
     yield _components(gallery, encoder)
     yield _classes(gallery)
 
 
 def _views(gallery: Gallery, checkpoint: str | None) -> Section:
-    title = 'Views as the model sees them'
+    section = Section(
+        'views',
+        'Views as the model sees them',
+        'The checkpoint is not of a task of this package that draws views.',
+    )
     content = {} if checkpoint is None else read_checkpoint(checkpoint)
     task = None if checkpoint is None else load_task(checkpoint, content)
-    figure = None
-    if task is not None:
-        torch.manual_seed(0)
-        samples = [s for s in gallery.samples if 'label' in s][:6] or gallery.samples[
-            :6
-        ]
-        batch: dict[str, Any] = {
-            key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
-            for key in ('image', 'label')
-            if key in samples[0]
-        }
-        try:
-            figure = plot_views(task, batch, gallery.bands)
-        except ValueError as error:
-            return Section('views', title, f'The views cannot be drawn: {error}')
+    if task is None:
+        return section
+    torch.manual_seed(0)
+    labelled = [sample for sample in gallery.samples if 'label' in sample]
+    samples = (labelled or gallery.samples)[:6]
+    batch: dict[str, Tensor] = {
+        key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+        for key in ('image', 'label')
+        if key in samples[0]
+    }
+    try:
+        figure = plot_views(task, batch, gallery.bands)
+    except ValueError as error:
+        return replace(section, text=f'The views could not be drawn: {error}')
     if figure is None:
-        text = 'The checkpoint is not of a task of this package that draws views.'
-        return Section('views', title, text)
+        return section
     text = (
         'Drawn anew from the images on the left. The frame of a view has the colour of '
         'its box on the image. '
@@ -169,34 +134,63 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         )
     if hasattr(task, 'masking'):
         text += 'Pink patches are masked. '
-    return Section(
-        'views', title, f'{text}{gallery.show.caption}, on one scale.', figure
+    text += f'{gallery.show.caption}, on one scale.'
+    return replace(section, text=text, figure=figure)
+
+
+def _comparisons(gallery: Gallery) -> list[Section]:
+    """Compare labels and features of all images whose label is known."""
+    features, labels, thumbnails = gallery.labelled()
+    similarities = Section(
+        'similarities',
+        'Labels and embeddings',
+        f'The {gallery.split} split has no labels.',
     )
+    if labels is None or len(labels) < 2:
+        return [similarities]
+    number = f'{len(features)} images of the {gallery.split} split'
+    return [
+        replace(
+            similarities,
+            text=f'Pairs among {number}. Label similarity is the cosine of multi-labels '
+            '(or whether classes are the same), embedding similarity the cosine of '
+            'features minus their mean. Blocks that are in both matrices, and medians '
+            'that rise, mean that the encoder finds the labels.',
+            figure=plot_similarities(features, labels),
+        ),
+        Section(
+            'neighbours',
+            'Nearest neighbours',
+            f'Ten of {number}, and the five most similar among all. Below each: '
+            'similarity of the embedding | of the label. '
+            f'{gallery.show.caption}, all images on one scale.',
+            plot_neighbours(thumbnails, features, labels),
+        ),
+    ]
 
 
 def _components(gallery: Gallery, encoder: Encoder) -> Section:
-    title = 'Patch tokens'
     images = torch.stack([sample['image'] for sample in gallery.samples])
-    images = images[:, : encoder.in_channels] if images.ndim == 4 else images[:, 0]
+    images, _ = prepare(images, encoder.in_channels, None, first=True)
     if is_vit(encoder.model):
         vit: Any = encoder.model
         patch = vit.patch_embed.patch_size[0]
         side = int(-(-min(images.shape[-2:]) // patch) * patch)
-        images = torch.nn.functional.interpolate(images, (side, side), mode='bilinear')
+        images = F.interpolate(images, (side, side), mode='bilinear')
     tokens = patch_tokens(encoder.model, images)
-    if tokens is None:
-        text = (
-            f'The last feature map of {encoder.name} is smaller than 4 x 4 for images of '
-            f'{images.shape[-1]} pixels: too coarse to show.'
-        )
-        return Section('components', title, text)
+    figure = None
     text = (
-        'The first three principal components of the last tokens, over all images '
-        'together, as red, green and blue: what has the same colour is the same to the '
-        'encoder. Fields and shores that stand out are a good sign.'
+        f'The last feature map of {encoder.name} is smaller than 4 x 4 for images of '
+        f'{images.shape[-1]} pixels: too coarse to show.'
     )
-    figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
-    return Section('components', title, text, figure)
+    if tokens is not None:
+        text = (
+            'The first three principal components of the last tokens, over all images '
+            'together, as red, green and blue: what has the same colour is the same to '
+            'the encoder. Fields and shores that stand out are a good sign.'
+        )
+        figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
+    return Section('components', 'Patch tokens', text, figure)
 
 
 def _classes(gallery: Gallery) -> Section:

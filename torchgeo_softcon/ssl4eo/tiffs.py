@@ -223,7 +223,7 @@ class TiffArchive(Archive):
                 with open_raster(path) as source:
                     actual = source.dtypes[0], (source.height, source.width)
                     self._check(path, band, *actual)
-                    yield band, source, read_raster(source, path, [1])[0]
+                    yield band, source, read_raster(source, [1])[0]
 
     def _check(self, path: Path, band: str, dtype: str, shape: tuple[int, int]) -> None:
         field = self.dtype[band]

@@ -35,19 +35,25 @@ from ..models import (
 from ..models.checkpoints import Branch
 from ..models.encoders import PRETRAINING
 from ..models.input_layer import InputLayerInit, input_layer
+from ..models.loading import check_patches
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
-from .checkpointing import checkpoint_activations, paused_statistics
 from .guard import NonFiniteGuard
-from .memory_format import contiguous, follow_parameters, set_memory_format
+from .memory import (
+    checkpoint_activations,
+    contiguous,
+    follow_parameters,
+    paused_statistics,
+    set_memory_format,
+)
 from .optimizers import (
     OptimizerName,
+    cosine_warmup,
     create_optimizer,
     parameter_groups,
     peak_lr,
     run_length,
 )
-from .schedules import cosine_warmup
 
 #: How the hyperparameters that tasks share are checked.
 _CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
@@ -139,14 +145,7 @@ class PretrainingTask(BaseTask):
         return ()
 
     def momentum_at(self, step: int) -> float:
-        """EMA momentum of an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A cosine from *momentum* to *momentum_final*.
-        """
+        """Return the EMA momentum of an optimizer step: a cosine over the run."""
         return cosine_warmup(step, self.total_steps, *self.momentum)
 
     def create_encoder(self, drop_path_rate: float = 0.0) -> nn.Module:
@@ -155,12 +154,9 @@ class PretrainingTask(BaseTask):
         Args:
             drop_path_rate: Stochastic depth rate of the last block.
 
-        Returns:
-            The encoder.
-
         Raises:
-            ValueError: If *drop_path_rate* is out of range, or *model*, *weights*, *bands*
-                and *size* do not fit each other.
+            ValueError: If an option is out of range, or *model*, *weights*, *bands* and
+                *size* do not fit each other.
         """
         self._check_options()
         if not 0 <= drop_path_rate < 1:
@@ -198,61 +194,26 @@ class PretrainingTask(BaseTask):
             check_choice(name, self.option(name), choices)
 
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
-        """Copy the encoder into its teacher, and let it save memory if asked to.
-
-        Args:
-            encoder: The trained encoder.
-
-        Returns:
-            The teacher, which keeps no activations anyway.
-
-        Raises:
-            ValueError: If *grad_checkpointing* is not possible.
-        """
+        """Copy the encoder into its teacher, then let it save memory if asked to."""
         teacher = make_teacher(encoder)
         if self.option('grad_checkpointing'):
             checkpoint_activations(encoder, self.hparams['model'])
         return teacher
 
     def try_sizes(self, encoder: nn.Module) -> int:
-        """Find out whether an encoder takes the sizes of the views.
-
-        Args:
-            encoder: The encoder.
-
-        Returns:
-            Its number of features F.
-
-        Raises:
-            ValueError: If it does not take them.
-        """
+        """Return the number of features of an encoder, if it takes the sizes of views."""
         size = self.hparams['size']
-        self._check_divisible(encoder, (size, size), 'size')
+        check_patches(encoder, (size, size), 'size')
         return feature_size(encoder, self.hparams['in_channels'], size)
-
-    @staticmethod
-    def _check_divisible(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
-        """Check that patches cover an image."""
-        if is_vit(encoder):
-            patch = cast(Any, encoder).patch_embed.patch_size
-            if size[0] % patch[0] or size[1] % patch[1]:
-                raise ValueError(
-                    f'{name} must be a multiple of the patch size {patch[0]} of the '
-                    f'model, got {size[0]} x {size[1]}. The nearest one is '
-                    f'{max(1, round(size[0] / patch[0])) * patch[0]}'
-                )
 
     @contextmanager
     def step_rng(self, batch_idx: int) -> Iterator[None]:
         """Draw the random numbers of a step from its own seed.
 
-        The seed depends on the run, the rank and the step alone. A resumed run therefore
-        draws what an uninterrupted run draws, and ranks draw differently. PyTorch's
-        global generators are as before afterwards.
-
-        Args:
-            batch_idx: Index of the batch, which tells the batches of one gradient
-                accumulation apart.
+        The seed depends on the run, the rank, the step and *batch_idx* (which tells the
+        batches of one gradient accumulation apart) alone. A resumed run therefore draws what
+        an uninterrupted run draws, and ranks draw differently. PyTorch's global generators
+        are as before afterwards.
         """
         if not hasattr(self, '_seed'):
             # Once per run, because it waits for the device
@@ -265,34 +226,18 @@ class PretrainingTask(BaseTask):
             yield
 
     def read_image(self, batch: Sample, seasons: bool) -> Tensor:
-        """Images of a batch.
+        """Return the images of a batch, shape (B, T, C, H, W).
 
         Args:
             batch: Mini-batch with *image*, see :func:`.split_seasons`.
             seasons: Whether the options of the task ask for several seasons.
-
-        Returns:
-            Images of shape (B, T, C, H, W).
-
-        Raises:
-            ValueError: If there are none, or their number of bands does not fit.
         """
         if 'image' not in batch:
             raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
         return split_seasons(batch['image'], self.hparams['in_channels'], seasons)
 
     def augment(self, image: Tensor) -> Tensor:
-        """Draw one view of each image.
-
-        Args:
-            image: Images of shape (B, C, H, W).
-
-        Returns:
-            Views of shape (B, C, size, size).
-
-        Raises:
-            ValueError: If *augmentations* gives another shape.
-        """
+        """Draw a view (B, C, size, size) of each of the images (B, C, H, W)."""
         size = self.hparams['size']
         view = self.augmentations(image)
         if view.shape != (*image.shape[:2], size, size):
@@ -304,17 +249,14 @@ class PretrainingTask(BaseTask):
         return view.to(self.dtype)
 
     def unsaved(self) -> dict[str, str]:
-        """Arguments that a checkpoint may not hold, in words, to compare on loading."""
+        """Return the arguments that a checkpoint may not hold, in words."""
         return {'augmentations': repr(self.augmentations)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out augmentations, and refuse to overwrite a good checkpoint.
+        """Refuse to overwrite a good checkpoint, leave out augmentations, note the task.
 
-        Noted are the task, its method and its branches, and whether images were scaled as
+        Noted are its class, method and branches, and whether images were scaled as
         :class:`.ToUnitRange` does, if the datamodule tells.
-
-        Args:
-            checkpoint: The checkpoint.
 
         Raises:
             NonFiniteLossError: If a loss was not finite.
@@ -336,14 +278,7 @@ class PretrainingTask(BaseTask):
         checkpoint['unit_range'] = getattr(datamodule, 'unit_range', False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what the checkpoint does not hold from this task.
-
-        Args:
-            checkpoint: The checkpoint.
-
-        Warns:
-            UserWarning: If it was made with other arguments, see :meth:`unsaved`.
-        """
+        """Take what the checkpoint does not hold from this task, and warn if it differs."""
         for key, value in self.state_dict().items():
             if key.startswith('augmentations.'):
                 checkpoint['state_dict'][key] = value
@@ -368,22 +303,11 @@ class PretrainingTask(BaseTask):
             follow_parameters(optimizer)
 
     def on_train_epoch_end(self) -> None:
-        """Check all losses of the epoch.
-
-        Raises:
-            NonFiniteLossError: If a loss was not finite.
-        """
+        """Check all losses of the epoch, see :class:`.NonFiniteGuard`."""
         self.guard.check()
 
     def warmup_steps(self, name: str) -> int:
-        """Number of optimizer steps of a start, at most one half of the run.
-
-        Args:
-            name: Name of the hyperparameter that gives it in epochs.
-
-        Returns:
-            The number of steps.
-        """
+        """Return the steps of a start that *name* gives in epochs, at most half of the run."""
         epochs = self.option(name)
         steps = round(epochs * self.epoch_steps)
         if steps > self.total_steps // 2:
@@ -395,14 +319,11 @@ class PretrainingTask(BaseTask):
         return steps
 
     def configure_optimizers(self) -> Any:
-        """Initialize the optimizer and the learning rate schedule.
+        """Return the optimizer and the learning rate schedule.
 
         The peak learning rate is *lr* times the images per optimizer step over 256. It
         rises linearly during the warm-up and falls as a cosine to *lr_final*, or to zero
         for tasks without, per step.
-
-        Returns:
-            Optimizer and learning rate scheduler.
 
         Raises:
             ValueError: If the run has no end or its precision is too low.
@@ -435,13 +356,7 @@ class PretrainingTask(BaseTask):
         }
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients; batch norm does not see twice what is computed twice.
-
-        Args:
-            loss: The loss.
-            *args: Of Lightning.
-            **kwargs: Of Lightning.
-        """
+        """Compute gradients; batch norm does not see twice what is computed twice."""
         again = self.modules() if self.option('grad_checkpointing') else ()
         with paused_statistics(again):
             super().backward(loss, *args, **kwargs)
@@ -451,10 +366,6 @@ class PretrainingTask(BaseTask):
 
         Called once per optimizer step, so gradient accumulation does not change the
         teacher.
-
-        Args:
-            *args: Arguments of Lightning's hook.
-            **kwargs: Keyword arguments of Lightning's hook.
         """
         super().optimizer_step(*args, **kwargs)
         momentum = self.momentum_at(self.global_step)
@@ -462,19 +373,16 @@ class PretrainingTask(BaseTask):
             update_ema(student, teacher, momentum)
 
     def schedules(self) -> dict[str, float]:
-        """What the schedules say at this step, to be logged."""
+        """Return what the schedules say at this step, to be logged."""
         values = {'lr': self.trainer.optimizers[0].param_groups[0]['lr']}
         if self.ema_pairs():
             values['momentum'] = self.momentum_at(self.global_step)
         return values
 
     def log_step(self, values: dict[str, Tensor], batch_size: int) -> None:
-        """Log the losses and where the schedules are.
+        """Log scalars (*train_loss* among them) and where the schedules are.
 
-        Args:
-            values: Scalars by name, *train_loss* among them. They are not read here, only
-                when Lightning's loggers need them.
-            batch_size: Number of images B.
+        They are not read here, only when Lightning's loggers need them.
         """
         if self._trainer is None:
             return
@@ -487,33 +395,14 @@ class PretrainingTask(BaseTask):
         self.log_dict({**values, **filled}, batch_size=batch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute features with the encoder that is exported.
-
-        Args:
-            x: Images of shape (B, C, H, W).
-
-        Returns:
-            Features of shape (B, F).
-
-        Raises:
-            ValueError: If the image is not covered by whole patches.
-        """
-        self._check_divisible(self.model, tuple(x.shape[-2:]), 'image size')
+        """Return the features (B, F) of images (B, C, H, W) by the exported encoder."""
+        check_patches(self.model, tuple(x.shape[-2:]), 'image size')
         return cast(Tensor, self.model(x))
 
     def predict_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the features of a batch.
-
-        Args:
-            batch: Mini-batch with *image*, see :func:`.split_seasons`.
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-
-        Returns:
-            Features of shape (B, F), of several seasons their mean.
-        """
+        """Return the features (B, F) of a batch, of several seasons their mean."""
         image = split_seasons(batch['image'], self.hparams['in_channels'])
         features = self(image.flatten(0, 1).to(self.dtype))
         return features.unflatten(0, image.shape[:2]).mean(1)

@@ -12,44 +12,25 @@ from typing import Any, Literal, cast, get_args
 import torch
 from lightly.utils.debug import std_of_l2_normalized
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_counts, check_not_negative, check_positive
+from .._checks import check_choice, check_counts, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
-from ..models.timm_models import timm_name
+from ..models.loading import default_drop_path_rate
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .base import PretrainingTask
-from .optimizers import OptimizerName, clip_each_gradient
-from .schedules import cosine_warmup
+from .guard import plateau_message
+from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
 _PLATEAU_STEPS, _PLATEAU_WIDTH = 200, 1e-3
-
-
-def default_drop_path_rate(model: str) -> float:
-    """Stochastic depth rate of the student in DINO-MC.
-
-    0.1 for Vision Transformers, an option of DINO, and 0.2 for Swin, where the paper's
-    code leaves torchvision's default.
-
-    Args:
-        model: Name of a timm model.
-
-    Returns:
-        The rate.
-    """
-    name = timm_name(model)
-    if is_model_in_modules(name, ('vision_transformer', 'deit', 'eva')):
-        return 0.1
-    return 0.2 if is_model_in_modules(name, ('swin_transformer',)) else 0.0
 
 
 class DINOMCTask(PretrainingTask):
@@ -159,7 +140,7 @@ class DINOMCTask(PretrainingTask):
             value_range: Smallest and largest value that images can have, such as (0, 1).
                 Given for 3 bands, colours change as in the paper. None clips nothing.
             drop_path_rate: Stochastic depth rate of the student. Defaults to
-                :func:`default_drop_path_rate`. The teacher has none.
+                :func:`~torchgeo_softcon.models.loading.default_drop_path_rate`. The teacher has none.
             output_dim: Number of prototypes K.
             hidden_dim: Width of the head.
             bottleneck_dim: Number of features that the prototypes are compared with.
@@ -192,14 +173,12 @@ class DINOMCTask(PretrainingTask):
                 :func:`~torchgeo_softcon.modules.encode_crops`: ``'auto'``, all of them at
                 once (``'packed'``, Vision Transformers only), or one batch per size
                 (``'by_size'``).
-            grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
-                only, and computes the rest again in the backward pass: the same results
-                from less memory in more time, with a Trainer. Not for all families of
-                models.
-            channels_last: Whether the weights of the encoders have the channels of a pixel
-                side by side in memory, which is faster for convolutions. None does so for
-                encoders with more than one convolution. Checkpoints and exports do not show
-                it; safetensors refuses to save a live encoder of this kind.
+            grad_checkpointing: Whether to compute activations of the trainable encoder
+                again in the backward pass: the same results from less memory in more
+                time, with a Trainer. Not for all models.
+            channels_last: Whether parameters of encoders lie in memory with channels
+                last, which is faster for convolutions. None: with more than one of
+                them. Files do not show it; safetensors refuses to save a live encoder.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
                 teacher sees first. Defaults to
@@ -221,11 +200,8 @@ class DINOMCTask(PretrainingTask):
             teacher_temperature_epochs=teacher_temperature_epochs,
             weight_decay_final=weight_decay_final,
         )
-        if teacher_statistics not in ('own', 'student'):
-            raise ValueError(
-                f"teacher_statistics must be 'own' or 'student', got "
-                f'{teacher_statistics!r}'
-            )
+        check_choice('teacher_statistics', teacher_statistics, ('own', 'student'))
+        check_choice('crop_batching', crop_batching, get_args(CropBatching))
 
         if augmentations is None:
             augmentations = MultiCropView(
@@ -276,10 +252,6 @@ class DINOMCTask(PretrainingTask):
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
-        if batching not in get_args(CropBatching):
-            raise ValueError(
-                f'crop_batching must be one of {get_args(CropBatching)}, got {batching!r}'
-            )
         at_once = {'crop_batching': batching == 'packed', 'compile_encoder': compiled}
         if any(at_once.values()) and not can_pack(self.student):
             name = next(name for name, asked in at_once.items() if asked)
@@ -297,17 +269,7 @@ class DINOMCTask(PretrainingTask):
         )
 
     def try_sizes(self, encoder: nn.Module) -> int:
-        """Find out whether an encoder takes the sizes of all crops.
-
-        Args:
-            encoder: The encoder.
-
-        Returns:
-            Its number of features F.
-
-        Raises:
-            ValueError: If it does not take them.
-        """
+        """Return the number of features of an encoder, if it takes the sizes of all crops."""
         size = None
         try:
             with torch.no_grad():
@@ -334,28 +296,13 @@ class DINOMCTask(PretrainingTask):
         return [(self.student, self.model), (self.head, self.teacher_head)]
 
     def weight_decay_at(self, step: int) -> float:
-        """Weight decay of an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A cosine from *weight_decay* to *weight_decay_final*.
-        """
+        """Return the weight decay of an optimizer step: a cosine over the run."""
         start = self.hparams['weight_decay']
         final = self.hparams['weight_decay_final']
         return cosine_warmup(step, self.total_steps, start, final)
 
     def teacher_temperature_at(self, step: int) -> float:
-        """Temperature of the teacher at an optimizer step.
-
-        Args:
-            step: Index of the optimizer step.
-
-        Returns:
-            A line from *warmup_teacher_temperature* to *teacher_temperature*, then the
-            latter.
-        """
+        """Return the temperature of the teacher at a step: a line, then a constant."""
         final = self.hparams['teacher_temperature']
         return cosine_warmup(
             step,
@@ -367,7 +314,7 @@ class DINOMCTask(PretrainingTask):
         )
 
     def schedules(self) -> dict[str, float]:
-        """What the schedules say at this step, to be logged."""
+        """Return what the schedules say at this step, to be logged."""
         return {
             **super().schedules(),
             'weight_decay': self.weight_decay_at(self.global_step),
@@ -375,14 +322,7 @@ class DINOMCTask(PretrainingTask):
         }
 
     def configure_optimizers(self) -> Any:
-        """Initialize the optimizer and the learning rate schedule.
-
-        Returns:
-            Optimizer and learning rate scheduler.
-
-        Raises:
-            ValueError: If the run has no end or its precision is too low.
-        """
+        """Return the optimizer and the schedules, see the base class."""
         optimizers = super().configure_optimizers()
         self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
         self._frozen_steps = self.warmup_steps('freeze_last_layer')
@@ -396,11 +336,8 @@ class DINOMCTask(PretrainingTask):
     ) -> None:
         """Leave the prototypes alone in the first steps, and clip gradients.
 
-        Args:
-            optimizer: The optimizer.
-            gradient_clip_val: Largest norm of all gradients together, if the trainer
-                sets it. Otherwise, *clip_grad* is used.
-            gradient_clip_algorithm: Lightning's way to clip.
+        By the norm of all together if the trainer says so (*gradient_clip_val*), else each
+        by itself (*clip_grad*).
         """
         # Both: an epoch may be of unknown length, or the run of one epoch
         epochs = self.hparams['freeze_last_layer']
@@ -414,12 +351,7 @@ class DINOMCTask(PretrainingTask):
             clip_each_gradient(self.parameters(), self.hparams['clip_grad'])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the optimizer, then move the teacher and its centre.
-
-        Args:
-            *args: Arguments of Lightning's hook.
-            **kwargs: Keyword arguments of Lightning's hook.
-        """
+        """Step the optimizer, then move the teacher and its centre."""
         # The first group: the second is not decayed
         group = self.trainer.optimizers[0].param_groups[0]
         group['weight_decay'] = self.weight_decay_at(self.global_step)
@@ -430,13 +362,7 @@ class DINOMCTask(PretrainingTask):
         self.plateau = torch.where(self._idle, self.plateau + 1, 0)
 
     def draw_crops(self, batch: Sample) -> list[Tensor]:
-        """Draw the crops of every image of a batch.
-
-        Args:
-            batch: Mini-batch, see :meth:`training_step`.
-
-        Returns:
-            Crops of shape (B, C, h, w), those that the teacher sees first.
+        """Draw the crops (B, C, h, w) of every image, those that the teacher sees first.
 
         Raises:
             ValueError: If the batch lacks something or has other shapes.
@@ -469,7 +395,7 @@ class DINOMCTask(PretrainingTask):
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the training loss and additional metrics.
+        """Compute the training loss.
 
         Args:
             batch: Mini-batch with *image* of shape (B, C, H, W), or of several seasons,
@@ -477,9 +403,6 @@ class DINOMCTask(PretrainingTask):
                 (B, T, C, H, W).
             batch_idx: Index of this batch.
             dataloader_idx: Index of the current dataloader.
-
-        Returns:
-            The loss tensor.
 
         Raises:
             ValueError: If the batch lacks something or has other shapes.
@@ -508,35 +431,15 @@ class DINOMCTask(PretrainingTask):
 
     @staticmethod
     def assign(head: nn.Module, features: Tensor) -> Tensor:
-        """Compare features with the prototypes.
-
-        Args:
-            head: The head of student or teacher.
-            features: Features of shape (S, B, F).
-
-        Returns:
-            Logits of shape (S, B, K).
-        """
+        """Compare features (S, B, F) with the prototypes: logits (S, B, K)."""
         logits: Tensor = head(features.flatten(0, 1))
         return logits.unflatten(0, features.shape[:2])
 
     def on_train_epoch_end(self) -> None:
-        """Check all losses of the epoch.
-
-        Raises:
-            NonFiniteLossError: If a loss was not finite.
-
-        Warns:
-            UserWarning: Once, if the loss has stayed where it is without an opinion.
-        """
+        """Check all losses of the epoch, and warn once if they have stayed at log(K)."""
         super().on_train_epoch_end()
         if not hasattr(self, '_told') and int(self.plateau) >= _PLATEAU_STEPS:
             self._told = True
-            rank_zero_warn(
-                f'train_loss has been log(output_dim) = '
-                f'{math.log(self.hparams["output_dim"]):.3f} for {int(self.plateau)} '
-                'steps: the student says the same of every image. Usual causes are a '
-                'teacher_temperature that is too high, too many prototypes '
-                '(output_dim) for the batch size, an lr that is too high or a warm-up '
-                'that is too short, and images that look alike after normalization.'
-            )
+            prototypes = self.hparams['output_dim']
+            value = f'log(output_dim) = {math.log(prototypes):.3f}'
+            rank_zero_warn(plateau_message(value, prototypes, int(self.plateau)))

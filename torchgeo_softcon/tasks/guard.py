@@ -14,14 +14,7 @@ _ASYNCHRONOUS = ('cuda',)
 
 
 def read_at_once(values: Tensor) -> bool:
-    """Whether values are looked at in the step that they are of.
-
-    Args:
-        values: Values on any device.
-
-    Returns:
-        False where they are read later, so as not to wait for the device.
-    """
+    """Whether values are read in their own step: not where that waits for the device."""
     return values.device.type not in _ASYNCHRONOUS
 
 
@@ -30,23 +23,26 @@ class NonFiniteLossError(RuntimeError):
 
 
 def label_message(low: float, high: float) -> str:
-    """Message of an error about the values of labels.
-
-    Args:
-        low: Smallest value.
-        high: Largest value.
-
-    Returns:
-        What is wrong and what to do.
-    """
+    """Return the error about the values of labels: what is wrong and what to do."""
     return (
         f"batch['label'] must be finite and >= 0, got values from {low:g} to {high:g}. "
         'An unknown label is all zeros'
     )
 
 
+def plateau_message(value: str, prototypes: int, steps: int) -> str:
+    """Word the warning of a loss over prototypes that has stayed where it starts."""
+    return (
+        f'train_loss has stayed at {value} for {steps} steps, which is '
+        f'log({prototypes}): every prototype is as likely as any other, whatever the '
+        'image. Usually one of these helps: a lower teacher_temperature, a lower '
+        'momentum of the centre, fewer prototypes (output_dim) or a larger batch_size, a '
+        'lower lr or a longer warm-up, images that differ after normalization.'
+    )
+
+
 def _describe(step: int, loss: float, low: float, high: float, bad: int | None) -> str:
-    """The message of the error."""
+    """Return the message of the error."""
     pixels = ''
     if bad is None:
         pixels = ' (NaN: the image has NaN pixels)' if math.isnan(low) else ''

@@ -16,16 +16,16 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
-from ..models import create_encoder, is_vit, load_encoder, read_pretrained, read_weights
+from ..models import create_encoder, load_encoder, read_pretrained, read_weights
 from ..models.convert import choose_bands
 from ..models.encoders import read_encoder
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
+from ..models.loading import has_class_token
 from ..models.weights import EncoderWeights
 from ..transforms import RandomView
 from ..transforms.center_view import center_view
-from .optimizers import peak_lr, run_length
-from .schedules import cosine_warmup
+from .optimizers import cosine_warmup, peak_lr, run_length
 
 
 class LinearProbeTask(ClassificationTask):
@@ -148,7 +148,7 @@ class LinearProbeTask(ClassificationTask):
         self.model.requires_grad_(False).eval()
 
         blocks = hparams['last_blocks']
-        plain = not (is_vit(self.model) and cast(Any, self.model).cls_token is not None)
+        plain = not has_class_token(self.model)
         #: Number of blocks whose class tokens are used, None for pooled features.
         self.blocks = blocks if plain else 4 if blocks is None else blocks
         if self.blocks is None and hparams['average_patches']:
@@ -163,7 +163,7 @@ class LinearProbeTask(ClassificationTask):
         nn.init.zeros_(self.head.bias)
 
     def _read_weights(self) -> dict[str, Tensor]:
-        """Parameters of the encoder, for the bands of the images."""
+        """Read the parameters of the encoder, for the bands of the images."""
         channels, bands = self.hparams['in_channels'], self.hparams['bands']
         weights = self.weights
         if weights is True:
@@ -202,14 +202,7 @@ class LinearProbeTask(ClassificationTask):
                 metrics.add_metrics(copy.deepcopy(average))
 
     def configure_optimizers(self) -> Any:
-        """Initialize the optimizer and the learning rate schedule.
-
-        Returns:
-            SGD on the classifier, and a cosine to zero, per step.
-
-        Raises:
-            ValueError: If the run has no end.
-        """
+        """Return SGD on the classifier, and a cosine to zero, per step."""
         total, _ = run_length(self.trainer)
         lr = peak_lr(self.hparams['lr'], self.trainer)
         optimizer = SGD(self.head.parameters(), lr=lr, momentum=0.9)
@@ -222,95 +215,44 @@ class LinearProbeTask(ClassificationTask):
         }
 
     def train(self, mode: bool = True) -> 'LinearProbeTask':
-        """Set the mode of the classifier. The encoder stays in evaluation mode.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            The task.
-        """
+        """Set the mode of the classifier. The encoder stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
         return self
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
-        """Features that the classifier sees.
-
-        Args:
-            image: Images of shape (B, C, H, W).
-
-        Returns:
-            Features of shape (B, F).
-        """
+        """Return the features (B, F) of images (B, C, H, W) that the classifier sees."""
         if self.blocks is None:
             return cast(Tensor, self.model(image))
         average = self.hparams['average_patches']
         return last_block_features(self.model, image, self.blocks, average)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the scores of classes.
-
-        Args:
-            x: Images of shape (B, C, H, W).
-
-        Returns:
-            Logits of shape (B, K).
-        """
+        """Return the scores (B, K) of classes of images (B, C, H, W)."""
         return cast(Tensor, self.head(self.features(x)))
 
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the loss of random crops.
-
-        Args:
-            batch: Mini-batch with *image* of shape (B, C, H, W) and *label*.
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-
-        Returns:
-            The loss.
-        """
+        """Compute the loss of random crops of a batch with *image* and *label*."""
         batch = {**batch, 'image': self.augmentations(batch['image']).to(self.dtype)}
         return super().training_step(batch, batch_idx, dataloader_idx)
 
     def validation_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Compute metrics on the centre of images.
-
-        Args:
-            batch: Mini-batch with *image* of shape (B, C, H, W) and *label*.
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-        """
+        """Compute metrics on the centre of images."""
         super().validation_step(self._centred(batch), batch_idx, dataloader_idx)
 
     def test_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Compute metrics on the centre of images.
-
-        Args:
-            batch: Mini-batch with *image* of shape (B, C, H, W) and *label*.
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-        """
+        """Compute metrics on the centre of images."""
         super().test_step(self._centred(batch), batch_idx, dataloader_idx)
 
     def predict_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the probabilities of classes on the centre of images.
-
-        Args:
-            batch: Mini-batch with *image* of shape (B, C, H, W).
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-
-        Returns:
-            Probabilities of shape (B, K).
-        """
+        """Return the probabilities (B, K) of classes on the centre of images."""
         batch = self._centred(batch)
         return super().predict_step(batch, batch_idx, dataloader_idx)
 

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Optimizers of the tasks, and what a trainer tells about the length of a run."""
+"""Optimizers, schedules per step, and what a trainer tells of the length of a run."""
 
 import math
 from collections.abc import Iterable
@@ -74,13 +74,7 @@ def create_optimizer(
 
 
 def run_length(trainer: Trainer) -> tuple[int, int]:
-    """Number of optimizer steps of a run, and of an epoch.
-
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        Both numbers.
+    """Return the number of optimizer steps of a run, and of an epoch.
 
     Raises:
         ValueError: If the run has no end.
@@ -104,14 +98,9 @@ def run_length(trainer: Trainer) -> tuple[int, int]:
 
 
 def images_per_step(trainer: Trainer) -> int | None:
-    """Number of images per optimizer step, which learning rates are scaled by.
+    """Return the images per optimizer step, which learning rates are scaled by.
 
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        The number over all ranks and accumulated batches, None if the loader does not
-        tell.
+    Over all ranks and accumulated batches; None if the loader does not tell.
     """
     loader = trainer.train_dataloader
     size = getattr(loader, 'batch_size', None)
@@ -123,14 +112,7 @@ def images_per_step(trainer: Trainer) -> int | None:
 
 
 def peak_lr(lr: float, trainer: Trainer) -> float:
-    """Peak learning rate of a run.
-
-    Args:
-        lr: Learning rate per 256 images.
-        trainer: The trainer, which knows its data.
-
-    Returns:
-        *lr* times the images per optimizer step over 256.
+    """Return *lr* times the images per optimizer step over 256.
 
     Warns:
         UserWarning: If their number is not known, so that it is *lr*.
@@ -165,3 +147,45 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> N
     if factors.device.type == 'cpu' and bool((factors == 1).all()):
         return
     torch._foreach_mul_(gradients, list(factors.unbind()))
+
+
+def cosine_warmup(
+    step: int, total: int, base: float, final: float, warmup: int = 0, start: float = 0
+) -> float:
+    r"""Linear warm-up followed by half a cosine.
+
+    .. math::
+
+        v_i = v_\text{final} + \tfrac{1}{2} (v_\text{base} - v_\text{final})
+        \left(1 + \cos \frac{\pi i}{n}\right), \quad i = 0 \dots n - 1
+
+    This is the schedule of DINO, which DINO-MC inherits: the warm-up holds *start* at
+    its first and *base* at its last step, and *final* is what step *total* would get.
+    lightly's :func:`cosine_schedule` divides by :math:`n - 1` instead, so its last step
+    reaches the final value.
+
+    Args:
+        step: Index of the optimizer step, from 0.
+        total: Number of optimizer steps of the run.
+        base: Value at the end of the warm-up.
+        final: Value the cosine ends in.
+        warmup: Number of warm-up steps.
+        start: Value of the first warm-up step.
+
+    Returns:
+        The value at *step*. Steps beyond *total* get *final*.
+
+    Raises:
+        ValueError: If *total* is not positive or *warmup* is negative.
+    """
+    if total < 1:
+        raise ValueError(f'total must be at least one step, got {total}')
+    if warmup < 0:
+        raise ValueError(f'warmup must not be negative, got {warmup}')
+
+    if step < warmup:
+        return start + (base - start) * step / max(warmup - 1, 1)
+    if step >= total:
+        return final
+    progress = (step - warmup) / (total - warmup)
+    return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -11,7 +11,7 @@ import torch
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from .._checks import check_counts
+from .._checks import check_choice, check_counts
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
@@ -152,14 +152,12 @@ class SoftConTask(PretrainingTask):
             weight_decay: Weight decay, 0.1 for AdamW and 1e-4 for SGD. Not applied to
                 biases and one-dimensional parameters.
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
-            grad_checkpointing: Whether the trainable encoder keeps the inputs of its blocks
-                only, and computes the rest again in the backward pass: the same results
-                from less memory in more time, with a Trainer. Not for all families of
-                models.
-            channels_last: Whether the weights of the encoders have the channels of a pixel
-                side by side in memory, which is faster for convolutions. None does so for
-                encoders with more than one convolution. Checkpoints and exports do not show
-                it; safetensors refuses to save a live encoder of this kind.
+            grad_checkpointing: Whether to compute activations of the trainable encoder
+                again in the backward pass: the same results from less memory in more
+                time, with a Trainer. Not for all models.
+            channels_last: Whether parameters of encoders lie in memory with channels
+                last, which is faster for convolutions. None: with more than one of
+                them. Files do not show it; safetensors refuses to save a live encoder.
             augmentations: Module that draws views of *size* of a batch (B, C, H, W).
                 Defaults to :class:`~torchgeo_softcon.transforms.RandomView`. Not saved
                 in checkpoints.
@@ -173,8 +171,7 @@ class SoftConTask(PretrainingTask):
             projector_layers=projector_layers,
             predictor_layers=predictor_layers,
         )
-        if seasons not in ('same', 'different'):
-            raise ValueError(f"seasons must be 'same' or 'different', got {seasons!r}")
+        check_choice('seasons', seasons, ('same', 'different'))
 
         self.label_similarity = label_similarity
         if callable(label_similarity):
@@ -228,11 +225,11 @@ class SoftConTask(PretrainingTask):
         )
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Encoder and projector, each with its teacher."""
+        """Return encoder and projector, each with its teacher."""
         return [(self.model, self.teacher), (self.projector, self.teacher_projector)]
 
     def unsaved(self) -> dict[str, str]:
-        """Augmentations, and the function that compares labels if it is one."""
+        """Return augmentations, and the function that compares labels if it is one."""
         name = getattr(
             self.label_similarity, '__qualname__', str(self.label_similarity)
         )
@@ -241,13 +238,7 @@ class SoftConTask(PretrainingTask):
     def draw_views(
         self, batch: Sample
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-        """Draw two views of every image of a batch, with their labels.
-
-        Args:
-            batch: Mini-batch, see :meth:`training_step`.
-
-        Returns:
-            Two views of shape (B, C, H, W), and two labels of shape (B, K) or None.
+        """Draw two views (B, C, H, W) of every image, with their labels (B, K) or None.
 
         Raises:
             ValueError: If the batch lacks something or has other shapes.
@@ -280,14 +271,11 @@ class SoftConTask(PretrainingTask):
         return (views[0], views[1]), (labels[0], labels[1])
 
     def read_label(self, batch: Sample, image: Tensor) -> Tensor | None:
-        """Labels of a batch, one per season.
+        """Return float labels of shape (B, T, K), or None if they are not needed.
 
         Args:
             batch: Mini-batch with *label* of shape (B, K) or (B, T, K).
             image: Images of shape (B, T, C, H, W).
-
-        Returns:
-            Float labels of shape (B, T, K), or None if they are not needed.
 
         Raises:
             ValueError: If *label* is missing, has another shape or values that no label
@@ -321,7 +309,7 @@ class SoftConTask(PretrainingTask):
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the training loss and additional metrics.
+        """Compute the training loss.
 
         Args:
             batch: Mini-batch with *image* of shape (B, C, H, W), (B, T * C, H, W) or
@@ -329,9 +317,6 @@ class SoftConTask(PretrainingTask):
                 class fractions, all zeros where unknown.
             batch_idx: Index of this batch.
             dataloader_idx: Index of the current dataloader.
-
-        Returns:
-            The loss tensor.
 
         Raises:
             ValueError: If the batch lacks something or has other shapes.
@@ -362,11 +347,7 @@ class SoftConTask(PretrainingTask):
     def compare_views(
         self, views: tuple[Tensor, Tensor], labels: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Both terms of the loss of masked first views against second views.
-
-        Args:
-            views: Two views of shape (B, C, H, W).
-            labels: Their labels of shape (B, K), or None.
+        """Compare masked first views with second views, each (B, C, H, W).
 
         Returns:
             The contrastive and the soft term, shape (2,), and the features of the first

@@ -36,7 +36,7 @@ def class_fractions(mask: Tensor, codes: Sequence[int] = WORLDCOVER_CODES) -> Te
             or has NaN. Values on a CUDA device are not looked at, because that would
             wait for the device: there, such pixels are no data.
     """
-    counts, _ = _count(mask, check_codes(codes))
+    counts, _ = _count(mask, _check_codes(codes))
     return _normalize(counts)
 
 
@@ -46,16 +46,12 @@ def _normalize(counts: Tensor) -> Tensor:
 
 
 def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Count the pixels of each class.
-
-    Args:
-        mask: Class codes of shape (..., H, W).
-        codes: Codes to count, K of them.
+    """Count the pixels (..., H, W) of K classes, and find the values that occur.
 
     Returns:
-        Counts of shape (..., K), int64, and the values from 0 to 255 that occur
-        anywhere as a boolean tensor of shape (256,), or None on a CUDA device. Values
-        outside of 0 to 255 are reported as 255.
+        Counts of shape (..., K), int64, and whether each value from 0 to 255 occurs
+        anywhere, of shape (256,), or None on a CUDA device. Values outside of 0 to 255
+        are reported as 255.
     """
     _check_mask(mask)
     if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -76,9 +72,7 @@ def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
 
     # One bincount for many masks: mask n has the bins from 256 n on. As many masks as
     # 16 bits can number, because the width of the numbers decides the speed.
-    bins = torch.cat(
-        [_histograms(chunk) for chunk in torch.split(flat, 127)]
-    )  # (N, 256)
+    bins = torch.cat([_histograms(chunk) for chunk in flat.split(127)])  # (N, 256)
     counts = bins[:, list(codes)].view(*mask.shape[:-2], len(codes))
     return counts, bins.any(0)
 
@@ -99,40 +93,29 @@ def _check_mask(mask: Tensor) -> None:
         )
     if mask.dtype == torch.bool or mask.is_complex():
         raise TypeError(f'mask must hold class codes, got dtype {mask.dtype}')
-    if mask.ndim < 2 or 0 in mask.shape[-2:]:
-        raise ValueError(
-            'mask must be of shape (..., H, W) with at least one pixel, got '
-            f'{tuple(mask.shape)}'
-        )
+    require(
+        mask.ndim > 1 and 0 not in mask.shape[-2:],
+        f'mask must be of shape (..., H, W) with at least one pixel, got {tuple(mask.shape)}',
+    )
 
 
 def _check_whole(mask: Tensor) -> None:
     """Refuse NaN and values between the codes in a floating point mask."""
-    if not mask.isfinite().all():
-        raise ValueError(
-            'mask must hold class codes, got NaN or infinite values: give no data as 0'
-        )
+    require(
+        mask.isfinite().all(),
+        'mask must hold class codes, got NaN or infinite values: give no data as 0',
+    )
     between = mask[mask != mask.round()]
-    if len(between):
-        values = ', '.join(f'{value:.4g}' for value in between[:5].tolist())
-        raise ValueError(
-            f'mask must hold class codes, got {values}: it was interpolated, resample '
-            'it with nearest neighbour'
-        )
+    require(
+        not len(between),
+        'mask must hold class codes, got '
+        f'{", ".join(f"{value:.4g}" for value in between[:5].tolist())}: it was '
+        'interpolated, resample it with nearest neighbour',
+    )
 
 
-def check_codes(codes: Sequence[int]) -> tuple[int, ...]:
-    """Check a choice of class codes.
-
-    Args:
-        codes: Class codes.
-
-    Returns:
-        The same codes.
-
-    Raises:
-        ValueError: If *codes* is empty, has duplicates or a value outside of 1 to 255.
-    """
+def _check_codes(codes: Sequence[int]) -> tuple[int, ...]:
+    """Return class codes, or refuse a choice of them."""
     codes = tuple(codes)
     require(
         codes and all(0 < code < _BINS and code == int(code) for code in codes),
@@ -199,7 +182,7 @@ class WorldCoverMultiLabel(nn.Module):
         codes = product.codes if codes is None else tuple(codes)
         official = {*codes} <= {*product.codes} and 0 < len(codes) == len({*codes})
         if not official:
-            codes = check_codes(codes)
+            codes = _check_codes(codes)
         require(
             0 < min_fraction <= 1, f'min_fraction must be in (0, 1], got {min_fraction}'
         )
@@ -275,16 +258,9 @@ class WorldCoverMultiLabel(nn.Module):
 
 
 def check_values(mask: Tensor, product: ProductLike = 'worldcover') -> None:
-    """Refuse a mask that does not hold class codes of a product.
+    """Refuse a mask (..., H, W) that does not hold class codes of a product.
 
-    Args:
-        mask: Class codes of shape (..., H, W).
-        product: The land-cover product.
-
-    Raises:
-        TypeError: If the mask is not a real-valued tensor.
-        ValueError: If its values are no class codes. Values on a CUDA device are not
-            looked at, because that would wait for the device.
+    Values on a CUDA device are not looked at, because that would wait for the device.
     """
     product = find_product(product)
     _, present = _count(mask, product.codes)
@@ -320,7 +296,7 @@ def _check_present(present: Tensor, legend: Sequence[int]) -> None:
 
 
 def _has_channel(mask: Tensor, image: Any) -> bool:
-    """Whether the third last dimension of a mask is a channel."""
+    """Return whether the third last dimension of a mask is a channel."""
     if mask.ndim < 3 or mask.shape[-3] != 1:
         return False
     if isinstance(image, Tensor) and image.ndim > 3:

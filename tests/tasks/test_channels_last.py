@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
-from torchgeo_softcon.tasks.memory_format import is_convolutional
+from torchgeo_softcon.tasks.memory import is_convolutional
 
 from .helpers import (
     Corners,

@@ -1,0 +1,349 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""How many images per second a run reads and trains on, and what to change.
+
+The parts are measured one after the other, which Lightning's profilers do not: in a run,
+workers read and a GPU computes while the main process waits for either.
+"""
+
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    LearningRateFinder,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+from torch import Tensor
+
+from .._compat import Sample, host_main
+from ..callbacks.knn import KNNProbe
+from ..datamodules.loading import count_cores
+from .data import load_classes
+
+#: Share of the time from which a run is called data-bound.
+_BOUND = 0.1
+
+#: What `torchgeo fit` is told on top of the configuration: to train on one device and to
+#: do nothing else, and not to end before the measurement does.
+_OVERRIDES = {
+    # Added: others may change what is trained on, such as ResizeInput
+    'trainer.callbacks+': f'{__name__}.Stopwatch',
+    # Not off: that would be an error where callbacks for the same are given
+    'trainer.barebones': 'false',
+    'trainer.enable_checkpointing': 'true',
+    'trainer.enable_progress_bar': 'true',
+    'trainer.num_sanity_val_steps': '0',
+    'trainer.limit_train_batches': 'null',
+    'trainer.limit_val_batches': '0',
+    'trainer.fast_dev_run': 'false',
+    'trainer.overfit_batches': '0.0',
+    'trainer.max_epochs': '1000',
+    'trainer.max_steps': '-1',
+    'trainer.max_time': 'null',
+    'trainer.devices': '1',
+    'trainer.num_nodes': '1',
+    'trainer.strategy': 'auto',
+    'ckpt_path': 'null',
+}
+
+#: Callbacks that write, watch, or end a run, and change nothing of its steps.
+_LEFT_OUT = (
+    BatchSizeFinder,
+    Checkpoint,
+    KNNProbe,
+    LearningRateFinder,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second of a run and of its parts, on one device.
+
+    Attributes:
+        device: Where the model is.
+        data: Images per second of the data loader alone.
+        step: Images per second of the training alone, on one batch that stays on the
+            device, views, optimizer and EMA included.
+        both: Images per second of the training with its data.
+        batch_size: Number of images of a batch.
+        num_workers: Number of processes that read.
+        pin_memory: Whether the data loader copies batches to pinned memory.
+        batch_wise: Whether the dataset reads all samples of a batch in one call
+            (``__getitems__``).
+        cores: Number of processor cores that this process may use.
+    """
+
+    device: str
+    data: float
+    step: float
+    both: float
+    batch_size: int
+    num_workers: int
+    pin_memory: bool
+    batch_wise: bool
+    cores: int
+
+    @property
+    def share(self) -> float:
+        """Share of the time that would be saved if the data cost nothing."""
+        return max(0.0, 1 - self.both / self.step)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the run is data-bound."""
+        return self.share > _BOUND
+
+    def advice(self) -> list[str]:
+        """Return what to change, in order of effort, empty if not data-bound."""
+        if not self.bound:
+            return []
+        advice = []
+        if self.device.startswith('cuda') and not self.pin_memory:
+            advice.append(
+                'pin_memory=True in the data loader: copies overlap with steps'
+            )
+        # One process reads where there are no workers, too
+        needed = math.ceil(max(1, self.num_workers) * self.step / self.data)
+        more = min(needed, self.cores)
+        if more > self.num_workers:
+            line = f'--data.num_workers {more}'
+            if more < needed:
+                line += f' (of {needed} that would be needed, on {self.cores} cores)'
+            if self.num_workers == 0:
+                line += ': now the training itself reads, and waits meanwhile'
+            advice.append(line)
+        if needed > self.cores:
+            if not self.batch_wise:
+                advice.append(
+                    'a dataset with __getitems__, which reads a batch in one call'
+                )
+            advice.append(
+                'fewer and larger files: opening one per band takes longer than reading '
+                'it. All bands of a patch in one file, without compression, or all '
+                'patches in one array on disk'
+            )
+        if not advice:
+            advice.append(
+                'fewer threads for the model (OMP_NUM_THREADS) or fewer workers: reading '
+                f'alone is fast enough, but shares {self.cores} cores with the training'
+            )
+        return advice
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything that is known, as plain values."""
+        values = asdict(self)
+        return {
+            'images_per_second': {k: values.pop(k) for k in ('data', 'step', 'both')},
+            'data_share_of_time': self.share,
+            'data_bound': self.bound,
+            'advice': self.advice(),
+            **values,
+        }
+
+    def __str__(self) -> str:
+        """Return the same in a few lines."""
+        reader = f'{self.num_workers} workers' if self.num_workers else 'no workers'
+        verdict = f'ata-bound: data take {self.share:.0%} of the time.'
+        return '\n'.join(
+            [
+                f'images per second on {self.device}, batches of {self.batch_size}',
+                f'  data loader alone  {self.data:10.1f}  {reader}',
+                f'  training alone     {self.step:10.1f}  on one batch kept on the device',
+                f'  both together      {self.both:10.1f}',
+                f'D{verdict} What may help:' if self.bound else f'Not d{verdict}',
+                *(f'  - {line}' for line in self.advice()),
+            ]
+        )
+
+
+class _Measured(Exception):
+    """Ends a run whose speed is known."""
+
+    def __init__(self, speed: Speed) -> None:
+        super().__init__(speed)
+        self.speed = speed
+
+
+class Stopwatch(Callback):
+    """Measure the parts of a run one after the other, then end the run."""
+
+    #: Number of batches of each part.
+    steps = 20
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the training data, and remove callbacks that change nothing of a step.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            stage: The stage.
+        """
+        run: Any = trainer
+        run.callbacks = [x for x in run.callbacks if not isinstance(x, _LEFT_OUT)]
+        datamodule = run.datamodule
+        make = datamodule.train_dataloader
+        datamodule.train_dataloader = lambda: _MeasuredBatches(
+            make(), trainer.strategy.root_device, self.steps
+        )
+
+
+class _MeasuredBatches:
+    """Batches for a run, whose speed they measure meanwhile.
+
+    First of the data loader alone, then of the training with the data loader, then of
+    the training with one batch. Raises :class:`_Measured` in the end.
+    """
+
+    def __init__(self, loader: Any, device: torch.device, steps: int) -> None:
+        self.loader, self.device, self.steps = loader, device, steps
+        #: For the tasks that scale their learning rate by it.
+        self.batch_size = getattr(loader, 'batch_size', None)
+        self.batch_sampler = getattr(loader, 'batch_sampler', None)
+
+    def __len__(self) -> int:
+        # One epoch for all: the time between epochs does not count
+        return 10**6
+
+    def __iter__(self) -> Iterator[Sample]:
+        workers = getattr(self.loader, 'num_workers', 0)
+        # What workers have prepared before the start comes faster than they read
+        ahead = workers * (getattr(self.loader, 'prefetch_factor', None) or 0)
+        warm_up, steps = 2 + ahead, max(self.steps, 2 * ahead)
+        batches = self._endless()
+
+        *_, batch = itertools.islice(batches, warm_up)
+        begin = self._now()
+        images = sum(map(_count, itertools.islice(batches, steps)))
+        data = images / (self._now() - begin)
+
+        yield from itertools.islice(batches, warm_up)
+        both = yield from self._timed(batches, steps)
+        batches.close()
+
+        batch = move_data_to_device(batch, self.device)
+        # Copies, as datamodules take out what a task does not read
+        copies = ({**batch} for _ in itertools.count())
+        yield from itertools.islice(copies, 2)
+        step = yield from self._timed(copies, self.steps)
+
+        raise _Measured(
+            Speed(
+                device=str(self.device),
+                data=data,
+                step=step,
+                both=both,
+                batch_size=_count(batch),
+                num_workers=workers,
+                pin_memory=getattr(self.loader, 'pin_memory', False),
+                batch_wise=hasattr(
+                    getattr(self.loader, 'dataset', None), '__getitems__'
+                ),
+                cores=count_cores(),
+            )
+        )
+
+    def _timed(
+        self, batches: Iterable[Sample], steps: int
+    ) -> Generator[Sample, None, float]:
+        """Yield some batches, and return the images per second."""
+        begin, images = self._now(), 0
+        for batch in itertools.islice(batches, steps):
+            images += _count(batch)
+            yield batch
+        return images / (self._now() - begin)
+
+    def _endless(self) -> Generator[Sample, None, None]:
+        """Yield the batches of one epoch after the other."""
+        empty = True
+        while True:
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError(
+                    'the training data have no batch: batch_size may be larger than the '
+                    'number of samples'
+                )
+
+    def _now(self) -> float:
+        """Return the time in seconds, when everything before is done."""
+        if self.device.type != 'cpu':
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def _count(batch: Sample) -> int:
+    """Count the images of a batch."""
+    if isinstance(batch, dict):
+        # A datamodule may make the images of something else on the device
+        for tensor in _tensors(batch.get('image', batch)):
+            return len(tensor)
+    got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+    raise ValueError(f"batches must have the key 'image', or other tensors, got {got}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, also those within its values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+
+
+def measure(args: Sequence[str], steps: int = 20) -> Speed:
+    """Measure a run of ``torchgeo fit`` that is given by its arguments.
+
+    Args:
+        args: Arguments of ``torchgeo fit``.
+        steps: Number of batches of each part.
+
+    Returns:
+        The speed of the run.
+
+    Raises:
+        ValueError: If there are no data to measure.
+    """
+    load_classes('datamodules', 'tasks')
+    with tempfile.TemporaryDirectory() as folder:
+        # The host writes its configuration there. Callbacks may need a logger
+        logger = {
+            'class_path': 'lightning.pytorch.loggers.CSVLogger',
+            'init_args': {'save_dir': folder},
+        }
+        overrides = {
+            **_OVERRIDES,
+            'trainer.default_root_dir': folder,
+            'trainer.logger': json.dumps(logger),
+        }
+        previous, Stopwatch.steps = Stopwatch.steps, steps
+        try:
+            host_main(
+                [
+                    'fit',
+                    *args,
+                    *(x for k, v in overrides.items() for x in (f'--{k}', v)),
+                ]
+            )
+        except _Measured as measured:
+            return measured.speed
+        finally:
+            Stopwatch.steps = previous
+    raise ValueError('the run ended before it was measured')

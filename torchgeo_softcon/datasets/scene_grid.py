@@ -1,0 +1,102 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""All windows of georeferenced images, side by side."""
+
+import datetime
+import itertools
+import os
+import re
+
+import shapely
+from pyproj import CRS
+from torch.utils.data import Dataset
+
+from .._compat import Sample
+from ..geo.grid import apply
+from .scenes import WorldCoverScenes
+
+#: Year, month and day in the name of a file, not in the middle of a number.
+_DATE = re.compile(r'(?<!\d)((?:19|20)\d{2})([-_]?)(\d{2})\2(\d{2})(?!\d)')
+
+
+class SceneGrid(Dataset[Sample]):
+    """All windows of some scenes side by side, each date on its own.
+
+    For prediction: the order is place, date, row, column. The last row and column of
+    windows are moved inwards to end with the raster.
+
+    .. versionadded:: 0.1
+    """
+
+    def __init__(self, scenes: WorldCoverScenes) -> None:
+        """Initialize a new SceneGrid instance.
+
+        Args:
+            scenes: Where to take windows from.
+        """
+        self.scenes = scenes
+        size = scenes.patch_size
+        self.windows = [
+            (number, scene, top, left)
+            for number, (first, last) in enumerate(scenes._rows)
+            for scene, top, left in itertools.product(
+                range(len(scenes.places[number].scenes)),
+                _starts(first, last, size),
+                _starts(0, scenes.places[number].grid.width, size),
+            )
+        ]
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a window.
+
+        Args:
+            index: Position in ``windows``.
+
+        Returns:
+            A sample with an image of shape (C, H, W).
+        """
+        number, scene, top, left = self.windows[index]
+        place = self.scenes.places[number]
+        values = self.scenes._window(place.scenes[scene], top, left)
+        return self.scenes._sample(place, top, left, [values])
+
+    def footprint(
+        self, index: int
+    ) -> tuple[shapely.Polygon, CRS, datetime.date | None]:
+        """Where and when a window is from.
+
+        Args:
+            index: Position in ``windows``.
+
+        Returns:
+            The outline, its coordinate reference system, and the date in the name of
+            the raster, if there is one.
+        """
+        number, scene, top, left = self.windows[index]
+        place, size = self.scenes.places[number], self.scenes.patch_size
+        window = place.grid.window(top, left, size, size)
+        corners = ((0, 0), (size, 0), (size, size), (0, size))
+        polygon = shapely.Polygon([apply(window.transform, *end) for end in corners])
+        return polygon, window.crs, _date(place.scenes[scene].name)
+
+
+def _date(name: str) -> datetime.date | None:
+    """The first date in a file name, such as 20210630 or 2021-06-30."""
+    for match in _DATE.finditer(os.path.basename(name)):
+        try:
+            return datetime.date(*map(int, match.group(1, 3, 4)))
+        except ValueError:  # a number that is no date
+            continue
+    return None
+
+
+def _starts(first: int, last: int, size: int) -> list[int]:
+    starts = list(range(first, last - size + 1, size))
+    if starts[-1] + size < last:
+        starts.append(last - size)
+    return starts

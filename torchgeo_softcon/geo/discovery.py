@@ -1,0 +1,333 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Finding images: which files and bands make a scene."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rasterio.enums import ColorInterp
+from rasterio.windows import Window
+
+from ..bands import (
+    KNOWN_BANDS,
+    RGB_BANDS,
+    SENTINEL1_BANDS,
+    SENTINEL2_BANDS,
+    normalize_band_names,
+    spell_band_name,
+)
+from .find_files import RASTERS, AnyPath, find_files, path_list
+from .grid import Grid
+from .rasters import Layer, Scene, find_alpha, open_raster, read_raster
+
+#: A band at the end of a file name, as Sentinel products, SSL4EO-S12 and BigEarthNet
+#: write it: B2, B02, B8A, B08A, VV, with or without a resolution.
+_BAND_TOKEN = re.compile(
+    r'(?:^|[_.\-])(?P<band>B(?:0?8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?:_(?:10|20|60)m)?$',
+    re.IGNORECASE,
+)
+
+#: Files of a Sentinel-2 product that are not bands, and WorldCover itself.
+_NOT_A_BAND = re.compile(
+    r'(?:_(?:TCI|AOT|WVP|SCL|PVI)(?:_(?:10|20|60)m)?$)|^MSK_|^ESA_WorldCover_'
+)
+
+#: Files of Landsat, whose B1 to B12 are not those of Sentinel-2.
+_LANDSAT = re.compile(r'(?<![A-Za-z0-9])L[CET]0\d_|HLS\.L30')
+
+#: Sentinel-2 products since baseline 04.00 (January 2022) have 1000 added, which their
+#: metadata call RADIO_ADD_OFFSET or BOA_ADD_OFFSET.
+_WITH_OFFSET = re.compile(r'_N(?:0[4-9]|[1-9]\d)\d\d_')
+_OFFSET = -1000.0
+
+#: Folders of a Level-2A product that hold bands of one scene.
+_RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
+
+
+def find_rasters(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
+    """List the rasters that may be images.
+
+    Args:
+        paths: Files, folders and patterns, see :func:`.find_files`.
+
+    Returns:
+        The files. Those in folders without what is known not to be an image.
+
+    Raises:
+        FileNotFoundError: If a path does not exist or there is no raster at all.
+    """
+    named = path_list(paths)
+    files = [
+        file
+        for path in named
+        for file in find_files(path, RASTERS, 'images')
+        if file == path or not _NOT_A_BAND.search(PurePath(file).stem)
+    ]
+    if not files:
+        raise FileNotFoundError(
+            f'images must have at least one raster ({", ".join(RASTERS)}), found none in '
+            f'{", ".join(named) or "an empty list"}'
+        )
+    return list(dict.fromkeys(files))
+
+
+def find_scenes(
+    files: Iterable[str],
+    bands: Sequence[str] | None = None,
+    all_bands: Sequence[str] | None = None,
+    nodata: float | None = None,
+    offset: float | None = None,
+) -> list[Scene]:
+    """Open files and put those together that hold bands of one scene.
+
+    Args:
+        files: Rasters, one per scene or one per band.
+        bands: Names of the bands to use, None for all.
+        all_bands: Names of the bands in file order, for files that do not tell.
+        nodata: Value without data, None for what each file says, or 0 if it does not
+            and has digital numbers of Sentinel-2.
+        offset: What is added to the values, None for -1000 if a path tells that digital
+            numbers of Sentinel-2 are of baseline 04.00 or later, else 0.
+
+    Returns:
+        The scenes in the order of their first files.
+
+    Raises:
+        OSError: If a file can not be read.
+        ValueError: If a file has no CRS, lacks a band, or if the scenes differ in
+            their bands.
+    """
+    named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
+    if named is not None and len(set(named)) != len(named):
+        raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
+    wanted = None if bands is None else normalize_band_names(bands, named or ())
+    scenes: list[Scene] = []
+    guessed: dict[tuple[str, ...], str] = {}
+    single: dict[tuple[str, str], dict[str, Layer]] = {}
+    for path in files:
+        layer, names, sure = _open_layer(path, named, nodata)
+        if names is not None and not sure:
+            guessed.setdefault(names, path)
+        name = PurePath(path)
+        match = _BAND_TOKEN.search(name.stem)
+        if match is None or len(layer.indexes) > 1:
+            scenes.append(_from_file(layer, names, wanted, offset))
+            continue
+        (band,) = normalize_band_names([match['band']])
+        folder = name.parent
+        if _RESOLUTION_FOLDER.fullmatch(folder.name):
+            folder = folder.parent
+        group = single.setdefault((str(folder), name.stem[: match.start()]), {})
+        # Level-2A has the same band at several resolutions, only the finest counts
+        if band not in group or layer.grid.pixel_area < group[band].grid.pixel_area:
+            group[band] = layer
+    scenes += [
+        _from_bands(os.path.join(folder, stem), group, wanted, offset)
+        for (folder, stem), group in single.items()
+    ]
+    alphas = [
+        layer for scene in scenes for layer in scene.layers if layer.alpha is not None
+    ]
+    if alphas:
+        rank_zero_info(
+            f'band {alphas[0].alpha} of {alphas[0].path} is alpha, it tells where the '
+            'others have data. If that is not so, name it, too, with all_bands'
+        )
+    for names, path in guessed.items():
+        rank_zero_info(
+            f'{path} does not name its bands, they are taken for {", ".join(names)}. '
+            'If that is not so, give all_bands'
+        )
+
+    first = scenes[0]
+    for scene in scenes[1:]:
+        if (scene.bands, scene.count) != (first.bands, first.count):
+            raise ValueError(
+                f'all images must have the same bands, {first.name} has '
+                f'{_describe(first)} and {scene.name} has {_describe(scene)}. Choose '
+                'common ones with bands'
+            )
+    return scenes
+
+
+def _describe(scene: Scene) -> str:
+    return ', '.join(scene.bands) if scene.bands else f'{scene.count} unnamed bands'
+
+
+def _open_layer(
+    path: str, all_bands: tuple[str, ...] | None, nodata: float | None
+) -> tuple[Layer, tuple[str, ...] | None, bool]:
+    """Read what is known of a file: its bands, their names, whether these are sure."""
+    with open_raster(path) as source:
+        if source.crs is None:
+            raise ValueError(
+                f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
+                'images that come with masks of their own'
+            )
+        alpha = find_alpha(source)
+        if all_bands is not None and len(all_bands) == source.count:
+            alpha = None
+        indexes = tuple(i for i in source.indexes if i != alpha)
+        grid = Grid.of(source)
+        dtype = str(source.dtypes[0])
+        values = tuple(
+            source.nodatavals[i - 1] if nodata is None else nodata for i in indexes
+        )
+        names, sure = all_bands, True
+        if all_bands is None:
+            names, sure = _name_bands(source, indexes)
+        # The last pixel of the last band is where a truncated file usually ends
+        corner = Window(grid.width - 1, grid.height - 1, 1, 1)
+        read_raster(source, [source.count], corner)
+
+    if all_bands is not None and len(all_bands) != len(indexes) > 1:
+        raise ValueError(
+            f'all_bands must name the {len(indexes)} bands of {path}, got '
+            f'{len(all_bands)}: {", ".join(all_bands)}'
+        )
+    if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
+        names = None
+    return Layer(path, indexes, grid, values, dtype, alpha), names, sure
+
+
+def _is_landsat(path: str) -> bool:
+    name = PurePath(path)
+    return _LANDSAT.search(f'{name.parent.name}/{name.name}') is not None
+
+
+def _name_bands(
+    source: Any, indexes: Sequence[int]
+) -> tuple[tuple[str, ...] | None, bool]:
+    """Name the bands of a file, and tell whether it does so itself or they are guessed."""
+    texts = [spell_band_name(source.descriptions[i - 1] or '') for i in indexes]
+    known = [text for text in texts if text in KNOWN_BANDS]
+    if known and len(set(known)) == len(known):
+        # Earth Engine adds masks such as QA60, only all_bands can make use of them
+        names = (t or f'BAND {i}' for i, t in zip(indexes, texts, strict=True))
+        return tuple(names), True
+    colors = tuple(source.colorinterp[i - 1] for i in indexes)
+    if colors == (ColorInterp.red, ColorInterp.green, ColorInterp.blue):
+        return RGB_BANDS, True
+    if len(indexes) == 13:
+        return SENTINEL2_BANDS, False
+    if len(indexes) == 12:
+        # Level-2A has no cirrus band
+        return tuple(band for band in SENTINEL2_BANDS if band != 'B10'), False
+    if len(indexes) == 2 and source.dtypes[0].startswith('float'):
+        return SENTINEL1_BANDS, False
+    return None, False
+
+
+def _as_sentinel2(
+    layer: Layer, names: tuple[str, ...] | None, offset: float | None
+) -> Layer:
+    """Add the nodata value and the offset that Sentinel-2 products do not declare."""
+    # Bytes and floats were scaled by someone, who knows what became of 0 and 1000
+    digital_numbers = (
+        layer.dtype in ('uint16', 'uint32', 'uint64')
+        and names is not None
+        and set(names) <= set(SENTINEL2_BANDS)
+    )
+    nodata = layer.nodata
+    if digital_numbers and all(value is None for value in nodata):
+        nodata = (0.0,) * len(nodata)
+    if offset is None:
+        shifted = digital_numbers and _WITH_OFFSET.search(layer.path)
+        offset = _OFFSET if shifted else 0.0
+    return replace(layer, nodata=nodata, offset=offset)
+
+
+def _landsat_error(name: str, wanted: Sequence[str]) -> ValueError:
+    return ValueError(
+        f'bands must not be given for {name}, got {", ".join(wanted)}: these are bands '
+        'of Sentinel-2, and the bands of Landsat have other numbers. Leave bands out '
+        'and give value_range, or name the bands of a file with all_bands'
+    )
+
+
+def _missing(name: str, missing: Sequence[str], present: Iterable[str]) -> ValueError:
+    return ValueError(
+        f'{name} lacks the band{"s" * (len(missing) > 1)} {", ".join(missing)}, it has '
+        f'{", ".join(present)}'
+    )
+
+
+def _from_file(
+    layer: Layer,
+    names: tuple[str, ...] | None,
+    wanted: tuple[str, ...] | None,
+    offset: float | None,
+) -> Scene:
+    """Make a scene of one file."""
+    if wanted is None:
+        layer = _as_sentinel2(layer, names, offset)
+        return Scene(layer.path, names, (layer,), layer.grid)
+    if names is None and _is_landsat(layer.path):
+        raise _landsat_error(layer.path, wanted)
+    if names is None:
+        raise ValueError(
+            f'{layer.path} does not name its {len(layer.indexes)} bands: give all_bands '
+            'in file order, or leave bands out to use all of them'
+        )
+    if missing := [band for band in wanted if band not in names]:
+        raise _missing(layer.path, missing, names)
+    positions = [names.index(band) for band in wanted]
+    chosen = replace(
+        layer,
+        indexes=tuple(layer.indexes[position] for position in positions),
+        nodata=tuple(layer.nodata[position] for position in positions),
+    )
+    chosen = _as_sentinel2(chosen, wanted, offset)
+    return Scene(layer.path, wanted, (chosen,), layer.grid)
+
+
+def _from_bands(
+    name: str,
+    group: dict[str, Layer],
+    wanted: tuple[str, ...] | None,
+    offset: float | None,
+) -> Scene:
+    """Make a scene of one file per band."""
+    order = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
+    present = sorted(
+        group, key=lambda b: (order.index(b) if b in order else len(order), b)
+    )
+    names = wanted or tuple(present)
+    if missing := [band for band in names if band not in group]:
+        raise _missing(name, missing, present)
+    landsat = any(_is_landsat(layer.path) for layer in group.values())
+    if landsat and wanted:
+        raise _landsat_error(name, wanted)
+    layers = tuple(
+        _as_sentinel2(group[band], None if landsat else (band,), offset)
+        for band in names
+    )
+    finest = min((layer.grid for layer in layers), key=lambda grid: grid.pixel_area)
+    for layer in layers:
+        _check_same_ground(layer, finest, name)
+    return Scene(name, None if landsat else names, layers, finest)
+
+
+def _check_same_ground(layer: Layer, finest: Grid, name: str) -> None:
+    """Check that a band ends within one of its pixels of the finest band."""
+    if layer.grid.matches(finest):
+        return
+    ours, theirs = layer.grid.transform, finest.transform
+    if layer.grid.crs != finest.crs or any((ours.b, ours.d, theirs.b, theirs.d)):
+        raise ValueError(
+            f'the bands of {name} must share one CRS and be parallel to its axes, '
+            f'{layer.path} is not like the others'
+        )
+    slack = (abs(ours.a), abs(ours.e), abs(ours.a), abs(ours.e))
+    for a, b, pixel in zip(layer.grid.bounds, finest.bounds, slack, strict=True):
+        if abs(a - b) > pixel:
+            raise ValueError(
+                f'the bands of {name} must cover the same ground, {layer.path} covers '
+                f'{layer.grid.bounds} and the finest band {finest.bounds}'
+            )
