@@ -13,8 +13,14 @@ from lightly.loss import DINOLoss
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from torchgeo_softcon.callbacks import CollapseMonitor, effective_rank, uniformity
+from torchgeo_softcon.callbacks import (
+    CollapseMonitor,
+    collapse,
+    effective_rank,
+    uniformity,
+)
 from torchgeo_softcon.callbacks.collapse import count_prototypes
+from torchgeo_softcon.tasks import dino_mc, guard
 
 from ..tasks.helpers import make_task
 from .helpers import run
@@ -178,3 +184,9 @@ def test_count_prototypes() -> None:
     task.criterion = DINOLoss(32)
     assert count_prototypes(task) == 32
     assert count_prototypes(make_task()) is None
+
+
+def test_one_wording_of_a_plateau() -> None:
+    """The task and the callback both see it, by different measures."""
+    for module in (collapse, dino_mc):
+        assert module.plateau_message is guard.plateau_message  # type: ignore[attr-defined]

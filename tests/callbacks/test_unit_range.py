@@ -78,20 +78,8 @@ class TestNumbers:
         )
         image = seen(datamodule)
         raw = datamodule.train_dataset[0]['image']
-        names = [
-            'B1',
-            'B2',
-            'B3',
-            'B4',
-            'B5',
-            'B6',
-            'B7',
-            'B8',
-            'B8A',
-            'B9',
-            'B11',
-            'B12',
-        ]
+        numbers = ('1', '2', '3', '4', '5', '6', '7', '8', '8A', '9', '11', '12')
+        names = [f'B{number}' for number in numbers]
         # TorchGeo sorts files by name: VH before VV, although it says otherwise
         radar = ['VH', 'VV']
         if bands != 's2':

@@ -11,26 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
 from PIL import Image
 
-from tests.datamodules.helpers import DATA, two_zones, write_raster
+from tests.datamodules.helpers import DATA, make_two_zones, write_raster
 from tests.datasets.test_image_masks import save
 from torchgeo_softcon._compat import HAS_TASKS, Sample
 from torchgeo_softcon.datamodules import (
     ImageMaskFolderDataModule,
+    SSL4EOS12MLDataModule,
     SyntheticScenesDataModule,
     WorldCoverScenesDataModule,
 )
 from torchgeo_softcon.datamodules.base import DrawDataModule, target_transform
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES
 
+from ..tasks.helpers import make_trainer
+
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('two_zones')
-    two_zones(root, dates=2)
-    return root
+    return make_two_zones(tmp_path_factory)
 
 
 def scenes(root: Path, **kwargs: Any) -> WorldCoverScenesDataModule:
@@ -157,16 +159,7 @@ class TestWorldCoverScenesDataModule:
             def configure_optimizers(self) -> None:
                 return None
 
-        trainer = Trainer(
-            accelerator='cpu',
-            max_steps=1,
-            max_epochs=1,
-            limit_train_batches=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = make_trainer(root, max_epochs=1, max_steps=1, limit_train_batches=1)
         trainer.fit(Model(), datamodule)
         expected = next(iter(loaders(scenes(root, seasons=2))['train']))
         assert torch.equal(seen[0], expected['image'])
@@ -365,3 +358,46 @@ class TestRealData:
         actual = torch.stack([shares[row['name']] for row in rows])
         difference = (actual - expected).abs().mean(0)
         assert (difference < 0.02).all(), difference
+
+
+#: Options that all datamodules of this package have.
+SHARED = {'batch_size', 'num_workers', 'val_fraction', 'seed'}
+
+#: Options of each, some of which are those of its dataset.
+OPTIONS = {
+    ImageMaskFolderDataModule: {
+        *('root', 'images', 'masks', 'image_bands', 'mask_band', 'bands', 'nodata'),
+        *('value_range', 'seasons', 'places', 'size'),
+        *('target', 'min_fraction', 'fractions'),
+    },
+    SSL4EOS12MLDataModule: {
+        *('root', 'split', 'labels', 'seasons', 'require_labels', 'min_fraction'),
+        *('fractions', 'value_range'),
+    },
+    WorldCoverScenesDataModule: {
+        *('images', 'worldcover', 'year', 'product', 'allow_unlabelled', 'bands'),
+        *('all_bands', 'patch_size', 'length', 'seasons', 'min_valid', 'value_range'),
+        *('nodata', 'offset', 'target', 'min_fraction', 'fractions'),
+    },
+    SyntheticScenesDataModule: {
+        *('root', 'places', 'size', 'dates', 'bands', 'patch_size', 'length'),
+        *('seasons', 'min_valid', 'target', 'min_fraction', 'fractions'),
+    },
+}
+
+
+@pytest.mark.parametrize('datamodule', OPTIONS)
+def test_command_line_knows_the_options_of_the_dataset(datamodule: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(datamodule, 'data', sub_configs=True)
+    options = {a.dest.removeprefix('data.') for a in parser._actions}
+    options = {o.removesuffix('.help') for o in options} - {'help', 'data'}
+    assert options == OPTIONS[datamodule] | SHARED
+
+
+@pytest.mark.parametrize('datamodule', OPTIONS)
+def test_unknown_option_is_found_at_once(datamodule: Any) -> None:
+    given: Any = {'images': 'a', 'worldcover': 'b'}
+    required = given if datamodule is WorldCoverScenesDataModule else {}
+    with pytest.raises(TypeError, match="'patchsize'"):
+        datamodule(**required, patchsize=32)

@@ -24,7 +24,7 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
-from torchgeo_softcon.labels.workers import InProcess
+from torchgeo_softcon.labels.workers import Workers
 from torchgeo_softcon.landcover.products import (
     DYNAMICWORLD,
     WORLDCOVER,
@@ -536,7 +536,7 @@ class TestBadInput:
     def test_results_that_are_lost(
         self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def lose(self: InProcess, function: Any, units: Any) -> Any:
+        def lose(self: Workers, function: Any, units: Any) -> Any:
             results = list(map(function, units))
             return results[1:] if function is archive.count_unit else results
 
@@ -545,7 +545,7 @@ class TestBadInput:
         out = tmp_path / 'a.parquet'
         options: Any = {'footprints': boxes(tmp_path / 'a.csv', 64), 'out': out}
         with monkeypatch.context() as patch:
-            patch.setattr(InProcess, 'map', lose)
+            patch.setattr(Workers, 'map', lose)
             with pytest.raises(
                 RuntimeError, match=r'no result for \d+ patches, such as'
             ):

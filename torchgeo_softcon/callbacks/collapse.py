@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._checks import check_counts, check_not_negative
 from ..evaluation.features import encode, prepare
+from ..tasks.guard import plateau_message
 from .watch import EncoderWatch, gather, quietly
 
 
@@ -216,14 +217,8 @@ class CollapseMonitor(EncoderWatch):
         if self._plateau_start < 0:
             self._plateau_start = step
         if step - self._plateau_start >= self.plateau_steps:
-            self._warn(
-                'plateau',
-                f'train_loss has stayed at {loss:.3f} for {step - self._plateau_start} '
-                f'steps, which is log({prototypes}): every prototype is as likely as any '
-                'other, whatever the image. Usually one of these helps: a lower teacher '
-                'temperature, a lower momentum of the centre, a lower lr or a longer '
-                'warm-up, a larger batch_size.',
-            )
+            steps = step - self._plateau_start
+            self._warn('plateau', plateau_message(f'{loss:.3f}', prototypes, steps))
 
     def _warn(self, kind: str, message: str) -> None:
         """Warn once per run, also if the run is interrupted."""

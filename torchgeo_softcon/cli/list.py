@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What the package declares, and whether it loads: ``torchgeo-softcon list``."""
+"""List what the package declares, and whether it loads: ``torchgeo-softcon list``."""
 
 import sys
 import warnings

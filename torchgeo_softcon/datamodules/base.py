@@ -1,9 +1,12 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What the datamodules of this package share."""
+"""Base of the datamodules of this package."""
 
-from collections.abc import Sequence
+import abc
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -108,24 +111,26 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     def __init__(
         self,
         dataset_class: type[NonGeoDataset],
+        options: Mapping[str, Any],
         batch_size: int,
         num_workers: int | None,
         val_fraction: float,
         seed: int,
-        **kwargs: Any,
     ) -> None:
         """Initialize a new DrawDataModule instance.
 
         Args:
             dataset_class: Class used to instantiate a new dataset.
+            options: Keyword arguments of *dataset_class* that are passed to it as they
+                are.
             batch_size: Number of samples in a batch on one device.
             num_workers: Number of processes that read, per device. By default the cores
                 there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             val_fraction: Part that is kept for validation, and again for testing.
             seed: Seed of all random choices.
-            **kwargs: Additional keyword arguments passed to ``dataset_class``.
 
         Raises:
+            TypeError: If *dataset_class* does not have one of *options*.
             ValueError: If an argument is out of range.
         """
         if batch_size < 1 or (num_workers or 0) < 0:
@@ -141,9 +146,10 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
                 'for testing'
             )
 
-        super().__init__(
-            dataset_class, batch_size, num_workers or 0, seed=seed, **kwargs
-        )
+        # Now, and not when the data are opened
+        inspect.signature(dataset_class).bind_partial(**options)
+
+        super().__init__(dataset_class, batch_size, num_workers or 0)
         self._num_workers: int | None = num_workers
         self.val_fraction = val_fraction
         self.seed = seed
@@ -178,23 +184,39 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         expected = resolve_value_range('softcon', bands, len(bands), ())
         return bool(np.allclose(pairs, expected))
 
-    def _divide(self, stage: str, data: Any) -> None:
-        """Set the datasets of a stage to parts of *data*, or to all of it."""
-        train = val = test = data
+    @abc.abstractmethod
+    def open_dataset(self) -> Any:
+        """Open the data that all splits are divided from."""
+
+    @functools.cached_property
+    def source(self) -> Any:
+        """The data that all splits are divided from, opened once."""
+        return self.open_dataset()
+
+    def setup(self, stage: str) -> None:
+        """Open the data and divide them.
+
+        Args:
+            stage: Either 'fit', 'validate', 'test', or 'predict'.
+
+        Raises:
+            FileNotFoundError: If there are no images, or a file that belongs to them.
+            ValueError: If there are too few samples to divide.
+        """
+        train = val = test = self.source
         if self.val_fraction > 0:
-            train, val, test = data.divide(self.val_fraction)
+            train, val, test = self.source.divide(self.val_fraction)
         if stage == 'fit':
             self.train_dataset = train
         if stage in ('fit', 'validate'):
             self.val_dataset = val
         if stage == 'test':
             self.test_dataset = test
+        if stage == 'predict':
+            self.predict_dataset = self.source.images()
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Data loader for training.
-
-        Returns:
-            A data loader that can go on in the middle of an epoch.
+        """Return a data loader that can go on in the middle of an epoch.
 
         Raises:
             ValueError: If there are fewer samples than one batch needs.
@@ -228,7 +250,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         return loader
 
     def _dataloader_factory(self, split: str) -> DataLoader[Sample]:
-        """Data loader for validation, testing or prediction, in order."""
+        """Return a data loader for validation, testing or prediction, in order."""
         return DataLoader(
             self._valid_attribute(f'{split}_dataset'),
             batch_size=self.batch_size,
@@ -238,7 +260,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         )
 
     def _pending(self) -> int:
-        """Batches that the trainer has taken, but whose step is not done.
+        """Return the number of batches whose step is not done.
 
         A checkpoint that is saved on an error or on a signal falls into a step.
         """
@@ -251,19 +273,11 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     # the loops, and a task that asks for trainer.estimated_stepping_batches to set up
     # its schedule makes them before.
     def state_dict(self) -> dict[str, Any]:
-        """Where the training is in the epoch, for the checkpoint.
-
-        Returns:
-            The state of the training data loader, if there is one.
-        """
+        """Return the state of the training data loader, if there is one."""
         return self._train_loader.state_dict() if self._train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state_dict: From :meth:`state_dict`.
-        """
+        """Go on from a checkpoint, with what :meth:`state_dict` gave."""
         self._resume = dict(state_dict)
         # Some strategies restore checkpoints after the setup of the task
         if self._train_loader is not None:

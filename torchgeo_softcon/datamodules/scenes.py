@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..datasets.scaling import ValueRange
 from ..datasets.scene_grid import SceneGrid
 from ..datasets.scenes import WorldCoverScenes
 from ..geo.grid import overlapping
@@ -29,7 +28,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
     Without *val_fraction*, validation and test windows are drawn from the same ground
     as those for training, so their scores say little about other places. With it, each
     raster is divided on its own: where rasters of different places overlap, as
-    neighbouring Sentinel-2 tiles do by 10 km, the parts still share ground, and there
+    neighbouring Sentinel-2 tiles do by 10 km, the splits still share ground, and there
     is a warning.
 
     .. versionadded:: 0.1
@@ -39,25 +38,16 @@ class WorldCoverScenesDataModule(DrawDataModule):
         self,
         images: str | Sequence[str],
         worldcover: str | Sequence[str] | None,
-        year: int | None = None,
-        bands: Sequence[str] | None = None,
-        patch_size: int = 264,
         batch_size: int = 64,
         length: int | None = None,
-        seasons: int = 1,
         num_workers: int | None = None,
         target: Target = 'label',
         min_fraction: float = 0.05,
         fractions: bool = False,
-        min_valid: float = 0.5,
-        value_range: ValueRange = None,
-        all_bands: Sequence[str] | None = None,
-        nodata: float | None = None,
         val_fraction: float = 0.0,
         seed: int = 0,
-        allow_unlabelled: bool = False,
-        offset: float | None = None,
         product: str | LandCoverProduct = 'worldcover',
+        **kwargs: Any,
     ) -> None:
         """Initialize a new WorldCoverScenesDataModule instance.
 
@@ -65,13 +55,9 @@ class WorldCoverScenesDataModule(DrawDataModule):
             images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
             worldcover: Folders or files of WorldCover tiles, or of rasters of *product*.
                 None for no labels at all, together with *allow_unlabelled*.
-            year: Year of the map, 2020 (v100) or by default 2021 (v200).
-            bands: Names of the bands to use, None for all bands of the files.
-            patch_size: Height and width of a window in pixels.
             batch_size: Number of samples in a batch on one device.
             length: Number of samples per epoch. By default as many as cover the area
                 of all images once, and at least one batch.
-            seasons: Number of different dates per sample.
             num_workers: Number of processes that read, per device. By default the cores
                 there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
@@ -79,82 +65,67 @@ class WorldCoverScenesDataModule(DrawDataModule):
             min_fraction: Smallest share of a window that a class must cover to be in
                 its label.
             fractions: Give the share of every class instead of 0 and 1.
-            min_valid: Share of pixels of a window that must have data.
-            value_range: What becomes 0 and 1: ``softcon``, a pair ``[low, high]``, or
-                one pair per band. By default 0 and 255 for uint8, and the mean of
-                SSL4EO-S12 -2 and +2 standard deviations for known bands in digital
-                numbers or dB.
-            all_bands: Names of all bands in file order, if a file does not tell or
-                tells wrong.
-            nodata: Value of pixels without data, None for what each file says, or 0 if
-                it does not and has digital numbers (uint16) of Sentinel-2 bands.
             val_fraction: Part of each raster, at its lower end, whose windows are for
                 testing only, and as much above it for validation only. With 0, all are
                 drawn from everywhere. Rasters that overlap still share ground.
             seed: Seed of the windows, from 0 to 2**32 - 1.
-            allow_unlabelled: Accept images without a tile.
-            offset: What is added to the values before *value_range*. None for -1000 if
-                the path tells that digital numbers of Sentinel-2 bands are of baseline
-                04.00 or later, else 0.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`.
+            **kwargs: Other options of :class:`.WorldCoverScenes`.
 
         Raises:
+            TypeError: If the dataset has no such option.
             ValueError: If an argument is out of range.
         """
+        self._options = kwargs
         super().__init__(
-            WorldCoverScenes,
-            batch_size,
-            num_workers,
-            val_fraction,
-            seed,
-            transforms=target_transform(target, min_fraction, fractions, product),
-            images=images,
-            worldcover=worldcover,
-            year=year,
-            bands=bands,
-            patch_size=patch_size,
-            seasons=seasons,
-            min_valid=min_valid,
-            value_range=value_range,
-            all_bands=all_bands,
-            nodata=nodata,
-            allow_unlabelled=allow_unlabelled,
-            offset=offset,
-            product=product,
+            WorldCoverScenes, self._options, batch_size, num_workers, val_fraction, seed
         )
         self.length = length
-        self._scenes: WorldCoverScenes | None = None
+        self._images, self._worldcover = images, worldcover
+        self._product = product
+        self._target = target_transform(target, min_fraction, fractions, product)
 
     @property
     def shares_ground(self) -> bool:
         """Whether the windows of all splits are drawn from the same ground."""
         return self.val_fraction == 0
 
+    def open_dataset(self) -> WorldCoverScenes:
+        """Open the rasters.
+
+        Warns:
+            UserWarning: If *val_fraction* does not keep the splits apart.
+        """
+        scenes = WorldCoverScenes(
+            images=self._images,
+            worldcover=self._worldcover,
+            rows=(0.0, 1.0),
+            transforms=self._target,
+            seed=self.seed,
+            product=self._product,
+            **self._options,
+        )
+        grids = [place.grid for place in scenes.places]
+        pairs = overlapping(grids) if self.val_fraction > 0 else []
+        if pairs:
+            names = ' and '.join(scenes.places[number].name for number in pairs[0])
+            warnings.warn(
+                f'val_fraction={self.val_fraction} divides every raster on its own, '
+                f'but {len(pairs)} pairs of places overlap, such as {names}: ground '
+                'of the training may also be in validation and testing',
+                UserWarning,
+                stacklevel=4,
+            )
+        return scenes
+
     def setup(self, stage: str) -> None:
         """Open the rasters and choose the windows.
 
         Args:
             stage: Either 'fit', 'validate', 'test', or 'predict'.
-
-        Warns:
-            UserWarning: If *val_fraction* does not keep the parts apart.
         """
-        if self._scenes is None:
-            self._scenes = WorldCoverScenes(**self._scenes_kwargs())
-            places = self._scenes.places
-            grids = [place.grid for place in places]
-            pairs = overlapping(grids) if self.val_fraction > 0 else []
-            if pairs:
-                names = ' and '.join(places[number].name for number in pairs[0])
-                warnings.warn(
-                    f'val_fraction={self.val_fraction} divides every raster on its own, '
-                    f'but {len(pairs)} pairs of places overlap, such as {names}: ground '
-                    'of the training may also be in validation and testing',
-                    UserWarning,
-                    stacklevel=2,
-                )
-        scenes, part = self._scenes, self.val_fraction
+        scenes, part = self.source, self.val_fraction
         train = val = test = (0.0, 1.0)
         if part > 0:
             train, val = (0.0, 1 - 2 * part), (1 - 2 * part, 1 - part)
@@ -172,6 +143,3 @@ class WorldCoverScenesDataModule(DrawDataModule):
             self.test_dataset = scenes.with_windows(rows=test, stream=_TEST_STREAM)
         if stage == 'predict':
             self.predict_dataset = SceneGrid(scenes)
-
-    def _scenes_kwargs(self) -> dict[str, Any]:
-        return dict(self.kwargs)

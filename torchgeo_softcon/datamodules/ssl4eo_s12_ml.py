@@ -4,6 +4,7 @@
 """Datamodule for SSL4EO-S12 with land-cover labels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -49,16 +50,12 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         self,
         root: str = 'data',
         split: Split | Sequence[Split] = 's2c',
-        labels: str | None = None,
         batch_size: int = 64,
-        seasons: int = 1,
         num_workers: int | None = None,
-        require_labels: bool = False,
-        min_fraction: float = 0.05,
-        fractions: bool = False,
         value_range: ValueRange = None,
         val_fraction: float = 0.0,
         seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Initialize a new SSL4EOS12MLDataModule instance.
 
@@ -66,64 +63,42 @@ class SSL4EOS12MLDataModule(DrawDataModule):
             root: Folder with the folders ``s1``, ``s2c`` or ``s2a``, as they are published
                 or packed.
             split: One of them, or several to stack the bands of images of one season.
-            labels: The JSON file of SSL4EO-S12-ML, or a Parquet file of
-                ``torchgeo-softcon labels``. None for the labels that are packed, if any.
             batch_size: Number of locations in a batch on one device.
-            seasons: Number of different images per location.
             num_workers: Number of processes that read, per device. By default the cores
                 there are for each CUDA device, from 1 to 8, and 0 without CUDA.
-            require_labels: Leave out images whose label is unknown.
-            min_fraction: Smallest share of an image that a class must cover to be in its
-                label, where shares are known.
-            fractions: Give the share of every class instead of 0 and 1.
             value_range: What becomes 0 and 1: a pair ``[low, high]``, or one pair per
                 band. By default (``softcon``) the mean of SSL4EO-S12 -2 and +2 standard
                 deviations, those of Level-1C also for Level-2A.
             val_fraction: Part of the locations for validation only, and as much for
                 testing only. With 0, all are for all three.
-            seed: Seed of the order, the seasons and the parts.
+            seed: Seed of the order, the seasons and the division.
+            **kwargs: Other options of :class:`.SSL4EOS12ML`.
 
         Raises:
+            TypeError: If the dataset has no such option.
             ValueError: If an argument is out of range.
         """
+        self._options = kwargs
         super().__init__(
-            SSL4EOS12ML,
-            batch_size,
-            num_workers,
-            val_fraction,
-            seed,
-            root=root,
-            split=split,
-            labels=labels,
-            seasons=seasons,
-            require_labels=require_labels,
-            min_fraction=min_fraction,
-            fractions=fractions,
+            SSL4EOS12ML, self._options, batch_size, num_workers, val_fraction, seed
         )
+        self._root, self._split = root, split
         bands = [band for name in split_names(split) for band in BANDS[name]]
         self.value_range = resolve_value_range(
             value_range or 'softcon', bands, len(bands), ()
         )
         self.aug = self._scale = _Scale(self.value_range)
         self.collate_fn = collate
-        self._data: SSL4EOS12ML | None = None
 
-    def setup(self, stage: str) -> None:
-        """Find the images and divide them.
-
-        Args:
-            stage: Either 'fit', 'validate', 'test', or 'predict'.
-
-        Raises:
-            FileNotFoundError: If there are no images, or no file of labels.
-            ValueError: If labels do not belong to the images, or if there are too few
-                locations to divide.
-        """
-        if self._data is None:
-            self._data = SSL4EOS12ML(**self.kwargs)
-        self._divide(stage, self._data)
-        if stage == 'predict':
-            self.predict_dataset = self._data.images()
+    def open_dataset(self) -> SSL4EOS12ML:
+        """Find the images and their labels."""
+        return SSL4EOS12ML(
+            root=self._root,
+            split=self._split,
+            transforms=None,
+            seed=self.seed,
+            **self._options,
+        )
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Make images of the bytes that were read, on the device.
@@ -136,9 +111,9 @@ class SSL4EOS12MLDataModule(DrawDataModule):
             Batch with *image* of shape (B, T, C, 264, 264) and *label* of shape (B, T, K),
             without T if it is 1.
         """
-        if self._data is not None and 'records' in batch:
+        if 'records' in batch:
             batch = dict(batch)
-            batch['image'] = self._data.decode(batch.pop('records'))
+            batch['image'] = self.source.decode(batch.pop('records'))
         for key in ('image', 'label'):
             if key in batch and batch[key].shape[1] == 1:
                 batch[key] = batch[key][:, 0]

@@ -25,10 +25,9 @@ from ..geo.footprints import outlines
 from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
-from .counting import Counted, count_pixels
 from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_places, write_json
-from .plan import Plan, Unit
+from .plan import Plan, count_unit
 from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table
 from .tables import Table, read_footprints
@@ -40,7 +39,7 @@ _CHUNK = 2**16
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a run has done.
+    """Outcome of a run.
 
     Attributes:
         path: The file of labels.
@@ -199,19 +198,6 @@ def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.
         among = among.combine_chunks()
     missing = pc.is_null(pc.index_in(ids, among))
     return np.array(missing.to_numpy(zero_copy_only=False))
-
-
-def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
-    """Count the footprints of a work unit.
-
-    Args:
-        unit: The work unit.
-
-    Returns:
-        Ids, and the counts in their order.
-    """
-    counted = count_pixels(unit.table, unit.tiles, unit.codes, unit.no_data)
-    return unit.table['id'].combine_chunks(), counted
 
 
 class _Run:

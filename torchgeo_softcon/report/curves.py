@@ -22,14 +22,9 @@ from .page import Section
 
 
 def find_logs(run: Path) -> list[Path]:
-    """Find the files of the loggers of a run.
+    """Find the logs of a run, or of the last one in a folder of runs.
 
-    Args:
-        run: Folder of the run, or one with folders of runs, of which the last is taken.
-
-    Returns:
-        CSV files with a column *step*, ``metrics.csv`` first, or if there are none, files
-        of TensorBoard.
+    CSV files with a column *step*, or if there are none, files of TensorBoard.
 
     Raises:
         FileNotFoundError: If there are none, or only some of TensorBoard, and tensorboard
@@ -61,13 +56,7 @@ def _has_steps(path: Path) -> bool:
 
 
 def read_logs(files: Sequence[Path]) -> pd.DataFrame:
-    """Read the logs of a run.
-
-    Args:
-        files: From :func:`find_logs`.
-
-    Returns:
-        Numbers by *step*, with gaps where a metric was not logged.
+    """Read logs as numbers by *step*, with gaps where a metric was not logged.
 
     Raises:
         ValueError: If nothing was logged.
@@ -167,14 +156,7 @@ _COLUMNS = 3
 
 
 def curve_sections(log: pd.DataFrame) -> list[Section]:
-    """Plot all that was logged, by optimizer step.
-
-    Args:
-        log: From :func:`read_logs`.
-
-    Returns:
-        Sections *losses*, *knn*, *spread*, *schedules* and *others*, those with metrics.
-    """
+    """Plot all that was logged, by optimizer step."""
     metrics = list(log.columns.drop(['step', 'epoch'], errors='ignore'))
     sections = []
     for pattern, section in _CURVES.items():

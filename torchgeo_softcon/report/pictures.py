@@ -158,12 +158,9 @@ def plot_views(
 def _draw_views(
     task: Any, batch: dict[str, Tensor]
 ) -> tuple[list[tuple[str, Tensor]], list[Tensor]] | None:
-    """Draw the views of a task, and find their boxes on the images.
+    """Draw views with titles, and find their boxes (B, 4) if the augmentations tell.
 
-    Returns:
-        Titles and views of shape (B, C, H, W), and for each view its boxes of shape
-        (B, 4), or no boxes where the augmentations do not tell them. None if the task
-        does not draw views.
+    None if the task does not draw views.
     """
     boxes: list[Tensor] = []
 
@@ -228,12 +225,7 @@ def feature_similarities(features: Tensor) -> Tensor:
 def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
     """Plot similarities of labels and of features, of all pairs of images.
 
-    Args:
-        features: Features of shape (N, F).
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-
-    Returns:
-        Two matrices and a scatter plot.
+    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,).
     """
     # Images with the same label side by side
     keys = labels[:, None] if labels.ndim == 1 else labels
@@ -275,16 +267,9 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
 def plot_neighbours(
     thumbnails: Sequence[Array], features: Tensor, labels: Tensor, count: int = 10
 ) -> Figure:
-    """Plot the nearest neighbours of some images.
+    """Plot *count* images with their five nearest neighbours by features (N, F).
 
-    Args:
-        thumbnails: Colours of the images.
-        features: Features of shape (N, F).
-        labels: Multi-hot labels of shape (N, K), or class indices of shape (N,).
-        count: Number of images to look from.
-
-    Returns:
-        A row per image: the image, and its five nearest neighbours.
+    Labels are multi-hot (N, K), or class indices (N,).
     """
     by_label, similarity = label_similarities(labels), feature_similarities(features)
     similarity.fill_diagonal_(-math.inf)
@@ -370,16 +355,7 @@ def plot_classes(
     thumbnails: Sequence[Array],
     product: LandCoverProduct = WORLDCOVER,
 ) -> Figure:
-    """Plot the land cover of some images.
-
-    Args:
-        masks: Codes of *product* of shape (H, W).
-        thumbnails: Colours of the images.
-        product: The land-cover product.
-
-    Returns:
-        Images above, classes below, with a legend.
-    """
+    """Plot images, and below the classes of their masks (H, W), with a legend."""
     colours = np.ones((256, 4))  # white where there is no data
     colours[list(product.codes)] = [product.colors[code] for code in product.codes]
     colours[list(product.codes)] /= 255

@@ -65,7 +65,7 @@ class Gallery:
     product: LandCoverProduct = WORLDCOVER
 
     def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
-        """Features, labels and thumbnails of the images whose label is known."""
+        """Return features, labels and thumbnails of the images whose label is known."""
         if self.labels is None or self.labels.ndim == 1:
             return self.features, self.labels, self.thumbnails
         known = self.labels.any(1)
@@ -160,7 +160,7 @@ def _collate(samples: list[Sample]) -> Sample:
 def _split(
     datamodule: LightningDataModule, split: str | None, count: int
 ) -> tuple[str, Any, list[Any]]:
-    """The first split that has enough images, or else the largest."""
+    """Set up the first split that has enough images, or else the largest."""
     best: tuple[str, Any, list[Any]] = ('', None, [])
     for name in ('val', 'test', 'predict', 'train') if split is None else (split,):
         torch.manual_seed(0)  # for samplers that draw
@@ -179,6 +179,7 @@ def _split(
 
 
 def _shrink(images: Tensor) -> Tensor:
+    """Resize large images to thumbnails."""
     if max(images.shape[-2:]) <= _THUMBNAIL:
         return images
     return F.interpolate(
@@ -189,7 +190,7 @@ def _shrink(images: Tensor) -> Tensor:
 def _masks(
     dataset: Any, indices: Sequence[Any], samples: Sequence[Sample]
 ) -> list[Tensor] | None:
-    """Land cover under some samples, which transforms may have replaced by a label."""
+    """Read masks under some samples, which transforms may have replaced by a label."""
     if all('mask' in sample for sample in samples):
         masks = [sample['mask'] for sample in samples]
     else:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from ..evaluation.features import prepare
 from ..models import is_vit
@@ -34,14 +34,9 @@ from .samples import Gallery, collect
 
 
 def run_augmentations(config: Path) -> nn.Module | None:
-    """Read the augmentations of a run, which its checkpoints do not have.
+    """Read the augmentations of a run, which its checkpoints do not have, from a YAML file.
 
-    Args:
-        config: Configuration of the run, as the command line has saved it.
-
-    Returns:
-        The augmentations, None if the run had those of its task or if they are no part of
-        this package.
+    None if the run had those of its task, or some that are no part of this package.
     """
     if not config.is_file():
         return None
@@ -61,14 +56,9 @@ def run_augmentations(config: Path) -> nn.Module | None:
 
 
 def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
-    """Rebuild the task of a checkpoint with the augmentations of its run.
+    """Rebuild the task of a checkpoint in training mode, with the run's augmentations.
 
-    Args:
-        checkpoint: Path of the checkpoint.
-        content: What is in it, from :func:`.read_checkpoint`.
-
-    Returns:
-        The task in training mode, or None if the checkpoint is of something else.
+    None if the checkpoint, whose *content* is read already, is of something else.
     """
     config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
     augmentations = run_augmentations(config)
@@ -77,15 +67,7 @@ def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
 
 
 def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
-    """Tell whether a run had other augmentations than the task that was made of it.
-
-    Args:
-        content: What is in a checkpoint of the run.
-        task: From :func:`load_task`.
-
-    Returns:
-        True if the checkpoint tells so.
-    """
+    """Tell whether a checkpoint notes other augmentations than the rebuilt task has."""
     own = task.unsaved()['augmentations']
     return bool(content.get('unsaved', {}).get('augmentations', own) != own)
 
@@ -130,7 +112,7 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     torch.manual_seed(0)
     labelled = [sample for sample in gallery.samples if 'label' in sample]
     samples = (labelled or gallery.samples)[:6]
-    batch = {
+    batch: dict[str, Tensor] = {
         key: torch.stack([torch.as_tensor(sample[key]) for sample in samples])
         for key in ('image', 'label')
         if key in samples[0]

@@ -25,6 +25,7 @@ from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .base import PretrainingTask
+from .guard import plateau_message
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
@@ -439,11 +440,6 @@ class DINOMCTask(PretrainingTask):
         super().on_train_epoch_end()
         if not hasattr(self, '_told') and int(self.plateau) >= _PLATEAU_STEPS:
             self._told = True
-            rank_zero_warn(
-                f'train_loss has been log(output_dim) = '
-                f'{math.log(self.hparams["output_dim"]):.3f} for {int(self.plateau)} '
-                'steps: the student says the same of every image. Usual causes are a '
-                'teacher_temperature that is too high, too many prototypes '
-                '(output_dim) for the batch size, an lr that is too high or a warm-up '
-                'that is too short, and images that look alike after normalization.'
-            )
+            prototypes = self.hparams['output_dim']
+            value = f'log(output_dim) = {math.log(prototypes):.3f}'
+            rank_zero_warn(plateau_message(value, prototypes, int(self.plateau)))

@@ -30,6 +30,17 @@ def label_message(low: float, high: float) -> str:
     )
 
 
+def plateau_message(value: str, prototypes: int, steps: int) -> str:
+    """Word the warning of a loss over prototypes that has stayed where it starts."""
+    return (
+        f'train_loss has stayed at {value} for {steps} steps, which is '
+        f'log({prototypes}): every prototype is as likely as any other, whatever the '
+        'image. Usually one of these helps: a lower teacher_temperature, a lower '
+        'momentum of the centre, fewer prototypes (output_dim) or a larger batch_size, a '
+        'lower lr or a longer warm-up, images that differ after normalization.'
+    )
+
+
 def _describe(step: int, loss: float, low: float, high: float, bad: int | None) -> str:
     """Return the message of the error."""
     pixels = ''
