@@ -24,7 +24,7 @@ from affine import Affine
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.labels import archive, plan, store, write_json
-from torchgeo_softcon.labels.workers import InProcess
+from torchgeo_softcon.labels.workers import Workers
 from torchgeo_softcon.landcover.products import (
     DYNAMICWORLD,
     WORLDCOVER,
@@ -536,7 +536,7 @@ class TestBadInput:
     def test_results_that_are_lost(
         self, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def lose(self: InProcess, function: Any, units: Any) -> Any:
+        def lose(self: Workers, function: Any, units: Any) -> Any:
             results = list(map(function, units))
             return results[1:] if function is archive.count_unit else results
 
@@ -545,7 +545,7 @@ class TestBadInput:
         out = tmp_path / 'a.parquet'
         options: Any = {'footprints': boxes(tmp_path / 'a.csv', 64), 'out': out}
         with monkeypatch.context() as patch:
-            patch.setattr(InProcess, 'map', lose)
+            patch.setattr(Workers, 'map', lose)
             with pytest.raises(
                 RuntimeError, match=r'no result for \d+ patches, such as'
             ):
@@ -759,21 +759,3 @@ class TestBadInput:
         (tmp_path / 'empty').mkdir()
         with pytest.raises(FileNotFoundError, match='no ESA WorldCover tile of 2021'):
             run(images=images, worldcover=tmp_path / 'empty', out=out)
-
-
-def test_help_is_light() -> None:
-    code = (
-        'import sys; from torchgeo_softcon.__main__ import main\n'
-        'try: main(["labels", "--help"])\n'
-        'finally: print({"torch", "torchgeo", "geopandas"} & {*sys.modules})'
-    )
-    process = subprocess.run(
-        [sys.executable, '-c', code],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'COLUMNS': '90'},
-    )
-    assert process.stdout.splitlines()[-1] == 'set()'
-    for option in ('--images', '--footprints', '--layout', '--download', '--scheduler'):
-        assert option in process.stdout

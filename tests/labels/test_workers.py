@@ -1,8 +1,10 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,47 +14,119 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rasterio.warp import transform
 
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.labels import plan, workers
-from torchgeo_softcon.labels.archive import count_unit
-from torchgeo_softcon.labels.workers import InProcess, LocalWorkers, open_workers
+from torchgeo_softcon.labels.blocks import open_path
+from torchgeo_softcon.labels.plan import count_unit
+from torchgeo_softcon.labels.sources import read
+from torchgeo_softcon.labels.workers import LocalWorkers, Workers, open_workers
 
 from .helpers import write_tile
 from .test_archive import boxes
+from .units import blocked_signals, die, die_once, fail, process, square, stop
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*official tile.*:UserWarning')
 
 
-def square(number: int) -> int:
-    return number**2
-
-
-def die_once(unit: tuple[Path, int]) -> int:
-    """Kill the worker the first time that unit 3 comes up."""
-    marker, number = unit
-    if number == 3 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def die(number: int) -> int:
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def fail(number: int) -> int:
-    raise ValueError(f'number {number}')
+@pytest.fixture(scope='module')
+def two() -> Iterator[Workers]:
+    with open_workers(2, None) as pool:
+        yield pool
 
 
 class TestLocal:
-    def test_every_unit_once(self) -> None:
-        assert sorted(LocalWorkers(2).map(square, range(9))) == [n**2 for n in range(9)]
-        assert list(InProcess().map(square, range(9))) == [n**2 for n in range(9)]
+    def test_every_unit_once(self, two: Workers) -> None:
+        assert sorted(two.map(square, range(9))) == [n**2 for n in range(9)]
+        assert list(Workers().map(square, range(9))) == [n**2 for n in range(9)]
 
-    def test_units_are_taken_as_workers_are_free(self) -> None:
+    def test_one_pool_per_run(self, two: Workers) -> None:
+        pids = {*two.map(process, range(9)), *two.map(process, range(9))}
+        assert len(pids) <= 2
+        assert os.getpid() not in pids
+
+    def test_processes_are_new_ones(self, two: Workers) -> None:
+        """A fork has copies of all modules, and of all locks."""
+        (names,) = two.map(eval, ['[*__import__("sys").modules]'])
+        assert {'rasterio', 'pyarrow'} <= {*sys.modules}
+        assert not {'rasterio', 'pyarrow'} & {*names}
+
+    def test_processes_start_fast(self) -> None:
+        """Not even the command imports as much as they must not."""
+        modules = {function.__module__ for function in (count_unit, read, open_path)}
+        code = (
+            f'import sys, {", ".join(modules)}\n'
+            'print({"torch", "torchgeo", "geopandas", "pandas", "requests", "tqdm"}'
+            ' & {*sys.modules})'
+        )
+        done = subprocess.run(
+            [sys.executable, '-c', code], check=True, capture_output=True, text=True
+        )
+        assert done.stdout == 'set()\n'
+
+    @pytest.mark.parametrize('runs', [2, pytest.param(25, marks=pytest.mark.slow)])
+    def test_threads_that_use_proj(self, tmp_path: Path, runs: int) -> None:
+        """Forks of such a process hang for ever, one of a hundred."""
+        write_tile(tmp_path / 'tiles', 6, 45)
+        table, out = boxes(tmp_path / 'a.csv', 20), tmp_path / 'a.parquet'
+        over = threading.Event()
+
+        def project() -> None:
+            while not over.wait(1e-3):
+                transform('EPSG:4326', 'EPSG:32632', [9.0] * 50, [46.0] * 50)
+
+        threads = [threading.Thread(target=project) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(runs):
+                labelled = label_archive(
+                    footprints=table,
+                    worldcover=tmp_path / 'tiles',
+                    out=out,
+                    workers=2,
+                    progress=False,
+                    overwrite=True,
+                )
+                assert labelled.rows + len(labelled.failures) == 20
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+    def test_ctrl_c_is_for_the_parent(self, two: Workers) -> None:
+        assert list(two.map(blocked_signals, [0])) == [{signal.SIGINT}]
+        assert not blocked_signals(0)
+
+    def test_a_script_need_not_ask_for_its_name(self, tmp_path: Path) -> None:
+        script = tmp_path / 'script.py'
+        script.write_text(
+            'from torchgeo_softcon.labels.workers import open_workers\n'
+            'print("once")\n'
+            'with open_workers(2, None) as pool:\n'
+            '    print(sorted(pool.map(abs, range(-3, 0))))\n'
+        )
+        done = subprocess.run(
+            [sys.executable, script],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])},
+        )
+        assert done.stdout.splitlines() == ['once', '[1, 2, 3]']
+        assert not done.stderr
+
+    def test_time_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LocalWorkers, 'limit', 3)
+        pids: list[int] = []
+        before = {*multiprocessing.active_children()}
+        match = 'no result for 3 s. What is done is kept: start again'
+        with pytest.raises(TimeoutError, match=match), open_workers(2, None) as pool:
+            pids.extend(pool.map(stop, range(8)))
+        assert {*multiprocessing.active_children()} == before
+
+    def test_units_are_taken_as_workers_are_free(self, two: Workers) -> None:
         taken: list[int] = []
 
         def units() -> Iterator[int]:
@@ -60,20 +134,22 @@ class TestLocal:
                 taken.append(number)
                 yield number
 
-        results = LocalWorkers(2).map(square, units())
+        results = two.map(square, units())
         next(results)
         assert len(taken) <= 6
         assert len(list(results)) == 49
 
-    def test_a_worker_that_dies_is_replaced(self, tmp_path: Path) -> None:
+    def test_a_worker_that_dies_is_replaced(self, two: Workers, tmp_path: Path) -> None:
         units = [(tmp_path / 'died', number) for number in range(12)]
-        assert sorted(LocalWorkers(2).map(die_once, units)) == list(range(12))
+        assert sorted(two.map(die_once, units)) == list(range(12))
         assert (tmp_path / 'died').exists()
 
-    def test_a_worker_that_dies_while_nobody_waits(self, tmp_path: Path) -> None:
+    def test_a_worker_that_dies_while_nobody_waits(
+        self, two: Workers, tmp_path: Path
+    ) -> None:
         units = [(tmp_path / 'died', number) for number in range(12)]
         results = []
-        for result in LocalWorkers(2).map(die_once, units):
+        for result in two.map(die_once, units):
             results.append(result)
             if len(results) == 1:
                 # Now the next unit is handed to processes that are no longer there
@@ -82,17 +158,17 @@ class TestLocal:
                 time.sleep(0.3)
         assert sorted(results) == list(range(12))
 
-    def test_a_unit_that_kills_its_workers(self) -> None:
+    def test_a_unit_that_kills_its_workers(self, two: Workers) -> None:
         with pytest.raises(RuntimeError, match=r'died 3 times.*use fewer workers'):
-            list(LocalWorkers(2).map(die, range(6)))
+            list(two.map(die, range(6)))
 
-    def test_errors_come_through(self) -> None:
+    def test_errors_come_through(self, two: Workers) -> None:
         with pytest.raises(ValueError, match='number 0'):
-            list(LocalWorkers(1).map(fail, range(1)))
+            list(two.map(fail, range(1)))
 
     def test_choice(self) -> None:
         with open_workers(1, None) as one, open_workers(3, None) as three:
-            assert isinstance(one, InProcess)
+            assert type(one) is Workers
             assert isinstance(three, LocalWorkers)
             assert three.count == 3
 
@@ -169,7 +245,7 @@ class TestDask:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pytest.importorskip('distributed')
-        monkeypatch.setattr(workers, '_TIMEOUT', '1s')
+        monkeypatch.setattr(workers, '_ANSWER', '1s')
         with (
             pytest.raises(OSError, match=r'127\.0\.0\.1:9 does not answer'),
             open_workers(2, 'tcp://127.0.0.1:9'),

@@ -3,15 +3,17 @@
 
 """Small tasks, small data and a quiet trainer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
+from torchgeo_softcon.tasks import DINOMCTask, PretrainingTask, SoftConTask
 
 
 class Scenes(Dataset[dict[str, Tensor]]):
@@ -34,34 +36,32 @@ class Scenes(Dataset[dict[str, Tensor]]):
         }
 
 
+_SMALL: dict[str, Any] = {
+    'model': 'test_vit',
+    'in_channels': 4,
+    'size': 32,
+    'hidden_dim': 16,
+    'warmup_epochs': 1,
+    'lr': 0.01,
+}
+
+
 def make_task(**kwargs: Any) -> SoftConTask:
     torch.manual_seed(0)
-    defaults: dict[str, Any] = {
-        'model': 'test_vit',
-        'in_channels': 4,
-        'size': 32,
-        'hidden_dim': 16,
-        'output_dim': 8,
-        'warmup_epochs': 1,
-        'lr': 0.01,
-    }
-    return SoftConTask(**{**defaults, **kwargs})
+    return SoftConTask(**{**_SMALL, 'output_dim': 8, **kwargs})
 
 
 def make_dino(**kwargs: Any) -> DINOMCTask:
     torch.manual_seed(0)
-    defaults: dict[str, Any] = {
-        'model': 'test_vit',
-        'in_channels': 4,
-        'size': 32,
-        'local_sizes': (28, 20, 16),
-        'output_dim': 24,
-        'hidden_dim': 16,
-        'bottleneck_dim': 8,
-        'warmup_epochs': 1,
-        'lr': 0.01,
-    }
-    return DINOMCTask(**{**defaults, **kwargs})
+    heads = {'output_dim': 24, 'bottleneck_dim': 8}
+    return DINOMCTask(**{**_SMALL, **heads, 'local_sizes': (28, 20, 16), **kwargs})
+
+
+class Whole(nn.Module):
+    """A view that is the image."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image
 
 
 class Corners(nn.Module):
@@ -101,3 +101,27 @@ def make_trainer(root: Path, **kwargs: Any) -> Trainer:
         'enable_model_summary': False,
     }
     return Trainer(**{**defaults, **kwargs})
+
+
+def make_fixed(make: Any, **kwargs: Any) -> Any:
+    """A task without randomness, by :func:`make_task` or :func:`make_dino`."""
+    if make is make_dino:
+        return make_dino(augmentations=Corners(), drop_path_rate=0, **kwargs)
+    return make_task(augmentations=Whole(), mask_ratio=0, **kwargs)
+
+
+def assert_resumes(make: Callable[[], PretrainingTask], root: Path, step: int) -> None:
+    """A run of 12 steps that is stopped and resumed has the numbers of a whole one."""
+    save = ModelCheckpoint(root, '{step}', every_n_train_steps=4, save_top_k=-1)
+    trainer = make_trainer(root, callbacks=[save], enable_checkpointing=True)
+    whole = make()
+    trainer.fit(whole, make_loader())
+
+    torch.manual_seed(123)  # a new process has other random numbers
+    resumed = make()
+    torch.manual_seed(321)
+    trainer = make_trainer(root)
+    trainer.fit(resumed, make_loader(), ckpt_path=root / f'step={step}.ckpt')
+    assert trainer.global_step == 12
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key

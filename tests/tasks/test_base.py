@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from lightly.utils.lars import LARS
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,7 +29,15 @@ from torchgeo_softcon.tasks.optimizers import (
 from torchgeo_softcon.transforms.seasons import _warn_once, split_seasons
 
 from ..models.helpers import WeightsFolder
-from .helpers import Scenes, make_batch, make_dino, make_loader, make_task, make_trainer
+from .helpers import (
+    Scenes,
+    assert_resumes,
+    make_batch,
+    make_dino,
+    make_loader,
+    make_task,
+    make_trainer,
+)
 
 
 def test_split_seasons() -> None:
@@ -221,19 +229,7 @@ class TestResume:
         def make() -> SoftConTask:
             return make_task(model=model, mask_mode='pixel', drop_path_rate=0.1)
 
-        save = ModelCheckpoint(tmp_path, '{step}', every_n_train_steps=4, save_top_k=-1)
-        trainer = make_trainer(tmp_path, callbacks=[save], enable_checkpointing=True)
-        whole = make()
-        trainer.fit(whole, make_loader())
-
-        torch.manual_seed(123)  # a new process has other random numbers
-        resumed = make_task(model=model, mask_mode='pixel', drop_path_rate=0.1)
-        torch.manual_seed(321)
-        trainer = make_trainer(tmp_path)
-        trainer.fit(resumed, make_loader(), ckpt_path=tmp_path / f'step={step}.ckpt')
-        assert trainer.global_step == 12
-        for key, value in whole.state_dict().items():
-            assert torch.equal(value, resumed.state_dict()[key]), key
+        assert_resumes(make, tmp_path, step)
 
     def test_in_a_task_that_was_trained_before(self, tmp_path: Path) -> None:
         run = make_task()

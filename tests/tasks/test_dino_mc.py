@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
@@ -23,7 +23,15 @@ from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.tasks.optimizers import clip_each_gradient, cosine_warmup
 from torchgeo_softcon.transforms import MultiCropView
 
-from .helpers import Corners, Scenes, make_batch, make_dino, make_loader, make_trainer
+from .helpers import (
+    Corners,
+    Scenes,
+    assert_resumes,
+    make_batch,
+    make_dino,
+    make_loader,
+    make_trainer,
+)
 
 PROTOTYPES = 'last_layer.weight_v'
 
@@ -585,18 +593,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, model: str, step: int) -> None:
         'teacher_temperature': 0.07,
         'teacher_temperature_epochs': 1.5,
     }
-    save = ModelCheckpoint(tmp_path, '{step}', every_n_train_steps=4, save_top_k=-1)
-    trainer = make_trainer(tmp_path, callbacks=[save], enable_checkpointing=True)
-    whole = make_dino(**kwargs)
-    trainer.fit(whole, make_loader())
-
-    resumed = make_dino(**kwargs)
-    torch.manual_seed(321)
-    trainer = make_trainer(tmp_path)
-    trainer.fit(resumed, make_loader(), ckpt_path=tmp_path / f'step={step}.ckpt')
-    assert trainer.global_step == 12
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert_resumes(lambda: make_dino(**kwargs), tmp_path, step)
 
 
 def test_load_from_checkpoint(tmp_path: Path) -> None:

@@ -19,15 +19,15 @@ import shapely
 from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
+from .._cores import count_cores
 from ..geo.antimeridian import Floats
 from ..geo.footprints import outlines
 from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
-from .counting import Counted, count_pixels
 from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_places, write_json
-from .plan import Plan, Unit
+from .plan import Plan, count_unit
 from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table
 from .tables import Table, read_footprints
@@ -39,7 +39,7 @@ _CHUNK = 2**16
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a run has done.
+    """Outcome of a run.
 
     Attributes:
         path: The file of labels.
@@ -162,7 +162,7 @@ def label_archive(
             'this command. Choose another file, or set overwrite to replace it'
         )
     store = LabelStore(file, name, legend, of_code, year, product.edition(year))
-    count = workers or _cores()
+    count = workers or count_cores()
     with store.open(overwrite), open_workers(count, scheduler) as pool:
         labelled = _Run(source, store, pool, product, year, progress).run(
             worldcover, (base_url or product.url) if download else None
@@ -170,13 +170,6 @@ def label_archive(
     if format == 'json':
         write_json(store.path, json, min_fraction, min_valid)
     return labelled
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
 
 
 def _find_archive(
@@ -205,19 +198,6 @@ def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.
         among = among.combine_chunks()
     missing = pc.is_null(pc.index_in(ids, among))
     return np.array(missing.to_numpy(zero_copy_only=False))
-
-
-def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
-    """Count the footprints of a work unit.
-
-    Args:
-        unit: The work unit.
-
-    Returns:
-        Ids, and the counts in their order.
-    """
-    counted = count_pixels(unit.table, unit.tiles, unit.codes, unit.no_data)
-    return unit.table['id'].combine_chunks(), counted
 
 
 class _Run:

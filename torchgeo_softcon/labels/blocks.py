@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import rasterio
 
-from ..geo.mosaic import Block, Mosaic, Tile
+from ..geo.mosaic import Block, Mosaic, Tile, open_tile
 
 #: Size of a cell in pixels, if the blocks of a file divide it: that of official tiles.
 _CELL = 1024
@@ -38,6 +39,22 @@ def gdal_options(paths: Iterable[str]) -> dict[str, Any]:
     """Return options of :class:`rasterio.Env` for reading tiles."""
     remote = any(path.startswith('/vsi') for path in paths)
     return {'GDAL_CACHEMAX': _GDAL_CACHE, **(_REMOTE if remote else {})}
+
+
+def open_path(path: str) -> tuple[str, Tile | str]:
+    """Open a tile.
+
+    Args:
+        path: Its path.
+
+    Returns:
+        The path, and the tile or why it cannot be opened.
+    """
+    try:
+        with rasterio.Env(**gdal_options([path])):
+            return path, open_tile(path)
+    except (OSError, ValueError) as error:
+        return path, str(error)
 
 
 class BlockMosaic(Mosaic):

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import rasterio
 import shapely
 
 from ..geo.antimeridian import Floats
 from ..geo.find_files import path_list
-from ..geo.mosaic import Tile, open_tile
+from ..geo.mosaic import Tile
 from ..landcover.download import download_tiles
 from ..landcover.files import Path, find_map_files, warn_of_resampled
 from ..landcover.product import LandCoverProduct
-from .blocks import gdal_options
+from .blocks import open_path
 from .workers import Workers
 
 
@@ -184,7 +183,7 @@ def reasons(
         for row, number in zip(found.tolist(), tile.tolist(), strict=True):
             name = failed[number]
             out[row] = (
-                f'{product.file_name(name, year)} cannot be had: {cover.failed[name]}'
+                f'{product.file_name(name, year)} cannot be downloaded: {cover.failed[name]}'
             )
     return out
 
@@ -197,15 +196,6 @@ def _any_tiles(folder: str, product: LandCoverProduct, year: int | None) -> bool
 
 
 def _open(paths: list[str], workers: Workers) -> list[Tile | str]:
-    """Open files in workers: connections to servers must not be forked."""
+    """Open files in workers, as it takes its time on a server."""
     opened = dict(workers.map(open_path, paths))
     return [opened[path] for path in paths]
-
-
-def open_path(path: str) -> tuple[str, Tile | str]:
-    """Return a path, and its tile or why it cannot be opened."""
-    try:
-        with rasterio.Env(**gdal_options([path])):
-            return path, open_tile(path)
-    except (OSError, ValueError) as error:
-        return path, str(error)

@@ -14,6 +14,7 @@ import shapely
 from ..geo.antimeridian import TURNS, Floats, turned_boxes
 from ..geo.grid import LONLAT, outline, parse_crs
 from ..geo.mosaic import Tile
+from .counting import Counted, count_pixels
 
 #: Footprints per unit, at least and at most. What a unit has counted is lost if the run
 #: is killed, and blocks where one unit ends and another begins are decoded twice.
@@ -41,6 +42,19 @@ class Unit:
     tiles: list[Tile]
     codes: tuple[int, ...]
     no_data: tuple[int, ...]
+
+
+def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
+    """Count the footprints of a work unit.
+
+    Args:
+        unit: The work unit.
+
+    Returns:
+        Ids, and the counts in their order.
+    """
+    counted = count_pixels(unit.table, unit.tiles, unit.codes, unit.no_data)
+    return unit.table['id'].combine_chunks(), counted
 
 
 class Plan:

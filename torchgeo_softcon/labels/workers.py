@@ -8,12 +8,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
-from typing import Any, Protocol, TypeVar
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any, TypeVar
 
 Unit = TypeVar('Unit')
 Result = TypeVar('Result')
@@ -26,14 +28,18 @@ _TRIES = 3
 _AHEAD = 2
 
 #: How long a scheduler has to answer.
-_TIMEOUT = '30s'
+_ANSWER = '30s'
+
+#: Seconds without any result after which processes of this machine have stopped: the
+#: largest unit takes seconds with tiles on a disk, and minutes with those on a server.
+_TIME_LIMIT = 3600.0
 
 
-class Workers(Protocol):
-    """What runs work units."""
+class Workers:
+    """Runs work units: here, one after the other."""
 
     #: How many units run at once.
-    count: int
+    count = 1
 
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
@@ -44,26 +50,93 @@ class Workers(Protocol):
             function: A function of a module.
             units: Its arguments, taken one after the other as workers are free.
 
-        Yields:
+        Returns:
             What it returns, in the order in which it is done.
         """
-        ...
+        return map(function, units)
 
 
-class InProcess:
-    """Runs units here, one after the other."""
+class ExecutorWorkers(Workers):
+    """Runs work units on an executor, such as that of a Dask cluster."""
 
-    count = 1
+    #: Seconds without any result after which to give up, None for never.
+    limit: float | None = None
+
+    def __init__(self, executor: Executor, count: int) -> None:
+        """Initialize a new ExecutorWorkers instance.
+
+        Args:
+            executor: What runs functions elsewhere.
+            count: How many units it runs at once.
+        """
+        self.executor, self.count = executor, count
 
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
     ) -> Iterator[Result]:
-        """See :class:`Workers`."""
-        return map(function, units)
+        """Run a function on every unit, see :meth:`Workers.map`.
+
+        Raises:
+            RuntimeError: If a unit kills its worker again and again.
+            TimeoutError: If there is no result within the time limit.
+        """
+        source = ((unit, 1) for unit in units)
+        again: list[tuple[Unit, int]] = []
+        running: dict[Future[Result], tuple[Unit, int]] = {}
+        while True:
+            try:
+                while len(running) < _AHEAD * self.count:
+                    unit = again.pop() if again else next(source, None)
+                    if unit is None:
+                        break
+                    again.append(unit)  # until it is handed out
+                    running[self.executor.submit(function, unit[0])] = unit
+                    again.pop()
+                if not running:
+                    return
+                done, _ = concurrent.futures.wait(
+                    running, self.limit, concurrent.futures.FIRST_COMPLETED
+                )
+                if not done:
+                    raise TimeoutError(
+                        f'workers gave no result for {self.limit:.0f} s. What is done is '
+                        'kept: start again to go on, with workers = 1 if they stop again'
+                    )
+                for future in done:
+                    result = future.result()
+                    del running[future]
+                    yield result
+            except BrokenExecutor as error:
+                again += [(unit, tries + 1) for unit, tries in running.values()]
+                running = {}
+                if max(tries for _, tries in again) > _TRIES:
+                    raise RuntimeError(
+                        f'worker processes died {_TRIES} times in a row, which a lack '
+                        'of memory does: use fewer workers'
+                    ) from error
+                self.restart()
+
+    def restart(self) -> None:
+        """Replace an executor whose workers have died."""
+        raise NotImplementedError
+
+    def close(self, kill: bool) -> None:
+        """End the workers.
+
+        Args:
+            kill: Whether to end those that are at work, too.
+        """
+        self.executor.shutdown(wait=not kill)
 
 
-class LocalWorkers:
-    """Runs units in processes of this machine. Those that die are replaced."""
+class LocalWorkers(ExecutorWorkers):
+    """Runs work units in processes of this machine. Those that die are replaced.
+
+    They are new processes, not forks: what another thread of this one has locked, as PROJ,
+    sqlite and GDAL do, would stay locked in a fork for ever.
+    """
+
+    limit = _TIME_LIMIT
 
     def __init__(self, count: int) -> None:
         """Initialize a new LocalWorkers instance.
@@ -71,94 +144,84 @@ class LocalWorkers:
         Args:
             count: Number of processes.
         """
-        self.count = count
+        self._context = _Context()
+        super().__init__(self._start(count), count)
 
-    def map(
-        self, function: Callable[[Unit], Result], units: Iterable[Unit]
-    ) -> Iterator[Result]:
-        """See :class:`Workers`.
+    def _start(self, count: int) -> Executor:
+        return ProcessPoolExecutor(count, self._context, _end_with_parent)
 
-        Raises:
-            RuntimeError: If a unit kills its worker again and again.
-        """
-        source = iter(units)
-        again: list[tuple[Unit, int]] = []
-        while True:
-            running: dict[Future[Result], tuple[Unit, int]] = {}
-            pool = ProcessPoolExecutor(self.count, initializer=_end_with_parent)
-            try:
-                while True:
-                    while len(running) < _AHEAD * self.count:
-                        unit = again.pop() if again else _next(source)
-                        if unit is None:
-                            break
-                        try:
-                            running[pool.submit(function, unit[0])] = unit
-                        except BrokenProcessPool:  # while nobody waited for results
-                            again.append(unit)
-                            raise
-                    if not running:
-                        return
-                    done = concurrent.futures.wait(
-                        running, return_when=FIRST_COMPLETED
-                    ).done
-                    for future in done:
-                        result = future.result()
-                        del running[future]
-                        yield result
-            except BrokenProcessPool as error:
-                again += [(unit, tries + 1) for unit, tries in running.values()]
-                if max(tries for _, tries in again) >= _TRIES:
-                    raise RuntimeError(
-                        f'worker processes died {_TRIES} times in a row, which a lack '
-                        'of memory does: use fewer workers'
-                    ) from error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+    def restart(self) -> None:
+        """Replace an executor whose workers have died."""
+        self.close(kill=True)
+        self.executor = self._start(self.count)
 
-
-class DaskWorkers:
-    """Runs units on a Dask cluster, which replaces workers that die."""
-
-    def __init__(self, client: Any) -> None:
-        """Initialize a new DaskWorkers instance.
+    def close(self, kill: bool) -> None:
+        """End the workers.
 
         Args:
-            client: A client of the cluster.
+            kill: Whether to end those that are at work, too.
         """
-        self.client = client
-        self.count = max(sum(client.nthreads().values()), 1)
+        if kill:
+            started = [p for p in self._context.started if p.pid is not None]
+            for process in started:
+                process.kill()
+            for process in started:
+                process.join()
+        super().close(kill)
+        self._context.started.clear()
 
-    def map(
-        self, function: Callable[[Unit], Result], units: Iterable[Unit]
-    ) -> Iterator[Result]:
-        """See :class:`Workers`."""
-        from distributed import as_completed
 
-        source = iter(units)
+class _Process(SpawnProcess):
+    """A process that needs the modules of work units, and not the main one.
 
-        def submit() -> Any:
-            unit = next(source, None)
-            if unit is None:
-                return None
-            return self.client.submit(function, unit, pure=False, retries=_TRIES)
+    The main module would be imported, too: a script that labels without asking for its
+    ``__name__`` would start once more in every worker.
+    """
 
-        first = [submit() for _ in range(_AHEAD * self.count)]
-        running = as_completed(
-            [future for future in first if future is not None], loop=self.client.loop
-        )
-        for future in running:
-            result = future.result()
-            future.release()
-            following = submit()
-            if following is not None:
-                running.add(following)
-            yield result
+    _starting = threading.Lock()
+
+    def start(self) -> None:
+        with self._starting:
+            main = sys.modules['__main__']
+            sys.modules['__main__'] = types.ModuleType('__main__')
+            # Ctrl-C reaches all processes of a terminal. The parent ends these, which
+            # inherit that it is blocked
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                sys.modules['__main__'] = main
+
+
+class _Context(SpawnContext):
+    """Starts such processes, and knows those it has started."""
+
+    def __init__(self) -> None:
+        self.started: list[_Process] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> _Process:  # type: ignore[override]
+        process = _Process(*args, **kwargs)
+        self.started.append(process)
+        return process
+
+
+def _end_with_parent() -> None:
+    """Do not outlive the process that waits for the results, not even a killed one."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
 def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
-    """Workers for a run.
+    """Open workers for a run.
 
     Args:
         count: Number of processes of this machine, 1 for this process itself.
@@ -172,9 +235,27 @@ def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
         ImportError: If Dask is not installed.
         OSError: If the scheduler does not answer.
     """
-    if scheduler is None:
-        yield InProcess() if count == 1 else LocalWorkers(count)
+    if scheduler is None and count == 1:
+        yield Workers()
         return
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            workers: ExecutorWorkers = LocalWorkers(count)
+        else:
+            client = stack.enter_context(_connect(scheduler))
+            # A unit may fail for a reason of the worker it is on
+            executor = client.get_executor(pure=False, retries=_TRIES)
+            workers = ExecutorWorkers(executor, max(sum(client.nthreads().values()), 1))
+        try:
+            yield workers
+        except BaseException:
+            workers.close(kill=True)
+            raise
+        workers.close(kill=False)
+
+
+def _connect(scheduler: str) -> Any:
+    """Connect to a Dask cluster."""
     try:
         from distributed import Client
     except ImportError as error:
@@ -182,30 +263,6 @@ def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
             f'scheduler {scheduler} needs Dask: pip install "torchgeo-softcon[dask]"'
         ) from error
     try:
-        client = Client(scheduler, timeout=_TIMEOUT, set_as_default=False)
+        return Client(scheduler, timeout=_ANSWER, set_as_default=False)
     except OSError as error:
         raise OSError(f'scheduler {scheduler} does not answer ({error})') from error
-    with client:
-        yield DaskWorkers(client)
-
-
-def _next(source: Iterator[Unit]) -> tuple[Unit, int] | None:
-    """The next unit, which was not tried yet."""
-    for unit in source:
-        return unit, 0
-    return None
-
-
-def _end_with_parent() -> None:
-    """Do not outlive the process that waits for the results, not even a killed one."""
-    # Ctrl-C reaches all processes of a terminal, and the parent ends these
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -315,11 +315,9 @@ class ViTSmall14_DINOv2_Weights(EncoderWeights):
 
 
 class ViTBase14_DINOv2_Weights(EncoderWeights):
-    """ViT-B/14 weights of SoftCon, the files that TorchGeo hosts.
+    """ViT-B/14 weights of SoftCon, see :class:`ViTSmall14_DINOv2_Weights`.
 
-    For timm's *vit_base_patch14_dinov2* with ``img_size=224``, and for
-    *softcon_vit_base_patch14_224* where no size can be given. See
-    :class:`ResNet50_Weights`.
+    For timm's *vit_base_patch14_dinov2* and for *softcon_vit_base_patch14_224*.
 
     .. versionadded:: 0.1
     """
