@@ -35,12 +35,6 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
     def __getitem__(self, index: int) -> Sample:
         """Read a sample.
 
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
         Raises:
             IndexError: If *index* is negative.
             OSError: If a file cannot be read. The message names it.
@@ -52,26 +46,14 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         return (self[index] for index in range(len(self)))
 
     def _generator(self, index: int, *stream: int) -> np.random.Generator:
-        """Return the random numbers of a draw.
-
-        Raises:
-            IndexError: If *index* is negative. There is no upper end.
-        """
+        """Return the random numbers of a draw."""
         if index < 0:
             raise IndexError(f'index must be at least 0, got {index}')
         # Counter based: no state that order, workers or ranks could change
         return np.random.Generator(np.random.Philox([self.seed, index, *stream]))
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
-        """Plot a sample.
-
-        Args:
-            sample: A sample of this dataset.
-            suptitle: Title of the figure.
-
-        Returns:
-            A figure with a row of one image per season, and the mask if there is one.
-        """
+        """Plot a sample."""
         return plot_sample(sample, self.bands, suptitle)
 
 
@@ -81,9 +63,6 @@ def check_draws(seed: int, **counts: int | None) -> None:
     Args:
         seed: Seed of the choices.
         **counts: Values by the name of the option, None where there is none.
-
-    Raises:
-        ValueError: If a count is not at least 1, or the seed does not fit into 32 bits.
     """
     if any(count is not None and count < 1 for count in counts.values()):
         raise ValueError(

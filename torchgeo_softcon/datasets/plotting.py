@@ -24,9 +24,6 @@ def plot_sample(
         bands: Names of the bands. Without red, green and blue among them, the first
             three bands are shown, or the first alone if there are fewer.
         suptitle: Title of the figure.
-
-    Returns:
-        The figure.
     """
     image: Tensor = sample['image']
     seasons = image[None] if image.ndim == 3 else image

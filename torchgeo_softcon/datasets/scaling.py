@@ -39,10 +39,6 @@ def resolve_value_range(
 
     Returns:
         One pair ``(low, high)`` per band.
-
-    Raises:
-        ValueError: If the range cannot be told from *bands* and *dtypes*, or if
-            *value_range* is malformed.
     """
     kinds = set(dtypes)
     if value_range is None:
@@ -91,9 +87,6 @@ def to_unit_range(
     Args:
         values: Bands of shape (C, H, W), modified in place.
         value_range: Pairs ``(low, high)``, one per band.
-
-    Returns:
-        The same array with values in [0, 1].
     """
     low, high = np.asarray(value_range, dtype=np.float32).T[:, :, None, None]
     missing = ~np.isfinite(values)

@@ -30,11 +30,7 @@ class SceneGrid(Dataset[Sample]):
     """
 
     def __init__(self, scenes: WorldCoverScenes) -> None:
-        """Initialize a new SceneGrid instance.
-
-        Args:
-            scenes: Where to take windows from.
-        """
+        """Initialize a new SceneGrid instance."""
         self.scenes = scenes
         size = scenes.patch_size
         self.windows = [
@@ -54,9 +50,6 @@ class SceneGrid(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read a window.
 
-        Args:
-            index: Position in ``windows``.
-
         Returns:
             A sample with an image of shape (C, H, W).
         """
@@ -72,10 +65,6 @@ class SceneGrid(Dataset[Sample]):
 
         Args:
             index: Position in ``windows``.
-
-        Returns:
-            The outline, its coordinate reference system, and the date in the name of
-            the raster, if there is one.
         """
         number, scene, top, left = self.windows[index]
         place, size = self.scenes.places[number], self.scenes.patch_size

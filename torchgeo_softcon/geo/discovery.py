@@ -55,12 +55,6 @@ def find_rasters(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
 
     Args:
         paths: Files, folders and patterns, see :func:`.find_files`.
-
-    Returns:
-        The files. Those in folders without what is known not to be an image.
-
-    Raises:
-        FileNotFoundError: If a path does not exist or there is no raster at all.
     """
     named = path_list(paths)
     files = [
@@ -94,14 +88,6 @@ def find_scenes(
             and has digital numbers of Sentinel-2.
         offset: What is added to the values, None for -1000 if a path tells that digital
             numbers of Sentinel-2 are of baseline 04.00 or later, else 0.
-
-    Returns:
-        The scenes in the order of their first files.
-
-    Raises:
-        OSError: If a file cannot be read.
-        ValueError: If a file has no CRS, lacks a band, or if the scenes differ in
-            their bands.
     """
     named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
     if named is not None and len(set(named)) != len(named):

@@ -52,12 +52,6 @@ def find_files(
         odd_names: Whether to list files in folders whose names are not UTF-8, which
             rasterio cannot open.
 
-    Returns:
-        The files of each path in turn, sorted by folder and name.
-
-    Raises:
-        FileNotFoundError: If a path does not exist. Folders and patterns may be empty.
-
     Warns:
         UserWarning: If a file is left out because its name is not UTF-8.
     """

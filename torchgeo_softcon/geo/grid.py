@@ -37,11 +37,7 @@ _SHARED = 1e-4
 
 @functools.lru_cache(maxsize=1024)
 def parse_crs(text: str) -> CRS:
-    """Parse an authority code, WKT, or what else pyproj understands, once.
-
-    Raises:
-        ValueError: If there is no such CRS.
-    """
+    """Parse an authority code, WKT, or what else pyproj understands, once."""
     try:
         return CRS.from_user_input(text)
     except CRSError as error:
@@ -127,14 +123,7 @@ def _corners(grid: Grid, unit: Grid) -> Floats:
 
 
 def group_by_grid(grids: Iterable[Grid]) -> list[list[int]]:
-    """Find grids that match.
-
-    Args:
-        grids: The grids.
-
-    Returns:
-        Positions of the grids of each group, in the order of their first ones.
-    """
+    """Find grids that match."""
     groups: list[list[int]] = []
     # First grids of groups by size and whole position, with the positions next to it
     known: dict[tuple[int, ...], list[tuple[Grid, list[int]]]] = {}
@@ -172,11 +161,7 @@ def outline(source: CRS, target: CRS, bounds: Sequence[float]) -> shapely.Polygo
 
 
 def overlapping(grids: Sequence[Grid]) -> list[tuple[int, int]]:
-    """Find grids that share ground, not only what the bends of their edges do.
-
-    Returns:
-        Pairs of positions, the smaller one first.
-    """
+    """Find grids that share ground, not only what the bends of their edges do."""
     lonlat = parse_crs(LONLAT)
     outlines = [outline(grid.crs, lonlat, grid.bounds) for grid in grids]
     # From every turn around the Earth, one of two at the antimeridian is near the other

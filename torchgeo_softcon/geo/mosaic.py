@@ -47,12 +47,7 @@ class Tile(Grid):
 
 
 def open_tile(path: str) -> Tile:
-    """Check a raster of class codes.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it has no CRS, more than one band or is not of integers.
-    """
+    """Check a raster of class codes."""
     try:
         with rasterio.open(path) as source:
             count, dtype, nodata = source.count, source.dtypes[0], source.nodata
@@ -130,10 +125,6 @@ class Mosaic:
 
         Returns:
             Codes of shape (H, W), the code of no data where no tile has data.
-
-        Raises:
-            OSError: If a tile cannot be read.
-            ValueError: If a tile has codes that are not in the legend.
         """
         out = np.full((grid.height, grid.width), self.fill, np.uint8)
         # Places that do not exist in the CRS of a tile are infinite, which is handled

@@ -72,11 +72,7 @@ class Scene:
 
 
 def open_raster(path: str | os.PathLike[str]) -> Any:
-    """Open a raster with rasterio.
-
-    Raises:
-        OSError: If that fails. The message names the file.
-    """
+    """Open a raster with rasterio."""
     try:
         with warnings.catch_warnings():
             # The caller looks at the CRS, and images in a folder have none
@@ -98,9 +94,6 @@ def read_raster(
 
     Returns:
         Values of shape (C, H, W) in the type of the file.
-
-    Raises:
-        OSError: If the file is truncated or damaged. The message names it.
     """
     windows = [window]
     if window is None and source.driver == 'PNG' and source.height > 1:
@@ -150,9 +143,6 @@ def read_values(
     Returns:
         The values of shape (C, H, W), and where a band of integers is 0 and that is its
         nodata value. They are not NaN, because they are no data only if all bands are.
-
-    Raises:
-        OSError: If the file is truncated or damaged.
     """
     wanted = [*indexes] if alpha is None else [*indexes, alpha]
     raw = read_raster(source, wanted, window)
@@ -191,20 +181,10 @@ class RasterReader:
     ) -> Values:
         """Read a window on the scene's finest grid.
 
-        Args:
-            scene: What to read.
-            top: First row.
-            left: First column.
-            height: Number of rows.
-            width: Number of columns.
-
         Returns:
             Values of shape (C, H, W), NaN where a band has no data. If that is told by
             the number 0, only where no band has: 0 is a value of single bands, such as
             the one for cirrus.
-
-        Raises:
-            OSError: If a file cannot be read.
         """
         bands, zeros = [], []
         for layer in scene.layers:

@@ -141,10 +141,6 @@ class Warp:
     def pixels(self, raster: Grid, turns: int = 0) -> tuple[Pixels, Pixels]:
         """Find the row and column in a raster for every pixel of the grid.
 
-        Args:
-            raster: A raster in the other CRS.
-            turns: Turns to the east that the raster is looked at.
-
         Returns:
             Rows and columns of shape (H, W) each, some outside of the raster.
         """

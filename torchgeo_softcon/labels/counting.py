@@ -89,9 +89,6 @@ def count_pixels(
         tiles: Rasters of class codes, in order of precedence.
         codes: Codes to count, K of them. All others but *no_data* are errors.
         no_data: Codes of pixels without data.
-
-    Returns:
-        The counts. Footprints that cannot be counted have a reason instead.
     """
     out = Counted(
         np.zeros((len(table), len(codes)), np.int64), np.zeros(len(table), np.int64)

@@ -55,10 +55,6 @@ def find_cover(
         workers: What opens the files.
         base_url: Address to download missing tiles from, None for no download.
         progress: Whether to show a progress bar for downloads.
-
-    Raises:
-        OSError: If there are none, or one cannot be opened.
-        ValueError: If a tile is no raster of class codes.
     """
     bucket = remote_bucket(worldcover)
     if bucket is not None:
@@ -108,9 +104,6 @@ def find_year(
 
     A dataset takes every file that is named. Labels are said to be those of one map, so
     here the year of an official name counts, wherever the file is.
-
-    Raises:
-        FileNotFoundError: If there is none.
     """
     files = find_map_files(worldcover, product, year)
     names = [product.official.search(os.path.basename(file)) for file in files]
@@ -137,11 +130,7 @@ def remote_bucket(worldcover: Path | Iterable[Path]) -> str | None:
 
 
 def download_folder(worldcover: Path | Iterable[Path]) -> str:
-    """Return the one folder that tiles are downloaded to.
-
-    Raises:
-        ValueError: If there are several, or it is a file.
-    """
+    """Return the one folder that tiles are downloaded to."""
     paths = path_list(worldcover)
     if len(paths) != 1 or os.path.isfile(paths[0]):
         raise ValueError(
