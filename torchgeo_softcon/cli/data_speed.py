@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .._compat import Sample, host_main
 from ..callbacks.knn import KNNProbe
-from ..datamodules.loading import count_cores
+from ..labels.workers import count_cores
 from .data import load_classes
 
 #: Share of the time from which a run is called data-bound.
