@@ -2,6 +2,7 @@
 # Licensed under the MIT License.
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> SyntheticScenes:
 def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> WeightsFolder:
     """All files of pretrained weights, with the published keys and shapes."""
     return WeightsFolder(tmp_path_factory.mktemp('weights'))
+
+
+@pytest.fixture
+def own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_folder: WeightsFolder
+) -> Iterator[None]:
+    """An empty folder, files of weights at hand, and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['torchgeo'])
+    weights_folder.use(monkeypatch)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope='session')

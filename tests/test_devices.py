@@ -8,45 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchgeo_softcon import KNNProbe
-from torchgeo_softcon.datamodules import SyntheticScenesDataModule
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.modules.packed_blocks import can_use_varlen
 from torchgeo_softcon.modules.packing import encode_crops
-from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
-from .tasks.helpers import (
-    Corners,
-    make_batch,
-    make_dino,
-    make_loader,
-    make_task,
-    make_trainer,
-)
+from .helpers import scenes_datamodule
+from .tasks import helpers
+from .tasks.helpers import make_fixed, make_loader, make_trainer
 
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'),
 ]
 DEVICES = ['cpu', pytest.param('cuda', marks=GPU)]
-MAKERS = [make_task, make_dino]
-
-
-class Whole(nn.Module):
-    """A view that is the image."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image
-
-
-def make_fixed(make: Any, **kwargs: Any) -> SoftConTask | DINOMCTask:
-    """A task without randomness."""
-    if make is make_dino:
-        return make_dino(augmentations=Corners(), drop_path_rate=0, **kwargs)
-    return make_task(augmentations=Whole(), mask_ratio=0, **kwargs)
+MAKERS = [helpers.make_task, helpers.make_dino]
 
 
 def forbid_waiting(forbidden: bool) -> None:
@@ -98,7 +77,7 @@ def test_half_precision_is_close(make: Any, device: str) -> None:
     results = []
     for enabled in (False, True):
         task: Any = make_fixed(make).to(device)
-        batch = {k: v.to(device) for k, v in make_batch(8).items()}
+        batch = {k: v.to(device) for k, v in helpers.make_batch(8).items()}
         with torch.autocast(device, torch.bfloat16, enabled=enabled):
             loss = task.training_step(batch, 0)
         loss.backward()
@@ -114,7 +93,7 @@ def test_half_precision_is_close(make: Any, device: str) -> None:
 def test_compiled(precision: Any, device: str, tmp_path: Path) -> None:
     losses = []
     for compiled in (False, True):
-        task = make_fixed(make_dino, compile_encoder=compiled)
+        task = make_fixed(helpers.make_dino, compile_encoder=compiled)
         trainer = make_trainer(
             tmp_path, accelerator=device, precision=precision, max_epochs=1
         )
@@ -150,15 +129,7 @@ def test_short_training_ends_as_on_the_cpu(
 ) -> None:
     ends = []
     for accelerator in ('cpu', device):
-        data = SyntheticScenesDataModule(
-            str(scenes.root.parent),
-            size=96,
-            dates=2,
-            patch_size=24,
-            batch_size=16,
-            length=96,
-            val_fraction=0.3,
-        )
+        data = scenes_datamodule(scenes, 24, 16, length=96, val_fraction=0.3)
         probe = KNNProbe(k=5, max_bank=64, max_queries=32)
         trainer = make_trainer(
             tmp_path, accelerator=accelerator, max_epochs=2, callbacks=[probe]

@@ -104,7 +104,10 @@ def test_runs(name: str) -> None:
 
 def test_finetune_without_the_published_weights_says_so() -> None:
     printed = run('finetune.ipynb')
-    assert 'The published weights cannot be had here. Instead: a ResNet-18' in printed
+    assert (
+        'The published weights cannot be downloaded here. Instead: a ResNet-18'
+        in printed
+    )
 
 
 def test_finetune_with_the_published_weights(

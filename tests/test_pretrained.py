@@ -4,8 +4,6 @@
 """Pretrained weights in the host's own tasks, as configurations select them."""
 
 import json
-import os
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,7 @@ from torchgeo_softcon.bands import SENTINEL2_SUBSETS
 from torchgeo_softcon.callbacks import resize
 from torchgeo_softcon.datasets import SyntheticScenes
 
-from .models.helpers import WeightsFolder
-
+pytestmark = pytest.mark.usefixtures('own_folder')
 TASKS = import_module(BaseTask.__module__.rpartition('.')[0])
 QUIET = [
     *('--trainer.fast_dev_run', 'true', '--trainer.accelerator', 'cpu'),
@@ -49,20 +46,6 @@ QUIET = [
 def host(name: str) -> str:
     """Name of a task in the installed TorchGeo."""
     return name if HAS_TASKS else f'{name}Task'
-
-
-@pytest.fixture(autouse=True)
-def own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_folder: WeightsFolder
-) -> Iterator[None]:
-    """An empty folder, files of weights at hand, and no network."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('sys.argv', ['torchgeo'])
-    before = dict(os.environ)
-    weights_folder.use(monkeypatch)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope='module')

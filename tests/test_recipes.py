@@ -4,8 +4,6 @@
 """The recipes for data that nobody has at hand here, on small data of their layout."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
 
 from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
-from .models.helpers import WeightsFolder
 from .ssl4eo.archives import season, write_archive
 
+pytestmark = pytest.mark.usefixtures('own_folder')
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 
 SMALL = [
@@ -38,20 +36,6 @@ SMALL = [
     *('--trainer.precision', '32-true', '--trainer.enable_progress_bar', 'false'),
     *('--trainer.enable_model_summary', 'false'),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_folder: WeightsFolder
-) -> Iterator[None]:
-    """An empty folder, files of weights at hand, and no network."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('sys.argv', ['torchgeo'])
-    weights_folder.use(monkeypatch)
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope='module')

@@ -125,7 +125,7 @@ def extract_backbone(path: str) -> tuple[str, dict[str, Tensor]]:
 def georeference(
     crs: Any, query: Any, bounds: tuple[slice, slice, slice], transform: Iterable[float]
 ) -> Sample:
-    """What the host's own raster datasets tell of the place of a sample.
+    """Return the keys by which the host's raster datasets locate a sample.
 
     Args:
         crs: Coordinate reference system of the dataset.

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What this package declares, and how TorchGeo learns of it.
+"""Declarations of this package, and how TorchGeo learns of them.
 
 TorchGeo reads no entry points: a weight is known when it stands in a dict of
 ``torchgeo.models.api``, a task or a datamodule is known to the command line by its short
@@ -54,7 +54,7 @@ _TRIGGERS = {
 }
 
 #: Host modules that our own modules import. While one of them is half imported, so that
-#: it lacks most of its names, ours can not be imported.
+#: it lacks most of its names, ours cannot be imported.
 _HOSTS = (*_TRIGGERS, 'torchgeo.datasets')
 
 #: How long a thread waits for the others, in seconds. Only a guard: a child forked in

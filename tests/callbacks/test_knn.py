@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from torchgeo.datamodules import EuroSATDataModule
 
-from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
@@ -26,6 +25,7 @@ from torchgeo_softcon.evaluation.features import encode, find_encoder
 from torchgeo_softcon.models import create_encoder
 
 from ..datamodules.host_data import make_eurosat
+from ..helpers import scenes_datamodule
 from ..tasks.helpers import make_task, make_trainer
 from .helpers import Patches, PatchesDataModule, fingerprint, run
 
@@ -205,15 +205,7 @@ class TestMetrics:
     def test_windows_of_the_same_ground(
         self, val_fraction: float, scenes: SyntheticScenes, tmp_path: Path
     ) -> None:
-        data = SyntheticScenesDataModule(
-            str(scenes.root),
-            size=96,
-            dates=2,
-            patch_size=32,
-            batch_size=4,
-            length=4,
-            val_fraction=val_fraction,
-        )
+        data = scenes_datamodule(scenes, 32, 4, length=4, val_fraction=val_fraction)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             run(

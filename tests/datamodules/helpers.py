@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import rasterio
 from pyproj import Transformer
 from rasterio.transform import from_origin
@@ -74,3 +75,10 @@ def two_zones(root: Path, size: int = 96, bands: int = 2, dates: int = 1) -> Non
                 crs,
                 (left, top),
             )
+
+
+def make_two_zones(factory: pytest.TempPathFactory) -> Path:
+    """The folder of :func:`two_zones` with images of two dates."""
+    root = factory.mktemp('two_zones')
+    two_zones(root, dates=2)
+    return root

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from PIL import Image
 
-from tests.datamodules.helpers import DATA, two_zones, write_raster
+from tests.datamodules.helpers import DATA, make_two_zones, write_raster
 from tests.datasets.test_image_masks import save
 from torchgeo_softcon._compat import HAS_TASKS, Sample
 from torchgeo_softcon.datamodules import (
@@ -27,12 +27,12 @@ from torchgeo_softcon.datamodules import (
 from torchgeo_softcon.datamodules.base import DrawDataModule, target_transform
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES
 
+from ..tasks.helpers import make_trainer
+
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('two_zones')
-    two_zones(root, dates=2)
-    return root
+    return make_two_zones(tmp_path_factory)
 
 
 def scenes(root: Path, **kwargs: Any) -> WorldCoverScenesDataModule:
@@ -159,16 +159,7 @@ class TestWorldCoverScenesDataModule:
             def configure_optimizers(self) -> None:
                 return None
 
-        trainer = Trainer(
-            accelerator='cpu',
-            max_steps=1,
-            max_epochs=1,
-            limit_train_batches=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = make_trainer(root, max_epochs=1, max_steps=1, limit_train_batches=1)
         trainer.fit(Model(), datamodule)
         expected = next(iter(loaders(scenes(root, seasons=2))['train']))
         assert torch.equal(seen[0], expected['image'])

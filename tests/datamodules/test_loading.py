@@ -17,6 +17,8 @@ from torchgeo_softcon._compat import Sample
 from torchgeo_softcon.datamodules.base import DrawDataModule
 from torchgeo_softcon.datamodules.loading import DrawSampler, ResumableDataLoader
 
+from ..tasks.helpers import make_trainer
+
 
 class Numbers(Dataset[Sample]):
     """The sample of a draw is its number."""
@@ -123,15 +125,8 @@ def fit(
     callbacks: Iterable[Callback] = (),
     **kwargs: Any,
 ) -> Trainer:
-    trainer = Trainer(
-        accelerator='cpu',
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-        callbacks=list(callbacks),
-        **({'max_epochs': 4, 'enable_checkpointing': False} | kwargs),
-    )
+    options = {'max_epochs': 4, 'callbacks': list(callbacks)} | kwargs
+    trainer = make_trainer(root, **options)
     trainer.fit(model, datamodule, ckpt_path=ckpt_path)
     return trainer
 
@@ -269,13 +264,8 @@ class TestResume:
         callback = ModelCheckpoint(
             tmp_path, '{step}', every_n_train_steps=every, save_top_k=-1
         )
-        fit(
-            Recorder(),
-            NumbersDataModule(),
-            tmp_path,
-            callbacks=[callback],
-            enable_checkpointing=True,
-        )
+        options = {'callbacks': [callback], 'enable_checkpointing': True}
+        fit(Recorder(), NumbersDataModule(), tmp_path, **options)
         for path in sorted(tmp_path.glob('*.ckpt')):
             step = int(path.stem.removeprefix('step='))
             if step == 20:
@@ -288,13 +278,8 @@ class TestResume:
         self, expected: list[list[int]], tmp_path: Path
     ) -> None:
         callback = ModelCheckpoint(tmp_path, '{epoch}', save_top_k=-1)
-        fit(
-            Recorder(),
-            NumbersDataModule(),
-            tmp_path,
-            callbacks=[callback],
-            enable_checkpointing=True,
-        )
+        options = {'callbacks': [callback], 'enable_checkpointing': True}
+        fit(Recorder(), NumbersDataModule(), tmp_path, **options)
         model = Recorder(ask_for_steps=True)
         fit(model, NumbersDataModule(), tmp_path, tmp_path / 'epoch=1.ckpt')
         assert model.seen == expected[10:]

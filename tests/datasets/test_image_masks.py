@@ -188,7 +188,7 @@ class TestImageMaskFolder:
         assert set.union(*places) == set(dataset.places)
         assert sum(map(len, places)) == 6
         assert sum(map(len, parts)) == len(dataset) == 10
-        with pytest.raises(ValueError, match=r'6 places can not .* parts of 0.01'):
+        with pytest.raises(ValueError, match=r'6 places cannot .* parts of 0.01'):
             dataset.divide(0.01)
 
     def test_plot(self, root: Path) -> None:

@@ -17,7 +17,13 @@ from pyproj import Transformer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.datamodules.helpers import DATA, two_zones, write_raster, write_worldcover
+from tests.datamodules.helpers import (
+    DATA,
+    make_two_zones,
+    two_zones,
+    write_raster,
+    write_worldcover,
+)
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS
 from torchgeo_softcon.datasets.scaling import resolve_value_range, to_unit_range
 from torchgeo_softcon.datasets.scene_grid import SceneGrid
@@ -28,9 +34,7 @@ from torchgeo_softcon.geo.rasters import interpolate_axis
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('two_zones')
-    two_zones(root, dates=2)
-    return root
+    return make_two_zones(tmp_path_factory)
 
 
 def scenes(root: Path, **kwargs: Any) -> WorldCoverScenes:

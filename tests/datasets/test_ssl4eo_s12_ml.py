@@ -98,7 +98,7 @@ class TestSSL4EOS12ML:
             assert image.dtype == torch.float32
             assert torch.equal(image[0], read(root, split, name))
             seen[name] = image[0]
-        # A location with one image, which TorchGeo can not choose differently
+        # A location with one image, which TorchGeo cannot choose differently
         place, (day,) = next((p, d) for p, d in DAYS[split].items() if len(d) == 1)
         actual = theirs[int(place)]['image']
         assert torch.equal(actual, seen[f'{place}/{season(split, day)}'])
@@ -240,7 +240,7 @@ class TestSSL4EOS12ML:
         names = [{d.names(i)[0][:7] for i in range(9)} for d in parts]
         assert [len(n) for n in names] == [1, 1, 1]
         assert set.union(*names) == set(DAYS['s2c'])
-        with pytest.raises(ValueError, match='3 locations can not be divided'):
+        with pytest.raises(ValueError, match='3 locations cannot be divided'):
             SSL4EOS12ML(archive).divide(0.1)
 
     def test_pickle(self, archive: Path) -> None:

@@ -18,6 +18,7 @@ from torchgeo_softcon.labels.cover import find_year, remote_bucket
 from torchgeo_softcon.landcover import download
 from torchgeo_softcon.landcover.products import WORLDCOVER
 
+from ..helpers import TILE_PROFILE
 from .helpers import CODES, grid, write_image
 
 RES = 1 / 12000
@@ -91,18 +92,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with rasterio.open(
             path,
             'w',
-            'GTiff',
             width=36000,
             height=36000,
-            count=1,
-            dtype='uint8',
-            crs='EPSG:4326',
             transform=Affine(RES, 0, west, 0, -RES, 48),
-            tiled=True,
-            blockxsize=1024,
-            blockysize=1024,
-            compress='deflate',
-            sparse_ok=True,
+            **TILE_PROFILE,
         ) as dst:
             codes = np.random.default_rng(west).choice(CODES, (64, 64)).repeat(16, 0)
             for left in (0, 35 * 1024):
@@ -184,7 +177,7 @@ class TestDownload:
         options = {'download': True, 'base_url': bucket.url}
         labelled, table = run(images, tmp_path / 'tiles', **options)
         assert list(labelled.failures) == ['two.tif']
-        assert 'N45E009_Map.tif cannot be had' in labelled.failures['two.tif']
+        assert 'N45E009_Map.tif cannot be downloaded' in labelled.failures['two.tif']
         assert len(table) == 3
         bucket.broken = '-'
         labelled, table = run(images, tmp_path / 'tiles', **options)

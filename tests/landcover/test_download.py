@@ -28,6 +28,8 @@ from torchgeo_softcon.landcover.products import WORLDCOVER
 
 tile_file, tile_path = WORLDCOVER.file_name, WORLDCOVER.file_path
 
+from ..helpers import TILE_PROFILE
+
 #: What a server does with a request, given the file that was asked for.
 Answer = Callable[[Any, bytes], None]
 
@@ -43,18 +45,10 @@ def write_tile(
     with rasterio.open(
         path,
         'w',
-        driver='GTiff',
         width=size,
         height=size,
-        count=1,
-        dtype='uint8',
-        crs='EPSG:4326',
         transform=from_origin(left, 54, 3 / size, 3 / size),
-        tiled=True,
-        blockxsize=1024,
-        blockysize=1024,
-        compress='deflate',
-        sparse_ok=True,
+        **TILE_PROFILE,
     ) as dst:
         codes = np.random.default_rng(0).choice([10, 40, 80], (512, 1024))
         for row in (0, 1):

@@ -56,17 +56,19 @@ def test_equals_the_pair_loop(views: tuple[int, int], output_dim: int) -> None:
     exact = PairLoop(output_dim, torch.float64)
     temperatures = [0.04, 0.04, 0.05, 0.055, 0.07, 0.07]
     for step, temperature in enumerate(temperatures[: 6 if output_dim == 512 else 2]):
-        student, teacher = make_logits(step, views, output_dim=output_dim)
+        batch = 8 if output_dim == 512 else 2
+        student, teacher = make_logits(step, views, batch, output_dim)
         loss = ours(student, teacher, temperature)
         ours.update_center()
         (grad,) = torch.autograd.grad(3 * loss, student)
         expected = slow(student, teacher, temperature)
         (expected_grad,) = torch.autograd.grad(3 * expected, student)
 
-        # The loop's own sums over 65536 prototypes are off by 2e-6 in float32
+        # The loop's own sums over 65536 prototypes are off by up to 6e-6 in float32
         truth = exact(student.double(), teacher.double(), temperature)
         torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
-        torch.testing.assert_close(loss, expected, rtol=3e-6, atol=0)
+        rtol = 3e-6 if output_dim == 512 else 1e-5
+        torch.testing.assert_close(loss, expected, rtol=rtol, atol=0)
         error = (grad - expected_grad).norm() / expected_grad.norm()
         assert error < 1e-6
         torch.testing.assert_close(ours.center, slow.center, rtol=1e-6, atol=1e-7)

@@ -12,16 +12,9 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 
+from torchgeo_softcon import models
 from torchgeo_softcon.bands import SENTINEL2_BANDS, SENTINEL2_SUBSETS
-from torchgeo_softcon.models import (
-    ResNet50_Weights,
-    Swin_T_Weights,
-    ViTSmall8_Weights,
-    ViTSmall14_DINOv2_Weights,
-    ViTSmall16_Weights,
-    WideResNet50_2_Weights,
-    timm_models,
-)
+from torchgeo_softcon.models import timm_models
 
 from .helpers import WeightsFolder
 
@@ -58,25 +51,25 @@ def test_default_is_the_encoder_for_all_bands(name: str) -> None:
 @pytest.mark.parametrize(
     ('name', 'weights', 'kwargs'),
     [
-        ('softcon_resnet50', ResNet50_Weights.SENTINEL2_SOFTCON, {}),
+        ('softcon_resnet50', models.ResNet50_Weights.SENTINEL2_SOFTCON, {}),
         (
             'softcon_vit_small_patch14_224',
-            ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON,
+            models.ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON,
             {'num_classes': 7},
         ),
         (
             'softcon_vit_small_patch16_224.sentinel1_softcon',
-            ViTSmall16_Weights.SENTINEL1_SOFTCON,
+            models.ViTSmall16_Weights.SENTINEL1_SOFTCON,
             {},
         ),
         (
             'dinomc_swin_tiny_patch4_window7_224',
-            Swin_T_Weights.SENTINEL2_RGB_DINOMC,
+            models.Swin_T_Weights.SENTINEL2_RGB_DINOMC,
             {'num_classes': 7},
         ),
         (
             'dinomc_vit_small_patch8_224.sentinel2_rgb_dinotp',
-            ViTSmall8_Weights.SENTINEL2_RGB_DINOTP,
+            models.ViTSmall8_Weights.SENTINEL2_RGB_DINOTP,
             {},
         ),
     ],
@@ -98,20 +91,22 @@ def test_pretrained_parameters_are_those_of_the_enum(
 class TestBands:
     @pytest.mark.parametrize('count', [13, 12, 10, 4, 3])
     def test_a_number_of_bands(self, count: int) -> None:
-        whole = ViTSmall16_Weights.SENTINEL2_SOFTCON.get_state_dict()[KEY]
+        whole = models.ViTSmall16_Weights.SENTINEL2_SOFTCON.get_state_dict()[KEY]
         model = create('softcon_vit_small_patch16_224', in_chans=count)
         indices = [SENTINEL2_BANDS.index(band) for band in SENTINEL2_SUBSETS[count]]
         assert torch.equal(model.patch_embed.proj.weight, whole[:, indices])
 
     def test_two_bands_are_sar(self) -> None:
         model = create('softcon_resnet50', in_chans=2)
-        expected = ResNet50_Weights.SENTINEL1_SOFTCON.get_state_dict()['conv1.weight']
+        expected = models.ResNet50_Weights.SENTINEL1_SOFTCON.get_state_dict()[
+            'conv1.weight'
+        ]
         assert torch.equal(model.conv1.weight, expected)
 
     @pytest.mark.parametrize('bands', [['B8A', 'B2', 'B12'], ['VH'], ['B1']])
     def test_names(self, bands: list[str]) -> None:
         sar = bands == ['VH']
-        weights: Any = [*ResNet50_Weights][sar]
+        weights: Any = [*models.ResNet50_Weights][sar]
         model = create('softcon_resnet50', bands=bands)
         expected = weights.get_state_dict(bands=bands)['conv1.weight']
         assert torch.equal(model.conv1.weight, expected)
@@ -161,7 +156,7 @@ class TestImageSize:
     @pytest.mark.parametrize('name', ['224', '256'])
     def test_grid(self, name: str) -> None:
         model = create(f'softcon_vit_small_patch16_{name}')
-        weights = ViTSmall16_Weights.SENTINEL2_SOFTCON
+        weights = models.ViTSmall16_Weights.SENTINEL2_SOFTCON
         expected = weights.get_state_dict(img_size=int(name))['pos_embed']
         assert torch.equal(model.pos_embed, expected)
 
@@ -176,7 +171,9 @@ class TestImageSize:
         )
         assert odd.pos_embed.shape[1] == 1 + 18 * 18
         wide = create('softcon_vit_small_patch16_224', img_size=(96, 128))
-        native = ViTSmall16_Weights.SENTINEL2_SOFTCON.get_state_dict()['pos_embed']
+        native = models.ViTSmall16_Weights.SENTINEL2_SOFTCON.get_state_dict()[
+            'pos_embed'
+        ]
         assert torch.equal(wide.pos_embed, resample_abs_pos_embed(native, [6, 8]))
         assert not torch.equal(wide.pos_embed, resample_abs_pos_embed(native, [8, 6]))
 
@@ -203,7 +200,7 @@ class TestConfiguration:
         model = create(
             'softcon_resnet50', pretrained_cfg=asdict(cfg) if as_dict else cfg
         )
-        member = getattr(ResNet50_Weights, tag.upper())
+        member = getattr(models.ResNet50_Weights, tag.upper())
         assert torch.equal(model.conv1.weight, member.get_state_dict()['conv1.weight'])
         again = create('softcon_resnet50', pretrained_cfg=model.pretrained_cfg)
         assert torch.equal(again.conv1.weight, model.conv1.weight)
@@ -228,12 +225,18 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ('name', 'weights'),
         [
-            ('dinomc_resnet50', ResNet50_Weights.SENTINEL2_RGB_DINOMC),
-            ('dinomc_wide_resnet50_2', WideResNet50_2_Weights.SENTINEL2_RGB_DINOMC),
-            ('dinomc_vit_small_patch8_224', ViTSmall8_Weights.SENTINEL2_RGB_DINOMC),
+            ('dinomc_resnet50', models.ResNet50_Weights.SENTINEL2_RGB_DINOMC),
+            (
+                'dinomc_wide_resnet50_2',
+                models.WideResNet50_2_Weights.SENTINEL2_RGB_DINOMC,
+            ),
+            (
+                'dinomc_vit_small_patch8_224',
+                models.ViTSmall8_Weights.SENTINEL2_RGB_DINOMC,
+            ),
             (
                 'dinomc_swin_tiny_patch4_window7_224',
-                Swin_T_Weights.SENTINEL2_RGB_DINOMC,
+                models.Swin_T_Weights.SENTINEL2_RGB_DINOMC,
             ),
         ],
     )

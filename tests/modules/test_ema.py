@@ -63,9 +63,7 @@ def test_teacher_is_not_random_in_training_mode() -> None:
         img_size=32,
         num_classes=0,
         depth=4,
-        drop_path_rate=0.5,
-        proj_drop_rate=0.5,
-        attn_drop_rate=0.5,
+        **dict.fromkeys(('drop_path_rate', 'proj_drop_rate', 'attn_drop_rate'), 0.5),
     ).train()
     teacher = make_teacher(student).train()
     image = torch.randn(8, 3, 32, 32)

@@ -116,18 +116,15 @@ def test_batching_packed_is_for_vision_transformers() -> None:
 
 
 def test_dinov2_layer_scale_and_registers() -> None:
+    width: dict[str, Any] = {'embed_dim': 24, 'depth': 2, 'num_heads': 3}
+    grid: dict[str, Any] = {'img_size': 56, 'patch_size': 14, 'no_embed_class': True}
     encoder = timm.models.VisionTransformer(
-        img_size=56,
-        patch_size=14,
+        **(width | grid),
         in_chans=2,
         num_classes=0,
-        embed_dim=24,
-        depth=2,
-        num_heads=3,
         init_values=0.5,
         reg_tokens=3,
         qk_norm=True,
-        no_embed_class=True,
         dynamic_img_size=True,
     ).eval()
     assert can_pack(encoder)

@@ -57,6 +57,13 @@ def make_dino(**kwargs: Any) -> DINOMCTask:
     return DINOMCTask(**{**_SMALL, **heads, 'local_sizes': (28, 20, 16), **kwargs})
 
 
+class Whole(nn.Module):
+    """A view that is the image."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image
+
+
 class Corners(nn.Module):
     """Crops that are a function of the image alone."""
 
@@ -94,6 +101,13 @@ def make_trainer(root: Path, **kwargs: Any) -> Trainer:
         'enable_model_summary': False,
     }
     return Trainer(**{**defaults, **kwargs})
+
+
+def make_fixed(make: Any, **kwargs: Any) -> Any:
+    """A task without randomness, by :func:`make_task` or :func:`make_dino`."""
+    if make is make_dino:
+        return make_dino(augmentations=Corners(), drop_path_rate=0, **kwargs)
+    return make_task(augmentations=Whole(), mask_ratio=0, **kwargs)
 
 
 def assert_resumes(make: Callable[[], PretrainingTask], root: Path, step: int) -> None:

@@ -19,14 +19,7 @@ from torchgeo_softcon.modules import packing
 from torchgeo_softcon.modules.ema import make_teacher
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
-from .helpers import Corners, Scenes, make_dino, make_task, make_trainer
-
-
-class Whole(nn.Module):
-    """A view that is the image."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image
+from .helpers import Corners, Scenes, Whole, make_dino, make_task, make_trainer
 
 
 class EverySecond(Sampler[int]):

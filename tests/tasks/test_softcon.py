@@ -357,18 +357,10 @@ class TestTrainingStep:
                 losses.append(loss.item())
                 return loss
 
-        torch.manual_seed(0)
-        task = Recorder(
-            'test_vit',
-            in_channels=4,
-            size=32,
-            hidden_dim=32,
-            output_dim=16,
-            lr=0.2,
-            mask_ratio=0.25,
-            warmup_epochs=1,
-            augmentations=Constant(),
-        )
+        dims = {'hidden_dim': 32, 'output_dim': 16}
+        views = Constant()
+        task = make_task(**dims, lr=0.2, mask_ratio=0.25, augmentations=views)
+        task.__class__ = Recorder
         loader = torch.utils.data.DataLoader(Scenes(32), batch_size=8)
         make_trainer(tmp_path, max_epochs=14).fit(task, loader)
         assert sum(losses[-4:]) < 0.75 * sum(losses[:4])

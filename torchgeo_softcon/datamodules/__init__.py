@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What ``torchgeo fit --data`` can name."""
+"""Datamodules, which ``torchgeo fit --data`` can name."""
 
 from typing import TYPE_CHECKING
 

@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._compat import Sample
-from ..labels.workers import count_cores
+from .._cores import count_cores
 
 #: More processes than this rarely read faster, and each takes memory.
 _MAX_WORKERS = 8

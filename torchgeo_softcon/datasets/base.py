@@ -43,7 +43,7 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
 
         Raises:
             IndexError: If *index* is negative.
-            OSError: If a file can not be read. The message names it.
+            OSError: If a file cannot be read. The message names it.
         """
         raise NotImplementedError
 

@@ -126,7 +126,7 @@ class ImageMaskFolder(DrawnImages):
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
-            OSError: If a file can not be opened, or later, if it can not be read.
+            OSError: If a file cannot be opened, or later, if it cannot be read.
             ValueError: If an image and its mask, or the images among themselves, do not
                 have the same size, if a band is missing, or if an argument does not fit.
         """
@@ -319,7 +319,7 @@ class ImageMaskFolder(DrawnImages):
         count = round(fraction * len(places))
         if not 0 < count < len(places) / 2:
             raise ValueError(
-                f'{len(places)} places can not be divided into parts of {fraction}'
+                f'{len(places)} places cannot be divided into parts of {fraction}'
             )
         order = np.random.default_rng(self.seed).permutation(len(places))
         cuts = np.split(order, [len(places) - 2 * count, len(places) - count])

@@ -41,7 +41,7 @@ def resolve_value_range(
         One pair ``(low, high)`` per band.
 
     Raises:
-        ValueError: If the range can not be told from *bands* and *dtypes*, or if
+        ValueError: If the range cannot be told from *bands* and *dtypes*, or if
             *value_range* is malformed.
     """
     kinds = set(dtypes)

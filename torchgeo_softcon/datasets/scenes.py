@@ -155,7 +155,7 @@ class WorldCoverScenes(DrawnImages):
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
                 image has no tile of WorldCover.
-            OSError: If a file can not be opened, or later, if it can not be read.
+            OSError: If a file cannot be opened, or later, if it cannot be read.
             ValueError: If a file has no CRS, lacks a band, is smaller than a window, or
                 if an argument does not fit.
 

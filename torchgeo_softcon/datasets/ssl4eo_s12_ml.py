@@ -90,7 +90,7 @@ class SSL4EOS12ML(DrawnImages):
 
         Raises:
             FileNotFoundError: If there are no images, or no file of labels.
-            OSError: If a file can not be opened, or later, if it can not be read.
+            OSError: If a file cannot be opened, or later, if it cannot be read.
             ValueError: If an argument is out of range, if labels do not belong to the
                 images, or if no location has enough images.
 
@@ -232,7 +232,7 @@ class SSL4EOS12ML(DrawnImages):
 
         Raises:
             IndexError: If an index is negative.
-            OSError: If a file can not be read, it is named.
+            OSError: If a file cannot be read, it is named.
         """
         images = np.concatenate([self._draw(index) for index in indices])
         shape = len(indices), self.seasons
@@ -329,7 +329,7 @@ class SSL4EOS12ML(DrawnImages):
         count = round(fraction * len(self))
         if not 0 < count < len(self) / 2:
             raise ValueError(
-                f'{len(self)} locations can not be divided into parts of {fraction}'
+                f'{len(self)} locations cannot be divided into parts of {fraction}'
             )
         order = np.random.default_rng(self.seed).permutation(len(self))
         cuts = np.split(order, [len(self) - 2 * count, len(self) - count])

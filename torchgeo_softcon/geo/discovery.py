@@ -99,7 +99,7 @@ def find_scenes(
         The scenes in the order of their first files.
 
     Raises:
-        OSError: If a file can not be read.
+        OSError: If a file cannot be read.
         ValueError: If a file has no CRS, lacks a band, or if the scenes differ in
             their bands.
     """

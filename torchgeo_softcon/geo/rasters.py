@@ -204,7 +204,7 @@ class RasterReader:
             the one for cirrus.
 
         Raises:
-            OSError: If a file can not be read.
+            OSError: If a file cannot be read.
         """
         bands, zeros = [], []
         for layer in scene.layers:

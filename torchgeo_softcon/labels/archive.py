@@ -19,6 +19,7 @@ import shapely
 from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
+from .._cores import count_cores
 from ..geo.antimeridian import Floats
 from ..geo.footprints import outlines
 from ..landcover.files import Path
@@ -31,7 +32,7 @@ from .plan import Plan, count_unit
 from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table
 from .tables import Table, read_footprints
-from .workers import Workers, count_cores, open_workers
+from .workers import Workers, open_workers
 
 #: Footprints whose outlines are made at once.
 _CHUNK = 2**16
@@ -39,7 +40,7 @@ _CHUNK = 2**16
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a run has done.
+    """Outcome of a run.
 
     Attributes:
         path: The file of labels.

@@ -183,7 +183,7 @@ def reasons(
         for row, number in zip(found.tolist(), tile.tolist(), strict=True):
             name = failed[number]
             out[row] = (
-                f'{product.file_name(name, year)} cannot be had: {cover.failed[name]}'
+                f'{product.file_name(name, year)} cannot be downloaded: {cover.failed[name]}'
             )
     return out
 

@@ -35,13 +35,6 @@ _ANSWER = '30s'
 _TIME_LIMIT = 3600.0
 
 
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):  # not so on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class Workers:
     """Runs work units: here, one after the other."""
 

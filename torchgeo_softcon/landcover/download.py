@@ -53,7 +53,7 @@ Outcome = Literal['downloaded', 'kept', 'absent']
 
 @dataclass
 class TileDownload:
-    """What became of the tiles that were asked for.
+    """Outcome of a download: the tiles that were asked for.
 
     Attributes:
         downloaded: Names of tiles that were downloaded.
@@ -204,7 +204,7 @@ class _Again(Exception):
 
 @dataclass
 class _Fetch:
-    """What the downloads of all tiles share."""
+    """State that the downloads of all tiles share."""
 
     folder: Path
     product: LandCoverProduct

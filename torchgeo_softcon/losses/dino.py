@@ -72,7 +72,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # A pass less. On a GPU, to look at the number would wait for the device
+        # Saves a pass on a CPU; on a GPU, looking at the number would wait for the device
         if ctx.factor != 1 or grad_output.device.type != 'cpu' or grad_output != 1:
             gradient = gradient * (grad_output * ctx.factor)
         return gradient, None, None

@@ -109,22 +109,10 @@ def soft_contrastive_terms(
 ) -> SoftContrastiveTerms:
     r"""Compute both terms of :func:`soft_contrastive_loss`, to weight or log them apart.
 
-    Args:
-        query: Embeddings of the trainable branch, shape (B, D), of any length.
-        key: Embeddings of the EMA branch, shape (B, D), usually detached.
-        label: Non-negative labels of the queries, shape (B, K). None gives a soft term
-            of 0.
-        key_label: Labels of the keys, shape (B, K), if those are other images.
-            Defaults to *label*.
-        temperature: Temperature :math:`\tau` of the contrastive term.
-        soft_temperature: Temperature :math:`\tau_s` of the soft term. Defaults to
-            *temperature*. Not used by ``soft_loss='mse'``.
-        soft_loss: Form of the soft term, see :func:`soft_contrastive_loss`.
-        label_similarity: Similarity of two labels, see :func:`soft_contrastive_loss`.
-        gather_distributed: Compare with the keys of all ranks.
+    Takes the arguments of that function but the weight.
 
     Returns:
-        The contrastive and the soft term.
+        The contrastive and the soft term, which is 0 if *label* is None.
 
     Raises:
         ValueError: If shapes disagree or an option is unknown.

@@ -36,15 +36,7 @@ def random_visible(
 
 
 def masked_patches(visible: Tensor, num_patches: int) -> Tensor:
-    """Turn indices of visible patches into a mask.
-
-    Args:
-        visible: Indices of shape (B, N).
-        num_patches: Number of patches L per sample.
-
-    Returns:
-        A mask of shape (B, L), True where a patch is masked.
-    """
+    """Turn indices of visible patches (B, N) into a mask (B, L), True where masked."""
     mask = torch.ones(
         len(visible), num_patches, dtype=torch.bool, device=visible.device
     )

@@ -57,16 +57,7 @@ class Layout(NamedTuple):
 def make_layout(
     groups: tuple[Group, ...], device: torch.device, varlen: bool
 ) -> Layout:
-    """Make the layout of sequences, once, as it comes from the host.
-
-    Args:
-        groups: Sequences of one length each.
-        device: Device of the tensors.
-        varlen: Whether attention may run once for all sequences.
-
-    Returns:
-        The layout.
-    """
+    """Make the layout of sequences, once, as it comes from the host."""
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False):
         lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
@@ -129,17 +120,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_sequences(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, class_only: bool
 ) -> Tensor:
-    """Attend within every sequence.
+    """Attend within every sequence, from (T, H, d) queries to (T, H, d) keys and values.
 
-    Args:
-        q: Queries of shape (T, H, d), or (N, H, d) of the first tokens alone.
-        k: Keys of shape (T, H, d).
-        v: Values of shape (T, H, d).
-        layout: Where the sequences are.
-        class_only: Whether the queries are those of the first tokens.
-
-    Returns:
-        Sums of values of shape (T, H * d) or (N, H * d).
+    With *class_only*, queries (N, H, d) are those of the first tokens. Returns sums of
+    values of shape (T, H * d) or (N, H * d).
     """
     if layout.varlen and v.dtype in (torch.float16, torch.bfloat16):
         # Norms of queries and keys are float32 under autocast
@@ -193,15 +177,10 @@ def _drop_path_shares(
 
 
 def draw_drop_paths(vit: VisionTransformer, number: int) -> Tensor | None:
-    """Draw the stochastic depth of every sequence, for all blocks at once.
+    """Draw the stochastic depth of N sequences, for all blocks at once.
 
-    Args:
-        vit: A Vision Transformer.
-        number: Number of sequences N.
-
-    Returns:
-        Factors of shape (2 * blocks, N) for the attention and the MLP of each block, of
-        the distribution of timm's ``DropPath``. None if there is nothing to drop.
+    Returns factors of shape (2 * blocks, N) for the attention and the MLP of each block, of
+    the distribution of timm's ``DropPath``, or None if there is nothing to drop.
     """
     modules: list[Any] = [m for b in vit.blocks for m in (b.drop_path1, b.drop_path2)]
     rates = tuple(getattr(m, 'drop_prob', 0.0) * m.training for m in modules)
@@ -216,18 +195,10 @@ def draw_drop_paths(vit: VisionTransformer, number: int) -> Tensor | None:
 def _run_block(
     block: Block, x: Tensor, layout: Layout, drop: Sequence[Tensor], class_only: bool
 ) -> Tensor:
-    """Run one transformer block.
+    """Run one transformer block on tokens (T, F), or for their class tokens (N, F) only.
 
-    Args:
-        block: The block.
-        x: Tokens of shape (T, F).
-        layout: Where the sequences are.
-        drop: Factors of stochastic depth of the attention and the MLP, each of shape
-            (T, 1), or (N, 1) with *class_only*, or empty.
-        class_only: Whether nothing but the class tokens is computed.
-
-    Returns:
-        Tokens of shape (T, F), or class tokens of shape (N, F).
+    *drop* has factors of stochastic depth of the attention and the MLP, each of shape
+    (T, 1), or (N, 1) with *class_only*, or is empty.
     """
     attn = cast(Attention, block.attn)
     y = block.ls1(_attention(attn, block.norm1(x), layout, class_only))
@@ -257,18 +228,10 @@ def _same_backends() -> tuple[
 def run_blocks(
     vit: VisionTransformer, x: Tensor, layout: Layout, drop_paths: Tensor | None
 ) -> Tensor:
-    """Run all blocks and the head on packed tokens.
+    """Run all blocks and the head on packed tokens (T, F), to pooled features (N, F).
 
-    The last block computes only the class tokens if nothing else is read.
-
-    Args:
-        vit: A Vision Transformer of timm's standard blocks.
-        x: Tokens of shape (T, F).
-        layout: Where the sequences are.
-        drop_paths: Factors of :func:`draw_drop_paths`.
-
-    Returns:
-        Pooled features of shape (N, F).
+    The last block computes only the class tokens if nothing else is read. *drop_paths* are
+    the factors of :func:`draw_drop_paths`.
     """
     token = vit.global_pool == 'token'
     blocks = [cast(Block, block) for block in vit.blocks]

@@ -154,16 +154,10 @@ def encode_crops(
 
 
 def encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Encode sequences of tokens, as the blocks and the head of a Vision Transformer do.
+    """Encode tokens with positions (B, N, F), to pooled features (B, F).
 
-    The last block computes only the class token if nothing else is read.
-
-    Args:
-        vit: A timm model.
-        tokens: Tokens with their positions, shape (B, N, F).
-
-    Returns:
-        Pooled features of shape (B, F).
+    Runs the blocks and the head of a Vision Transformer. The last block computes only the
+    class token if nothing else is read.
     """
     tokens = vit.norm_pre(tokens)
     if can_pack(vit):
@@ -191,19 +185,11 @@ def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
 def position_matrix(
     old: tuple[int, int], new: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Make the matrix that resamples position embeddings to another grid.
+    """Make the matrix (new, old) that resamples position embeddings between grids.
 
     Resampling is linear, so it is what timm's function makes of unit vectors. A matrix
     serves all sizes with one product, and its backward pass is deterministic on a GPU,
     where that of bicubic interpolation is not.
-
-    Args:
-        old: Rows and columns of the grid of the embeddings.
-        new: Rows and columns of the grid of the patches.
-        device: Device of the matrix.
-
-    Returns:
-        A matrix of shape (new positions, old positions).
     """
     unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)[None]
     return resample_abs_pos_embed(

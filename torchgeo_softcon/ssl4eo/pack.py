@@ -70,7 +70,7 @@ def pack(
     """Write the images of SSL4EO-S12 in a form that is fast to read.
 
     See :mod:`torchgeo_softcon.ssl4eo.record_archive` for the form. A run that was interrupted
-    goes on when started again, and images that came later are added. Images that can not
+    goes on when started again, and images that came later are added. Images that cannot
     be read are left out, listed in ``failures.csv`` and tried again by the next run.
 
     Args:
@@ -88,7 +88,7 @@ def pack(
     Raises:
         BlockingIOError: If another run is writing to *out*.
         FileNotFoundError: If there are no images, or no file of labels.
-        OSError: If a file can not be written.
+        OSError: If a file cannot be written.
         ValueError: If an argument is out of range, if labels do not belong to the images,
             or if *out* holds other data.
     """
@@ -255,7 +255,7 @@ def _with_labels(
     location, season = (
         np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season')
     )
-    # Not strictly: those that fit may be of images that can not be read
+    # Not strictly: those that fit may be of images that cannot be read
     values = match_labels(labels, split, location, season, strict=False)
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     column = pa.ListArray.from_arrays(offsets, values.ravel())

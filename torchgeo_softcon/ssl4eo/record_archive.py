@@ -297,7 +297,7 @@ def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> N
         labels: What the labels are, None if there are none.
 
     Raises:
-        OSError: If the file can not be written. What there is of it is deleted.
+        OSError: If the file cannot be written. A partial file is deleted.
     """
     metadata = {_METADATA: json.dumps({'format': FORMAT, 'labels': labels})}
     with whole_file(path) as unfinished:
@@ -314,7 +314,7 @@ def write_records(path: Path, records: npt.NDArray[Any]) -> None:
         records: Records of shape (N,).
 
     Raises:
-        OSError: If the file can not be written. What there is of it is deleted.
+        OSError: If the file cannot be written. A partial file is deleted.
     """
     header = np.lib.format.header_data_from_array_1_0(records)
     with whole_file(path) as unfinished, open(unfinished, 'wb') as file:

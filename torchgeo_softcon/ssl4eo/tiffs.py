@@ -120,7 +120,7 @@ class Archive(abc.ABC):
             Its record, of shape (), and its georeference.
 
         Raises:
-            OSError: If a file is missing or can not be read, it is named.
+            OSError: If a file is missing or cannot be read, it is named.
             ValueError: If the image is not as it should be.
         """
 
@@ -135,7 +135,7 @@ class Archive(abc.ABC):
             Their records of R bytes, shape (N, R).
 
         Raises:
-            OSError: If a file is missing or can not be read, it is named.
+            OSError: If a file is missing or cannot be read, it is named.
             ValueError: If an image is not as it should be.
         """
 

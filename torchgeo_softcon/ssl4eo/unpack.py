@@ -60,7 +60,7 @@ def unpack(
     Raises:
         BlockingIOError: If another run is writing to *out*.
         FileNotFoundError: If there is no packed archive.
-        OSError: If a file can not be written.
+        OSError: If a file cannot be written.
         ValueError: If *out* is *root*, or if the archive is not valid.
     """
     if Path(root).resolve() == Path(out).resolve():

@@ -40,7 +40,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
         Number of rows.
 
     Raises:
-        OSError: If it cannot be written. What there is of it is deleted.
+        OSError: If it cannot be written. A partial file is deleted.
     """
     rows, types, box = 0, set(), np.full(4, np.nan)
     geographic = GEOMETRY in schema.names

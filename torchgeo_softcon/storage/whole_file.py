@@ -20,7 +20,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         The path for the time being, the same with ``.tmp`` at its end.
 
     Raises:
-        OSError: If it cannot be written. What there is of it is deleted.
+        OSError: If it cannot be written. A partial file is deleted.
     """
     unfinished = path.with_name(f'{path.name}.tmp')
     try:

@@ -131,7 +131,7 @@ def random_field(
 
 @dataclasses.dataclass(frozen=True)
 class Landscape:
-    """What is on the ground.
+    """Cover of the ground.
 
     Attributes:
         codes: WorldCover code of every pixel, (H, W).

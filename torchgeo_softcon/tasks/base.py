@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What pretraining tasks share: encoder, views, randomness, schedules, checkpoints."""
+"""Shared parts of pretraining tasks: encoder, views, randomness, schedules, checkpoints."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -118,18 +118,11 @@ def jitter_rgb(
 
 
 def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue.
+    """Turn the hue of RGB images (B, 3, H, W) in [0, 1] by shares (B,) of the circle.
 
     The same values as torchvision's ``adjust_hue``. From hue, saturation and value back
     to RGB is one formula for all sectors of the circle, which takes half the time:
     https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
-
-    Args:
-        image: RGB images of shape (B, 3, H, W) in [0, 1].
-        shift: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
-
-    Returns:
-        The changed images, shape (B, 3, H, W), in [0, 1].
     """
     hue, saturation, value = rgb_to_hsv(image).split(1, 1)
     sector = hue * (3 / math.pi) + 6 * shift.view(-1, 1, 1, 1)

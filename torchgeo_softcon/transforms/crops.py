@@ -361,17 +361,10 @@ class MultiCropView(ViewModule):
         blurs: Sequence[float],
         solarize: Sequence[float],
     ) -> list[Tensor]:
-        """Crop, jitter, grey, blur and solarise. Does not modify *images*.
+        """Crop, jitter, grey, blur and solarise images of V views, each of shape (B, C, H, W).
 
-        Args:
-            images: Images of V views, each of shape (B, C, H, W).
-            crops: Crops of them, the whole images if None.
-            strengths: Strengths of the jitter of each view.
-            blurs: Probability of a blur of each view.
-            solarize: Probability to solarise each view.
-
-        Returns:
-            The views, each of shape (B, C, h, w).
+        Crops, strengths of the jitter, and probabilities of blur and solarisation are one for
+        each view; *crops* None keeps whole images. Does not modify *images*.
         """
         rgb = images[0].shape[1] == 3 and self.value_range is not None
         if crops is not None and rgb:
@@ -423,17 +416,11 @@ def _pick_season(image: Tensor, seasons: Tensor) -> Tensor:
 def _draw_colours(
     mean: Tensor, factors: Tensor, strength: Tensor, grey: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Draw jitter and grey of other images, for each view.
+    """Draw jitter and grey of images that are not RGB, as :func:`resample` takes them.
 
-    Args:
-        mean: Means of the bands of the views, shape (V, B, C).
-        factors: Of brightness, contrast and saturation (and of hue, which other
-            images do not have), shape (4, V, B).
-        strength: Strength of the gain of single bands, shape (V, B).
-        grey: Whether to make all bands equal, shape (V, B).
-
-    Returns:
-        Matrix and offset of each view, as :func:`resample` takes them.
+    Takes the means of the bands (V, B, C), factors of brightness, contrast and saturation
+    (and hue, which such images do not have) (4, V, B), the strength of the gain of single
+    bands (V, B), and whether to make all bands equal (V, B).
     """
     brightness, contrast, saturation, _ = 1 + factors
     gain = 1 + strength[..., None] * (uniform(mean, *mean.shape) * 2 - 1)

@@ -24,16 +24,9 @@ def resize_matrices(
 ) -> Tensor:
     """Resize along one axis, antialiased as in PyTorch, torchvision and Pillow.
 
-    Args:
-        spans: First pixel, and the one after the last, of each sample, shape (B, 2),
-            int64.
-        pixels: Number of pixels N of the image.
-        size: Number of pixels n of the crop.
-        flip: Whether to mirror the crop, shape (B,), bool.
-        interpolation: Kernel of the interpolation.
-
-    Returns:
-        Matrices of shape (B, n, N), float32. Rows sum to 1.
+    Takes the first pixel, and the one after the last, of each sample, shape (B, 2), int64,
+    the numbers of pixels N of the image and n of the crop, and whether to mirror a crop,
+    shape (B,), bool. Returns matrices (B, n, N), float32, whose rows sum to 1.
     """
     start, stop = spans[:, :1], spans[:, 1:]
     target = torch.arange(size, device=spans.device)
@@ -100,17 +93,10 @@ def crop_matrices(
 
 
 def bilinear_matrices(position: Tensor, pixels: int) -> Tensor:
-    """Interpolate linearly between the two nearest pixels.
+    """Interpolate linearly between the two nearest of N pixels, at positions (B, n).
 
-    The same as ``grid_sample(..., padding_mode='border', align_corners=False)``.
-
-    Args:
-        position: Where to sample in its coordinates, where the image is [-1, 1], shape
-            (B, n), float32.
-        pixels: Number of pixels N of the image.
-
-    Returns:
-        Matrices of shape (B, n, N), float32. Rows sum to 1.
+    The same as ``grid_sample(..., padding_mode='border', align_corners=False)``, in whose
+    coordinates the positions are. Returns matrices (B, n, N), float32.
     """
     position = (((position + 1) * pixels - 1) / 2).clamp(0, pixels - 1)
     low = position.floor()
@@ -137,16 +123,10 @@ def identity(image: Tensor) -> Crop:
 
 
 def gaussian_kernels(sigma: Tensor, chosen: Tensor, radius: int) -> Tensor:
-    """Make Gaussian kernels, within three standard deviations.
+    """Make Gaussian kernels within three standard deviations (B,), in pixels.
 
-    Args:
-        sigma: Standard deviations in pixels, shape (B,).
-        chosen: Whether to blur a sample, else its kernel is a unit impulse, shape (B,),
-            bool.
-        radius: Number of taps r on either side.
-
-    Returns:
-        Kernels of shape (B, 2 r + 1), float32. They sum to 1.
+    Samples that are not chosen (B,) get a unit impulse. Returns kernels of
+    shape (B, 2 * radius + 1), float32, that sum to 1.
     """
     sigma = sigma[:, None]
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
@@ -158,14 +138,9 @@ def gaussian_kernels(sigma: Tensor, chosen: Tensor, radius: int) -> Tensor:
 
 
 def blur_matrices(matrices: Tensor, kernels: Tensor) -> Tensor:
-    """Blur the results of matrices, with reflection at both ends.
+    """Blur the results of matrices (B, n, N), with reflection at both ends.
 
-    Args:
-        matrices: Matrices of shape (B, n, N).
-        kernels: Kernels of shape (B, 2 r + 1) with r < n.
-
-    Returns:
-        Matrices of shape (B, n, N).
+    Kernels (B, 2 r + 1) must have r < n.
     """
     form = _blur_each if matrices.device.type == 'cpu' else _blur_all
     return form(matrices, kernels)

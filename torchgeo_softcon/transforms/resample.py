@@ -106,15 +106,6 @@ def _blocks(matrices: Tensor) -> list[list[tuple[int, int, int, int]]]:
 
 
 def means(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Compute the mean of each band of the views that :func:`resample` gives.
-
-    Args:
-        image: Images of shape (B, C, H, W), float32.
-        rows: Matrix of the rows of each view, shape (B, h, H).
-        columns: Matrix of the columns of each view, shape (B, w, W).
-
-    Returns:
-        Means of shape (B, C).
-    """
+    """Compute the means (B, C) of the bands of the views that :func:`resample` gives."""
     row, column = rows.mean(1, keepdim=True), columns.mean(1, keepdim=True)
     return resample(image, row, column).flatten(1)

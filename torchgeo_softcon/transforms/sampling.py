@@ -55,23 +55,10 @@ def random_crop_axes(
     horizontal_flip: float = 0.0,
     vertical_flip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a random resized crop with flips per sample, as positions in the image.
+    """Draw the crops of :func:`random_crop_grid`, as positions in the image.
 
-    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
-    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
-    where torchvision would draw again.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        size: Height and width of the crops in pixels.
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-        horizontal_flip: Probability to mirror left and right.
-        vertical_flip: Probability to mirror top and bottom.
-
-    Returns:
-        Where the rows and the columns of the crops lie in the coordinates of
-        ``grid_sample(..., align_corners=False)``, shapes (B, h) and (B, w), float32.
+    Returns the rows (B, h) and the columns (B, w) in the coordinates of
+    ``grid_sample(..., align_corners=False)``, float32.
     """
     batch = len(image)
     # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
@@ -103,11 +90,15 @@ def random_crop_grid(
 ) -> Tensor:
     """Draw a random resized crop with flips per sample, as a sampling grid.
 
+    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
+    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
+    where torchvision would draw again.
+
     Args:
         image: Images of shape (B, C, H, W).
         size: Height and width of the crops in pixels.
-        scale: As of :func:`random_crop_axes`.
-        ratio: As of :func:`random_crop_axes`.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height.
         horizontal_flip: Probability to mirror left and right.
         vertical_flip: Probability to mirror top and bottom.
 
@@ -163,15 +154,10 @@ def random_boxes(
 def random_blurs(
     crops: Sequence[Crop], probabilities: Sequence[float], sigma: tuple[float, float]
 ) -> list[Crop]:
-    """Draw a Gaussian blur of some samples of views, with a standard deviation each.
+    """Draw a Gaussian blur of some samples of V views, with a standard deviation each.
 
-    Args:
-        crops: Matrices of the rows and columns of V views of B images.
-        probabilities: Probability that a sample is blurred, for each view.
-        sigma: Range of the standard deviation in pixels.
-
-    Returns:
-        The matrices with the blurs.
+    Takes the matrices of each view, the probability that a sample of it is blurred, and the
+    range of the standard deviation in pixels. Returns the matrices with the blurs.
     """
     if not any(probabilities):
         return list(crops)
