@@ -47,11 +47,7 @@ class WorldCoverNotFoundError(DatasetNotFoundError):
     """Raised when there is no WorldCover tile of the chosen year."""
 
     def __init__(self, message: str) -> None:
-        """Initialize a new WorldCoverNotFoundError instance.
-
-        Args:
-            message: What was looked for, where, and what is there instead.
-        """
+        """Initialize a new WorldCoverNotFoundError instance."""
         FileNotFoundError.__init__(self, message)
 
 
@@ -252,10 +248,6 @@ class ESAWorldCover(RasterDataset):
 
     def __getitem__(self, query: Any) -> Sample:
         """Retrieve the mask at a spatiotemporal slice.
-
-        Args:
-            query: [xmin:xmax:xres, ymin:ymax:yres, tmin:tmax:tres] coordinates to
-                index. Parts that are left out are those of the dataset.
 
         Returns:
             A sample with a *mask* of shape (H, W), long, and what else TorchGeo's own

@@ -27,12 +27,6 @@ def find_map_files(
             are always taken.
         product: The product.
         year: Year of the map, None if the product has no years.
-
-    Returns:
-        The files, official tiles first.
-
-    Raises:
-        FileNotFoundError: If there are none.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     named = [os.fspath(path) for path in given]

@@ -79,13 +79,6 @@ def find_legend(
     Args:
         product: The product.
         name: Name of this product or of one that it has a mapping to, None for this one.
-
-    Returns:
-        The product that has these classes, and its code for every code of *product*, in
-        the order of *product*.
-
-    Raises:
-        ValueError: If *product* has no mapping of this name.
     """
     if name in (None, product.name):
         return product, {code: code for code in product.codes}

@@ -156,9 +156,6 @@ class Landscape:
             rng: Source of random numbers.
             shape: Height and width in pixels.
             pixel: Height and width of a pixel in metres.
-
-        Returns:
-            The landscape.
         """
         fields = []
         for _, sigma, bias in _CLASSES:
