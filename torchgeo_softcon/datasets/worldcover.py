@@ -21,12 +21,12 @@ from torch import Tensor
 
 from .._checks import require
 from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
-from ..geo.grid import Grid, outline
+from ..geo.find_files import AnyPath as Path
+from ..geo.grid import Bounds, Grid, outline
 from ..geo.mosaic import Mosaic, open_tile
-from ..landcover.files import Path, find_map_files, warn_of_resampled
+from ..landcover.files import find_map_files, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
-from ..landcover.tiles import Bounds
 
 
 def _colormap(product: LandCoverProduct) -> Any:
