@@ -2,8 +2,10 @@
 # Licensed under the MIT License.
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib import import_module
 from inspect import getclosurevars
 from pathlib import Path
@@ -17,7 +19,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_checks', '_lazy', '_version', 'bands', 'plugin'),
+    ('_checks', '_cores', '_lazy', '_version', 'bands', 'plugin'),
     ('_compat',),
     ('storage',),
     ('geo',),
@@ -44,6 +46,14 @@ ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 STANDARD_LIBRARY_ONLY = ('__init__', '_lazy', 'plugin')
 
 
+def module_name(path: Path) -> str:
+    parts = [PACKAGE.name, *path.with_suffix('').parts]
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+NAMES = {module_name(path): path for path in MODULES}
+
+
 def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
     """Line, full name and whether at run time, for each import of a module."""
     tree = ast.parse((PACKAGE / path).read_text())
@@ -63,11 +73,11 @@ def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             module = '.'.join([*base, *([node.module] if node.module else [])])
-            # `from package import unit` names a module, not an object in one
-            for alias in node.names if module == PACKAGE.name else ():
-                yield node.lineno, f'{module}.{alias.name}', runtime
-            if module != PACKAGE.name:
-                yield node.lineno, module, runtime
+            for alias in node.names:
+                # `from package import unit` names a module, not an object in one
+                named = f'{module}.{alias.name}'
+                is_module = module == PACKAGE.name or named in NAMES
+                yield node.lineno, named if is_module else module, runtime
 
 
 def unit(path: Path) -> str:
@@ -107,6 +117,51 @@ def test_light_modules_import_the_standard_library_only(name: str) -> None:
     for line, imported, runtime in imports(Path(f'{name}.py')):
         if runtime and imported.partition('.')[0] not in sys.stdlib_module_names:
             assert imported in light, f'line {line}: {imported}'
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a module imports at run time, also in functions."""
+    found = set()
+    for _, name, runtime in imports(path):
+        # An object is defined in the module before the last dot
+        module = name if name in NAMES else name.rpartition('.')[0]
+        if runtime and module in NAMES and module != PACKAGE.name:
+            found.add(module)
+    if path.name == '__init__.py' and path.parent.parts:
+        # What its names are loaded from, see lazy_names
+        found |= {n for n in NAMES if n.startswith(f'{module_name(path)}.')}
+    return found
+
+
+def test_no_circles() -> None:
+    graph = {name: imported_modules(path) for name, path in NAMES.items()}
+    assert f'{PACKAGE.name}.cli.data' in graph[f'{PACKAGE.name}.cli.report']
+    TopologicalSorter(graph).prepare()  # names the modules of a circle in its error
+
+
+@pytest.mark.parametrize('path', MODULES, ids=str)
+def test_modules_are_short(path: Path) -> None:
+    assert len((PACKAGE / path).read_text().splitlines()) <= 450
+
+
+def test_a_weight_by_name_is_light() -> None:
+    """It adds nothing to what the host has imported for its own models."""
+    code = (
+        'import sys, torchgeo.models\n'
+        'before = {*sys.modules}\n'
+        'import torchgeo_softcon\n'
+        'torchgeo.models.get_weight("ViTSmall16_Weights.SENTINEL2_SOFTCON")\n'
+        'print(*{*sys.modules} - before)'
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    added = process.stdout.split()
+    heavy = ('kornia', 'lightly', 'lightning', 'pandas', 'rasterio')
+    assert not [name for name in added if name.startswith(heavy)]
+    ours = {name.split('.')[1] for name in added if name.startswith(f'{PACKAGE.name}.')}
+    assert ours <= {'_checks', '_compat', 'bands', 'models', 'transforms'}
+    assert f'{PACKAGE.name}.transforms.crops' not in added
 
 
 FACES = [

@@ -11,19 +11,9 @@ from contextlib import suppress
 #: Bands of a Sentinel-2 Level-1C product, in the order of SSL4EO-S12 and of SoftCon.
 #: https://github.com/zhu-xlab/SSL4EO-S12/blob/main/src/download_data/convert_rgb.py
 SENTINEL2_BANDS = (
-    'B1',
-    'B2',
-    'B3',
-    'B4',
-    'B5',
-    'B6',
-    'B7',
-    'B8',
+    *(f'B{number}' for number in range(1, 9)),
     'B8A',
-    'B9',
-    'B10',
-    'B11',
-    'B12',
+    *(f'B{number}' for number in range(9, 13)),
 )
 
 #: Which bands of Sentinel-2 a number of bands stands for, where nothing else is said: all

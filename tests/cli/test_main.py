@@ -209,7 +209,7 @@ def run_and_list_modules(*args: str) -> tuple[str, set[str]]:
     code = (
         'import atexit, runpy, sys\n'
         'atexit.register(lambda: print("imported:", *{"torch", "torchgeo", "lightning", "kornia", '
-        '"rasterio", "pandas"} & {*sys.modules}))\n'
+        '"geopandas", "pandas", "rasterio"} & {*sys.modules}))\n'
         f'sys.argv[1:] = {list(args)}\n'
         'runpy.run_module("torchgeo_softcon", run_name="__main__")'
     )
@@ -241,6 +241,8 @@ def test_defaults_that_help_names() -> None:
         assert f'(default: {pack[name].default})' in text
     labels = signature(import_module('torchgeo_softcon.labels').label_archive)
     text = ' '.join(labels_parser().format_help().split())
+    for option in ('--images', '--footprints', '--layout', '--download', '--scheduler'):
+        assert option in text
     for name in ('out', 'min_fraction', 'min_valid'):
         assert f'default: {labels.parameters[name].default}' in text
 

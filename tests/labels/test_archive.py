@@ -759,21 +759,3 @@ class TestBadInput:
         (tmp_path / 'empty').mkdir()
         with pytest.raises(FileNotFoundError, match='no ESA WorldCover tile of 2021'):
             run(images=images, worldcover=tmp_path / 'empty', out=out)
-
-
-def test_help_is_light() -> None:
-    code = (
-        'import sys; from torchgeo_softcon.__main__ import main\n'
-        'try: main(["labels", "--help"])\n'
-        'finally: print({"torch", "torchgeo", "geopandas"} & {*sys.modules})'
-    )
-    process = subprocess.run(
-        [sys.executable, '-c', code],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'COLUMNS': '90'},
-    )
-    assert process.stdout.splitlines()[-1] == 'set()'
-    for option in ('--images', '--footprints', '--layout', '--download', '--scheduler'):
-        assert option in process.stdout

@@ -5,6 +5,7 @@
 
 import dataclasses
 import pickle
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,23 @@ class TestProduct:
         assert WORLDCOVER.edition(2020) == 'ESA WorldCover 10 m 2020 v100'
         assert WORLDCOVER.check_year(None) == 2021
         assert find_product('worldcover') is WORLDCOVER
+
+    def test_files_are_in_the_wheel(self) -> None:
+        repository = Path(__file__).parents[2]
+        package = repository / 'torchgeo_softcon'
+        setup = tomllib.loads((repository / 'pyproject.toml').read_text())
+        packed = {
+            path
+            for name, patterns in setup['tool']['setuptools']['package-data'].items()
+            for pattern in patterns
+            for path in repository.joinpath(*name.split('.')).glob(pattern)
+        }
+        data = {
+            path
+            for path in package.rglob('*')
+            if path.is_file() and path.suffix not in ('.py', '.pyc')
+        }
+        assert data == packed
 
     def test_legends(self) -> None:
         assert find_legend(TOY) == (TOY, {4: 4, 0: 0, 2: 2})

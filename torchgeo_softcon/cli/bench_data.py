@@ -36,17 +36,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon bench-data``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        ValueError: If a configuration is missing, or there is nothing to measure.
-    """
+    """Run the command, and return its exit status."""
     options, fit_args = parser().parse_known_args(args)
     if options.steps < 1:
         raise ValueError(f'steps must be at least 1, got {options.steps}')

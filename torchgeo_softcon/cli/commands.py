@@ -97,13 +97,10 @@ def _message(error: Exception) -> str | None:
         )
     if isinstance(error, CommandError | OSError | ValueError | argparse.ArgumentError):
         return str(error)
-    # Imported by whoever raises them, else slow to import
-    for module in (
-        'lightning.fabric.utilities.exceptions',
-        'torchgeo.datamodules.utils',
-    ):
-        if isinstance(
-            error, getattr(sys.modules.get(module), 'MisconfigurationException', ())
-        ):
-            return str(error)
-    return None
+    if 'lightning' not in sys.modules:  # slow to import, and raises nothing yet
+        return None
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from .._compat import MisconfigurationException as OfHost
+
+    return str(error) if isinstance(error, MisconfigurationException | OfHost) else None

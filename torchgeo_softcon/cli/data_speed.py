@@ -30,8 +30,8 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 
 from .._compat import Sample, host_main
+from .._cores import count_cores
 from ..callbacks.knn import KNNProbe
-from ..datamodules.loading import count_cores
 from .data import load_classes
 
 #: Share of the time from which a run is called data-bound.

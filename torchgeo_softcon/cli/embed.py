@@ -44,18 +44,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon embed``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        OSError: If a file is missing, or is there already.
-        ValueError: If arguments, data and encoder do not fit each other.
-    """
+    """Run the command, and return its exit status."""
     options = parse_options(parser(), args)
     # Not before: help must not wait for it
     from ..evaluation.embed import embed

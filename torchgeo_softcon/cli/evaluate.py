@@ -54,18 +54,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon evaluate``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        OSError: If a file is missing, or is there already.
-        ValueError: If arguments, data and encoder do not fit each other.
-    """
+    """Run the command, and return its exit status."""
     options = parse_options(parser(), args)
     out = None if options.out is None else Path(options.out)
     if out is not None and not out.absolute().parent.is_dir():

@@ -40,18 +40,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon export``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        OSError: If a file cannot be read or written.
-        ValueError: If options and checkpoint do not fit each other.
-    """
+    """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
     # Not before: help must not wait for it
     from ..export.files import export

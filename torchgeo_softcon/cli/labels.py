@@ -130,19 +130,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon labels``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status: 0, or 1 if patches failed.
-
-    Raises:
-        CommandError: If Dask is missing, or workers die again and again.
-        OSError: If a file cannot be read or written.
-        ValueError: If options and archive do not fit each other.
-    """
+    """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
     if 'layout' in options:
         options['layout'] = tuple(options['layout'])

@@ -23,14 +23,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon list``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status: 0 if everything loads, else 1.
-    """
+    """Run the command, and return its exit status."""
     parser().parse_args(args)
     try:
         host = version('torchgeo')

@@ -79,18 +79,7 @@ def print_failures(failures: Iterable[Any]) -> None:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon pack``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status: 1 if images could not be read or have changed.
-
-    Raises:
-        OSError: If a file cannot be read or written.
-        ValueError: If options and archive do not fit each other.
-    """
+    """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
     check = options.pop('verify')
     # Not before: help must not wait for it

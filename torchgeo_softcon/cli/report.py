@@ -50,18 +50,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon report``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        OSError: If the run, the checkpoint or the configuration is missing.
-        ValueError: If neither a run nor an encoder is given.
-    """
+    """Run the command, and return its exit status."""
     options = parse_options(parser(), args)
     # Not before: help must not wait for them
     from ..report.curves import curve_sections, find_logs, read_logs

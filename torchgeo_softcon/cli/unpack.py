@@ -21,18 +21,7 @@ def parser() -> CommandParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``torchgeo-softcon unpack``.
-
-    Args:
-        args: Command-line arguments.
-
-    Returns:
-        Exit status: 1 if records are damaged.
-
-    Raises:
-        OSError: If a file cannot be read or written.
-        ValueError: If options and archive do not fit each other.
-    """
+    """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
     # Not before: help must not wait for it
     from ..ssl4eo.unpack import unpack

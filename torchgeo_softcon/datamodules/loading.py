@@ -3,7 +3,6 @@
 
 """Which samples come when, also after a restart in the middle of an epoch."""
 
-import os
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
@@ -14,20 +13,10 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._compat import Sample
+from .._cores import count_cores
 
 #: More processes than this rarely read faster, and each takes memory.
 _MAX_WORKERS = 8
-
-
-def count_cores() -> int:
-    """Count processor cores.
-
-    Returns:
-        Number of cores that this process may use.
-    """
-    if hasattr(os, 'sched_getaffinity'):  # not so on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def uses_cuda(trainer: Trainer | None) -> bool:

@@ -27,8 +27,9 @@ _OF_GDAL = re.compile(r'/vsi|\w+://')
 
 def path_list(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
     """Return one or more paths as a list of texts."""
-    single = isinstance(paths, str | os.PathLike)
-    return [os.fspath(path) for path in ([paths] if single else paths)]  # type: ignore[list-item, union-attr]
+    if isinstance(paths, str | os.PathLike):
+        return [os.fspath(paths)]
+    return [os.fspath(path) for path in paths]
 
 
 def find_files(
