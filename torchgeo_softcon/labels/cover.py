@@ -23,12 +23,10 @@ from .workers import Workers
 
 @dataclass
 class Cover:
-    """Tiles that may lie under an archive.
+    """Tiles that may lie under an archive, in order of precedence.
 
-    Attributes:
-        tiles: The tiles, in order of precedence.
-        absent: Names of official tiles that do not exist: sea.
-        failed: Names of official tiles that could not be fetched, and why.
+    Official tiles are *absent*, by name, if they do not exist (sea), and *failed* if they
+    could not be fetched, with the reason.
     """
 
     tiles: list[Tile] = field(default_factory=list)
@@ -53,7 +51,7 @@ def find_cover(
         product: The land-cover product.
         year: Year of the map.
         boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
-        workers: What opens the files.
+        workers: Processes that open the files.
         base_url: Address to download missing tiles from, None for no download.
         progress: Whether to show a progress bar for downloads.
     """
@@ -74,21 +72,21 @@ def find_cover(
 
     cover = Cover()
     if base_url is not None:
-        folder = download_folder(worldcover)
         result = download_tiles(
             product.grid.names_under(boxes),
-            folder,
+            download_folder(worldcover),
             year,
             base_url,
             progress=progress,
             product=product,
         )
         cover.absent, cover.failed = set(result.absent), result.failed
-        if not (result.downloaded or result.kept) and not _any_tiles(
-            folder, product, year
-        ):
-            return cover
-    files = find_year(worldcover, product, year)
+    try:
+        files = find_year(worldcover, product, year)
+    except FileNotFoundError:
+        if base_url is None:
+            raise
+        return cover
     for file, opened in zip(files, _open(files, workers), strict=True):
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
@@ -107,10 +105,10 @@ def find_year(
     here the year of an official name counts, wherever the file is.
     """
     files = find_map_files(worldcover, product, year)
-    names = [product.official.search(os.path.basename(file)) for file in files]
+    names = ((f, product.official.search(os.path.basename(f))) for f in files)
     chosen = [
         file
-        for file, name in zip(files, names, strict=True)
+        for file, name in names
         if name is None or name.groupdict().get('year') in (None, str(year))
     ]
     if not chosen:
@@ -176,13 +174,6 @@ def reasons(
                 f'{product.file_name(name, year)} cannot be downloaded: {cover.failed[name]}'
             )
     return out
-
-
-def _any_tiles(folder: str, product: LandCoverProduct, year: int | None) -> bool:
-    try:
-        return bool(find_year(folder, product, year))
-    except FileNotFoundError:
-        return False
 
 
 def _open(paths: list[str], workers: Workers) -> list[Tile | str]:
