@@ -103,10 +103,8 @@ class ImageMaskFolder(DivisibleImages):
                 the mask and an alpha band, which tells where the others have data.
             mask_band: Position of the mask in the image file, from 1, if it is there.
             bands: Names of the bands in *image_bands*.
-            value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
-                ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
-                uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
-                known *bands* in digital numbers or dB.
+            value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per
+                band, with the defaults of :class:`.WorldCoverScenes`.
             nodata: Value of pixels without data, None for what each file says.
             seasons: Number of different dates per sample.
             places: Regular expression for the path of an image below *images*, without

@@ -200,11 +200,9 @@ class WorldCoverScenes(DrawnImages):
         self._check_dates()
         self._set_rows(rows, length)
 
-        self.worldcover: ESAWorldCover | None
-        if worldcover is None or isinstance(worldcover, ESAWorldCover):
-            self.worldcover = worldcover
-        else:
-            self.worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+        if not (worldcover is None or isinstance(worldcover, ESAWorldCover)):
+            worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+        self.worldcover = worldcover
         if not allow_unlabelled:
             self._check_tiles()
 
@@ -247,6 +245,8 @@ class WorldCoverScenes(DrawnImages):
 
         partly = [p for p in self.places if not worldcover.covers(*p.box, wholly=True)]
         without = [p for p in partly if not worldcover.covers(*p.box)]
+        if not partly:
+            return
         concerned = without or partly
         there = {os.path.basename(file) for file in worldcover.files}
         needed = {tile for p in concerned for tile in worldcover.tiles(*p.box)}
@@ -261,14 +261,13 @@ class WorldCoverScenes(DrawnImages):
                 f'{_list_names([p.name for p in without])}{expected}. Set '
                 'allow_unlabelled to go on without'
             )
-        if partly:
-            warnings.warn(
-                f'{sum(len(p.scenes) for p in partly)} images are only partly covered by '
-                f'{product.title} tiles, such as {partly[0].name}. There the mask is no data. Not '
-                f'found by name: {tiles} (there are no tiles where only sea is)',
-                UserWarning,
-                stacklevel=3,
-            )
+        warnings.warn(
+            f'{sum(len(p.scenes) for p in partly)} images are only partly covered by '
+            f'{product.title} tiles, such as {partly[0].name}. There the mask is no '
+            f'data. Not found by name: {tiles} (there are no tiles where only sea is)',
+            UserWarning,
+            stacklevel=3,
+        )
 
     def with_windows(
         self,
@@ -279,7 +278,7 @@ class WorldCoverScenes(DrawnImages):
         seasons: int | None = None,
         stream: int = 0,
     ) -> 'WorldCoverScenes':
-        """Other windows of the same rasters, without opening them again.
+        """Return other windows of the same rasters, without opening them again.
 
         Args:
             rows: Part of each raster's rows, as fractions from the top.

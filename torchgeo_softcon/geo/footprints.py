@@ -54,14 +54,10 @@ def make_footprints(
     shapes: Sequence[tuple[int, int]] | npt.NDArray[np.int32] | None = None,
     polygons: Iterable[bytes] | None = None,
 ) -> pa.Table:
-    """Make a table of footprints: pixel grids, or *polygons*, outlines as WKB.
+    """Make a table of N footprints.
 
-    Args:
-        ids: Names.
-        crs: Coordinate reference systems.
-        transforms: Transforms of shape (N, 6).
-        shapes: Heights and widths of shape (N, 2).
-        polygons: Outlines.
+    They are pixel grids (*transforms* of shape (N, 6), and *shapes*, heights and widths,
+    of shape (N, 2)) or *polygons*, outlines as WKB.
     """
     names = pa.array(ids, pa.string())
     count = len(names)

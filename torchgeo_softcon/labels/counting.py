@@ -208,7 +208,7 @@ class _Counter:
         crs = parse_crs(table['crs'][row].as_py())
         if height:
             transform = Affine(*table['transform'][row].as_py())
-            return self._grid(Grid(crs, transform, height, width)), height * width
+            return self._read(Grid(crs, transform, height, width))
         return self._polygon(crs, shapely.from_wkb(table['polygon'][row].as_py()))
 
     def _placed(self, grids: _Grids, row: int) -> Counts | None:
@@ -265,13 +265,22 @@ class _Counter:
         self.order = np.argsort(-counts, kind='stable').tolist()
         return counts
 
-    def _grid(self, grid: Grid) -> Counts:
-        """Count a grid of any size, piece by piece."""
-        counts = np.zeros(len(self.codes), np.int64)
+    def _read(
+        self, grid: Grid, polygon: shapely.Geometry | None = None
+    ) -> tuple[Counts, int]:
+        """Count a grid of any size piece by piece, or what is inside of a polygon."""
+        counts, pixels = np.zeros(len(self.codes), np.int64), 0
         for piece in _pieces(grid):
-            values = self.mosaic.read(piece)
-            counts += np.bincount(values.ravel(), minlength=256)[self.codes]
-        return counts
+            chosen: Any = slice(None)
+            if polygon is not None:
+                shape = piece.height, piece.width
+                chosen = geometry_mask([polygon], shape, piece.transform, invert=True)
+                if not chosen.any():
+                    continue
+            values = self.mosaic.read(piece)[chosen].ravel()
+            counts += np.bincount(values, minlength=256)[self.codes]
+            pixels += values.size
+        return counts, pixels
 
     def _polygon(self, crs: CRS, polygon: shapely.Geometry) -> tuple[Counts, int]:
         """Count the pixels of the map whose centres lie in an outline."""
@@ -282,16 +291,7 @@ class _Counter:
         left, top = np.floor(cols.min()), np.floor(rows.min())
         right, bottom = np.ceil(cols.max()), np.ceil(rows.max())
         size = max(int(bottom - top), 1), max(int(right - left), 1)
-        counts, pixels = np.zeros(len(self.codes), np.int64), 0
-        for piece in _pieces(tile.window(int(top), int(left), *size)):
-            shape = piece.height, piece.width
-            inside = geometry_mask([polygon], shape, piece.transform, invert=True)
-            found = int(np.count_nonzero(inside))
-            if found:
-                values = self.mosaic.read(piece)[inside]
-                counts += np.bincount(values, minlength=256)[self.codes]
-                pixels += found
-        return counts, pixels
+        return self._read(tile.window(int(top), int(left), *size), polygon)
 
     def _home(self, crs: CRS, polygon: shapely.Geometry) -> Grid:
         """Return the tile whose pixels an outline is filled with: the first under it."""
