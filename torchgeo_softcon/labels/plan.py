@@ -54,7 +54,7 @@ class Plan:
     """Which tiles are under which footprints."""
 
     def __init__(self, boxes: Floats, tiles: Sequence[Tile]) -> None:
-        """Initialize a new Plan instance.
+        """Find the tiles under footprints.
 
         Args:
             boxes: Left, bottom, right and top of footprints in degrees of longitude and
@@ -93,9 +93,6 @@ class Plan:
             codes: Codes to count.
             workers: How many units run at once.
             no_data: Codes of pixels without data.
-
-        Yields:
-            The units.
         """
         order, rows_of_blocks = self._order(np.flatnonzero(todo))
         size = int(np.clip(len(order) / (2 * workers), _SMALLEST, _LARGEST))

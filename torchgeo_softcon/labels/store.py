@@ -78,11 +78,7 @@ class LabelStore(ResumableParquet):
                     )
 
     def about(self) -> dict[str, Any]:
-        """Read what the file says about itself.
-
-        Raises:
-            ValueError: If it is no file of labels.
-        """
+        """Read what the file says about itself."""
         try:
             metadata = pq.read_schema(self.path).metadata or {}
             return dict(json.loads(metadata[b'labels']))
@@ -116,11 +112,7 @@ class LabelStore(ResumableParquet):
         return pa.concat_tables(tables[::-1]).unify_dictionaries()
 
     def start_counting(self, tiles: Sequence[str]) -> None:
-        """Drop counts that lack data, if there are tiles they were not made with.
-
-        Args:
-            tiles: Names of the tiles that are there.
-        """
+        """Drop counts that lack data, if there are tiles they were not made with."""
         if not set(tiles) <= set(self.noted().get('tiles', ())):
             for path in self.part_files('counts'):
                 part = pq.read_table(path)
@@ -235,15 +227,7 @@ class LabelStore(ResumableParquet):
 
 
 def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
-    """Make a part of counts.
-
-    Args:
-        ids: Patches, in the order of the counts.
-        counted: The counts.
-
-    Returns:
-        Rows of the patches that have counts.
-    """
+    """Make a part of counts, without the patches that have none."""
     good = np.ones(len(ids), bool)
     good[list(counted.reasons)] = False
     flat = pa.array(counted.counts[good].reshape(-1))

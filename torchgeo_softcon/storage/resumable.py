@@ -52,8 +52,7 @@ class ResumableParquet:
     def open(self, overwrite: bool = False) -> Iterator[None]:
         """Start, or go on with the parts that are there. For one run at a time.
 
-        Args:
-            overwrite: Whether to delete the parts, and to replace the file.
+        With *overwrite*, parts are deleted, and a file is replaced.
 
         Raises:
             BlockingIOError: If another run writes the file.
@@ -113,11 +112,7 @@ class ResumableParquet:
                 part.unlink()
 
     def note(self, **notes: Any) -> None:
-        """Write notes to the manifest.
-
-        Args:
-            **notes: Values of :attr:`notes`.
-        """
+        """Write values of :attr:`notes` to the manifest."""
         self._write_manifest({**self.noted(), **notes})
 
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
@@ -131,14 +126,7 @@ class ResumableParquet:
         return dict(json.loads(self._manifest.read_text()))
 
     def part_files(self, kind: str = '*') -> list[Path]:
-        """List the parts, of one kind or of all, in the order in which they were written.
-
-        Args:
-            kind: Beginning of their names.
-
-        Returns:
-            Their paths.
-        """
+        """List the parts, of one kind or of all, in the order in which they were written."""
         return sorted(self.folder.glob(f'{kind}-*.parquet'), key=_numbered)
 
     def count_rows(self, kind: str = '*') -> int:
@@ -146,14 +134,9 @@ class ResumableParquet:
         return sum(pq.read_metadata(part).num_rows for part in self.part_files(kind))
 
     def append(self, kind: str, table: pa.Table) -> None:
-        """Write a part.
-
-        Args:
-            kind: Beginning of its name. Every process writes kinds of its own.
-            table: Its rows.
+        """Write a part. Every process writes kinds of its own.
 
         Raises:
-            OSError: If it cannot be written.
             ValueError: If its columns are not those of the parts before.
         """
         number, before = 0, self.part_files(kind)
@@ -170,27 +153,13 @@ class ResumableParquet:
             pq.write_table(table, unfinished, compression='zstd')
 
     def finish(self, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-        """Write the file, and delete the parts.
-
-        Args:
-            tables: Its rows, a row group each.
-            schema: Its columns and metadata.
-
-        Returns:
-            Number of rows.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Write the file as :func:`.write_parquet` does, and delete the parts."""
         rows = write_parquet(self.path, tables, schema)
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 
     def join(self, samples: int) -> int:
         """Make the file of the parts of all kinds.
-
-        Args:
-            samples: How many rows there must be.
 
         Returns:
             Number of rows.
