@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._checks import require
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
 from ..synthetic.scenes import MAX_SITES, MAX_SIZE, write_scenes
 
@@ -89,19 +90,14 @@ class SyntheticScenes:
             ('seasons', seasons, 1, 52),
             ('seed', seed, 0, 2**32 - 1),
         ):
-            if not low <= value <= high:
-                raise ValueError(f'{name} must be from {low} to {high}, got {value}')
-
-        self.places = places
-        self.size = size
-        self.seasons = seasons
-        self.bands = names
-        self.seed = seed
-        # Also what the folder is named after, in this order
-        self._arguments = {
-            name: getattr(self, name)
-            for name in ('places', 'size', 'seasons', 'bands', 'seed')
-        }
+            require(
+                low <= value <= high,
+                f'{name} must be from {low} to {high}, got {value}',
+            )
+        self.places, self.size, self.seasons = places, size, seasons
+        self.bands, self.seed = names, seed
+        # The folder is named after these, in this order
+        self._arguments = dict(vars(self))
 
         if root is None:
             cache = os.environ.get(

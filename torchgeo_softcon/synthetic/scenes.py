@@ -60,16 +60,7 @@ class Site:
 def write_scenes(
     root: Path, places: int, size: int, seasons: int, bands: Sequence[str], seed: int
 ) -> None:
-    """Write the folders ``images`` and ``worldcover``.
-
-    Args:
-        root: Folder that they are made in.
-        places: Number of sites in each of the two zones.
-        size: Height and width of a scene in pixels of 10 m.
-        seasons: Number of scenes of each site, evenly over the year 2021.
-        bands: Bands of Sentinel-2 or of Sentinel-1.
-        seed: Other seeds give other ground.
-    """
+    """Write the folders ``images`` and ``worldcover``, see :class:`.SyntheticScenes`."""
     for folder in ('images', 'worldcover'):
         (root / folder).mkdir()
     profile = _profile(_tile(), 'uint8', 1, 0, 1024)
@@ -80,7 +71,9 @@ def write_scenes(
         dst.update_tags(description='Synthetic land cover, no ESA product')
         for site in find_sites(places, size):
             landscape, (top, left) = _landscape(site, seed)
-            codes = _with_mistakes(landscape.codes, site, seed)
+            codes, rng = landscape.codes, site.rng(seed, 1)
+            stray = rng.random(codes.shape) < _STRAY
+            codes = np.where(stray, rng.choice(np.unique(codes), codes.shape), codes)
             height, width = codes.shape
             dst.write(codes, 1, window=((top, top + height), (left, left + width)))
             row, col = Warp(site.grid, _tile().crs).pixels(_tile())
@@ -100,15 +93,6 @@ def _landscape(site: Site, seed: int) -> tuple[Landscape, tuple[int, int]]:
     pixel = (metres, metres * np.cos(np.radians(box[1])))
     landscape = Landscape.random(site.rng(seed, 0), shape, pixel)
     return landscape, (rows[0] - _MARGIN, cols[0] - _MARGIN)
-
-
-def _with_mistakes(
-    codes: npt.NDArray[np.uint8], site: Site, seed: int
-) -> npt.NDArray[np.uint8]:
-    """Return land cover with the mistakes of a classification."""
-    rng = site.rng(seed, 1)
-    wrong = rng.random(codes.shape) < _STRAY
-    return np.where(wrong, rng.choice(np.unique(codes), codes.shape), codes)
 
 
 def _write_images(
