@@ -184,12 +184,9 @@ class WorldCoverMultiLabel(nn.Module):
         check_choice('foreign', foreign, ('error', 'ignore'))
 
         super().__init__()
-        self.codes = codes
-        self.min_fraction = min_fraction
-        self.min_valid = min_valid
-        self.fractions = fractions
-        self.keep_mask = keep_mask
-        self.foreign = foreign
+        self.codes, self.foreign = codes, foreign
+        self.min_fraction, self.min_valid = min_fraction, min_valid
+        self.fractions, self.keep_mask = fractions, keep_mask
         self._legend = product.legend if official else (0, *codes)
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -286,8 +283,7 @@ def _check_present(present: Tensor | None, legend: Sequence[int]) -> None:
 
 def _has_channel(mask: Tensor, image: Any) -> bool:
     """Return whether the third last dimension of a mask is a channel."""
-    if mask.ndim < 3 or mask.shape[-3] != 1:
+    is_batch = isinstance(image, Tensor) and image.ndim > 3
+    if is_batch and mask.shape[:-2] == image.shape[:-3]:
         return False
-    if isinstance(image, Tensor) and image.ndim > 3:
-        return mask.shape[:-2] != image.shape[:-3]
-    return True
+    return mask.ndim > 2 and mask.shape[-3] == 1
