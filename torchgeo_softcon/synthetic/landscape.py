@@ -76,9 +76,6 @@ class Landscape:
             rng: Source of random numbers.
             shape: Height and width in pixels.
             pixel: Height and width of a pixel in metres.
-
-        Returns:
-            The landscape.
         """
         fields = []
         for cover in LAND_COVER:
