@@ -93,9 +93,6 @@ class Plan:
             codes: Codes to count.
             workers: How many units run at once.
             no_data: Codes of pixels without data.
-
-        Yields:
-            The units.
         """
         order, rows_of_blocks = self._order(np.flatnonzero(todo))
         size = int(np.clip(len(order) / (2 * workers), _SMALLEST, _LARGEST))
