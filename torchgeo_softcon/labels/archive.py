@@ -21,8 +21,8 @@ from tqdm import tqdm
 from .._checks import check_counts, check_fractions
 from .._cores import count_cores
 from ..geo.antimeridian import Floats
+from ..geo.find_files import AnyPath as Path
 from ..geo.footprints import outlines
-from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
 from ..storage.resumable import REMEDY

@@ -62,14 +62,7 @@ def write_json(
 
 
 def check_locations(ids: Iterable[str]) -> None:
-    """Refuse ids that are one location and season in JSON, where one would be lost.
-
-    Args:
-        ids: Names of the patches.
-
-    Raises:
-        ValueError: If there are such ids.
-    """
+    """Refuse ids that are one location and season in JSON, where one would be lost."""
     first: dict[tuple[str, str], str] = {}
     twice = [
         (name, other)

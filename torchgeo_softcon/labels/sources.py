@@ -122,9 +122,6 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
     Args:
         pattern: A pattern such as ``DIR/**/*.tif``, or a folder for all rasters in it.
 
-    Returns:
-        The images. Their ids are their paths below the folder where the pattern begins.
-
     Raises:
         FileNotFoundError: If there are none.
         ValueError: If the pattern matches the same twice.

@@ -46,16 +46,7 @@ class LabelStore(ResumableParquet):
         year: int | None,
         product: str,
     ) -> None:
-        """Initialize a new LabelStore instance.
-
-        Args:
-            path: Path of the file.
-            archive: The archive, to tell whether parts belong to it.
-            legend: Product that has the classes of the labels.
-            of_code: Its code for every code that is counted.
-            year: Year of the map.
-            product: Name of the map with its version.
-        """
+        """Initialize a new LabelStore instance."""
         origin = {'archive': archive, 'year': year, 'product': product}
         super().__init__(path, {**origin, 'version': _VERSION})
         self.failures = path.with_name(f'{path.stem}.failed.csv')
@@ -131,17 +122,7 @@ class LabelStore(ResumableParquet):
         failures: Mapping[str, str],
         tiles: Sequence[str],
     ) -> int:
-        """Make the file of its parts, and of the file that is there.
-
-        Args:
-            ids: All patches of the archive, in order.
-            footprints: Footprints of the patches that have parts.
-            failures: Why patches have no label.
-            tiles: Names of the tiles that are there.
-
-        Returns:
-            Number of rows.
-        """
+        """Make the file of its parts, and of the file that is there."""
         about = {**self._in_common(), 'tiles': [*tiles]}
         schema = self._schema().with_metadata({'labels': json.dumps(about)})
         # Before the file: when it is there, all is

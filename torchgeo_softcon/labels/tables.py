@@ -76,16 +76,6 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     latitude), and *height* and *width*: then the box of each patch has so many pixels, and
     is labelled on these. Without them it is labelled by the pixels of the map inside of
     it. Names of columns may be in any case, the first of each name counts.
-
-    Args:
-        path: A GeoPackage, Parquet, CSV, or what else GeoPandas reads.
-
-    Returns:
-        The footprints.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If columns are missing, ids are not unique, or no row has a polygon.
     """
     path = os.fspath(path)
     if not os.path.exists(path):

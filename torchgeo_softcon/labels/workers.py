@@ -44,15 +44,7 @@ class Workers:
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
     ) -> Iterator[Result]:
-        """Run a function on every unit.
-
-        Args:
-            function: A function of a module.
-            units: Its arguments, taken one after the other as workers are free.
-
-        Returns:
-            What it returns, in the order in which it is done.
-        """
+        """Run a function on every unit."""
         return map(function, units)
 
 
@@ -69,12 +61,7 @@ class ExecutorWorkers(Workers):
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
     ) -> Iterator[Result]:
-        """Run a function on every unit, see :meth:`Workers.map`.
-
-        Raises:
-            RuntimeError: If a unit kills its worker again and again.
-            TimeoutError: If there is no result within the time limit.
-        """
+        """Run a function on every unit, see :meth:`Workers.map`."""
         source = ((unit, 1) for unit in units)
         again: list[tuple[Unit, int]] = []
         running: dict[Future[Result], tuple[Unit, int]] = {}
@@ -210,9 +197,6 @@ def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
         count: Number of processes of this machine, 1 for this process itself.
         scheduler: Address of a Dask scheduler to use instead, like
             ``tcp://10.0.0.1:8786``. Its workers need this package, and the same paths.
-
-    Yields:
-        The workers.
 
     Raises:
         ImportError: If Dask is not installed.

@@ -36,12 +36,7 @@ class ResumableParquet:
     notes: tuple[str, ...] = ('overwrite',)
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
-        """Initialize a new ResumableParquet instance.
-
-        Args:
-            path: Path of the file.
-            origin: What the rows are made from, to tell whether parts belong to it.
-        """
+        """Initialize a new ResumableParquet instance."""
         self.path = path
         self.folder = path.with_name(f'{path.name}.parts')
         self.origin = {key: str(value) for key, value in origin.items()}
@@ -50,15 +45,7 @@ class ResumableParquet:
 
     @contextlib.contextmanager
     def open(self, overwrite: bool = False) -> Iterator[None]:
-        """Start, or go on with the parts that are there. For one run at a time.
-
-        With *overwrite*, parts are deleted, and a file is replaced.
-
-        Raises:
-            BlockingIOError: If another run writes the file.
-            FileExistsError: If there is a file that is not to be replaced.
-            ValueError: If there are parts of something else.
-        """
+        """Start, or go on with the parts that are there. For one run at a time."""
         self._replaced = overwrite
         if not self.folder.exists():
             self.check_file()
@@ -134,11 +121,7 @@ class ResumableParquet:
         return sum(pq.read_metadata(part).num_rows for part in self.part_files(kind))
 
     def append(self, kind: str, table: pa.Table) -> None:
-        """Write a part. Every process writes kinds of its own.
-
-        Raises:
-            ValueError: If its columns are not those of the parts before.
-        """
+        """Write a part with the columns of those before. Every process has its kinds."""
         number, before = 0, self.part_files(kind)
         if before:
             number = _numbered(before[-1])[1] + 1
@@ -159,14 +142,7 @@ class ResumableParquet:
         return rows
 
     def join(self, samples: int) -> int:
-        """Make the file of the parts of all kinds.
-
-        Returns:
-            Number of rows.
-
-        Raises:
-            ValueError: If there are none, or not as many as samples.
-        """
+        """Make the file of the parts of all kinds, which must have a row per sample."""
         part_files, rows = self.part_files(), self.count_rows()
         if rows != samples:
             raise ValueError(
