@@ -187,7 +187,14 @@ class WorldCoverScenes(DrawnImages):
             transforms = WorldCoverMultiLabel(product=self.product)
         self.transforms = transforms
 
-        scenes = find_scenes(find_rasters(images), bands, all_bands, nodata, offset)
+        scenes = find_scenes(
+            find_rasters(images),
+            bands,
+            all_bands,
+            nodata,
+            offset,
+            to_digital=value_range in (None, 'softcon'),
+        )
         self.bands = scenes[0].bands
         self.places = _stack(scenes)
         _warn_single_bands(self.places)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-from rasterio.enums import ColorInterp
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
@@ -40,7 +40,8 @@ class Layer:
         nodata: Value without data of each band, None if there is none.
         dtype: Type of the file.
         alpha: Position of a band that is 0 where all others have no data.
-        offset: What is added to the values of the file.
+        scale: Factor of the values of the file, one for each band.
+        offset: What is added to the values then, one for each band.
     """
 
     path: str
@@ -49,7 +50,8 @@ class Layer:
     nodata: tuple[float | None, ...]
     dtype: str
     alpha: int | None = None
-    offset: float = 0.0
+    scale: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,12 @@ def find_alpha(source: Any) -> int | None:
     return None if source.descriptions[index] else index + 1
 
 
+def has_mask(source: Any) -> bool:
+    """Tell whether a file has a mask of its own, inside or beside it (.msk)."""
+    flags = source.mask_flag_enums[0]
+    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+
+
 def nodata_of(
     source: Any, indexes: Sequence[int], given: float | None
 ) -> tuple[float | None, ...]:
@@ -147,6 +155,8 @@ def read_values(
             values[band][raw[band] == value] = np.nan
     if alpha is not None:
         values[:, raw[-1] == 0] = np.nan
+    elif has_mask(source):
+        values[:, source.dataset_mask(window=window) == 0] = np.nan
     return values, zero
 
 
@@ -194,8 +204,10 @@ class RasterReader:
             values, zero = read_values(
                 source, layer.indexes, layer.nodata, layer.alpha, window
             )
-        if layer.offset:
-            values += layer.offset
+        if any(factor != 1 for factor in layer.scale):
+            values *= np.array(layer.scale, np.float32)[:, None, None]
+        if any(layer.offset):
+            values += np.array(layer.offset, np.float32)[:, None, None]
         return values, zero
 
     def _resample(
