@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor
 
 from .._checks import check_choice
-from .convert import has_layer_scale, is_head
+from .convert import drop_head, has_layer_scale
 
 Branch = Literal['student', 'teacher']
 _T = TypeVar('_T')
@@ -124,8 +124,7 @@ def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any
 
     def build() -> dict[str, Any]:
         if model == 'swin_t':  # the host takes it from torchvision
-            swin = torchvision.models.swin_t().state_dict()
-            return {k: v for k, v in swin.items() if not is_head(k)}
+            return drop_head(torchvision.models.swin_t().state_dict())
         kwargs: Any = {} if img_size is None else {'img_size': img_size}
         return timm.create_model(
             model, in_chans=in_channels, num_classes=0, **kwargs
@@ -149,8 +148,9 @@ def check_architecture(
     in_channels: int,
     img_size: int | None = None,
     source: str = 'weights',
+    hint: str = 'Choose the file that was made for this model',
 ) -> None:
-    """Check that parameters are those of an encoder, all of them and no others.
+    """Raise a ValueError unless parameters are those of an encoder, all and no others.
 
     Args:
         state_dict: Parameters in the layout of *model*, without a classifier.
@@ -158,12 +158,13 @@ def check_architecture(
         in_channels: Number of bands.
         img_size: Image size that *model* is built for, None for its default.
         source: What to call the parameters in the error.
+        hint: What to do, the end of the error.
     """
     require_shapes(
         state_dict,
         _shapes(model, in_channels, img_size),
         f'{source} must have the parameters of {model} with {in_channels} bands',
-        'Choose the file that was made for this model',
+        hint,
     )
 
 

@@ -219,9 +219,11 @@ def choose_bands(
     raise ValueError(f'state_dict must have one of {_INPUT_LAYERS}')
 
 
-def fresh(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy parameters: contiguous, on the CPU, and free of the file they came from."""
+def fresh(
+    state_dict: Mapping[str, Tensor], device: torch.device | str = 'cpu'
+) -> dict[str, Tensor]:
+    """Copy parameters: contiguous, on a device, and free of the file they came from."""
     return {
-        k: v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+        k: v.detach().to(device, copy=True, memory_format=torch.contiguous_format)
         for k, v in state_dict.items()
     }

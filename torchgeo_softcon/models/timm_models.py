@@ -38,6 +38,8 @@ _DINO_MC = {
 
 #: Start of the URLs that stand for members of the enums.
 _SCHEME = 'torchgeo-softcon:'
+#: Where a configuration of timm may say, besides a URL, that weights come from.
+_SOURCES = ('file', 'state_dict', 'hf_hub_id')
 
 
 # As in timm's own models of these families
@@ -54,12 +56,25 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {
 }
 
 
+#: Enums with the weights of timm's models.
+_ENUMS = {
+    'resnet50': 'ResNet50_Weights',
+    'wide_resnet50_2': 'WideResNet50_2_Weights',
+    'swin_tiny_patch4_window7_224': 'Swin_T_Weights',
+    'vit_small_patch8_224': 'ViTSmall8_Weights',
+    'vit_small_patch14_dinov2': 'ViTSmall14_DINOv2_Weights',
+    'vit_base_patch14_dinov2': 'ViTBase14_DINOv2_Weights',
+    'vit_small_patch16_224': 'ViTSmall16_Weights',
+    'vit_base_patch16_224': 'ViTBase16_Weights',
+}
+
+
 class _Model:
     """How a model is built."""
 
-    def __init__(self, name: str, timm_name: str, enum: str) -> None:
+    def __init__(self, name: str, timm_name: str) -> None:
         """Initialize a new _Model instance."""
-        self.timm_name, self.enum = timm_name, enum
+        self.timm_name, self.enum = timm_name, _ENUMS[timm_name]
         self.family = next(family for family in _LAYERS if family in timm_name)
         self.bands = _SOFTCON if name.startswith('softcon_') else _DINO_MC
         self.options = dict(_ANY_SIZE[self.family])
@@ -70,39 +85,19 @@ class _Model:
 #: How each model is built, by its name. An entry point names each of them as well. Those
 #: of 256 pixels have the grid of patch 14, and therefore its features.
 _MODELS = {
-    name: _Model(name, timm_name, enum)
-    for name, timm_name, enum in (
-        ('softcon_resnet50', 'resnet50', 'ResNet50_Weights'),
-        (
-            'softcon_vit_small_patch14_224',
-            'vit_small_patch14_dinov2',
-            'ViTSmall14_DINOv2_Weights',
-        ),
-        (
-            'softcon_vit_base_patch14_224',
-            'vit_base_patch14_dinov2',
-            'ViTBase14_DINOv2_Weights',
-        ),
-        (
-            'softcon_vit_small_patch16_224',
-            'vit_small_patch16_224',
-            'ViTSmall16_Weights',
-        ),
-        ('softcon_vit_base_patch16_224', 'vit_base_patch16_224', 'ViTBase16_Weights'),
-        (
-            'softcon_vit_small_patch16_256',
-            'vit_small_patch16_224',
-            'ViTSmall16_Weights',
-        ),
-        ('softcon_vit_base_patch16_256', 'vit_base_patch16_224', 'ViTBase16_Weights'),
-        ('dinomc_resnet50', 'resnet50', 'ResNet50_Weights'),
-        ('dinomc_wide_resnet50_2', 'wide_resnet50_2', 'WideResNet50_2_Weights'),
-        ('dinomc_vit_small_patch8_224', 'vit_small_patch8_224', 'ViTSmall8_Weights'),
-        (
-            'dinomc_swin_tiny_patch4_window7_224',
-            'swin_tiny_patch4_window7_224',
-            'Swin_T_Weights',
-        ),
+    name: _Model(name, timm_name)
+    for name, timm_name in (
+        ('softcon_resnet50', 'resnet50'),
+        ('softcon_vit_small_patch14_224', 'vit_small_patch14_dinov2'),
+        ('softcon_vit_base_patch14_224', 'vit_base_patch14_dinov2'),
+        ('softcon_vit_small_patch16_224', 'vit_small_patch16_224'),
+        ('softcon_vit_base_patch16_224', 'vit_base_patch16_224'),
+        ('softcon_vit_small_patch16_256', 'vit_small_patch16_224'),
+        ('softcon_vit_base_patch16_256', 'vit_base_patch16_224'),
+        ('dinomc_resnet50', 'resnet50'),
+        ('dinomc_wide_resnet50_2', 'wide_resnet50_2'),
+        ('dinomc_vit_small_patch8_224', 'vit_small_patch8_224'),
+        ('dinomc_swin_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224'),
     )
 }
 
@@ -161,8 +156,8 @@ def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -
 
 def _own_tag(name: str, cfg: Mapping[str, Any]) -> str | None:
     """Return the tag that a configuration stands for, None for weights from elsewhere."""
-    others = any(cfg.get(key) for key in ('file', 'state_dict', 'hf_hub_id'))
-    if others or not str(cfg.get('url')).startswith(_SCHEME):
+    elsewhere = any(cfg.get(key) for key in _SOURCES)
+    if elsewhere or not str(cfg.get('url')).startswith(_SCHEME):
         return None
     enum, _, member = cfg['url'].removeprefix(_SCHEME).partition('.')
     if enum != _MODELS[name].enum:
@@ -215,9 +210,7 @@ def _create(
 
     cfg: Any = {**_cfg(model, tag, channels), 'architecture': name, 'tag': tag}
     overlay = dict(pretrained_cfg_overlay or {})
-    foreign = elsewhere or any(
-        overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id')
-    )
+    foreign = elsewhere or any(overlay.get(key) for key in ('url', *_SOURCES))
     if elsewhere:
         cfg = pretrained_cfg
     created = timm.create_model(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..bands import shown_channels
 from ..landcover import LandCoverProduct
 from ..landcover.products import WORLDCOVER
-from ..modules.masking import mask_pixels, masked_patches, random_visible
+from ..tasks import PretrainingTask
 
 Array = npt.NDArray[Any]
 
@@ -111,22 +111,10 @@ def _grid(
 
 
 def plot_views(
-    task: Any, batch: dict[str, Tensor], bands: Sequence[str] | None = None
-) -> Figure | None:
-    """Plot the views of some images that the two branches of a task see.
-
-    Args:
-        task: A pretraining task of this package.
-        batch: *image* and *label* of up to eight images.
-        bands: Names of the bands.
-
-    Returns:
-        A row per image, or None if the task does not draw views.
-    """
-    drawn = _draw_views(task, batch)
-    if drawn is None:
-        return None
-    views, boxes = drawn
+    task: PretrainingTask, batch: dict[str, Tensor], bands: Sequence[str] | None = None
+) -> Figure:
+    """Plot the views that a task draws of *image* and *label* of some images, in rows."""
+    views, boxes = _draw_views(task, batch)
     images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
     images = images[:, : views[0][1].shape[1]]
     resized = [F.interpolate(view, images.shape[-1]) for _, view in views]
@@ -156,12 +144,9 @@ def plot_views(
 
 
 def _draw_views(
-    task: Any, batch: dict[str, Tensor]
-) -> tuple[list[tuple[str, Tensor]], list[Tensor]] | None:
-    """Draw views with titles, and find their boxes (B, 4) if the augmentations tell.
-
-    None if the task does not draw views.
-    """
+    task: PretrainingTask, batch: dict[str, Tensor]
+) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
+    """Draw views with titles, and find their boxes (B, 4) if the augmentations tell."""
     boxes: list[Tensor] = []
 
     def keep_boxes(module: Any, args: Any, output: Any) -> None:
@@ -170,38 +155,10 @@ def _draw_views(
 
     hook = task.augmentations.register_forward_hook(keep_boxes)
     try:
-        if hasattr(task, 'draw_crops'):
-            crops = list(task.draw_crops(batch))
-            kinds = ['global'] * task.num_global + ['local'] * len(crops)
-            views = [
-                (f'{kind}, {crop.shape[-1]} px', crop)
-                for kind, crop in zip(kinds, crops, strict=False)
-            ]
-        elif hasattr(task, 'draw_views'):
-            (first, second), _ = task.draw_views(batch)
-            share = task.hparams['mask_ratio']
-            views = [(f'trained, {share:.0%} masked', mask_view(task, first))]
-            views.append(('teacher', second))
-        else:
-            return None
+        views = task.draw_for_report(batch)
     finally:
         hook.remove()
     return views, boxes if len(boxes) == len(views) else []
-
-
-def mask_view(task: Any, view: Tensor) -> Tensor:
-    """Mask views of shape (B, C, H, W) as a :class:`.SoftConTask` does, by NaN."""
-    masking = task.masking
-    if masking.ratio == 0:
-        return view
-    size = masking.patch_size
-    if masking.mode != 'pixel':
-        size = task.model.patch_embed.patch_size[0]
-    rows, columns = (-(-side // size) for side in view.shape[-2:])
-    visible = random_visible(len(view), rows * columns, masking.ratio, 'cpu')
-    masked = masked_patches(visible, rows * columns)
-    hidden = mask_pixels(torch.ones_like(view), masked, size) == 0
-    return view.masked_fill(hidden, math.nan)
 
 
 def label_similarities(labels: Tensor) -> Tensor:
