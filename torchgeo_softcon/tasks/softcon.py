@@ -122,13 +122,12 @@ class SoftConTask(PretrainingTask):
                 ``'same'`` one, as in the authors' figure, or two ``'different'`` ones, as
                 in their earlier MoCo runs.
             soft_weight: Weight of the soft term. With 0, labels are not needed. The
-                paper's value is not known. At 1, the soft term does not show:
-                it is a mean over all pairs of a batch, and its gradient is small (see
-                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`). At 30, both
-                gradients start at about the same size for 128 images (its share falls
-                with the square root of the batch size), and features tell land cover of
-                unseen ground better in ``examples/study.py``, but not with 144 images to
-                train on (README).
+                paper's value is not known. At 1, the soft term does not show: its
+                gradient is small, see
+                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
+                gradients start at about the same size for 128 images, and features tell
+                land cover of unseen ground better in ``examples/study.py``, but not with
+                144 images to train on (README).
             soft_loss: Form of the soft term, see
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`.
             label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
