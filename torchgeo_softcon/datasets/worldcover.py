@@ -122,18 +122,15 @@ class ESAWorldCover(RasterDataset):
         Args:
             paths: One or more folders to search, with all their subfolders, or files,
                 see :func:`.find_map_files`. Where files overlap, official tiles go first.
-            crs: :term:`coordinate reference system (CRS)` to warp to (defaults to the
-                CRS of the first file).
-            res: Resolution of the dataset in units of CRS (defaults to the resolution
-                of the first file).
+            crs: CRS to warp to (defaults to that of the first file).
+            res: Resolution in units of *crs* (defaults to that of the first file).
             year: Year of the map (defaults to the last one).
             classes: Class codes to keep (defaults to all). All others become no data.
             ordinal: Number the classes from 1 to K in the order of *classes* (0 is no
                 data), as segmentation needs it, instead of the codes.
-            transforms: A function/transform that takes an input sample and returns a
-                transformed version. It sees the mask that the dataset gives, after
-                *classes* and *ordinal*.
-            cache: If True, keep files open to speed up repeated sampling.
+            transforms: A function of a sample, which sees the mask after *classes* and
+                *ordinal*.
+            cache: Whether to keep files open to speed up repeated sampling.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`.
 
@@ -196,8 +193,7 @@ class ESAWorldCover(RasterDataset):
             bounds: Left, bottom, right and top of the box.
 
         Returns:
-            Names of files of the year of the dataset, whether they are there or not,
-            none if the product has no tiles.
+            Names of files of the year of the dataset, whether they are there or not.
         """
         if self.product.tiles is None:
             return []
