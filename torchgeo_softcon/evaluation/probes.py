@@ -65,11 +65,9 @@ def linear_scores(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
     """Scores of a linear classifier that is fitted to a bank of features.
 
     A ridge regression of the labels, in closed form: unlike logistic regression by
-    gradient descent, it has no learning rate and no number of steps to choose, is the
-    same on every machine, and takes one decomposition for all penalties. The penalty is
-    the one with the smallest leave-one-out error, which has a closed form, too. It ranks
-    encoders as the longer procedures of the papers do, but its figures are not
-    comparable with theirs.
+    gradient descent, it has nothing to tune, and is the same on every machine. Its
+    penalty has the smallest leave-one-out error, in closed form, too. It ranks encoders
+    as the longer procedures of the papers do, but its figures are not comparable.
 
     Args:
         queries: Features of shape (Q, F).
@@ -109,16 +107,10 @@ def evaluate(
 
     Args:
         scores: Scores of shape (Q, K).
-        labels: Class indices of shape (Q,), or multi-hot labels of shape (Q, K).
-        average: Whether average precision is that of each class, averaged (mAP), or of
-            all pairs of an image and a class.
-
-    Returns:
-        Accuracy for class indices. For multi-hot labels, average precision: *macro* over
-        the classes that some but not all queries have, *micro* over all.
-
-    Raises:
-        ValueError: If there is no such class.
+        labels: Class indices (Q,) for accuracy, or multi-hot labels (Q, K) for average
+            precision.
+        average: ``'macro'``, averaged over the classes that some but not all queries
+            have (mAP), or ``'micro'``, over all pairs of a query and a class.
     """
     if labels.ndim == 1:
         return float((scores.argmax(1) == labels).float().mean())
