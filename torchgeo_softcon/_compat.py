@@ -65,6 +65,7 @@ __all__ = (
     'WeightsEnum',
     'extract_backbone',
     'finetune_command',
+    'full_slices',
     'georeference',
     'get_weight',
     'host_main',
@@ -96,7 +97,7 @@ def host_main(args: list[str]) -> None:
 
 
 def host_weights(enum: str, member: str) -> Weights:
-    """Weights that TorchGeo hosts.
+    """Return weights that TorchGeo hosts.
 
     Args:
         enum: Name of the host's enum.
@@ -122,36 +123,28 @@ def extract_backbone(path: str) -> tuple[str, dict[str, Tensor]]:
     return str(name), state_dict
 
 
-def georeference(
-    crs: Any, query: Any, bounds: tuple[slice, slice, slice], transform: Iterable[float]
-) -> Sample:
+def full_slices(dataset: Any, query: Any) -> tuple[slice, slice, slice]:
+    """Return x, y, and time of a query, with what it leaves out from the host's dataset."""
+    x, y, t = dataset._disambiguate_slice(query)
+    return x, y, t
+
+
+def georeference(dataset: Any, query: Any, transform: Iterable[float]) -> Sample:
     """Return the keys by which the host's raster datasets locate a sample.
 
-    Args:
-        crs: Coordinate reference system of the dataset.
-        query: What the sample was asked for with.
-        bounds: The same as three complete slices of x, y, and time.
-        transform: Affine transform of the sample's grid.
-
-    Returns:
-        The keys of a sample besides its data: *crs* and *bounds* (TorchGeo 0.8), or
-        *bounds* and *transform* as tensors (TorchGeo 0.10).
+    These are *crs* and *bounds* in TorchGeo 0.8, *bounds* and *transform*, which are
+    tensors, in TorchGeo 0.10.
     """
-    if not hasattr(__getattr__('RasterDataset'), '_slice_to_tensor'):  # TorchGeo 0.8
-        return {'crs': crs, 'bounds': query}
-    x, y, t = bounds
-    space = [x.start, x.stop, x.step, y.start, y.stop, y.step]
-    time = [t.start.timestamp(), t.stop.timestamp(), t.step]
-    return {
-        'bounds': torch.tensor([*space, *time]),
-        'transform': torch.tensor(list(transform)),
-    }
+    if not hasattr(dataset, '_slice_to_tensor'):  # TorchGeo 0.8
+        return {'crs': dataset.crs, 'bounds': query}
+    bounds = dataset._slice_to_tensor(query)
+    return {'bounds': bounds, 'transform': torch.tensor(list(transform))}
 
 
 def finetune_command(
     model: str, checkpoint: str, in_channels: int, data: str | None
 ) -> str:
-    """Command that fine-tunes an encoder with the installed host.
+    """Write the command that fine-tunes an encoder with the installed host.
 
     Args:
         model: timm name of the encoder.

@@ -127,7 +127,7 @@ def normalize_band_names(
 
 
 def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
-    """Which bands a number of bands stands for.
+    """Tell which bands a number of bands stands for.
 
     Args:
         count: Number of bands.
@@ -160,7 +160,7 @@ def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
-    """Positions of red, green and blue among some bands.
+    """Find red, green and blue among some bands.
 
     Args:
         bands: Band names, in any spelling of :func:`normalize_band_names`.

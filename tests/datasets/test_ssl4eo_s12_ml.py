@@ -154,6 +154,7 @@ class TestSSL4EOS12ML:
     def test_splits_are_paired(self, root: Path, archive: Path) -> None:
         with pytest.warns(UserWarning, match='3 of 5 images of s2c are left out'):
             dataset = SSL4EOS12ML(archive, ['s1', 's2c'])
+        assert dataset.bands is not None
         assert dataset.bands[:3] == ('VV', 'VH', 'B1')
         for index in range(4):
             (name,) = dataset.names(index)

@@ -15,9 +15,9 @@ import rasterio
 from rasterio.warp import reproject, transform_bounds
 
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL1_BANDS, SENTINEL2_BANDS
-from torchgeo_softcon.datasets import synthetic
 from torchgeo_softcon.datasets.synthetic import SyntheticScenes
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
+from torchgeo_softcon.synthetic import scenes as made_up
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES, class_fractions
 
 TILE = 'ESA_WorldCover_10m_2021_v200_N45E012_Map.tif'
@@ -234,11 +234,10 @@ class TestContent:
 
     def test_largest_places_do_not_touch(self) -> None:
         boxes = []
-        for place in synthetic._places(16, 512):
-            left, top = place.transform.c, place.transform.f
-            box = (left, top - 5120, left + 5120, top)
-            boxes.append(transform_bounds(place.crs.to_wkt(), 'EPSG:4326', *box))
-        margin = 2 * synthetic._MARGIN / 12000
+        for site in made_up.find_sites(made_up.MAX_SITES, made_up.MAX_SIZE):
+            crs = site.grid.crs.to_wkt()
+            boxes.append(transform_bounds(crs, 'EPSG:4326', *site.grid.bounds))
+        margin = 2 * made_up._MARGIN / 12000
         for i, a in enumerate(boxes):
             assert 12 + margin < a[0] < a[2] < 15 - margin
             assert 45 + margin < a[1] < a[3] < 48 - margin
@@ -249,6 +248,24 @@ class TestContent:
 
 
 class TestCache:
+    @pytest.mark.parametrize(
+        ('bands', 'expected'),
+        [
+            (SENTINEL2_BANDS, [1525.959, 1216.1465, 1542.874, 2049.1345]),
+            (SENTINEL1_BANDS, [-17.0672, -15.4409, -18.2824, -18.1281]),
+        ],
+    )
+    def test_pixels_stay_the_same(
+        self, tmp_path: Path, bands: tuple[str, ...], expected: list[float]
+    ) -> None:
+        """Results in the README and in the notebooks depend on them."""
+        scenes = small(tmp_path, bands=bands, seasons=2)
+        found = [read(path) for path in sorted(scenes.images.iterdir())]
+        means = [float(np.nanmean(image)) for image, _ in found]
+        assert means == pytest.approx(expected, rel=1e-5)
+        codes = [float(codes.mean()) for _, codes in found]
+        assert codes == pytest.approx([28.0957, 28.0957, 56.9531, 56.9531], rel=1e-5)
+
     def test_same_arguments_give_the_same_bytes(self, tmp_path: Path) -> None:
         assert files(small(tmp_path / 'a')) == files(small(tmp_path / 'b'))
 
@@ -278,7 +295,7 @@ class TestCache:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as context:
-            context.setattr(SyntheticScenes, '_write_scenes', interrupt)
+            context.setattr(made_up, '_write_images', interrupt)
             with pytest.raises(KeyboardInterrupt):
                 small(tmp_path)
         assert not list(tmp_path.iterdir())

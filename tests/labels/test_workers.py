@@ -73,7 +73,7 @@ class TestLocal:
         over = threading.Event()
 
         def project() -> None:
-            while not over.wait(1e-3):
+            while not over.wait(5e-3):
                 transform('EPSG:4326', 'EPSG:32632', [9.0] * 50, [46.0] * 50)
 
         threads = [threading.Thread(target=project) for _ in range(3)]

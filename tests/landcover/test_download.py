@@ -184,27 +184,6 @@ class TestDownload:
         assert again == TileDownload(kept=[TILE, OTHER], absent=[SEA])
         assert not bucket.requests
 
-    @pytest.mark.skipif(sys.platform != 'linux', reason='only there, processes fork')
-    def test_nothing_is_left_to_be_forked(
-        self, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        waited: list[int] = []
-
-        def watch(threads: list[int]) -> None:
-            waited.extend(threads)
-            wait_for_end(threads)
-            assert not any(os.path.exists(f'/proc/self/task/{t}') for t in threads)
-
-        wait_for_end = download._wait_for_end
-        monkeypatch.setattr(download, '_wait_for_end', watch)
-        fetch(bucket, tmp_path, TILE, OTHER)
-        assert waited
-
-        thread = threading.Thread(target=time.sleep, args=[0.1])
-        thread.start()
-        wait_for_end([thread.native_id or 0])
-        assert not thread.is_alive()
-
     def test_year(self, bucket: Bucket, tmp_path: Path) -> None:
         result = fetch(bucket, tmp_path, year=2020)
         assert result.downloaded == [TILE]

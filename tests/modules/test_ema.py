@@ -1,6 +1,8 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+from typing import Any
+
 import timm
 import torch
 from lightly.models.utils import update_momentum
@@ -58,13 +60,9 @@ def test_buffers_are_the_teachers_own() -> None:
 
 
 def test_teacher_is_not_random_in_training_mode() -> None:
-    student = timm.create_model(
-        'vit_tiny_patch16_224',
-        img_size=32,
-        num_classes=0,
-        depth=4,
-        **dict.fromkeys(('drop_path_rate', 'proj_drop_rate', 'attn_drop_rate'), 0.5),
-    ).train()
+    names = ('drop_path_rate', 'proj_drop_rate', 'attn_drop_rate')
+    options: dict[str, Any] = dict.fromkeys(names, 0.5) | {'num_classes': 0, 'depth': 4}
+    student = timm.create_model('vit_tiny_patch16_224', img_size=32, **options).train()
     teacher = make_teacher(student).train()
     image = torch.randn(8, 3, 32, 32)
     assert not torch.equal(student(image), student(image))

@@ -3,7 +3,6 @@
 
 """Base of the datamodules of this package."""
 
-import abc
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -111,23 +110,23 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     def __init__(
         self,
         dataset_class: type[NonGeoDataset],
-        options: Mapping[str, Any],
         batch_size: int,
         num_workers: int | None,
         val_fraction: float,
         seed: int,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Initialize a new DrawDataModule instance.
 
         Args:
             dataset_class: Class used to instantiate a new dataset.
-            options: Keyword arguments of *dataset_class* that are passed to it as they
-                are.
             batch_size: Number of samples in a batch on one device.
             num_workers: Number of processes that read, per device. By default the cores
                 there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             val_fraction: Part that is kept for validation, and again for testing.
             seed: Seed of all random choices.
+            options: Keyword arguments of *dataset_class* that are passed to it as they
+                are.
 
         Raises:
             TypeError: If *dataset_class* does not have one of *options*.
@@ -147,7 +146,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             )
 
         # Now, and not when the data are opened
-        inspect.signature(dataset_class).bind_partial(**options)
+        inspect.signature(dataset_class).bind_partial(**options or {})
 
         super().__init__(dataset_class, batch_size, num_workers or 0)
         self._num_workers: int | None = num_workers
@@ -184,9 +183,9 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         expected = resolve_value_range('softcon', bands, len(bands), ())
         return bool(np.allclose(pairs, expected))
 
-    @abc.abstractmethod
     def open_dataset(self) -> Any:
         """Open the data that all splits are divided from."""
+        raise NotImplementedError
 
     @functools.cached_property
     def source(self) -> Any:

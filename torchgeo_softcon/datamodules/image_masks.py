@@ -59,7 +59,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
         """
         self._options = kwargs
         super().__init__(
-            ImageMaskFolder, self._options, batch_size, num_workers, val_fraction, seed
+            ImageMaskFolder, batch_size, num_workers, val_fraction, seed, self._options
         )
         self._root = root
         self._target = target_transform(target, min_fraction, fractions)

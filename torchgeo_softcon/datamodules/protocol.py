@@ -131,38 +131,19 @@ class _Completed:
 def offer_of(datamodule: LightningDataModule | None) -> DataModuleOffer:
     """Return what a datamodule offers, with the defaults for what it lacks.
 
-    Args:
-        datamodule: A datamodule of anyone, or None for the defaults alone.
-
-    Returns:
-        Its attributes at the time when they are read.
+    Attributes are those at the time when they are read. None has the defaults alone.
     """
     return cast(DataModuleOffer, _Completed(datamodule))
 
 
 def trainer_datamodule(trainer: Trainer | None) -> LightningDataModule | None:
-    """Return the datamodule of a trainer.
-
-    Args:
-        trainer: The trainer, if there is one.
-
-    Returns:
-        The datamodule, None if the trainer has data loaders only.
-    """
+    """Return the datamodule of a trainer, None if it has data loaders only."""
     # Lightning sets the attribute when a datamodule is given, and not before
     return getattr(trainer, 'datamodule', None)
 
 
 def find_split(datamodule: LightningDataModule, split: str) -> Split:
-    """Find the dataset and the sampler of a split.
-
-    Args:
-        datamodule: The datamodule, set up.
-        split: One of :data:`SPLITS`.
-
-    Returns:
-        Its dataset and sampler, or those that it shares with all splits.
-    """
+    """Return dataset and sampler of one of SPLITS, or those that all splits share."""
     offer = offer_of(datamodule)
 
     def find(kind: str) -> Any:
@@ -173,39 +154,18 @@ def find_split(datamodule: LightningDataModule, split: str) -> Split:
 
 
 def eval_transform(datamodule: LightningDataModule) -> _Transform:
-    """Return the transform of batches that are not augmented, only normalized.
-
-    Args:
-        datamodule: The datamodule.
-
-    Returns:
-        The transform of validation batches, None if there is none.
-    """
+    """Return the transform of validation batches: only normalized, not augmented."""
     offer = offer_of(datamodule)
     return offer.aug if offer.val_aug is None else offer.val_aug
 
 
 def is_endless(dataset: Any) -> bool:
-    """Tell whether a dataset takes any index from 0 on, and draws a sample for each.
-
-    Args:
-        dataset: The dataset.
-
-    Returns:
-        Its attribute *endless*, False if it has none.
-    """
+    """Tell whether a dataset takes any index from 0 on, and draws a sample for each."""
     return bool(getattr(dataset, 'endless', False))
 
 
 def dataset_bands(dataset: Any) -> Any:
-    """Return the attribute *bands* of a dataset, or of the one that it wraps.
-
-    Args:
-        dataset: The dataset, or None.
-
-    Returns:
-        Names of the bands as the dataset has them, None if it does not tell.
-    """
+    """Return the attribute *bands* of a dataset, or of the one that it wraps, or None."""
     for wrapper in _WRAPPERS:
         dataset = getattr(dataset, wrapper, dataset)
     return getattr(dataset, 'bands', None)
@@ -236,14 +196,7 @@ def without_transforms(dataset: Any) -> Any:
 
 
 def loader_batch_size(loader: Any) -> int | None:
-    """Return the number of samples in a batch of a data loader.
-
-    Args:
-        loader: Any iterable of batches.
-
-    Returns:
-        The number, which a batch sampler may know, or None if neither tells.
-    """
+    """Return the number of samples in a batch, None if a loader does not tell."""
     size = getattr(loader, 'batch_size', None)
     if size is None:
         size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)

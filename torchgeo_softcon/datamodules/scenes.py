@@ -79,7 +79,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         """
         self._options = kwargs
         super().__init__(
-            WorldCoverScenes, self._options, batch_size, num_workers, val_fraction, seed
+            WorldCoverScenes, batch_size, num_workers, val_fraction, seed, self._options
         )
         self.length = length
         self._images, self._worldcover = images, worldcover

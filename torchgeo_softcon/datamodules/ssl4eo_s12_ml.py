@@ -80,7 +80,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
         """
         self._options = kwargs
         super().__init__(
-            SSL4EOS12ML, self._options, batch_size, num_workers, val_fraction, seed
+            SSL4EOS12ML, batch_size, num_workers, val_fraction, seed, self._options
         )
         self._root, self._split = root, split
         bands = [band for name in split_names(split) for band in BANDS[name]]

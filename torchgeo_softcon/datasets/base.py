@@ -4,8 +4,10 @@
 """Datasets whose samples are draws: images of random dates or windows."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from .._compat import NonGeoDataset, Sample
@@ -73,6 +75,36 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
             A figure with a row of one image per season, and the mask if there is one.
         """
         return plot_sample(sample, self.bands, suptitle)
+
+
+def divide_at_random(
+    names: npt.ArrayLike, fraction: float, seed: int, what: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Divide names at random, always the same for a seed.
+
+    Args:
+        names: Names or numbers, shape (N,).
+        fraction: Part of them in the second and in the third group.
+        seed: Seed of the division.
+        what: What they are of, for messages.
+
+    Returns:
+        Three groups, none of them empty.
+
+    Raises:
+        ValueError: If one would be empty.
+    """
+    names = np.asarray(names)
+    count = round(fraction * len(names))
+    if not 0 < count < len(names) / 2:
+        raise ValueError(
+            f'{len(names)} {what} cannot be divided into parts of {fraction}'
+        )
+    order = np.random.default_rng(seed).permutation(len(names))
+    first, second, third = np.split(
+        names[order], [len(names) - 2 * count, len(names) - count]
+    )
+    return first, second, third
 
 
 def check_draws(seed: int, **counts: int | None) -> None:

@@ -29,7 +29,7 @@ from ..geo.rasters import (
     read_values,
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DrawnImages, check_draws
+from .base import DrawnImages, check_draws, divide_at_random
 from .scaling import ValueRange, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
@@ -316,15 +316,9 @@ class ImageMaskFolder(DrawnImages):
             ValueError: If one of them would be empty.
         """
         places = sorted(set(self.places))
-        count = round(fraction * len(places))
-        if not 0 < count < len(places) / 2:
-            raise ValueError(
-                f'{len(places)} places cannot be divided into parts of {fraction}'
-            )
-        order = np.random.default_rng(self.seed).permutation(len(places))
-        cuts = np.split(order, [len(places) - 2 * count, len(places) - count])
-        first, second, third = ({places[i] for i in cut} for cut in cuts)
-        return self._only(first), self._only(second), self._only(third)
+        cuts = divide_at_random(places, fraction, self.seed, 'places')
+        first, second, third = (self._only({*cut.tolist()}) for cut in cuts)
+        return first, second, third
 
     def _only(self, places: set[str]) -> 'ImageMaskFolder':
         other = copy.copy(self)

@@ -25,7 +25,7 @@ from ..ssl4eo.labels import match_labels, read_labels
 from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
-from .base import DrawnImages, check_draws
+from .base import DrawnImages, check_draws, divide_at_random
 from .scaling import resolve_value_range
 
 #: Locations that a message names.
@@ -117,7 +117,7 @@ class SSL4EOS12ML(DrawnImages):
         self._group(rows, label)
 
     def _align(self) -> npt.NDArray[np.int64]:
-        """Number of each image in every split, shape (M, S), -1 where there is none."""
+        """Return the number of each image in every split, (M, S), -1 for none."""
         main = self._main
         rows = np.full((len(main), len(self.archives)), -1)
         for column, other in enumerate(self.archives):
@@ -162,7 +162,7 @@ class SSL4EOS12ML(DrawnImages):
         fractions: bool,
         required: bool,
     ) -> npt.NDArray[np.float32] | npt.NDArray[np.int64] | None:
-        """Label of each image, shape (M, K)."""
+        """Return the label of each image, shape (M, K)."""
         main = self._main
         packed = main.labels if isinstance(main, RecordArchive) else None
         labels = packed if path is None else read_labels(path)
@@ -246,7 +246,7 @@ class SSL4EOS12ML(DrawnImages):
         return RecordBatch(self, records, label)
 
     def _draw(self, index: int) -> npt.NDArray[np.int64]:
-        """Numbers of the images of a sample, shape (T,)."""
+        """Draw the numbers of the images of a sample, shape (T,)."""
         location = index % len(self)
         count = self._count[location]
         if count == 1 and index >= 0:
@@ -255,7 +255,7 @@ class SSL4EOS12ML(DrawnImages):
         return self._start[location] + rng.permutation(count)[: self.seasons]
 
     def names(self, index: int) -> list[str]:
-        """Names of the images of a sample, in their order.
+        """Return the names of the images of a sample, in their order.
 
         Args:
             index: Number of the draw.
@@ -271,7 +271,7 @@ class SSL4EOS12ML(DrawnImages):
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
-        """Where and when the first image of a sample was taken.
+        """Return where and when the first image of a sample was taken.
 
         Args:
             index: Number of the draw.
@@ -281,9 +281,9 @@ class SSL4EOS12ML(DrawnImages):
         """
         main = self._main
         row = self._rows[self._draw(index)[0], self.archives.index(main)]
-        place = main.georeference(int(row))
+        grids = main.georeference(int(row))
         (day,) = days(main.split, main.season[row : row + 1]).tolist()
-        return shapely.box(*place.bounds), place.crs, day if self.seasons == 1 else None
+        return shapely.box(*grids.bounds), grids.crs, day if self.seasons == 1 else None
 
     def decode(self, records: Mapping[str, Tensor]) -> Tensor:
         """Make images of records, on whatever device they are.
@@ -300,14 +300,10 @@ class SSL4EOS12ML(DrawnImages):
         )
 
     def images(self) -> 'SSL4EOS12ML':
-        """Every image as a sample of its own, in order.
-
-        Returns:
-            The same images with one season per sample.
-        """
+        """Return every image as a sample of its own, in order."""
         other = copy.copy(self)
-        parts = zip(self._start, self._count, strict=True)
-        other._start = np.concatenate([np.arange(s, s + n) for s, n in parts])
+        locations = zip(self._start, self._count, strict=True)
+        other._start = np.concatenate([np.arange(s, s + n) for s, n in locations])
         other._count = np.ones_like(other._start)
         other.seasons = 1
         return other
@@ -326,13 +322,7 @@ class SSL4EOS12ML(DrawnImages):
         Raises:
             ValueError: If one of them would be empty.
         """
-        count = round(fraction * len(self))
-        if not 0 < count < len(self) / 2:
-            raise ValueError(
-                f'{len(self)} locations cannot be divided into parts of {fraction}'
-            )
-        order = np.random.default_rng(self.seed).permutation(len(self))
-        cuts = np.split(order, [len(self) - 2 * count, len(self) - count])
+        cuts = divide_at_random(range(len(self)), fraction, self.seed, 'locations')
         first, second, third = (self._only(np.sort(cut)) for cut in cuts)
         return first, second, third
 
@@ -374,17 +364,7 @@ class RecordBatch(Sequence[Sample]):
         return len(next(iter(self.records.values())))
 
     def __getitem__(self, index: Any) -> Any:
-        """Make a sample.
-
-        Args:
-            index: Its number in the batch.
-
-        Returns:
-            The sample.
-
-        Raises:
-            IndexError: If there are fewer.
-        """
+        """Make the sample of a number in the batch."""
         sample: Sample = {
             'image': self.dataset.decode({k: v[index] for k, v in self.records.items()})
         }
@@ -394,11 +374,7 @@ class RecordBatch(Sequence[Sample]):
         return sample if transforms is None else transforms(sample)
 
     def collate(self) -> Sample:
-        """The batch as it is, for :meth:`.SSL4EOS12ML.decode` on the device.
-
-        Returns:
-            *records* and *label*.
-        """
+        """Return *records* and *label*, for :meth:`.SSL4EOS12ML.decode` on a device."""
         label = {} if self.label is None else {'label': self.label}
         return {'records': self.records, **label}
 

@@ -20,13 +20,19 @@ from pyproj import CRS
 from torch import Tensor
 
 from .._checks import require
-from .._compat import DatasetNotFoundError, RasterDataset, Sample, georeference
-from ..geo.grid import Grid, outline
+from .._compat import (
+    DatasetNotFoundError,
+    RasterDataset,
+    Sample,
+    full_slices,
+    georeference,
+)
+from ..geo.find_files import AnyPath as Path
+from ..geo.grid import Bounds, Grid, outline
 from ..geo.mosaic import Mosaic, open_tile
-from ..landcover.files import Path, find_map_files, warn_of_resampled
+from ..landcover.files import find_map_files, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
-from ..landcover.tiles import Bounds
 
 
 def _colormap(product: LandCoverProduct) -> Any:
@@ -47,11 +53,7 @@ class WorldCoverNotFoundError(DatasetNotFoundError):
     """Raised when there is no WorldCover tile of the chosen year."""
 
     def __init__(self, message: str) -> None:
-        """Initialize a new WorldCoverNotFoundError instance.
-
-        Args:
-            message: What was looked for, where, and what is there instead.
-        """
+        """Initialize with a message, unlike TorchGeo's own error."""
         FileNotFoundError.__init__(self, message)
 
 
@@ -150,29 +152,25 @@ class ESAWorldCover(RasterDataset):
         require(
             classes
             and {*classes} <= {*product.codes}
-            and len(set(classes)) == len(classes),
+            and len({*classes}) == len(classes),
             f'classes must be some of {product.codes} without duplicates, got {classes}',
         )
         if product is not WORLDCOVER:
             self.url = f'{product.url}/{product.path}'
             self.names, self.colors = product.names, product.colors
             self.cmap = _colormap(product)
-
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
         self.ordinal = ordinal
+        self._codes = (product.fill, *classes)
+        self._map = np.full(256, 0 if ordinal else product.fill)
+        self._map[list(classes)] = range(1, len(classes) + 1) if ordinal else classes
 
         rasters = [open_tile(path) for path in self.files]
         for raster in rasters:
             # Of the caller of this class
             warn_of_resampled(raster, product, stacklevel=2)
         self._mosaic = Mosaic(rasters, product.codes, cache, product.no_data)
-
-        self._map = np.full(256, 0 if ordinal else product.fill)
-        self._map[list(classes)] = range(1, len(classes) + 1) if ordinal else classes
-
-        super().__init__(
-            self.paths, crs=crs, res=res, transforms=transforms, cache=cache
-        )
+        super().__init__(self.paths, crs, res, transforms=transforms, cache=cache)
         # TorchGeo leaves out what it cannot warp without a word
         lost = {raster.path for raster in rasters} - set(self.index.filepath)
         if lost:
@@ -191,7 +189,7 @@ class ESAWorldCover(RasterDataset):
             raise WorldCoverNotFoundError(str(error)) from None
 
     def tiles(self, crs: Any, bounds: Bounds) -> list[str]:
-        """Names of the files that official tiles under a box have.
+        """Return the names of the files that official tiles under a box have.
 
         Args:
             crs: CRS of the box, anything that pyproj understands.
@@ -208,16 +206,13 @@ class ESAWorldCover(RasterDataset):
         return [self.product.file_name(name, self.year) for name in names]
 
     def covers(self, crs: Any, bounds: Bounds, wholly: bool = False) -> bool:
-        """Whether there is a tile under a box.
+        """Tell whether there is a tile under a box.
 
         Args:
-            crs: CRS of the box, anything that pyproj understands.
-            bounds: Left, bottom, right and top of the box.
+            crs: See :meth:`tiles`.
+            bounds: See :meth:`tiles`.
             wholly: Whether there must be tiles under all of the box. There are no tiles
                 where only sea is.
-
-        Returns:
-            True if tiles cover the box or, unless *wholly*, some of it.
         """
         return self._mosaic.covers(CRS.from_user_input(crs), bounds, wholly)
 
@@ -247,15 +242,14 @@ class ESAWorldCover(RasterDataset):
             f'height and width must be positive, got {height} and {width}',
         )
         grid = Grid(CRS.from_user_input(crs), transform, height, width)
-        codes = self._mosaic.read(grid)
-        return torch.from_numpy(self._map[codes])
+        return torch.from_numpy(self._map[self._mosaic.read(grid)])
 
     def __getitem__(self, query: Any) -> Sample:
         """Retrieve the mask at a spatiotemporal slice.
 
         Args:
             query: [xmin:xmax:xres, ymin:ymax:yres, tmin:tmax:tres] coordinates to
-                index. Parts that are left out are those of the dataset.
+                index. What is left out is that of the dataset.
 
         Returns:
             A sample with a *mask* of shape (H, W), long, and what else TorchGeo's own
@@ -265,37 +259,18 @@ class ESAWorldCover(RasterDataset):
             IndexError: If *query* does not touch a tile.
             OSError: If a tile cannot be read.
         """
-        x, y, t = self._resolve(query)
+        x, y, _ = full_slices(self, query)
         box = shapely.box(x.start, y.start, x.stop, y.stop)
         if not len(self.index.sindex.query(box, predicate='intersects')):
             raise IndexError(
                 f'query: {query} not found in index with bounds: {self.bounds}'
             )
-
         transform = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
         # As many pixels as TorchGeo reads for the images of an intersection
-        height = max(round((y.stop - y.start) / y.step), 1)
-        width = max(round((x.stop - x.start) / x.step), 1)
-        sample = georeference(self.crs, query, (x, y, t), transform)
+        height, width = (max(round((s.stop - s.start) / s.step), 1) for s in (y, x))
+        sample = georeference(self, query, transform)
         sample['mask'] = self.read_window(self.crs, transform, height, width)
-        if self.transforms is not None:
-            sample = self.transforms(sample)
-        return sample
-
-    def _resolve(self, query: Any) -> tuple[slice, slice, slice]:
-        """Fill the gaps of a query with the bounds of the dataset."""
-        query = query if isinstance(query, tuple) else (query,)
-        x, y, t = (
-            slice(
-                whole.start if part.start is None else part.start,
-                whole.stop if part.stop is None else part.stop,
-                whole.step if part.step is None else part.step,
-            )
-            for part, whole in zip(
-                (*query, *[slice(None)] * (3 - len(query))), self.bounds, strict=True
-            )
-        )
-        return x, y, t
+        return sample if self.transforms is None else self.transforms(sample)
 
     def plot(
         self, sample: Sample, show_titles: bool = True, suptitle: str | None = None
@@ -311,15 +286,7 @@ class ESAWorldCover(RasterDataset):
         Returns:
             A figure with the classes that are present in its legend.
         """
-        panels = {'Mask': sample['mask']}
-        if 'prediction' in sample:
-            panels['Prediction'] = sample['prediction']
-
-        codes = (self.product.fill, *self.classes)
-        by_value = {i if self.ordinal else code: code for i, code in enumerate(codes)}
-        table = _color_table({v: self.colors[code] for v, code in by_value.items()})
-
-        present: set[int] = set()
+        panels = [key for key in ('mask', 'prediction') if key in sample]
         fig, axs = plt.subplots(
             1,
             len(panels),
@@ -327,18 +294,22 @@ class ESAWorldCover(RasterDataset):
             squeeze=False,
             layout='constrained',
         )
-        for ax, (title, panel) in zip(axs[0], panels.items(), strict=True):
-            values = panel.detach().cpu().squeeze().numpy().astype(np.uint8)
+        by_value = {
+            i if self.ordinal else code: code for i, code in enumerate(self._codes)
+        }
+        table = _color_table({v: self.colors[code] for v, code in by_value.items()})
+        present: set[int] = set()
+        for ax, panel in zip(axs[0], panels, strict=True):
+            values = sample[panel].detach().cpu().squeeze().numpy().astype(np.uint8)
             present.update(np.unique(values).tolist())
             ax.imshow(table[values], interpolation='none')
             ax.axis('off')
             if show_titles:
-                ax.set_title(title)
-
+                ax.set_title(panel.capitalize())
         fig.legend(
             handles=[
                 Patch(
-                    facecolor='#' + bytes(self.colors[code]).hex(),
+                    facecolor=table[value] / 255,
                     edgecolor='0.5',
                     label=f'{value} {self.names[code]}',
                 )

@@ -37,19 +37,7 @@ _CARD = """\
 def model_card(
     encoder: Encoder, pretrained_as: str, usage: str, written: Sequence[Path]
 ) -> str:
-    """Tell what a file holds, how it was made, and how to load it.
-
-    Args:
-        encoder: The encoder as it was written. Files of its run may lie beside its
-            *source*.
-        pretrained_as: timm name of the model that was trained.
-        usage: How to load the files: a template with *model*, *channels*, *options*,
-            *smp* (its name in segmentation_models_pytorch), *file* and *last_file*.
-        written: The files.
-
-    Returns:
-        The card in Markdown.
-    """
+    """Tell what a file holds, how it was made, and how to load it."""
     checkpoint, name = encoder.checkpoint, encoder.name or ''
     channels = encoder.in_channels
     run = _run_files(Path(encoder.source))

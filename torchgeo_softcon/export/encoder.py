@@ -30,9 +30,6 @@ def convert_encoder(
         img_size: Side of the images in pixels that the encoder is built for. Defaults to
             224 with another patch size, else to what it was.
 
-    Returns:
-        The encoder, with the name of a timm model that it loads into.
-
     Raises:
         ValueError: If the encoder has no patches, an argument does not fit, or timm has
             no such model.

@@ -134,9 +134,6 @@ def export(
             in place of that of another checkpoint; ``.pt`` may stand for ``.pth``.
             Defaults to the name of the checkpoint with the format, beside it.
 
-    Returns:
-        Paths of the files: one or two for the encoder, and the card.
-
     Raises:
         ValueError: If the file is not such a checkpoint, or something does not fit.
     """

@@ -21,12 +21,13 @@ from tqdm import tqdm
 from .._checks import check_counts, check_fractions
 from .._cores import count_cores
 from ..geo.antimeridian import Floats
+from ..geo.find_files import AnyPath as Path
 from ..geo.footprints import outlines
-from ..landcover.files import Path
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
+from ..storage.resumable import REMEDY
 from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
-from .export import check_places, write_json
+from .export import check_locations, write_json
 from .plan import Plan, count_unit
 from .sources import Images, find_images, find_layout, read
 from .store import LabelStore, counts_table
@@ -92,8 +93,8 @@ def label_archive(
 
     Args:
         images: A pattern such as ``'DIR/**/*.tif'``, or a folder. Every file is a patch.
-        worldcover: Folders of ESA WorldCover tiles (or of *product*), or files. To read tiles on a server in
-            place, ``/vsicurl/https://...`` of a file or of a bucket.
+        worldcover: Folders of ESA WorldCover tiles (or of *product*), or files. To read
+            tiles on a server in place, ``/vsicurl/https://...`` of a file or of a bucket.
         out: The file to write.
         year: Year of the map, by default the last one.
         footprints: A table of footprints instead of images, see
@@ -125,6 +126,7 @@ def label_archive(
         OSError: If there are no images or no tiles, if a tile cannot be opened, or if the
             file cannot be written.
         RuntimeError: If workers die again and again, or results are lost.
+        TimeoutError: If workers give no result for an hour.
         ValueError: If not exactly one archive is given, ids are not unique (for JSON, in
             their last folder and name), other options are out of range, or if the file has
             labels of another map, legend or archive, or is none of labels.
@@ -152,7 +154,7 @@ def label_archive(
     source, name = _find_archive(images, footprints, layout)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
-        check_places(source.ids.to_pylist())
+        check_locations(source.ids.to_pylist())
     # The counts are kept beside the JSON, so that other thresholds take no second run
     file = path.with_suffix('.parquet') if format == 'json' else path
     json = path.with_suffix('.json')
@@ -175,7 +177,7 @@ def label_archive(
 def _find_archive(
     images: Path | None, footprints: Path | None, layout: tuple[str, Path] | None
 ) -> tuple[Images | Table, str]:
-    """The archive, and what tells it from others."""
+    """Find the archive, and what tells it from others."""
     if sum(value is not None for value in (images, footprints, layout)) != 1:
         raise ValueError(
             'one of images, footprints and layout must be given, got '
@@ -193,7 +195,7 @@ def _find_archive(
 
 
 def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    """Which ids are not among others, of shape (N,)."""
+    """Tell which ids are not among others, of shape (N,)."""
     if isinstance(among, pa.ChunkedArray):
         among = among.combine_chunks()
     missing = pc.is_null(pc.index_in(ids, among))
@@ -201,7 +203,7 @@ def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.
 
 
 class _Run:
-    """Labels what is missing in a store."""
+    """Labels the patches of an archive that are missing in a store."""
 
     def __init__(
         self,
@@ -219,70 +221,41 @@ class _Run:
 
     def run(self, worldcover: Path | Iterable[Path], base_url: str | None) -> Labelled:
         """Read footprints, count their pixels, and write the file."""
-        todo, unfinished = self._missing(self._names(worldcover))
-        footprints = self._footprints(todo, unfinished)
-        boxes = self._boxes(footprints)
-        # Not a number where there is no place
-        placed = (abs(boxes) <= (540, 90, 540, 90)).all(1)
-        if not placed.all():
-            for name in footprints['id'].filter(pa.array(~placed)).to_pylist():
-                self.failures[name] = 'has no place in longitude and latitude'
-            footprints, boxes = footprints.filter(pa.array(placed)), boxes[placed]
-
+        missing = self._find_missing(self._tile_names(worldcover))
+        footprints, boxes = self._locate(self._read_footprints(missing))
         cover = find_cover(
-            worldcover,
-            self.product,
-            self.year,
-            boxes,
-            self.workers,
-            base_url,
-            self.progress,
+            *(worldcover, self.product, self.year, boxes, self.workers),
+            *(base_url, self.progress),
         )
         plan = Plan(boxes, cover.tiles)
-        ids = footprints['id']
         bare = np.flatnonzero(plan.first < 0).tolist()
         lost = reasons(cover, boxes, bare, self.product, self.year)
+        ids = footprints['id'].combine_chunks()
         self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
-        self.store.start_counting(self._names(worldcover))
-        names = ids.combine_chunks()
-        uncounted = ~_absent(names, self.source.ids.take(unfinished))
-        uncounted &= _absent(names, self.store.read_parts('counts')['id'])
+
+        tiles = self._tile_names(worldcover)  # with those that were downloaded
+        self.store.start_counting(tiles)
+        wanted = self.source.ids.take(missing)
+        uncounted = ~_absent(ids, wanted) & self._uncounted(ids)
         uncounted[list(lost)] = False
-        done = self._count(plan, footprints, uncounted)
-        self._check_none_is_lost(unfinished)
-        rows = self.store.write(
-            self.source.ids, footprints, self.failures, self._names(worldcover)
-        )
-        return Labelled(
-            self.store.path,
-            rows,
-            done,
-            self.failures,
-            self.decoded,
-            partial=self._partial(),
-        )
+        new = self._count(plan, footprints, uncounted)
 
-    def _check_none_is_lost(self, unfinished: pa.Array) -> None:
-        """Refuse to call it done if a patch has neither counts nor a reason."""
-        ids = self.source.ids.take(unfinished)
-        uncounted = ids.filter(
-            pa.array(_absent(ids, self.store.read_parts('counts')['id']))
-        )
-        lost = [name for name in uncounted.to_pylist() if name not in self.failures]
-        if lost:
+        without = wanted.filter(pa.array(self._uncounted(wanted))).to_pylist()
+        unknown = [name for name in without if name not in self.failures]
+        if unknown:
             raise RuntimeError(
-                f'workers gave no result for {len(lost)} patches, such as '
-                f'{", ".join(lost[:3])}. What is done is kept: start again to go on'
+                f'workers gave no result for {len(unknown)} patches, such as '
+                f'{", ".join(unknown[:3])}. What is done is kept: start again to go on'
             )
+        rows = self.store.write(self.source.ids, footprints, self.failures, tiles)
+        valid = pq.read_table(self.store.path, columns=['valid'])['valid'].to_numpy()
+        partial = int(((valid > 0) & (valid < 1)).sum())
+        return Labelled(
+            self.store.path, rows, new, self.failures, self.decoded, partial
+        )
 
-    def _partial(self) -> int:
-        """Number of rows of the file with land cover for a part of their pixels."""
-        valid = pq.read_table(self.store.path, columns=['valid'])['valid']
-        part = pc.and_(pc.greater(valid, 0), pc.less(valid, 1))
-        return int(pc.sum(part).as_py() or 0)
-
-    def _names(self, worldcover: Path | Iterable[Path]) -> list[str]:
-        """Names of the files that are there, none if they are on a server."""
+    def _tile_names(self, worldcover: Path | Iterable[Path]) -> list[str]:
+        """Return the names of the tiles that are there, none if they are on a server."""
         if remote_bucket(worldcover) is not None:
             return []
         try:
@@ -291,38 +264,37 @@ class _Run:
         except FileNotFoundError:
             return []
 
-    def _missing(self, names: list[str]) -> tuple[pa.Array, pa.Array]:
-        """Positions of patches without counts, and of all that are not in the file."""
-        ids = self.source.ids
-        unfinished = np.ones(len(ids), bool)
-        labels = self.store.labels()
-        if labels is not None:
-            done = labels['id'].combine_chunks()
-            lost = done.filter(pc.is_null(pc.index_in(done, ids)))
-            if len(lost):
-                raise ValueError(
-                    f'{self.store.path} has {len(lost)} ids that the archive has not, such '
-                    f'as {", ".join(lost[:3].to_pylist())}. Choose another file, or set '
-                    'overwrite to replace it'
-                )
-            if not set(names) <= set(self.store.about()['tiles']):
-                # More tiles may have data where there was none
-                done = done.filter(pc.equal(labels['valid'].combine_chunks(), 1))
-            unfinished = _absent(ids, done)
-        todo = unfinished & _absent(ids, self.store.read_parts('counts')['id'])
-        return pa.array(np.flatnonzero(todo)), pa.array(np.flatnonzero(unfinished))
+    def _find_missing(self, tiles: list[str]) -> pa.Array:
+        """Return the positions of patches that are not in the file, or lack data there."""
+        ids, labels = self.source.ids, self.store.labels()
+        if labels is None:
+            return pa.array(np.arange(len(ids)))
+        done = labels['id'].combine_chunks()
+        strange = done.filter(pa.array(_absent(done, ids)))
+        if len(strange):
+            raise ValueError(
+                f'{self.store.path} has {len(strange)} ids that the archive has not, such '
+                f'as {", ".join(strange[:3].to_pylist())}. {REMEDY}'
+            )
+        if not set(tiles) <= set(self.store.about()['tiles']):
+            # More tiles may have data where there was none
+            done = done.filter(pc.equal(labels['valid'].combine_chunks(), 1))
+        return pa.array(np.flatnonzero(_absent(ids, done)))
 
-    def _footprints(self, todo: pa.Array, unfinished: pa.Array) -> pa.Table:
-        """Footprints of the patches that are not in the file."""
+    def _uncounted(self, ids: pa.Array) -> npt.NDArray[np.bool_]:
+        """Tell which patches have no counts in parts, of shape (N,)."""
+        return _absent(ids, self.store.read_parts('counts')['id'])
+
+    def _read_footprints(self, missing: pa.Array) -> pa.Table:
+        """Read the footprints of the patches that are not in the file."""
         tables = [self.store.read_parts('footprints')]
+        # Those of a table are in memory, and so are not in parts
         images = isinstance(self.source, Images)
         if images:
-            known = tables[0]['id']
-            unread = todo.filter(pa.array(_absent(self.source.ids.take(todo), known)))
-        else:
-            unread = unfinished  # they are in memory, and so are not in parts
-        with self._bar(len(unread) if images else 0, 'images') as bar:
-            for part in self.workers.map(read, self.source.units(unread)):
+            unread = _absent(self.source.ids.take(missing), tables[0]['id'])
+            missing = missing.filter(pa.array(unread))
+        with self._bar(len(missing) if images else 0, 'images') as bar:
+            for part in self.workers.map(read, self.source.units(missing)):
                 if images:
                     self.store.append('footprints', part.table)
                 tables.append(part.table)
@@ -330,13 +302,16 @@ class _Run:
                 bar.update(len(part.table) + len(part.failures))
         return pa.concat_tables(tables).unify_dictionaries()
 
-    def _boxes(self, footprints: pa.Table) -> Floats:
-        """Left, bottom, right and top in degrees, not a number where there is no place."""
+    def _locate(self, footprints: pa.Table) -> tuple[pa.Table, Floats]:
+        """Return the footprints that are on Earth, and their boxes in degrees."""
         boxes = np.full((len(footprints), 4), np.nan)
         for start in range(0, len(footprints), _CHUNK):
             shapes = outlines(footprints.slice(start, _CHUNK))
             boxes[start : start + len(shapes)] = shapely.bounds(shapes)
-        return boxes
+        placed = (abs(boxes) <= (540, 90, 540, 90)).all(1)  # and not NaN
+        for name in footprints['id'].filter(pa.array(~placed)).to_pylist():
+            self.failures[name] = 'has no place in longitude and latitude'
+        return footprints.filter(pa.array(placed)), boxes[placed]
 
     def _count(
         self, plan: Plan, footprints: pa.Table, todo: npt.NDArray[np.bool_]
@@ -357,9 +332,5 @@ class _Run:
         return done
 
     def _bar(self, total: int, unit: str) -> Any:
-        return tqdm(
-            total=total,
-            unit=f' {unit}',
-            disable=not (self.progress and total),
-            smoothing=0.1,
-        )
+        hidden = not (self.progress and total)
+        return tqdm(total=total, unit=f' {unit}', disable=hidden, smoothing=0.1)

@@ -42,14 +42,7 @@ def gdal_options(paths: Iterable[str]) -> dict[str, Any]:
 
 
 def open_path(path: str) -> tuple[str, Tile | str]:
-    """Open a tile.
-
-    Args:
-        path: Its path.
-
-    Returns:
-        The path, and the tile or why it cannot be opened.
-    """
+    """Open a tile."""
     try:
         with rasterio.Env(**gdal_options([path])):
             return path, open_tile(path)

@@ -11,10 +11,11 @@ import numpy as np
 import shapely
 
 from ..geo.antimeridian import Floats
+from ..geo.find_files import AnyPath as Path
 from ..geo.find_files import path_list
 from ..geo.mosaic import Tile
 from ..landcover.download import download_tiles
-from ..landcover.files import Path, find_map_files, warn_of_resampled
+from ..landcover.files import find_map_files, warn_of_resampled
 from ..landcover.product import LandCoverProduct
 from .blocks import open_path
 from .workers import Workers

@@ -46,7 +46,7 @@ def write_json(
                 batch['valid'].to_numpy() >= np.float32(min_valid)
             )[:, None]
             for name, row in zip(batch['id'].to_pylist(), present, strict=True):
-                location, season = _place(name)
+                location, season = _location(name)
                 classes = codes[row].tolist()
                 # Products of one image have the same classes, and are one
                 if locations.setdefault(location, {}).setdefault(season, classes) != (
@@ -61,20 +61,13 @@ def write_json(
         unfinished.write_text(json.dumps(locations))
 
 
-def check_places(ids: Iterable[str]) -> None:
-    """Refuse ids that are one location and season in JSON, where one would be lost.
-
-    Args:
-        ids: Names of the patches.
-
-    Raises:
-        ValueError: If there are such ids.
-    """
+def check_locations(ids: Iterable[str]) -> None:
+    """Refuse ids that are one location and season in JSON, where one would be lost."""
     first: dict[tuple[str, str], str] = {}
     twice = [
         (name, other)
         for name in ids
-        if (other := first.setdefault(_place(name), name)) != name
+        if (other := first.setdefault(_location(name), name)) != name
     ]
     if twice:
         examples = ', '.join(f'{name} (as {other})' for name, other in twice[:3])
@@ -84,7 +77,7 @@ def check_places(ids: Iterable[str]) -> None:
         )
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Location and season id of a patch."""
+def _location(name: str) -> tuple[str, str]:
+    """Return the location and the season id of a patch."""
     folders, _, season = name.rpartition('/')
     return folders.rpartition('/')[2] or season, season

@@ -45,14 +45,7 @@ class Unit:
 
 
 def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
-    """Count the footprints of a work unit.
-
-    Args:
-        unit: The work unit.
-
-    Returns:
-        Ids, and the counts in their order.
-    """
+    """Count the footprints of a work unit: ids, and the counts in their order."""
     counted = count_pixels(unit.table, unit.tiles, unit.codes, unit.no_data)
     return unit.table['id'].combine_chunks(), counted
 
@@ -100,9 +93,6 @@ class Plan:
             codes: Codes to count.
             workers: How many units run at once.
             no_data: Codes of pixels without data.
-
-        Yields:
-            The units.
         """
         order, rows_of_blocks = self._order(np.flatnonzero(todo))
         size = int(np.clip(len(order) / (2 * workers), _SMALLEST, _LARGEST))
@@ -134,7 +124,7 @@ class Plan:
     def _pairs(
         self, rows: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Pairs of a footprint, as a position in *rows*, and a tile that it touches."""
+        """Return pairs of a footprint, as a position in *rows*, and a tile that it touches."""
         found, tile = self._index.query(shapely.box(*self.boxes[rows].T))
         return found, tile % max(len(self.tiles), 1)
 
@@ -153,7 +143,7 @@ def _cut(numbers: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]
 
 
 def _degrees(tile: Tile) -> tuple[float, float, float, float]:
-    """Box of a tile in degrees of longitude and latitude."""
+    """Return the box of a tile in degrees of longitude and latitude."""
     lonlat = parse_crs(LONLAT)
     if tile.crs.is_geographic:
         return tile.bounds

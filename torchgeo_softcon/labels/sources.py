@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,43 +41,21 @@ class Read:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-class Source(Protocol):
-    """An archive.
+class Images:
+    """Images, of which every file is a patch.
 
     Attributes:
         ids: Names of all patches, in the order of the labels.
     """
 
-    ids: pa.StringArray
-
-    def units(self, rows: pa.Array) -> Iterator[Any]:
-        """Work units that read footprints with :func:`read`.
-
-        Args:
-            rows: Positions of the patches to read.
-
-        Yields:
-            The units.
-        """
-        ...
-
-
-class Images:
-    """Images, of which every file is a patch."""
-
     def __init__(self, ids: list[str], paths: list[str]) -> None:
-        """Initialize a new Images instance.
-
-        Args:
-            ids: Names of the patches.
-            paths: Their files.
-        """
+        """Initialize a new Images instance of files and their names."""
         self.ids = pa.array(ids, pa.string())
         # Bytes: names of files are not always UTF-8
         self._paths = pa.array(map(os.fsencode, paths), pa.binary())
 
     def units(self, rows: pa.Array) -> Iterator[Any]:
-        """See :class:`Source`."""
+        """Yield work units of :func:`read` for the patches at some positions."""
         for start in range(0, len(rows), _FILES):
             chosen = rows.slice(start, _FILES)
             yield list(
@@ -90,14 +68,7 @@ class Images:
 
 
 def read(unit: Any) -> Read:
-    """Read the footprints of a work unit.
-
-    Args:
-        unit: From :meth:`Source.units`.
-
-    Returns:
-        The footprints.
-    """
+    """Read the footprints of a work unit, from :meth:`Images.units` or the like."""
     if isinstance(unit, Read):
         return unit
     ids, systems, transforms, shapes = [], [], [], []
@@ -134,14 +105,7 @@ def read(unit: Any) -> Read:
 
 
 def check_unique(ids: pa.StringArray) -> None:
-    """Refuse ids that are not unique.
-
-    Args:
-        ids: Names of patches.
-
-    Raises:
-        ValueError: If some are the same.
-    """
+    """Raise a ValueError if ids are not unique."""
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counted = ids.value_counts()
@@ -158,9 +122,6 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
     Args:
         pattern: A pattern such as ``DIR/**/*.tif``, or a folder for all rasters in it.
 
-    Returns:
-        The images. Their ids are their paths below the folder where the pattern begins.
-
     Raises:
         FileNotFoundError: If there are none.
         ValueError: If the pattern matches the same twice.
@@ -168,8 +129,8 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
     paths = find_files(pattern, option='images', odd_names=True)
     if not paths:
         raise FileNotFoundError(
-            f'images must match at least one raster, got {os.fspath(pattern)!r}, which matches none. '
-            "Quote patterns: --images 'DIR/**/*.tif'"
+            f'images must match at least one raster, got {os.fspath(pattern)!r}, which '
+            "matches none. Quote patterns: --images 'DIR/**/*.tif'"
         )
     root = pattern_root(pattern)
     ids = (readable_name(os.path.relpath(path, root)) for path in paths)

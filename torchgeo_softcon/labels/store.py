@@ -46,16 +46,7 @@ class LabelStore(ResumableParquet):
         year: int | None,
         product: str,
     ) -> None:
-        """Initialize a new LabelStore instance.
-
-        Args:
-            path: Path of the file.
-            archive: The archive, to tell whether parts belong to it.
-            legend: Product that has the classes of the labels.
-            of_code: Its code for every code that is counted.
-            year: Year of the map.
-            product: Name of the map with its version.
-        """
+        """Initialize a new LabelStore instance."""
         origin = {'archive': archive, 'year': year, 'product': product}
         super().__init__(path, {**origin, 'version': _VERSION})
         self.failures = path.with_name(f'{path.stem}.failed.csv')
@@ -78,11 +69,7 @@ class LabelStore(ResumableParquet):
                     )
 
     def about(self) -> dict[str, Any]:
-        """Read what the file says about itself.
-
-        Raises:
-            ValueError: If it is no file of labels.
-        """
+        """Read what the file says about itself."""
         try:
             metadata = pq.read_schema(self.path).metadata or {}
             return dict(json.loads(metadata[b'labels']))
@@ -116,11 +103,7 @@ class LabelStore(ResumableParquet):
         return pa.concat_tables(tables[::-1]).unify_dictionaries()
 
     def start_counting(self, tiles: Sequence[str]) -> None:
-        """Drop counts that lack data, if there are tiles they were not made with.
-
-        Args:
-            tiles: Names of the tiles that are there.
-        """
+        """Drop counts that lack data, if there are tiles they were not made with."""
         if not set(tiles) <= set(self.noted().get('tiles', ())):
             for path in self.part_files('counts'):
                 part = pq.read_table(path)
@@ -139,17 +122,7 @@ class LabelStore(ResumableParquet):
         failures: Mapping[str, str],
         tiles: Sequence[str],
     ) -> int:
-        """Make the file of its parts, and of the file that is there.
-
-        Args:
-            ids: All patches of the archive, in order.
-            footprints: Footprints of the patches that have parts.
-            failures: Why patches have no label.
-            tiles: Names of the tiles that are there.
-
-        Returns:
-            Number of rows.
-        """
+        """Make the file of its parts, and of the file that is there."""
         about = {**self._in_common(), 'tiles': [*tiles]}
         schema = self._schema().with_metadata({'labels': json.dumps(about)})
         # Before the file: when it is there, all is
@@ -235,15 +208,7 @@ class LabelStore(ResumableParquet):
 
 
 def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
-    """Make a part of counts.
-
-    Args:
-        ids: Patches, in the order of the counts.
-        counted: The counts.
-
-    Returns:
-        Rows of the patches that have counts.
-    """
+    """Make a part of counts."""
     good = np.ones(len(ids), bool)
     good[list(counted.reasons)] = False
     flat = pa.array(counted.counts[good].reshape(-1))

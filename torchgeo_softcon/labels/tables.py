@@ -42,20 +42,19 @@ _ROWS = 2**16
 
 
 class Table:
-    """A table of footprints, in memory."""
+    """A table of footprints, in memory.
+
+    Attributes:
+        ids: Names of all rows, also of those without a footprint.
+    """
 
     def __init__(self, read: Read, ids: pa.StringArray) -> None:
-        """Initialize a new Table instance.
-
-        Args:
-            read: The footprints, and the rows that have none.
-            ids: Names of all rows.
-        """
+        """Initialize a new Table instance of footprints and the names of all rows."""
         self.ids = ids
         self._read = read
 
     def units(self, rows: pa.Array) -> Iterator[Any]:
-        """See :class:`Source`."""
+        """Yield the footprints of the rows at some positions, as one unit."""
         wanted = self.ids.take(rows)
         table = self._read.table
         there = pc.drop_null(pc.index_in(wanted, table['id'].combine_chunks()))
@@ -77,20 +76,10 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     latitude), and *height* and *width*: then the box of each patch has so many pixels, and
     is labelled on these. Without them it is labelled by the pixels of the map inside of
     it. Names of columns may be in any case, the first of each name counts.
-
-    Args:
-        path: A GeoPackage, Parquet, CSV, or what else GeoPandas reads.
-
-    Returns:
-        The footprints.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If columns are missing, ids are not unique, or no row has a polygon.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f'footprints must be a file, there is no {path!r}')
+        raise FileNotFoundError(f'footprints must be a file, {path!r} does not exist')
     names, tables = [], []
     failures: dict[str, str] = {}
     for batch in _batches(path):
@@ -117,7 +106,7 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
 
 
 def _batches(path: str) -> Iterator[pa.Table]:
-    """Parts of a table file, with geometries as a binary column *geometry*."""
+    """Read a table file in batches, with geometries as a binary column *geometry*."""
     suffix = Path(path).suffix.lower()
     if suffix == '.csv':
         with pa.csv.open_csv(path) as reader:
@@ -195,7 +184,7 @@ def _with_crs(table: pa.Table, crs: str | None) -> pa.Table:
 
 
 def _geoparquet(metadata: dict[bytes, bytes] | None) -> tuple[str, str | None]:
-    """Column of geometries of a Parquet file, and its CRS unless in degrees."""
+    """Return the column of geometries of a Parquet file, and its CRS unless in degrees."""
     geo = json.loads((metadata or {}).get(b'geo', b'{}'))
     column = geo.get('primary_column', 'geometry')
     crs = geo.get('columns', {}).get(column, {}).get('crs')
@@ -203,76 +192,63 @@ def _geoparquet(metadata: dict[bytes, bytes] | None) -> tuple[str, str | None]:
 
 
 def _normalize(table: pa.Table, path: str) -> Read:
-    """Rows of a file as footprints."""
-    ids = table['id'].cast(pa.string()).to_pylist()
+    """Make footprints of the rows of a file."""
+    names = np.array(table['id'].cast(pa.string()).to_pylist(), object)
     columns = table.column_names
-    given = table['crs'].to_pylist() if 'crs' in columns else [None] * len(ids)
-    systems = [str(text or 'EPSG:4326') for text in given]
-    failures: dict[str, str] = {}
+    given = table['crs'].to_pylist() if 'crs' in columns else [None] * len(names)
+    systems = np.array([str(text or 'EPSG:4326') for text in given], object)
+    # One bad row must not cost the labels of a million good ones
+    reasons = np.full(len(names), '', object)
+    sized = 'height' in columns
+    if sized:
+        sizes = _sizes(table)
+        integers = (sizes >= 1) & (sizes < 2**31) & (sizes == np.floor(sizes))
+        reasons[~integers.all(1)] = _NO_PIXELS
     if 'geometry' in columns:
         geometry = table['geometry'].to_numpy(zero_copy_only=False)
         is_text = any(isinstance(value, str) for value in geometry)
-        # One bad row must not cost the labels of a million good ones
-        shapes = (shapely.from_wkt if is_text else shapely.from_wkb)(
-            geometry, on_invalid='ignore'
-        )
-        bad = ~np.isin(shapely.get_type_id(shapes), (3, 6)) | shapely.is_empty(shapes)
-        given = np.array([bool(value) for value in geometry], bool)
-        unreadable = shapely.is_missing(shapes) & given
+        parse = shapely.from_wkt if is_text else shapely.from_wkb
+        shapes = parse(geometry, on_invalid='ignore')
         bounds = shapely.bounds(shapes)
     else:
         bounds = np.stack([table[n].to_numpy().astype(np.float64) for n in _BOX], 1)
-        shapes = shapely.box(*bounds.T)
-        bad, unreadable = np.zeros((2, len(ids)), bool)
+        geometry = shapes = shapely.box(*bounds.T)
+    left, bottom, right, top = bounds.T
     with np.errstate(invalid='ignore'):
-        flat = ~((bounds[:, 2] > bounds[:, 0]) & (bounds[:, 3] > bounds[:, 1]))
-    for row in np.flatnonzero(bad | flat):
-        reason = _UNREADABLE if unreadable[row] else _NO_POLYGON
-        failures[ids[row]] = reason if bad[row] else 'has no area'
+        reasons[~((right > left) & (top > bottom))] = 'has no area'
+    if 'geometry' in columns:
+        polygon = np.isin(shapely.get_type_id(shapes), (3, 6))
+        reasons[~polygon | shapely.is_empty(shapes)] = _NO_POLYGON
+        reasons[shapely.is_missing(shapes) & (geometry.astype(bool))] = _UNREADABLE
     for text in set(systems):
         try:
             parse_crs(text)
         except ValueError as error:
-            same = np.array([system == text for system in systems])
-            bad |= same
-            failures |= {ids[row]: str(error) for row in np.flatnonzero(same)}
-    sized = 'height' in columns
-    sizes = _sizes(table) if sized else np.ones((len(ids), 2))
-    empty = ~((sizes >= 1) & (sizes < 2**31) & (sizes == np.floor(sizes))).all(1)
-    failures |= {ids[row]: _NO_PIXELS for row in np.flatnonzero(empty & ~(bad | flat))}
-    good = np.flatnonzero(~(bad | flat | empty))
-    ids = [ids[row] for row in good]
-    systems = [systems[row] for row in good]
+            reasons[systems == text] = str(error)
+
+    bad, good = np.flatnonzero(reasons != ''), np.flatnonzero(reasons == '')
+    failures = dict(zip(names[bad], reasons[bad], strict=True))
+    names, systems, shapes = names[good], systems[good], shapes[good]
     if not sized:
-        return Read(
-            make_footprints(ids, systems, polygons=shapely.to_wkb(shapes[good])),
-            failures,
-        )
-    pixels = sizes[good].astype(np.int32)
-    if (shapely.area(shapes) < (1 - 1e-6) * shapely.area(shapely.box(*bounds.T)))[
-        good
-    ].any():
+        polygons = shapely.to_wkb(shapes)
+        return Read(make_footprints(names, systems, polygons=polygons), failures)
+    left, bottom, right, top = bounds[good].T
+    boxes = shapely.box(left, bottom, right, top)
+    if (shapely.area(shapes) < (1 - 1e-6) * shapely.area(boxes)).any():
         raise ValueError(
             'footprints with height and width must be boxes, parallel to the axes of '
             f'their CRS, see {path}: leave height and width out to label what is inside'
         )
-    left, bottom, right, top = bounds[good].T
+    pixels = sizes[good].astype(np.int32)
     zero = np.zeros(len(good))
-    grid = [
-        (right - left) / pixels[:, 1],
-        zero,
-        left,
-        zero,
-        (bottom - top) / pixels[:, 0],
-        top,
-    ]
-    return Read(make_footprints(ids, systems, np.stack(grid, 1), pixels), failures)
+    across, down = (right - left) / pixels[:, 1], (bottom - top) / pixels[:, 0]
+    transforms = np.stack([across, zero, left, zero, down, top], 1)
+    return Read(make_footprints(names, systems, transforms, pixels), failures)
 
 
 def _sizes(table: pa.Table) -> Floats:
-    """Heights and widths of shape (N, 2), not a number where there is none."""
+    """Return heights and widths of shape (N, 2), NaN where they are missing."""
     columns = (table[name].to_pandas() for name in ('height', 'width'))
-    numbers = [pd.to_numeric(column, errors='coerce') for column in columns]
-    return np.stack(
-        [column.to_numpy(np.float64, na_value=np.nan) for column in numbers], 1
-    )
+    numbers = (pd.to_numeric(column, errors='coerce') for column in columns)
+    arrays = (column.to_numpy(np.float64, na_value=np.nan) for column in numbers)
+    return np.stack([*arrays], 1)

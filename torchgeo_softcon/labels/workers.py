@@ -44,15 +44,7 @@ class Workers:
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
     ) -> Iterator[Result]:
-        """Run a function on every unit.
-
-        Args:
-            function: A function of a module.
-            units: Its arguments, taken one after the other as workers are free.
-
-        Returns:
-            What it returns, in the order in which it is done.
-        """
+        """Run a function on every unit."""
         return map(function, units)
 
 
@@ -63,23 +55,13 @@ class ExecutorWorkers(Workers):
     limit: float | None = None
 
     def __init__(self, executor: Executor, count: int) -> None:
-        """Initialize a new ExecutorWorkers instance.
-
-        Args:
-            executor: What runs functions elsewhere.
-            count: How many units it runs at once.
-        """
+        """Initialize a new ExecutorWorkers instance."""
         self.executor, self.count = executor, count
 
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
     ) -> Iterator[Result]:
-        """Run a function on every unit, see :meth:`Workers.map`.
-
-        Raises:
-            RuntimeError: If a unit kills its worker again and again.
-            TimeoutError: If there is no result within the time limit.
-        """
+        """Run a function on every unit, see :meth:`Workers.map`."""
         source = ((unit, 1) for unit in units)
         again: list[tuple[Unit, int]] = []
         running: dict[Future[Result], tuple[Unit, int]] = {}
@@ -121,11 +103,7 @@ class ExecutorWorkers(Workers):
         raise NotImplementedError
 
     def close(self, kill: bool) -> None:
-        """End the workers.
-
-        Args:
-            kill: Whether to end those that are at work, too.
-        """
+        """End the workers."""
         self.executor.shutdown(wait=not kill)
 
 
@@ -139,11 +117,7 @@ class LocalWorkers(ExecutorWorkers):
     limit = _TIME_LIMIT
 
     def __init__(self, count: int) -> None:
-        """Initialize a new LocalWorkers instance.
-
-        Args:
-            count: Number of processes.
-        """
+        """Initialize a new LocalWorkers instance."""
         self._context = _Context()
         super().__init__(self._start(count), count)
 
@@ -156,11 +130,7 @@ class LocalWorkers(ExecutorWorkers):
         self.executor = self._start(self.count)
 
     def close(self, kill: bool) -> None:
-        """End the workers.
-
-        Args:
-            kill: Whether to end those that are at work, too.
-        """
+        """End the workers."""
         if kill:
             started = [p for p in self._context.started if p.pid is not None]
             for process in started:
@@ -227,9 +197,6 @@ def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
         count: Number of processes of this machine, 1 for this process itself.
         scheduler: Address of a Dask scheduler to use instead, like
             ``tcp://10.0.0.1:8786``. Its workers need this package, and the same paths.
-
-    Yields:
-        The workers.
 
     Raises:
         ImportError: If Dask is not installed.

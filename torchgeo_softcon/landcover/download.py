@@ -3,30 +3,28 @@
 
 """Download the tiles of a land-cover product."""
 
-import fcntl
 import os
 import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import rasterio
 import requests
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
+from rasterio.windows import Window
 from tqdm import tqdm
 
 from .._checks import check_counts, check_positive
+from ..geo.grid import Bounds
+from ..storage.lock import exclusive
 from .product import LandCoverProduct
 from .products import ProductLike, find_product
-from .tiles import Bounds, TileGrid
-
-__all__ = ('TileDownload', 'download_tiles', 'tiles_of')
+from .tiles import TileGrid
 
 #: How often a tile is tried, and seconds before the second time. They double every time.
 _ATTEMPTS, _BACKOFF = 5, 1.0
@@ -73,26 +71,14 @@ class TileDownload:
             f'{len(self.downloaded)} downloaded, {len(self.kept)} already there, '
             f'{len(self.absent)} without land, {len(self.failed)} failed'
         )
-        return '\n'.join(
-            [counts, *(f'{name}: {why}' for name, why in self.failed.items())]
-        )
+        failures = [f'{name}: {why}' for name, why in self.failed.items()]
+        return '\n'.join([counts, *failures])
 
 
 def tiles_of(
     bounds: Bounds | Iterable[Sequence[float]], product: ProductLike = 'worldcover'
 ) -> list[str]:
-    """Return the names of the official tiles under boxes.
-
-    Args:
-        bounds: Boxes, see :meth:`.TileGrid.names_under`.
-        product: A product, its name, or its YAML file.
-
-    Returns:
-        Sorted names without duplicates, like N51E003 for its south-west corner.
-
-    Raises:
-        ValueError: If *bounds* are not boxes, or if the product has no tiles.
-    """
+    """Return the names of the tiles under boxes, see :meth:`.TileGrid.names_under`."""
     return find_product(product).grid.names_under(bounds)
 
 
@@ -127,12 +113,10 @@ def download_tiles(
         product: A product, its name, or its YAML file.
 
     Returns:
-        What was downloaded, was there, does not exist, and failed after five attempts.
+        The names of the tiles by what became of them. A tile fails after five attempts.
 
     Raises:
-        ValueError: If *names* has other names than those of tiles, if *year* is unknown,
-            if *root* is not a folder, if *base_url* is not an address, or if *workers* or
-            *timeout* are not positive.
+        ValueError: If an argument is invalid, with its name.
     """
     product = find_product(product)
     year = product.check_year(year)
@@ -153,19 +137,14 @@ def download_tiles(
         raise ValueError(f'root must be a folder, got {str(folder)!r}') from error
 
     fetch = _Fetch(folder, product, year, base_url.rstrip('/'), timeout)
-    result = TileDownload()
-    threads: list[int] = []
     with (
-        ThreadPoolExecutor(
-            min(workers, max(len(tiles), 1)),
-            initializer=lambda: threads.append(threading.get_native_id()),
-        ) as pool,
+        ThreadPoolExecutor(workers) as pool,
         tqdm(
             total=len(tiles), desc=product.title, unit='tile', disable=not progress
         ) as bar,
     ):
-        futures = {pool.submit(fetch.tile, tile): tile for tile in tiles}
-        pending: set[Future[Outcome]] = {*futures}
+        futures = {tile: pool.submit(fetch.tile, tile) for tile in tiles}
+        pending: set[Future[Outcome]] = {*futures.values()}
         try:
             # Short waits: the main thread is the one that an interruption reaches
             while pending:
@@ -177,29 +156,13 @@ def download_tiles(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-    _wait_for_end(threads)
-    for future, tile in futures.items():
+    result = TileDownload()
+    for tile, future in futures.items():
         try:
             getattr(result, future.result()).append(tile)
         except OSError as error:
             result.failed[tile] = str(error) or repr(error)
     return result
-
-
-def _wait_for_end(threads: Iterable[int]) -> None:
-    """Wait until threads have ended for the system, after Python has joined them.
-
-    As they end, PROJ closes the database that it has opened for each. A process that is
-    forked meanwhile waits for its locks forever. Without ``/proc``, systems do not fork.
-    """
-    end = time.monotonic() + 5
-    paths = [f'/proc/self/task/{thread}' for thread in threads]
-    while any(map(os.path.exists, paths)) and time.monotonic() < end:
-        time.sleep(0.001)
-
-
-class _Again(Exception):
-    """A failure that another attempt may mend."""
 
 
 @dataclass
@@ -233,134 +196,116 @@ class _Fetch:
             return 'kept'
         if url in self.absent:
             return 'absent'
-
-        with self._partial(path) as partial:
+        # What has come is also the lock on the tile
+        partial = path.with_name(f'.{path.name}.part')
+        while True:
             try:
-                if is_readable(path):  # another process has finished it meanwhile
-                    partial.truncate(0)
-                    return 'kept'
-                if not self._persist(url, tile, partial):
-                    partial.truncate(0)
-                    # One short write to the end of a file: processes do not disturb
-                    # each other
-                    with self.absent_file.open('a') as stream:
-                        stream.write(f'{url}\n')
-                    return 'absent'
-                os.fsync(partial.fileno())
-                _version(partial).unlink(missing_ok=True)
-                os.replace(partial.name, path)
-                return 'downloaded'
-            finally:
-                if not _size(partial):  # nothing to continue
-                    _version(partial).unlink(missing_ok=True)
-                    os.remove(partial.name)
+                with exclusive(partial, path):
+                    return self._get(tile, url, path, partial)
+            except BlockingIOError:
+                self._check_stop(_POLL)
 
-    def _persist(self, url: str, tile: str, partial: BinaryIO) -> bool:
-        """Receive and check a file in several attempts, False if it does not exist."""
+    def _get(self, tile: str, url: str, path: Path, partial: Path) -> Outcome:
+        """Get a tile that nobody else gets at the same time."""
+        try:
+            # Another process may have finished it meanwhile
+            outcome = 'kept' if is_readable(path) else self._persist(tile, url, partial)
+        except OSError:
+            if not partial.stat().st_size:  # nothing to continue
+                _etag_file(partial).unlink(missing_ok=True)
+                partial.unlink()
+            raise
+        _etag_file(partial).unlink(missing_ok=True)
+        if outcome == 'downloaded':
+            os.replace(partial, path)
+        else:
+            partial.unlink()
+        return outcome
+
+    def _persist(self, tile: str, url: str, partial: Path) -> Outcome:
+        """Receive and check a file in several attempts."""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 self._check_stop(_BACKOFF * 2 ** (attempt - 1))
             try:
-                if not self._receive(url, partial):
-                    return False
-                check_official(partial.name, tile, self.product.grid)
-                return True
-            except (_Again, requests.RequestException) as error:
+                if self._receive(url, partial):
+                    check_official(str(partial), tile, self.product.grid)
+                    return 'downloaded'
+                # One short write to the end of a file: processes do not disturb each other
+                with self.absent_file.open('a') as stream:
+                    stream.write(f'{url}\n')
+                return 'absent'
+            except requests.RequestException as error:
                 reason = str(error)
             except (RasterioError, ValueError) as error:
-                partial.truncate(0)
+                os.truncate(partial, 0)
                 reason = f'what came is not a tile of {self.product.title}: {error}'
         raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
 
-    @contextmanager
-    def _partial(self, path: Path) -> Iterator[BinaryIO]:
-        """Open the file for what has come of a tile, for nobody else at the same time."""
-        while True:
-            with open(path.with_name(f'.{path.name}.part'), 'ab') as stream:
-                if _lock(stream):
-                    yield stream
-                    return
-            self._check_stop(_POLL)
+    def _receive(self, url: str, partial: Path) -> bool:
+        """Append a file, or the rest of it, to what has come, False if it does not exist.
 
-    def _receive(self, url: str, partial: BinaryIO) -> bool:
-        """Append a file, or the rest of it, to what has come, False if it does not exist."""
-        version, size = _version(partial), _size(partial)
+        Raises:
+            requests.RequestException: If another attempt may help.
+        """
+        etag_file, size = _etag_file(partial), partial.stat().st_size
         headers = {'Accept-Encoding': 'identity'}
-        if size and version.exists():
+        if size and etag_file.exists():
             # The whole file if it is another one by now
-            headers |= {'Range': f'bytes={size}-', 'If-Range': version.read_text()}
+            headers |= {'Range': f'bytes={size}-', 'If-Range': etag_file.read_text()}
         with requests.get(
             url, headers=headers, stream=True, timeout=self.timeout
         ) as response:
             code = response.status_code
-            part = response.headers.get('Content-Range', '')
             if code == 404:
                 return False
+            content_range = response.headers.get('Content-Range', '')
             if code == 200:
-                size = 0
-                partial.truncate(0)
+                os.truncate(partial, 0)
+                etag_file.unlink(missing_ok=True)
                 etag = response.headers.get('ETag', '')
-                version.unlink(missing_ok=True)
                 if etag.startswith('"'):  # weak ones are not good for ranges
-                    version.write_text(etag)
-            elif code != 206 or not part.startswith(f'bytes {size}-'):
+                    etag_file.write_text(etag)
+            elif code != 206 or not content_range.startswith(f'bytes {size}-'):
                 if code in (206, 416):  # the file cannot be continued
-                    partial.truncate(0)
+                    os.truncate(partial, 0)
                 status = f'{code} {response.reason}'
-                raise (
-                    _Again(status) if code in _RETRIED else OSError(f'{url}: {status}')
-                )
-            self._write(response, partial, size)
+                if code in _RETRIED:
+                    raise requests.RequestException(status)
+                raise OSError(f'{url}: {status}')
+            self._append(response, partial)
         return True
 
-    def _write(self, response: requests.Response, partial: BinaryIO, size: int) -> None:
+    def _append(self, response: requests.Response, partial: Path) -> None:
         """Write the body of an answer behind the bytes that there are."""
-        limit = self.product.grid.pixels**2 + _HEADERS - size
-        announced = response.headers.get('Content-Length', '')
-        length = int(announced) if announced.isdecimal() else None
-        received = 0
-        try:
+        limit = self.product.grid.pixels**2 + _HEADERS
+        with partial.open('ab') as stream:
+            announced = stream.tell() + (response.raw.length_remaining or 0)
             for chunk in response.iter_content(_CHUNK):
                 self._check_stop()
-                if not size and not received and chunk[:4] not in _TIFF:
-                    raise _Again(
+                if not stream.tell() and chunk[:4] not in _TIFF:
+                    raise requests.RequestException(
                         f'not recognized as a TIFF, it begins with {chunk[:9]!r}'
                     )
-                received += len(chunk)
-                if max(received, length or 0) > limit:
-                    partial.truncate(0)
+                if max(stream.tell() + len(chunk), announced) > limit:
+                    stream.truncate(0)
                     raise OSError(f'{response.url}: a tile cannot have so many bytes')
-                partial.write(chunk)
+                stream.write(chunk)
                 self.received += len(chunk)
-        finally:
-            partial.flush()
-        if length is not None and received != length:
-            raise _Again(f'{received} of {length} bytes came')
+            if stream.tell() < announced:  # before version 2, urllib3 accepts that
+                raise requests.RequestException(f'{announced} bytes were announced')
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def _check_stop(self, seconds: float = 0) -> None:
         """Wait, and raise an error if the main thread was interrupted."""
-        if self.stop.wait(seconds) if seconds else self.stop.is_set():
+        if self.stop.wait(seconds):
             raise OSError('interrupted')
 
 
-def _lock(partial: BinaryIO) -> bool:
-    """Lock a file until it is closed, or the process ends in whatever way."""
-    try:
-        fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who had it before may have given it another name, or thrown it away
-        return os.path.samestat(os.fstat(partial.fileno()), os.stat(partial.name))
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def _size(partial: BinaryIO) -> int:
-    """Return how many bytes have come of a tile."""
-    return os.fstat(partial.fileno()).st_size
-
-
-def _version(partial: BinaryIO) -> Path:
+def _etag_file(partial: Path) -> Path:
     """Return the file with the server's mark (ETag) of what has come."""
-    return Path(f'{partial.name}.etag')
+    return partial.with_name(f'{partial.name}.etag')
 
 
 def is_readable(path: str | os.PathLike[str]) -> bool:
@@ -373,11 +318,11 @@ def is_readable(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _check_blocks(src: DatasetReader) -> list[tuple[int, int]]:
-    """Return row and column of the blocks that a file stores, all must be in it."""
+def _check_blocks(src: DatasetReader) -> list[Window]:
+    """Return the windows of the blocks that a file stores, all must be in it."""
     size = os.path.getsize(src.name)
     stored = []
-    for (row, col), _ in src.block_windows(1):
+    for (row, col), window in src.block_windows(1):
         offset, length = (
             src.get_tag_item(f'BLOCK_{item}_{col}_{row}', 'TIFF', bidx=1)
             for item in ('OFFSET', 'SIZE')
@@ -385,7 +330,7 @@ def _check_blocks(src: DatasetReader) -> list[tuple[int, int]]:
         if offset is not None:  # else all pixels are 0, or it is no TIFF
             if int(offset) + int(length) > size:
                 raise ValueError(f'truncated after {size} bytes')
-            stored.append((row, col))
+            stored.append(window)
     return stored
 
 
@@ -404,6 +349,5 @@ def check_official(path: str, tile: str, grid: TileGrid) -> None:
         bounds = grid.bounds(tile)
         if not np.allclose(src.bounds, bounds, rtol=0, atol=1e-6):
             raise ValueError(f'bounds {bounds} expected, got {tuple(src.bounds)}')
-        windows = dict(src.block_windows(1))
-        for block in _check_blocks(src):
-            src.read(1, window=windows[block])
+        for window in _check_blocks(src):
+            src.read(1, window=window)

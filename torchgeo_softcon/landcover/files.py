@@ -7,35 +7,24 @@ import os
 import warnings
 from collections.abc import Iterable
 
-from ..geo.find_files import find_files
+from ..geo.find_files import AnyPath, find_files, path_list
 from ..geo.mosaic import Tile
 from .product import LandCoverProduct
 
-#: What TorchGeo accepts as a path.
-Path = str | os.PathLike[str]
-
 
 def find_map_files(
-    paths: Path | Iterable[Path], product: LandCoverProduct, year: int | None
+    paths: AnyPath | Iterable[AnyPath], product: LandCoverProduct, year: int | None
 ) -> list[str]:
-    """Find the rasters of a year of a land-cover map.
+    """Find the rasters of a year of a land-cover map, official tiles first.
 
-    Args:
-        paths: One or more folders to search, with all their subfolders, or files. In a
-            folder, files with an official name are taken if they are of *year*. TIFFs
-            with any other name are taken as clips of *year*. Files that are named here
-            are always taken.
-        product: The product.
-        year: Year of the map, None if the product has no years.
-
-    Returns:
-        The files, official tiles first.
+    In a folder, files with an official name are taken if they are of *year*. TIFFs with
+    any other name are taken as clips of *year*. Files that are named in *paths* are
+    always taken.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    named = [os.fspath(path) for path in given]
+    named = path_list(paths)
     files: set[str] = set()
     years: set[str] = set()
     for path in named:
@@ -51,9 +40,9 @@ def find_map_files(
                     years.add(found)
 
     if not files:
-        searched = ', '.join(named)
         raise FileNotFoundError(
-            f'paths={searched!r} has no {product.title} {"tile" if product.tiles else "file"}'
+            f'paths={", ".join(named)!r} has no {product.title} '
+            + ('tile' if product.tiles else 'file')
             + (f' of {year}' if year is not None else '')
             + (f', but tiles of {", ".join(sorted(years))}' if years else '')
             + _hint(product, year)
@@ -69,9 +58,8 @@ def _hint(product: LandCoverProduct, year: int | None) -> str:
     tiles = product.tiles.names_under((4, 52, 4, 52)) if product.tiles else []
     tile = next(iter(tiles), 'TILE')
     named = f'. Files are named like {product.file_name(tile, year)}'
-    if not product.url:
-        return named
-    return f'{named} and are at {product.url}/{product.file_path(tile, year)}'
+    url = f' and are at {product.url}/{product.file_path(tile, year)}'
+    return named + (url if product.url else '')
 
 
 def is_official(path: str, product: LandCoverProduct) -> bool:
@@ -86,15 +74,12 @@ def is_official(path: str, product: LandCoverProduct) -> bool:
 def warn_of_resampled(raster: Tile, product: LandCoverProduct, stacklevel: int) -> None:
     """Warn of a raster that has the name of a tile, but another size.
 
-    Args:
-        raster: The raster.
-        product: Its product.
-        stacklevel: As for :func:`warnings.warn`, seen from the caller.
+    *stacklevel* is that of :func:`warnings.warn`, seen from the caller.
     """
     grid = product.tiles
-    if grid is None or not is_official(raster.path, product):
+    if grid is None or raster.width == raster.height == grid.pixels:
         return
-    if not raster.width == raster.height == grid.pixels:
+    if is_official(raster.path, product):
         warnings.warn(
             f'{raster.path} has the name of an official tile, but {raster.width} x '
             f'{raster.height} pixels of {abs(raster.transform.a):.3g} instead of '

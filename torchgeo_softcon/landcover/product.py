@@ -6,7 +6,7 @@
 import colorsys
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,10 +84,6 @@ class LandCoverProduct:
         for key, (kinds, meaning) in _KINDS.items():
             value = getattr(self, key)
             require(isinstance(value, kinds), f'{key} must be {meaning}, got {value!r}')
-        require(
-            re.fullmatch(r'[\w-]+', self.name),
-            f'name must be made of letters, digits, _ and -, got {self.name!r}',
-        )
         years = self.years if isinstance(self.years, Mapping) else {}
         for key, value in {
             'title': self.title or self.name,
@@ -96,79 +92,70 @@ class LandCoverProduct:
             'years': {year: str(years.get(year) or '') for year in self.years},
         }.items():
             object.__setattr__(self, key, value)  # it is frozen
-        self._check_classes()
-        self._check_files()
+        for problem in self._problems():
+            raise ValueError(problem)
 
-    def _check_classes(self) -> None:
-        require(self.classes, 'classes must not be empty: list code and name of each')
-        require(
-            self.no_data, 'no_data must not be empty: name a code that no class has'
-        )
+    def _problems(self) -> Iterator[str]:
+        """Tell what is wrong with the values, and what to do about it."""
+        if not re.fullmatch(r'[\w-]+', self.name):
+            yield f'name must be made of letters, digits, _ and -, got {self.name!r}'
+        if not self.classes:
+            yield 'classes must not be empty: list code and name of each'
+        if not self.no_data:
+            yield 'no_data must not be empty: name a code that no class has'
         names: dict[int, str] = {}
         for position, one in enumerate(self.classes):
-            key = f'classes[{position}]'
-            _check_code(f'{key}.code', one.code)
-            require(
-                isinstance(one.name, str) and one.name.strip(),
-                f'{key}.name must be a text, got {one.name!r} for code {one.code}: name '
-                'the class (in quotes, if YAML takes it for something else)',
-            )
-            require(
-                one.code not in names,
-                f'{key}.code must be unique, got {one.code} for {names.get(one.code)!r} '
-                f'and for {one.name!r}: give each class its own code',
-            )
-            require(
-                re.fullmatch('#[0-9a-fA-F]{6}', str(one.color or '#000000')),
-                f"{key}.color must be such as '#00ff00' (in quotes), got {one.color!r}",
-            )
-            names[one.code] = one.name
+            key, code, name = f'classes[{position}]', one.code, one.name
+            if not _is_code(code):
+                yield f'{key}.code must be a whole number from 0 to 255, got {code!r}'
+            if not (isinstance(name, str) and name.strip()):
+                yield (
+                    f'{key}.name must be a text, got {name!r} for code {code}: name the '
+                    'class (in quotes, if YAML takes it for something else)'
+                )
+            if code in names:
+                yield (
+                    f'{key}.code must be unique, got {code} for {names[code]!r} and for '
+                    f'{name!r}: give each class its own code'
+                )
+            if not re.fullmatch('#[0-9a-fA-F]{6}', str(one.color or '#000000')):
+                yield (
+                    f"{key}.color must be such as '#00ff00' (in quotes), got {one.color!r}"
+                )
+            names[code] = name
         for code in self.no_data:
-            _check_code('no_data', code)
-            require(
-                code not in names,
-                f'no_data must not be the code of a class, got {code}, which is '
-                f'{names.get(code)!r}: name a code that no class has',
-            )
+            if not _is_code(code):
+                yield f'no_data must be whole numbers from 0 to 255, got {code!r}'
+            if code in names:
+                yield (
+                    f'no_data must not be the code of a class, got {code}, which is '
+                    f'{names[code]!r}: name a code that no class has'
+                )
         for name, mapping in self.mappings.items():
-            require(
-                isinstance(mapping, Mapping),
-                f'mappings.{name} must map codes to codes, got {mapping!r}',
-            )
-            wrong = sorted({*mapping} ^ {*names}, key=str)
-            require(
-                not wrong,
-                f'mappings.{name} must have the codes of all classes and no others, got '
-                f'{list(mapping)}: add or take out {", ".join(map(str, wrong))}',
-            )
-
-    def _check_files(self) -> None:
+            if not isinstance(mapping, Mapping):
+                yield f'mappings.{name} must map codes to codes, got {mapping!r}'
+            elif wrong := sorted({*mapping} ^ {*names}, key=str):
+                yield (
+                    f'mappings.{name} must have the codes of all classes and no others, '
+                    f'got {list(mapping)}: add or take out {", ".join(map(str, wrong))}'
+                )
         for year in self.years:
-            require(
-                type(year) is int and 1000 <= year <= 9999,
-                f'years must have four digits, got {year!r}',
+            if type(year) is not int or not 1000 <= year <= 9999:
+                yield f'years must have four digits, got {year!r}'
+        path, url = self.path, self.url
+        if re.search('[{}]', re.sub(r'\{(year|version|tile)\}', '', path)):
+            yield (
+                'path must have nothing but {year}, {version} and {tile} in braces, got '
+                f'{path!r}'
             )
-        require(
-            not re.search('[{}]', re.sub(r'\{(year|version|tile)\}', '', self.path)),
-            'path must have nothing but {year}, {version} and {tile} in braces, got '
-            f'{self.path!r}',
-        )
-        require(
-            self.path.lower().endswith(('.tif', '.tiff')) or not self.path,
-            f'path must end in .tif or .tiff, got {self.path!r}',
-        )
-        require(
-            '{year}' not in self.path or self.years,
-            f'path must not have {{year}} without years, got {self.path!r}: add years',
-        )
-        require(
-            '{tile}' in self.path or self.tiles is None,
-            f'path must have {{tile}} if there are tiles, got {self.path!r}',
-        )
-        require(
-            self.url.startswith(('https://', 'http://')) or not self.url,
-            f'url must start with https:// or http://, got {self.url!r}',
-        )
+        if path and not path.lower().endswith(('.tif', '.tiff')):
+            yield f'path must end in .tif or .tiff, got {path!r}'
+        if '{year}' in path and not self.years:
+            yield f'path must not have {{year}} without years, got {path!r}: add years'
+        if '{tile}' not in path and self.tiles is not None:
+            yield f'path must have {{tile}} if there are tiles, got {path!r}'
+        if url and not url.startswith(('https://', 'http://')):
+            yield f'url must start with https:// or http://, got {url!r}'
 
     @property
     def codes(self) -> tuple[int, ...]:
@@ -184,6 +171,11 @@ class LandCoverProduct:
     def fill(self) -> int:
         """Code that stands for no data in masks."""
         return self.no_data[0]
+
+    @property
+    def legend(self) -> tuple[int, ...]:
+        """All codes that pixels may have, those without data first."""
+        return *self.no_data, *self.codes
 
     @property
     def grid(self) -> TileGrid:
@@ -202,31 +194,23 @@ class LandCoverProduct:
     @functools.cached_property
     def names(self) -> dict[int, str]:
         """Names by code, *No data* first."""
-        classes = {one.code: one.name for one in self.classes}
-        return {self.fill: 'No data', **classes}
+        return {self.fill: 'No data', **{one.code: one.name for one in self.classes}}
 
     @functools.cached_property
     def colors(self) -> dict[int, Color]:
         """Colours by code, transparent for no data."""
         colors: dict[int, Color] = {self.fill: (0, 0, 0, 0)}
         for position, one in enumerate(self.classes):
-            if one.color is None:
-                # Steps of the golden ratio around the circle of hues stay apart
+            if one.color:
+                red, green, blue = bytes.fromhex(one.color[1:])
+            else:  # steps of the golden ratio around the circle of hues stay apart
                 hue = colorsys.hsv_to_rgb(0.618034 * position % 1, 0.65, 0.9)
                 red, green, blue = (round(255 * value) for value in hue)
-            else:
-                red, green, blue = bytes.fromhex(one.color[1:])
             colors[one.code] = (red, green, blue, 255)
         return colors
 
     def check_year(self, year: int | None) -> int | None:
-        """Return a year of the map, the last one for None.
-
-        Args:
-            year: The year.
-
-        Returns:
-            The year, None if the map has no years.
+        """Return a year of the map, the last one (or None if it has none) for None.
 
         Raises:
             ValueError: If the map does not have this year.
@@ -243,8 +227,8 @@ class LandCoverProduct:
 
     def edition(self, year: int | None) -> str:
         """Return the title with resolution, year and version, for label files."""
-        parts = (self.title, self.resolution, str(year or ''), self.version(year))
-        return ' '.join(filter(None, parts))
+        words = (self.title, self.resolution, str(year or ''), self.version(year))
+        return ' '.join(filter(None, words))
 
     def file_path(self, tile: str, year: int | None) -> str:
         """Return the path of a tile (if there are any) and year below *url*."""
@@ -274,8 +258,5 @@ class LandCoverProduct:
         return re.compile(f'{pattern}(?:(?P<map>{re.escape(layer)}){end}|_[A-Za-z0-9])')
 
 
-def _check_code(key: str, code: object) -> None:
-    require(
-        type(code) is int and 0 <= code <= 255,
-        f'{key} must be a whole number from 0 to 255, got {code!r}',
-    )
+def _is_code(code: object) -> bool:
+    return type(code) is int and 0 <= code <= 255

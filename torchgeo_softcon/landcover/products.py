@@ -79,13 +79,6 @@ def find_legend(
     Args:
         product: The product.
         name: Name of this product or of one that it has a mapping to, None for this one.
-
-    Returns:
-        The product that has these classes, and its code for every code of *product*, in
-        the order of *product*.
-
-    Raises:
-        ValueError: If *product* has no mapping of this name.
     """
     if name in (None, product.name):
         return product, {code: code for code in product.codes}
@@ -103,8 +96,8 @@ def _check_targets(product: LandCoverProduct) -> LandCoverProduct:
             f'mappings must be to {" or ".join(_PRODUCTS)}, got {name!r}: register that '
             'product first',
         )
+        codes = _PRODUCTS[name].codes
         for code, target in mapping.items():
-            codes = _PRODUCTS[name].codes
             require(
                 target in codes,
                 f'mappings.{name}.{code} must be a code of {name}, got {target!r}: choose '
@@ -113,12 +106,13 @@ def _check_targets(product: LandCoverProduct) -> LandCoverProduct:
     return product
 
 
-def _read(path: str) -> LandCoverProduct:
+def _read(path: str | os.PathLike[str]) -> LandCoverProduct:
     """Read a YAML file whose keys are those of :class:`.LandCoverProduct`."""
     try:
         with open(path, encoding='utf-8') as file:
-            content = yaml.load(file, _UniqueKeys)
-        values = _check_keys('the file', content, LandCoverProduct)
+            values = _check_keys(
+                'the file', yaml.load(file, _UniqueKeys), LandCoverProduct
+            )
         if isinstance(values['classes'], list):
             values['classes'] = [
                 LandCoverClass(**_check_keys(f'classes[{i}]', one, LandCoverClass))
@@ -150,21 +144,22 @@ class _UniqueKeys(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignor
 
 def _check_keys(where: str, content: Any, kind: Any) -> dict[str, Any]:
     """Return a mapping with the keys of a data class, or refuse it."""
-    known = {
-        one.name: one.default is MISSING and one.default_factory is MISSING
+    known = [one.name for one in fields(kind)]
+    needed = [
+        one.name
         for one in fields(kind)
-    }
-    missing = [key for key, needed in known.items() if needed]
+        if one.default is MISSING and one.default_factory is MISSING
+    ]
     require(
         isinstance(content, dict),
-        f'{where} must be a mapping with {", ".join(missing)}, got {content!r}',
+        f'{where} must be a mapping with {", ".join(needed)}, got {content!r}',
     )
     for key in content:
         require(
             key in known,
             f'{where} has the unknown key {key!r}: keys are {", ".join(known)}',
         )
-    for key in missing:
+    for key in needed:
         require(
             key in content,
             f'{where} must have the key {key!r}, got {content!r}: add it',
@@ -173,10 +168,10 @@ def _check_keys(where: str, content: Any, kind: Any) -> dict[str, Any]:
 
 
 #: Land cover in near real time by Google, at 10 m. Its codes are 0 to 8.
-DYNAMICWORLD = register(_read(str(Path(__file__).with_name('dynamicworld.yaml'))))
+DYNAMICWORLD = register(_read(Path(__file__).with_name('dynamicworld.yaml')))
 
 #: ESA WorldCover, of 2020 and 2021 at 10 m.
-WORLDCOVER = register(_read(str(Path(__file__).with_name('worldcover.yaml'))))
+WORLDCOVER = register(_read(Path(__file__).with_name('worldcover.yaml')))
 
 #: Class codes of ESA WorldCover in ordinal order, 0 is no data.
 WORLDCOVER_CODES = WORLDCOVER.codes

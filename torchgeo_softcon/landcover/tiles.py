@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._checks import require
-
-#: Left, bottom, right and top.
-Bounds = tuple[float, float, float, float]
+from ..geo.grid import Bounds
 
 #: A box that reaches less far than this into a tile, in tiles, only touches it: rounding
 #: of projected coordinates is far below (0.3 mm on the ground).
@@ -47,26 +45,17 @@ class TileGrid:
             require(
                 type(value) is int, f'tiles.{key} must be a whole number, got {value!r}'
             )
+        degrees, south, north = self.degrees, self.south, self.north
         require(
-            self.degrees > 0 and 180 % self.degrees == 0,
-            f'tiles.degrees must be a divisor of 180, got {self.degrees}',
+            degrees > 0 and 180 % degrees == 0,
+            f'tiles.degrees must be a divisor of 180, got {degrees}',
         )
         require(self.pixels > 0, f'tiles.pixels must be > 0, got {self.pixels}')
-        south, north = self.south, self.north
         require(
-            -90 <= south < north <= 90
-            and south % self.degrees == north % self.degrees == 0,
+            -90 <= south < north <= 90 and south % degrees == north % degrees == 0,
             'tiles.south and tiles.north must be multiples of tiles.degrees from -90 to '
             f'90, south below north, got {south} and {north}',
         )
-
-    @property
-    def _rows(self) -> int:
-        return (self.north - self.south) // self.degrees
-
-    @property
-    def _cols(self) -> int:
-        return 360 // self.degrees
 
     @functools.cached_property
     def corners(self) -> dict[str, tuple[int, int]]:
@@ -78,13 +67,7 @@ class TileGrid:
         }
 
     def bounds(self, name: str) -> Bounds:
-        """Return the box of a tile.
-
-        Args:
-            name: Name of the tile, like N51E003.
-
-        Returns:
-            Left, bottom, right and top in degrees.
+        """Return left, bottom, right and top of a tile in degrees.
 
         Raises:
             ValueError: If no tile has this name.
@@ -136,29 +119,27 @@ class TileGrid:
 
         # Rows and columns of tiles from the south-west corner of the grid. A point or a
         # line is under the tile to the north-east of it.
+        rows, cols = (self.north - self.south) // self.degrees, 360 // self.degrees
         right = np.where(right < left, right + 360, right)
         west, east = ((lon + 180) / self.degrees for lon in (left, right))
         south, north = ((lat - self.south) / self.degrees for lat in (bottom, top))
-        west, south = (np.floor(low + _TOUCH) for low in (west, south))
-        east, north = (np.ceil(high - _TOUCH) for high in (east, north))
-        width = np.clip(east - west, 1, self._cols).astype(int)
-        col = west.astype(int) % self._cols
-        row, stop = (
-            np.clip(edge.astype(int), 0, self._rows)
-            for edge in (south, np.maximum(north, south + 1))
-        )
+        west, south = (np.floor(low + _TOUCH).astype(int) for low in (west, south))
+        east, north = (np.ceil(high - _TOUCH).astype(int) for high in (east, north))
+        col = west % cols
+        end = col + np.clip(east - west, 1, cols)
+        row, stop = south.clip(0, rows), np.maximum(north, south + 1).clip(0, rows)
 
         # Every box adds 1 from its first to its last tile: marks at its four corners,
         # summed. Columns go twice around the Earth.
-        marks = np.zeros((self._rows + 1, 2 * self._cols + 1), int)
-        for rows, cols, mark in (
-            (row, col, 1),
-            (row, col + width, -1),
-            (stop, col, -1),
-            (stop, col + width, 1),
+        marks = np.zeros((rows + 1, 2 * cols + 1), int)
+        for at, mark in (
+            ((row, col), 1),
+            ((row, end), -1),
+            ((stop, col), -1),
+            ((stop, end), 1),
         ):
-            np.add.at(marks, (rows, cols), mark)
+            np.add.at(marks, at, mark)
         counts = marks.cumsum(0).cumsum(1)[:-1, :-1]
-        covered = (counts[:, : self._cols] + counts[:, self._cols :]) > 0
+        covered = counts[:, :cols] + counts[:, cols:] > 0
         names = list(self.corners)
         return sorted(names[number] for number in np.flatnonzero(covered))

@@ -48,9 +48,6 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Args:
         path: Path of a file written by ``torch.save``, or by safetensors.
 
-    Returns:
-        The checkpoint, on the CPU.
-
     Raises:
         ValueError: If the file is no checkpoint, is damaged, or holds other objects.
     """
@@ -102,16 +99,6 @@ def dino_mc_encoder(
     """Find the encoder in a training checkpoint of DINO-MC, DINO-TP or DINO.
 
     https://github.com/WennyXY/DINO-MC/blob/4f8e519/main_dino_mc.py
-
-    Args:
-        checkpoint: Checkpoint with the entries *student* and *teacher*.
-        branch: Which of the two. The paper evaluates the teacher.
-
-    Returns:
-        Parameters of the encoder, without prefixes and without the head.
-
-    Raises:
-        ValueError: If there is no such branch, or it is not one of DINO.
     """
     if branch not in ('student', 'teacher'):
         raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")

@@ -71,15 +71,6 @@ def fold_layer_scale(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     :math:`\gamma \odot (W x + b) = (\operatorname{diag}(\gamma) W) x + \gamma \odot b`,
     so the function stays the same but for rounding. The training does not: weight decay
     and learning rate no longer apply to :math:`\gamma` alone.
-
-    Args:
-        state_dict: Parameters of a Vision Transformer in timm's layout.
-
-    Returns:
-        Parameters without *ls1.gamma* and *ls2.gamma*. If there were none, the same.
-
-    Raises:
-        ValueError: If the layer before is missing.
     """
     result = dict(state_dict)
     for key, gamma in state_dict.items():
@@ -106,10 +97,6 @@ def resample_positions(
 
     Bicubic with antialiasing, as timm does. An approximation, unless the grid is the
     same.
-
-    Args:
-        state_dict: Parameters in timm's layout, with one class token.
-        grid: Number of patches along each side.
 
     Returns:
         Parameters with a *pos_embed* of shape (1, 1 + grid * grid, D).
@@ -160,9 +147,6 @@ def to_patch_size(
         patch_size: New side of the patches in pixels.
         grid: New number of patches along each side, None to keep it.
 
-    Returns:
-        Parameters without *mask_token* and without LayerScale.
-
     Raises:
         ValueError: If this is not a Vision Transformer.
     """
@@ -186,9 +170,6 @@ def swin_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state_dict: Parameters of ``torchvision.models.swin_t`` or a larger one.
-
-    Returns:
-        Parameters of *swin_tiny_patch4_window7_224* or a larger one, without classifier.
 
     Raises:
         ValueError: If a name is not one of torchvision's.
@@ -260,11 +241,6 @@ def choose_bands(
     state_dict: Mapping[str, Tensor], names: Sequence[str], bands: Sequence[str]
 ) -> dict[str, Tensor]:
     """Let the input layer see some of its bands, by name and in any order.
-
-    Args:
-        state_dict: Parameters in any layout.
-        names: Bands that the input layer was trained with.
-        bands: Bands that it shall see.
 
     Returns:
         Parameters with another input layer, see

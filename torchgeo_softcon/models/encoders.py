@@ -87,9 +87,6 @@ class Encoder:
             size: Side of the images that it was trained with in pixels.
             bands: Names of its bands.
             unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them.
-
-        Returns:
-            The encoder.
         """
         names = None if bands is None else tuple(bands)
         encoder = cls(model.state_dict(), name, size, names, unit_range)
@@ -103,11 +100,7 @@ class Encoder:
 
     @functools.cached_property
     def in_channels(self) -> int:
-        """Number of bands.
-
-        Raises:
-            ValueError: If *name* is not known, or is another architecture.
-        """
+        """Number of bands."""
         layer = input_layer(create_encoder(self._known_name()))[0]
         weight = self.state_dict.get(f'{layer}.weight')
         if weight is None:
@@ -119,11 +112,7 @@ class Encoder:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """A timm model that pools its features, in evaluation mode.
-
-        Raises:
-            ValueError: If *name* is not known, or is another architecture.
-        """
+        """A timm model that pools its features, in evaluation mode."""
         encoder: Any = create_encoder(self._known_name(), self.in_channels)
         positions = self.state_dict.get('pos_embed')
         if is_vit(encoder) and positions is not None:
@@ -159,9 +148,6 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         branch: Of two encoders, ``'student'``, which is trained, or ``'teacher'``, its
             moving average. Defaults to the one that the task exports: the student of
             SoftCon, the teacher of DINO-MC, as the papers evaluate them.
-
-    Returns:
-        The encoder.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -332,9 +318,6 @@ def open_encoder(
             package, and of a *checkpoint* that does not tell them, all in its order.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, if
             *weights* or *checkpoint* do not tell.
-
-    Returns:
-        The encoder, its *model* in evaluation mode.
 
     Raises:
         ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it

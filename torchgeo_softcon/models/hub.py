@@ -46,9 +46,6 @@ def find_file(
             there are any.
         progress: Whether to show the progress of a download.
 
-    Returns:
-        Path of the file.
-
     Raises:
         ValueError: If *root* or *model_dir* is not a folder, or the file has another hash.
         RuntimeError: If the download fails.

@@ -20,17 +20,7 @@ InputLayerInit = Literal['random', 'rgb', 'timm']
 
 
 def input_layer(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    """Find the convolution that sees the image.
-
-    Args:
-        model: A timm model.
-
-    Returns:
-        The name of the first convolution and the convolution.
-
-    Raises:
-        ValueError: If *model* has no convolution.
-    """
+    """Find the convolution that sees the image."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             return name, module

@@ -195,9 +195,6 @@ def _create(
         **kwargs: Arguments of timm's model: *in_chans* (default: those of the weights),
             *num_classes* (default: 0), *img_size*, *features_only*, ...
 
-    Returns:
-        A model.
-
     Raises:
         ValueError: If the number of bands does not tell which ones they are, or
             something else does not fit.

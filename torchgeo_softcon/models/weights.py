@@ -96,9 +96,6 @@ class EncoderWeights(WeightsEnum):
             model_dir: Folder to download to. Defaults to the cache of torch.hub.
             map_location: Device, the CPU by default.
 
-        Returns:
-            A new state dict without classifier, that loads strictly.
-
         Raises:
             ValueError: If an argument does not fit the weights, or the file is not what
                 it should be.

@@ -17,12 +17,6 @@ def make_teacher(student: nn.Module) -> nn.Module:
     depth are taken out for good, not by ``eval()``, because Lightning puts all modules
     of a task into training mode. Batch norm stays as it is: in training mode the teacher
     normalises with the statistics of its own batch, as in MoCo and DINO.
-
-    Args:
-        student: The trainable network.
-
-    Returns:
-        A deep copy without gradients and without randomness.
     """
     teacher = copy.deepcopy(student)
     for module in teacher.modules():

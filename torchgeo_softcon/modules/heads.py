@@ -28,14 +28,6 @@ def mlp_head(
     ``MoCoProjectionHead`` differs in the last point.
     https://github.com/facebookresearch/moco-v3/blob/main/moco/builder.py
 
-    Args:
-        input_dim: Number of input features.
-        hidden_dim: Number of features between the layers.
-        output_dim: Number of output features.
-        num_layers: Number of linear layers.
-        last_batch_norm: Whether batch norm follows the last layer, too. MoCo v3's
-            predictor for ResNets has none there.
-
     Returns:
         A head from (B, input_dim) to (B, output_dim).
 
@@ -94,13 +86,7 @@ class Prototypes(nn.Module):
     """
 
     def __init__(self, input_dim: int, output_dim: int, learn_norms: bool) -> None:
-        """Initialize a new Prototypes instance.
-
-        Args:
-            input_dim: Number of input features D.
-            output_dim: Number of prototypes K.
-            learn_norms: Whether the norms are trained. They start at 1.
-        """
+        """Initialize a new Prototypes instance."""
         super().__init__()
         direction = nn.Linear(input_dim, output_dim, bias=False).weight
         self.weight_v = nn.Parameter(direction.detach())
@@ -108,9 +94,6 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compare features with the prototypes.
-
-        Args:
-            x: Features of shape (B, D).
 
         Returns:
             Products of shape (B, K), cosines if features and prototypes have norm 1.
@@ -141,16 +124,7 @@ class DINOHead(ProjectionHead):
         output_dim: int = 65536,
         norm_last_layer: bool = True,
     ) -> None:
-        """Initialize a new DINOHead instance.
-
-        Args:
-            input_dim: Number of input features.
-            hidden_dim: Number of features between the layers.
-            bottleneck_dim: Number of features that the prototypes are compared with.
-            output_dim: Number of prototypes K.
-            norm_last_layer: Whether to keep the norms of the prototypes at 1, which
-                DINO found to be more stable.
-        """
+        """Initialize a new DINOHead instance."""
         super().__init__(
             [
                 (input_dim, hidden_dim, None, nn.GELU()),
@@ -166,9 +140,6 @@ class DINOHead(ProjectionHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compare features with the prototypes.
-
-        Args:
-            x: Features of shape (B, input_dim).
 
         Returns:
             Logits of shape (B, K).

@@ -20,12 +20,6 @@ def random_visible(
 ) -> Tensor:
     """Draw the patches that stay visible, uniformly and per sample.
 
-    Args:
-        batch_size: Number of samples B.
-        num_patches: Number of patches L per sample.
-        ratio: Share of patches to mask, in [0, 1).
-        device: Device to draw on.
-
     Returns:
         Indices of max(1, int(L * (1 - ratio))) patches in ascending order, shape (B, N).
         The count is the same for all samples, so that shapes stay static.
@@ -134,10 +128,6 @@ class SiameseMasking(nn.Module):
 
     def forward(self, encoder: nn.Module, image: Tensor) -> Tensor:
         """Encode randomly masked images.
-
-        Args:
-            encoder: A timm model that pools its features, see ``mode``.
-            image: Images of shape (B, C, H, W).
 
         Returns:
             Features of shape (B, F).

@@ -83,10 +83,6 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
 def can_use_varlen(vit: VisionTransformer, device: torch.device) -> bool:
     """Whether attention can run once for sequences of all lengths.
 
-    Args:
-        vit: A Vision Transformer.
-        device: Device of the tokens.
-
     Returns:
         True with PyTorch 2.10 or newer, on an NVIDIA GPU of compute capability 8.0
         (Ampere) or newer, for heads whose width is a multiple of 8 and at most 256. Then,

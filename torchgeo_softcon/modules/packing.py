@@ -36,9 +36,6 @@ CropBatching: TypeAlias = Literal['auto', 'packed', 'by_size']
 def can_pack(encoder: nn.Module) -> bool:
     """Tell whether :func:`encode_crops` packs the tokens of all sizes for an encoder.
 
-    Args:
-        encoder: A timm model.
-
     Returns:
         True for Vision Transformers of timm's standard blocks that take any image size
         and pool a token or an average: ViT, DeiT, DINO and DINOv2. False if the encoder

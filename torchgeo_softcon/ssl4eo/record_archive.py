@@ -64,13 +64,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def find_splits(root: str | os.PathLike[str]) -> list[str]:
-    """Find the splits of a packed archive.
-
-    Args:
-        root: Its folder.
-
-    Returns:
-        Names of the splits.
+    """Return the names of the splits of a packed archive.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -148,13 +142,7 @@ class RecordArchive(Archive):
         return self.read_checked(row), self.georeference(row)
 
     def read_checked(self, row: int) -> npt.NDArray[Any]:
-        """Read an image, and compare it with its checksum.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its record, of shape ().
+        """Read the record of an image, of shape (), and compare it with its checksum.
 
         Raises:
             ValueError: If it is not what was packed.
@@ -253,13 +241,7 @@ def has_records(path: Path, count: int) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read what an index tells of the whole archive.
-
-    Args:
-        path: The index.
-
-    Returns:
-        The version of the *format*, and *labels*: what they are, or None.
+    """Read the version of the *format* of an index, and what its *labels* are, or None.
 
     Raises:
         ValueError: If it is of another version, or not the index of a packed archive.
@@ -307,15 +289,7 @@ def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> N
 
 
 def write_records(path: Path, records: npt.NDArray[Any]) -> None:
-    """Write a file of records.
-
-    Args:
-        path: The file, which is there once it is complete.
-        records: Records of shape (N,).
-
-    Raises:
-        OSError: If the file cannot be written. A partial file is deleted.
-    """
+    """Write a file of records of shape (N,), which is there once it is complete."""
     header = np.lib.format.header_data_from_array_1_0(records)
     with whole_file(path) as unfinished, open(unfinished, 'wb') as file:
         np.lib.format.write_array_header_1_0(file, header)

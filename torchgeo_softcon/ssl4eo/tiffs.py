@@ -252,13 +252,7 @@ class TiffArchive(Archive):
 
 
 def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
-    """Check the names of splits.
-
-    Args:
-        split: One name or several.
-
-    Returns:
-        The names.
+    """Return the names of splits, of which there may be one as text, or several.
 
     Raises:
         ValueError: If there is none, or one is unknown or comes twice.
@@ -298,14 +292,9 @@ def check_names(source: Path, split: str, location: pa.Array, season: pa.Array) 
 
 
 def list_images(root: str | os.PathLike[str], split: str) -> list[tuple[str, str]]:
-    """Find images by the names of their folders. Others are passed over.
+    """Return location and name of each image of a split, sorted.
 
-    Args:
-        root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
-        split: Name of one of them.
-
-    Returns:
-        Location and name of each image, sorted.
+    Images are known by the names of their folders. Others are passed over.
     """
     folder = Path(root) / split
     return [
@@ -325,14 +314,7 @@ def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:
 
 
 def days(split: str, seasons: npt.NDArray[np.bytes_]) -> npt.NDArray[np.datetime64]:
-    """Return the dates of images.
-
-    Args:
-        split: Name of their split.
-        seasons: Names of N images.
-
-    Returns:
-        Days, shape (N,).
+    """Return the days of N images of a split from their names, shape (N,).
 
     Raises:
         ValueError: If a name has no date.

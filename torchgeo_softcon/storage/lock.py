@@ -16,13 +16,6 @@ def exclusive(path: Path, what: str | os.PathLike[str]) -> Iterator[None]:
 
     The system drops the lock when its process ends, however it ends, so a file that is
     left behind locks nothing.
-
-    Args:
-        path: File of the lock, made if it is missing. Its folder must exist.
-        what: What is being written, for the message.
-
-    Raises:
-        BlockingIOError: If another run holds the lock.
     """
     with path.open('a') as file:
         try:

@@ -30,17 +30,6 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
 
     With a column *geometry* (WKB in longitude and latitude) it becomes a GeoParquet file,
     which has a further column *bbox*.
-
-    Args:
-        path: The file, which is replaced if there is one.
-        tables: Rows, a row group each.
-        schema: Columns of the rows, with the metadata of the file.
-
-    Returns:
-        Number of rows.
-
-    Raises:
-        OSError: If it cannot be written. A partial file is deleted.
     """
     rows, types, box = 0, set(), np.full(4, np.nan)
     geographic = GEOMETRY in schema.names

@@ -36,12 +36,7 @@ class ResumableParquet:
     notes: tuple[str, ...] = ('overwrite',)
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
-        """Initialize a new ResumableParquet instance.
-
-        Args:
-            path: Path of the file.
-            origin: What the rows are made from, to tell whether parts belong to it.
-        """
+        """Initialize a new ResumableParquet instance."""
         self.path = path
         self.folder = path.with_name(f'{path.name}.parts')
         self.origin = {key: str(value) for key, value in origin.items()}
@@ -50,16 +45,7 @@ class ResumableParquet:
 
     @contextlib.contextmanager
     def open(self, overwrite: bool = False) -> Iterator[None]:
-        """Start, or go on with the parts that are there. For one run at a time.
-
-        Args:
-            overwrite: Whether to delete the parts, and to replace the file.
-
-        Raises:
-            BlockingIOError: If another run writes the file.
-            FileExistsError: If there is a file that is not to be replaced.
-            ValueError: If there are parts of something else.
-        """
+        """Start, or go on with the parts that are there. For one run at a time."""
         self._replaced = overwrite
         if not self.folder.exists():
             self.check_file()
@@ -131,14 +117,7 @@ class ResumableParquet:
         return dict(json.loads(self._manifest.read_text()))
 
     def part_files(self, kind: str = '*') -> list[Path]:
-        """List the parts, of one kind or of all, in the order in which they were written.
-
-        Args:
-            kind: Beginning of their names.
-
-        Returns:
-            Their paths.
-        """
+        """List the parts, of one kind or of all, in the order in which they were written."""
         return sorted(self.folder.glob(f'{kind}-*.parquet'), key=_numbered)
 
     def count_rows(self, kind: str = '*') -> int:
@@ -146,16 +125,7 @@ class ResumableParquet:
         return sum(pq.read_metadata(part).num_rows for part in self.part_files(kind))
 
     def append(self, kind: str, table: pa.Table) -> None:
-        """Write a part.
-
-        Args:
-            kind: Beginning of its name. Every process writes kinds of its own.
-            table: Its rows.
-
-        Raises:
-            OSError: If it cannot be written.
-            ValueError: If its columns are not those of the parts before.
-        """
+        """Write a part."""
         number, before = 0, self.part_files(kind)
         if before:
             number = _numbered(before[-1])[1] + 1
@@ -170,34 +140,13 @@ class ResumableParquet:
             pq.write_table(table, unfinished, compression='zstd')
 
     def finish(self, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-        """Write the file, and delete the parts.
-
-        Args:
-            tables: Its rows, a row group each.
-            schema: Its columns and metadata.
-
-        Returns:
-            Number of rows.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Write the file, and delete the parts."""
         rows = write_parquet(self.path, tables, schema)
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 
     def join(self, samples: int) -> int:
-        """Make the file of the parts of all kinds.
-
-        Args:
-            samples: How many rows there must be.
-
-        Returns:
-            Number of rows.
-
-        Raises:
-            ValueError: If there are none, or not as many as samples.
-        """
+        """Make the file of the parts of all kinds."""
         part_files, rows = self.part_files(), self.count_rows()
         if rows != samples:
             raise ValueError(

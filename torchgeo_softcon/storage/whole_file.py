@@ -13,9 +13,6 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, whose file gets its real name once it is on the disk.
 
-    Args:
-        path: The file, which is replaced if there is one.
-
     Yields:
         The path for the time being, the same with ``.tmp`` at its end.
 

@@ -120,11 +120,7 @@ class NonFiniteGuard:
             self._pop()
 
     def check(self) -> None:
-        """Wait for all losses and check them.
-
-        Raises:
-            NonFiniteLossError: If one of them is not finite.
-        """
+        """Wait for all losses and check them."""
         while self._pending:
             self._pending[0][2].synchronize()
             self._pop()

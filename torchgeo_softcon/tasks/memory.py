@@ -61,11 +61,7 @@ def follow_parameters(optimizer: Optimizer) -> None:
 
 
 def checkpoint_activations(encoder: nn.Module, name: str) -> None:
-    """Let a timm model forget its activations, and compute them again when needed.
-
-    Raises:
-        ValueError: If timm cannot do so for the model called *name*.
-    """
+    """Let a timm model forget its activations, and compute them again when needed."""
     try:
         cast(Any, encoder).set_grad_checkpointing()
     except (AssertionError, AttributeError, NotImplementedError) as error:
@@ -80,13 +76,6 @@ def paused_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Keep batch norm from taking note of a batch a second time.
 
     What is computed again in the backward pass has been seen before.
-
-    Args:
-        modules: All modules as they are now: Lightning may have replaced batch norms
-            since they were made.
-
-    Yields:
-        Nothing. Afterwards, also after an error, all is as before.
     """
     paused = [
         (module, module.momentum, number, number.clone())

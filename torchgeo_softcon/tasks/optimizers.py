@@ -26,13 +26,6 @@ def parameter_groups(
     embeddings and class tokens are, as in DINO. (lightly's
     ``get_weight_decay_parameters`` decays LayerScale.)
     https://github.com/facebookresearch/dino/blob/main/utils.py
-
-    Args:
-        modules: Modules to optimize.
-        weight_decay: Weight decay of the first group.
-
-    Returns:
-        The group with and the group without weight decay.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -58,9 +51,6 @@ def create_optimizer(
         lr: Peak learning rate.
         fused: Whether to use PyTorch's fused AdamW, one kernel for all parameters.
 
-    Returns:
-        The optimizer.
-
     Raises:
         ValueError: If *name* is unknown.
     """
@@ -74,11 +64,7 @@ def create_optimizer(
 
 
 def run_length(trainer: Trainer) -> tuple[int, int]:
-    """Return the number of optimizer steps of a run, and of an epoch.
-
-    Raises:
-        ValueError: If the run has no end.
-    """
+    """Return the number of optimizer steps of a run, and of an epoch."""
     if trainer.train_dataloader is None:
         # Lightning does not look at the data if max_steps alone ends the run
         trainer.fit_loop.setup_data()
@@ -134,10 +120,6 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> N
     Not PyTorch's ``clip_grad_norm_``, which scales all gradients by one factor. Does not
     wait for the device.
     https://github.com/facebookresearch/dino/blob/main/utils.py
-
-    Args:
-        parameters: Parameters. Those without gradient are left out.
-        max_norm: Largest norm of a gradient.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -163,20 +145,6 @@ def cosine_warmup(
     its first and *base* at its last step, and *final* is what step *total* would get.
     lightly's :func:`cosine_schedule` divides by :math:`n - 1` instead, so its last step
     reaches the final value.
-
-    Args:
-        step: Index of the optimizer step, from 0.
-        total: Number of optimizer steps of the run.
-        base: Value at the end of the warm-up.
-        final: Value the cosine ends in.
-        warmup: Number of warm-up steps.
-        start: Value of the first warm-up step.
-
-    Returns:
-        The value at *step*. Steps beyond *total* get *final*.
-
-    Raises:
-        ValueError: If *total* is not positive or *warmup* is negative.
     """
     if total < 1:
         raise ValueError(f'total must be at least one step, got {total}')

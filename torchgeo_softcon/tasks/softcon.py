@@ -311,13 +311,6 @@ class SoftConTask(PretrainingTask):
     ) -> Tensor:
         """Compute the training loss.
 
-        Args:
-            batch: Mini-batch with *image* of shape (B, C, H, W), (B, T * C, H, W) or
-                (B, T, C, H, W), and *label* of shape (B, K) or (B, T, K), multi-hot or
-                class fractions, all zeros where unknown.
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-
         Raises:
             ValueError: If the batch lacks something or has other shapes.
             NonFiniteLossError: If the loss is not finite.

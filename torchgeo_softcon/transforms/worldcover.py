@@ -211,11 +211,6 @@ class WorldCoverMultiLabel(nn.Module):
         *image* of (1, C, H, W), a mask of (1, H, W) gives (1, K), and with an *image*
         of (B, 1, C, H, W), a mask of (B, 1, H, W) gives (B, 1, K).
 
-        Args:
-            sample: A sample or a batch with a *mask* of class codes of shape (H, W),
-                (1, H, W), (B, H, W), (B, 1, H, W) or (B, T, H, W). It is not modified.
-                Floating point masks, as made by kornia, must hold whole numbers.
-
         Returns:
             The same sample with a float32 *label* of shape (K,), (B, K) or (B, T, K),
             and without *mask* unless *keep_mask*. A *label* that was there before is
