@@ -177,10 +177,11 @@ def dataset_product(dataset: Any) -> LandCoverProduct | None:
     if isinstance(product, LandCoverProduct):
         return product
     inner = [getattr(dataset, wrapper, None) for wrapper in _WRAPPERS]
-    found = map(
-        dataset_product, filter(None, (*inner, *getattr(dataset, 'datasets', ())))
-    )
-    return next(filter(None, found), None)
+    for one in (*inner, *getattr(dataset, 'datasets', ())):
+        product = None if one is None else dataset_product(one)
+        if product is not None:
+            return product
+    return None
 
 
 def without_transforms(dataset: Any) -> Any:

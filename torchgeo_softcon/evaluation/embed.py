@@ -44,11 +44,11 @@ def embed(
         encoder: From :func:`.open_encoder`.
         datamodule: A TorchGeo datamodule.
         out: The file.
-        split: See :func:`.set_up`.
+        split: By default, see :func:`.set_up`.
         size: Side to resize images to in pixels, None for as they are.
         pooling: One of :func:`.poolings`, by default the encoder's own.
         overwrite: Whether to replace a file that exists.
-        origin: What the embeddings are made from.
+        origin: Notes on encoder and data, to compare with those of an incomplete file.
         **trainer: Arguments of Lightning's trainer.
     """
     known = poolings(encoder.model)

@@ -41,14 +41,10 @@ class EmbeddingRows:
         self._since = time.monotonic()
 
     def add(self, embedding: Tensor, batch: Any, queries: Sequence[Any] | None) -> None:
-        """Take the rows of a batch, and write a part if it is time.
+        """Take the embeddings (B, F) of a batch, and write a part if it is time.
 
-        Rows that an interrupted run has written are left out.
-
-        Args:
-            embedding: Embeddings of shape (B, F).
-            batch: The batch.
-            queries: What the dataset was asked for, if it is known.
+        Rows that an interrupted run has written are left out. *queries* are what the
+        dataset was asked for, if that is known.
         """
         start = self.position
         self.position += len(embedding)
@@ -80,14 +76,7 @@ def make_table(
     footprints: Sequence[Footprint] | None = None,
     label: Tensor | None = None,
 ) -> pa.Table:
-    """Make rows of a file of embeddings.
-
-    Args:
-        index: Numbers of the samples, shape (B,).
-        embedding: Embeddings of shape (B, F).
-        footprints: Footprints of the samples, if they are known.
-        label: Labels of shape (B,) or (B, K).
-    """
+    """Make rows of numbers (B,), embeddings (B, F), footprints, and labels (B,) or (B, K)."""
     columns = {
         'index': pa.array(index, pa.int64()),
         'embedding': _column(embedding.float()),

@@ -74,8 +74,8 @@ def evaluate_encoder(
 
     Args:
         encoder: The encoder.
-        datamodule: Labelled data, whose training split has the neighbours and is what
-            the classifier is fitted to.
+        datamodule: Labelled data, whose training split has the neighbours and fits the
+            classifier.
         split: Either 'test' or 'val', to classify.
         k: Numbers of neighbours (5, 10, 15 and 20 in the code of DINO-MC).
         temperature: Temperature of their votes (0.07 in DINO and DINO-MC).

@@ -65,12 +65,9 @@ def _run_hook(
 class Encoded(NamedTuple):
     """A batch, and what an encoder makes of it."""
 
-    #: The batch as it was read, with what the hook of the datamodule has changed.
-    batch: Sample
-    #: Images as the datamodule gives them to a task, shape (B, ...).
-    image: Tensor
-    #: float32 features of shape (B, F) by name, of several seasons their mean.
-    features: dict[str, Tensor]
+    batch: Sample  # as it was read, with what the datamodule has changed
+    image: Tensor  # as the datamodule gives it to a task, shape (B, ...)
+    features: dict[str, Tensor]  # float32 (B, F) by name, of several seasons their mean
 
 
 def encode_batches(
@@ -119,10 +116,8 @@ def encode_batches(
 class LabelledFeatures(NamedTuple):
     """Features of images whose label is known."""
 
-    #: Features of shape (N, F) by name.
-    features: dict[str, Tensor]
-    #: Class indices of shape (N,), or multi-hot labels of shape (N, K).
-    labels: Tensor
+    features: dict[str, Tensor]  # (N, F) by name
+    labels: Tensor  # class indices (N,), or multi-hot labels (N, K)
 
 
 def collect_labelled(

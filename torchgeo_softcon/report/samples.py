@@ -39,29 +39,17 @@ _KEPT = 10
 
 @dataclass
 class Gallery:
-    """Some images with all that a report needs to know of them.
-
-    Attributes:
-        split: Part of the data they are from.
-        bands: Names of the bands, if they are known.
-        show: How images are shown.
-        features: Features of shape (N, F).
-        labels: Class indices of shape (N,), multi-labels of shape (N, K), or None.
-        thumbnails: Colours of all images.
-        samples: The first of the samples, as the datamodule gives them.
-        masks: Land cover of *samples*, codes of shape (H, W), or None.
-        product: Land-cover product of the codes.
-    """
+    """Some images with all that a report needs to know of them."""
 
     split: str
     bands: Sequence[str] | None
     show: Display
-    features: Tensor
-    labels: Tensor | None
-    thumbnails: list[Array]
-    samples: list[Sample]
-    masks: list[Tensor] | None
-    product: LandCoverProduct = WORLDCOVER
+    features: Tensor  # (N, F)
+    labels: Tensor | None  # class indices (N,) or multi-labels (N, K)
+    thumbnails: list[Array]  # colours of all images
+    samples: list[Sample]  # the first ones, as the datamodule gives them
+    masks: list[Tensor] | None  # land cover of *samples*, codes of shape (H, W)
+    product: LandCoverProduct = WORLDCOVER  # of the codes
 
     def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
         """Return features, labels and thumbnails of the images whose label is known."""
