@@ -68,8 +68,7 @@ class UnitRange(Callback):
         """Change the datamodule.
 
         Raises:
-            ValueError: See
-                :func:`~torchgeo_softcon.datamodules.normalization.use_unit_range`.
+            ValueError: See :func:`.use_unit_range`.
         """
         datamodule = trainer_datamodule(trainer)
         if datamodule is None:

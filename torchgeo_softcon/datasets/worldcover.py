@@ -158,9 +158,10 @@ class ESAWorldCover(RasterDataset):
             self.cmap = _colormap(product)
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
         self.ordinal = ordinal
-        self._codes = (product.fill, *classes)
+        codes = (product.fill, *classes)
+        self._code_of = dict(enumerate(codes)) if ordinal else {c: c for c in codes}
         self._map = np.full(256, 0 if ordinal else product.fill)
-        self._map[list(classes)] = range(1, len(classes) + 1) if ordinal else classes
+        self._map[list(classes)] = [*self._code_of][1:]
 
         rasters = [open_tile(path) for path in self.files]
         for raster in rasters:
@@ -282,18 +283,14 @@ class ESAWorldCover(RasterDataset):
         Returns:
             A figure with the classes that are present in its legend.
         """
-        panels = [key for key in ('mask', 'prediction') if key in sample]
+        panels = ['mask', 'prediction'] if 'prediction' in sample else ['mask']
+        size = (4 * len(panels) + 3, 4)
         fig, axs = plt.subplots(
-            1,
-            len(panels),
-            figsize=(4 * len(panels) + 3, 4),
-            squeeze=False,
-            layout='constrained',
+            1, len(panels), figsize=size, squeeze=False, layout='constrained'
         )
-        by_value = {
-            i if self.ordinal else code: code for i, code in enumerate(self._codes)
-        }
-        table = _color_table({v: self.colors[code] for v, code in by_value.items()})
+        table = _color_table(
+            {v: self.colors[code] for v, code in self._code_of.items()}
+        )
         present: set[int] = set()
         for ax, panel in zip(axs[0], panels, strict=True):
             values = sample[panel].detach().cpu().squeeze().numpy().astype(np.uint8)
@@ -309,7 +306,7 @@ class ESAWorldCover(RasterDataset):
                     edgecolor='0.5',
                     label=f'{value} {self.names[code]}',
                 )
-                for value, code in by_value.items()
+                for value, code in self._code_of.items()
                 if value in present
             ],
             loc='outside right center',

@@ -98,9 +98,8 @@ def _texture(rng: np.random.Generator, ground: Landscape) -> Floats:
     shape = ground.codes.shape
     coarse = random_field(rng, shape, (10, 10), 25)
     fine = rng.standard_normal(shape)
-    wide, narrow = np.moveaxis(
-        ground.of_classes(np.array([cover['texture'] for cover in LAND_COVER])), -1, 0
-    )
+    texture = np.array([cover['texture'] for cover in LAND_COVER]).T
+    wide, narrow = (ground.of_classes(values) for values in texture)
     return np.asarray((1 + (wide * coarse + narrow * fine)).clip(0.3))
 
 

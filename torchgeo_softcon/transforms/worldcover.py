@@ -32,8 +32,7 @@ def class_fractions(mask: Tensor, codes: Sequence[int] = WORLDCOVER_CODES) -> Te
     Raises:
         TypeError: If *mask* is not a real-valued tensor.
         ValueError: If *codes* has duplicates or values outside of 1 to 255, or if
-            *mask* has no pixels, is interpolated (fractions between codes)
-            or has NaN. Values on a CUDA device are not looked at, because that would
+            *mask* has no pixels, is interpolated or has NaN. Values on a CUDA device are not looked at, because that would
             wait for the device: there, such pixels are no data.
     """
     counts, _ = _count(mask, _check_codes(codes))
@@ -48,10 +47,8 @@ def _normalize(counts: Tensor) -> Tensor:
 def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Count the pixels (..., H, W) of K classes, and find the values that occur.
 
-    Returns:
-        Counts of shape (..., K), int64, and whether each value from 0 to 255 occurs
-        anywhere, of shape (256,), or None on a CUDA device. Values outside of 0 to 255
-        are reported as 255.
+    Gives int64 of shape (..., K), and whether each value from 0 to 255 occurs anywhere,
+    of shape (256,), or None on a CUDA device. 255 stands for everything out of range.
     """
     _check_mask(mask)
     if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -209,9 +206,8 @@ class WorldCoverMultiLabel(nn.Module):
 
         Raises:
             TypeError: If the mask is not a real-valued tensor.
-            ValueError: If there is no mask, or if its values are no class codes.
-                Values on a CUDA device are not looked at, because that would wait for
-                the device: there, foreign codes are no data.
+            ValueError: If there is no mask, or if its values are no class codes. On a
+                CUDA device they are not looked at, see :func:`class_fractions`.
         """
         if 'mask' not in sample:
             raise ValueError(
@@ -243,10 +239,7 @@ class WorldCoverMultiLabel(nn.Module):
 
 
 def check_values(mask: Tensor, product: ProductLike = 'worldcover') -> None:
-    """Refuse a mask (..., H, W) that does not hold class codes of a product.
-
-    Values on a CUDA device are not looked at, because that would wait for the device.
-    """
+    """Refuse a mask (..., H, W) on the CPU that does not hold class codes of a product."""
     product = find_product(product)
     _, present = _count(mask, product.codes)
     _check_present(present, product.legend)
