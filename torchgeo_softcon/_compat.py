@@ -97,7 +97,7 @@ def host_main(args: list[str]) -> None:
 
 
 def host_weights(enum: str, member: str) -> Weights:
-    """Weights that TorchGeo hosts.
+    """Return weights that TorchGeo hosts.
 
     Args:
         enum: Name of the host's enum.
@@ -144,7 +144,7 @@ def georeference(dataset: Any, query: Any, transform: Iterable[float]) -> Sample
 def finetune_command(
     model: str, checkpoint: str, in_channels: int, data: str | None
 ) -> str:
-    """Command that fine-tunes an encoder with the installed host.
+    """Write the command that fine-tunes an encoder with the installed host.
 
     Args:
         model: timm name of the encoder.

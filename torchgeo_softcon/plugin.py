@@ -194,7 +194,7 @@ def install_unless_silenced() -> None:
 
 
 def callbacks() -> list[Any]:
-    """Callbacks for each trainer of TorchGeo's tasks. Lightning asks for them.
+    """Return callbacks for each trainer of TorchGeo's tasks. Lightning calls this.
 
     Lightning, unlike TorchGeo, reads entry points of its own: those of the group
     ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
@@ -214,7 +214,7 @@ def callbacks() -> list[Any]:
 
 
 def declared() -> 'list[tuple[EntryPoint, str | None]]':
-    """Entry points of this distribution, and whether they load.
+    """Load the entry points of this distribution.
 
     Returns:
         Each entry point, sorted by group and name, with the reason why it does not load,
@@ -232,7 +232,7 @@ def declared() -> 'list[tuple[EntryPoint, str | None]]':
 
 
 def why_inactive() -> str | None:
-    """Why ``import torch`` does not activate the plugin.
+    """Tell why ``import torch`` does not activate the plugin.
 
     Returns:
         The reason, or None if it does activate the plugin.
@@ -251,7 +251,7 @@ def why_inactive() -> str | None:
 
 
 def _entry_points(group: str | None = None) -> 'list[EntryPoint]':
-    """Entry points of this distribution, of one group or of all."""
+    """Return the entry points of this distribution, of one group or of all."""
     # Not needed in most programs, and slow to import unless torch has done so
     from importlib.metadata import PackageNotFoundError, distribution
 
@@ -304,7 +304,7 @@ def _settle(wait: bool = False) -> None:
 
 
 def _next() -> str | None:
-    """The next group to act upon, None if there is none or if it is too early."""
+    """Return the next group to act upon, None if all is done or it is too early."""
     with _changed:
         # An import may have failed after all
         _wanted.intersection_update(g for n, g in _TRIGGERS.items() if n in sys.modules)
@@ -398,7 +398,7 @@ def _watch() -> None:
 
 
 def _is_ready() -> bool:
-    """Whether our own modules can be imported, or have been imported, completely.
+    """Tell whether our own modules can be, or have been, imported completely.
 
     While a module of ours is half imported, it is the one that imports TorchGeo. Its
     siblings that need it must wait.
@@ -408,18 +408,18 @@ def _is_ready() -> bool:
 
 
 def _is_half_imported(name: str) -> bool:
-    """Whether the code of a module is running right now, in any thread."""
+    """Tell whether the code of a module is running right now, in any thread."""
     spec = getattr(sys.modules.get(name), '__spec__', None)
     return bool(getattr(spec, '_initializing', False)) and name not in _executed
 
 
 def _is_importing() -> bool:
-    """Whether this thread is in the middle of an import."""
+    """Tell whether this thread is in the middle of an import."""
     return any(frame.f_code.co_name == '_find_and_load' for frame in _stack())
 
 
 def _stack() -> Iterator[FrameType]:
-    """Frames of this thread, the newest first."""
+    """Yield the frames of this thread, the newest first."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         yield frame

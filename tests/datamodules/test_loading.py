@@ -264,7 +264,10 @@ class TestResume:
         callback = ModelCheckpoint(
             tmp_path, '{step}', every_n_train_steps=every, save_top_k=-1
         )
-        options = {'callbacks': [callback], 'enable_checkpointing': True}
+        options: dict[str, Any] = {
+            'callbacks': [callback],
+            'enable_checkpointing': True,
+        }
         fit(Recorder(), NumbersDataModule(), tmp_path, **options)
         for path in sorted(tmp_path.glob('*.ckpt')):
             step = int(path.stem.removeprefix('step='))
@@ -278,7 +281,10 @@ class TestResume:
         self, expected: list[list[int]], tmp_path: Path
     ) -> None:
         callback = ModelCheckpoint(tmp_path, '{epoch}', save_top_k=-1)
-        options = {'callbacks': [callback], 'enable_checkpointing': True}
+        options: dict[str, Any] = {
+            'callbacks': [callback],
+            'enable_checkpointing': True,
+        }
         fit(Recorder(), NumbersDataModule(), tmp_path, **options)
         model = Recorder(ask_for_steps=True)
         fit(model, NumbersDataModule(), tmp_path, tmp_path / 'epoch=1.ckpt')

@@ -39,14 +39,7 @@ _RESUMABLE = ('embed', 'labels', 'pack', 'unpack')
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command of torchgeo-softcon.
-
-    Args:
-        args: Command-line arguments, by default those of the process.
-
-    Returns:
-        Exit status, see above.
-    """
+    """Run a command of torchgeo-softcon."""
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon',
         description='SoftCon and DINO-MC pretraining for TorchGeo. '

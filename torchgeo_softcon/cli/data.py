@@ -21,16 +21,7 @@ if TYPE_CHECKING:
 
 
 def data_parser(command: str, description: str, example: str) -> CommandParser:
-    """Return a parser with the options that name an encoder and data.
-
-    Args:
-        command: Name of the command.
-        description: What it does, in lines.
-        example: Options that the help ends with.
-
-    Returns:
-        The parser, for :func:`parse_options`.
-    """
+    """Return a parser with the options that name an encoder and data."""
     parser = CommandParser(
         command,
         description,
@@ -82,15 +73,7 @@ def data_parser(command: str, description: str, example: str) -> CommandParser:
 
 
 def parse_options(parser: CommandParser, args: Sequence[str]) -> argparse.Namespace:
-    """Parse all options but those of data, whose class a configuration may name.
-
-    Args:
-        parser: From :func:`data_parser`.
-        args: Command-line arguments.
-
-    Returns:
-        The options, with those of data as *data_args*.
-    """
+    """Parse all options but those of data, which become *data_args* for :func:`open_data`."""
     others: list[str] = []
     data_args: list[str] = []
     value = False
@@ -106,19 +89,9 @@ def parse_options(parser: CommandParser, args: Sequence[str]) -> argparse.Namesp
 def open_data(
     options: argparse.Namespace, run: Path | None = None
 ) -> 'tuple[LightningDataModule | None, dict[str, Any]]':
-    """Build the datamodule that the options or a configuration name.
+    """Build the datamodule that options or a configuration name, and return its values.
 
-    Args:
-        options: From :func:`parse_options`.
-        run: Folder of a run, by default that of the checkpoint.
-
-    Returns:
-        The datamodule, None if none is named, and its class path and options.
-
-    Raises:
-        ArgumentError: If its options are invalid.
-        FileNotFoundError: If the configuration is missing.
-        ValueError: If it is not YAML, or has data of another class than the options.
+    The configuration is that of *run*, by default the run that the checkpoint is from.
     """
     args: list[str] = options.data_args
     named = _value(args, '--data') or _value(args, '--data.class_path')
@@ -152,11 +125,7 @@ def open_data(
 
 
 def load_classes(*folders: str) -> None:
-    """Load classes, which options can name without their modules from then on.
-
-    Args:
-        *folders: Packages of this package.
-    """
+    """Load classes, which options can name without their modules from then on."""
     for folder in folders:
         face = import_module(f'torchgeo_softcon.{folder}')
         for name in face.__all__:
@@ -166,17 +135,7 @@ def load_classes(*folders: str) -> None:
 def open_required_data(
     options: argparse.Namespace,
 ) -> 'tuple[LightningDataModule, dict[str, Any]]':
-    """Build the datamodule as :func:`open_data`, for commands that need one.
-
-    Args:
-        options: From :func:`parse_options`.
-
-    Returns:
-        The datamodule, and its class path and options.
-
-    Raises:
-        ValueError: If none is named.
-    """
+    """Build the datamodule as :func:`open_data`, and raise if none is named."""
     datamodule, values = open_data(options)
     if datamodule is None:
         raise ValueError(
@@ -186,14 +145,7 @@ def open_required_data(
 
 
 def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
-    """Build the encoder that the options name.
-
-    Args:
-        options: From :func:`parse_options`.
-
-    Returns:
-        The encoder.
-    """
+    """Build the encoder that the options name."""
     from ..models.encoders import open_encoder
 
     return open_encoder(

@@ -188,13 +188,7 @@ class Stopwatch(Callback):
     steps = 20
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wrap the training data, and remove callbacks that change nothing of a step.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            stage: The stage.
-        """
+        """Wrap the training data, and remove callbacks that change nothing of a step."""
         run: Any = trainer
         run.callbacks = [x for x in run.callbacks if not isinstance(x, _LEFT_OUT)]
         datamodule = run.datamodule

@@ -18,14 +18,6 @@ def archive_parser(command: str, description: str, root: str) -> CommandParser:
     """Return a parser with the options of ``pack`` and ``unpack``.
 
     Options that are not given are left to the defaults of the function behind.
-
-    Args:
-        command: Name of the command.
-        description: What it does, in lines.
-        root: Help of the folder to read.
-
-    Returns:
-        The parser.
     """
     parser = CommandParser(
         command,
@@ -69,11 +61,7 @@ def parser() -> CommandParser:
 
 
 def print_failures(failures: Iterable[Any]) -> None:
-    """Print the first failures with their reasons.
-
-    Args:
-        failures: Images with their ids, seasons, and reasons.
-    """
+    """Print the first failures with their reasons."""
     for failure in list(failures)[:_NAMED]:
         print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
 

@@ -22,14 +22,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(
         self, command: str, description: str, example: str, **options: Any
     ) -> None:
-        """Initialize a new CommandParser instance.
-
-        Args:
-            command: Name of the command.
-            description: What it does, in lines.
-            example: Command line that the help ends with.
-            **options: Further arguments of the base class.
-        """
+        """Initialize a new CommandParser instance."""
         super().__init__(
             prog=f'torchgeo-softcon {command}',
             description=description,
@@ -39,23 +32,12 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 because of wrong options.
-
-        Args:
-            message: What is wrong.
-        """
+        """Exit with status 2 because of wrong options."""
         self.exit(2, f'{self.prog}: error: {message}. See {self.prog} --help\n')
 
 
 def optional(convert: Callable[[str], _T]) -> Callable[[str], _T | None]:
-    """Return a type of options that can be null, as in YAML.
-
-    Args:
-        convert: Type of the other values.
-
-    Returns:
-        The type.
-    """
+    """Return a type of options that can be null, as in YAML."""
 
     def read(text: str) -> _T | None:
         return None if text == 'null' else convert(text)
@@ -65,17 +47,7 @@ def optional(convert: Callable[[str], _T]) -> Callable[[str], _T | None]:
 
 
 def boolean(text: str) -> bool:
-    """Read true or false.
-
-    Args:
-        text: Value of an option.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Read true or false."""
     value = yaml.safe_load(text)
     if not isinstance(value, bool):
         raise ValueError(f'{text} must be true or false')  # noqa: TRY004
@@ -83,14 +55,7 @@ def boolean(text: str) -> bool:
 
 
 def list_of(convert: Callable[[Any], _T]) -> Callable[[str], list[_T]]:
-    """Return a type of options that are lists in brackets, as in YAML: [5, 10].
-
-    Args:
-        convert: Type of the items.
-
-    Returns:
-        The type.
-    """
+    """Return a type of options that are lists in brackets, as in YAML: [5, 10]."""
 
     def read(text: str) -> list[_T]:
         values = yaml.safe_load(text)
