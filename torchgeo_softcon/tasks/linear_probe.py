@@ -3,6 +3,7 @@
 
 """Linear evaluation of a frozen encoder."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -178,17 +179,12 @@ class LinearProbeTask(ClassificationTask):
         super().configure_metrics()
         if self.hparams['task'] == 'multilabel':
             labels = self.hparams['num_labels']
+            average: dict[str, Any] = {
+                'MeanAveragePrecision': MultilabelAveragePrecision(labels, 'macro'),
+                'OverallAveragePrecision': MultilabelAveragePrecision(labels, 'micro'),
+            }
             for metrics in (self.val_metrics, self.test_metrics):
-                metrics.add_metrics(
-                    {
-                        'MeanAveragePrecision': MultilabelAveragePrecision(
-                            labels, 'macro'
-                        ),
-                        'OverallAveragePrecision': MultilabelAveragePrecision(
-                            labels, 'micro'
-                        ),
-                    }
-                )
+                metrics.add_metrics(copy.deepcopy(average))
 
     def configure_optimizers(self) -> Any:
         """Return SGD on the classifier, and a cosine to zero, per step."""
