@@ -120,7 +120,7 @@ class EncoderWeights(WeightsEnum):
         """Return the number of patches along each side, None without patches."""
         if img_size is not None and not isinstance(img_size, Integral):
             raise ValueError(
-                f'img_size must be a number of pixels, such as 224, got {img_size!r}'
+                f'img_size must be a side as a number, such as 224, got {img_size!r}'
             )
         patch = _PATCH_SIZES.get(self.meta['model'])
         if patch is None:
