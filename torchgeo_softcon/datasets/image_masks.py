@@ -17,13 +17,14 @@ from rasterio.windows import Window
 
 from .._checks import check_counts
 from .._compat import Sample
-from ..bands import RGB_BANDS, normalize_band_names
+from ..bands import RGB_BANDS, Level, normalize_band_names
 from ..geo.find_files import find_files
 from ..geo.rasters import (
     RGB_COLORS,
     Values,
     drop_empty,
     find_alpha,
+    has_mask,
     nodata_of,
     open_raster,
     read_raster,
@@ -31,7 +32,7 @@ from ..geo.rasters import (
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DivisibleImages, check_seed
-from .scaling import ValueRange, resolve_value_range, to_unit_range
+from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
@@ -91,6 +92,7 @@ class ImageMaskFolder(DivisibleImages):
         size: int | None = None,
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
+        level: Level | None = None,
     ) -> None:
         """Initialize a new ImageMaskFolder instance.
 
@@ -115,6 +117,9 @@ class ImageMaskFolder(DivisibleImages):
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
+            level: Processing level of Sentinel-2, whose statistics scale the images,
+                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
+                :func:`.choose_level`.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -171,8 +176,14 @@ class ImageMaskFolder(DivisibleImages):
             if mask != path:
                 _check_mask(patches[-1])
         self._check_sizes(patches)
+        self.level = choose_level(
+            level,
+            self.bands,
+            files.values(),
+            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
+        )
         self.value_range = resolve_value_range(
-            value_range, self.bands, len(self.image_bands), dtypes
+            value_range, self.bands, len(self.image_bands), dtypes, self.level
         )
 
         groups: dict[str, list[Patch]] = {}
@@ -294,10 +305,13 @@ class ImageMaskFolder(DivisibleImages):
         window = self._crop(place[0], rng)
 
         images = [self._image(place[date], window) for date in dates]
-        image = images[0] if self.seasons == 1 else np.stack(images)
+        pixels, masked = zip(*images, strict=True)
+        image = pixels[0] if self.seasons == 1 else np.stack(pixels)
         mask = self._mask(place[dates[0]], window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
+            # What a mask of an image leaves out has no label, as in WorldCoverScenes
+            mask[np.any(masked, 0)] = 0
         # The transform says what is wrong with floats, if anything is
         sample: Sample = {
             'image': torch.from_numpy(image),
@@ -314,14 +328,21 @@ class ImageMaskFolder(DivisibleImages):
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
         return Window(left, top, self.size, self.size)
 
-    def _image(self, patch: Patch, window: Window | None) -> Values:
+    def _image(
+        self, patch: Patch, window: Window | None
+    ) -> tuple[Values, npt.NDArray[np.bool_]]:
+        """Read an image in [0, 1], and where its own mask says that it has no data."""
         with open_raster(patch.image) as source:
             alpha = find_alpha(source)
             if alpha in (*self.image_bands, self.mask_band):
                 alpha = None
             nodata = nodata_of(source, self.image_bands, self.nodata)
             values, zero = read_values(source, self.image_bands, nodata, alpha, window)
-        return to_unit_range(drop_empty(values, zero), self.value_range)
+            empty = np.zeros(values.shape[1:], np.bool_)
+            if has_mask(source):
+                empty = source.dataset_mask(window=window) == 0
+        values = drop_empty(values, zero)
+        return to_unit_range(values, self.value_range), empty
 
     def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
         band = self.mask_band or 1
