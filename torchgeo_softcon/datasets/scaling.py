@@ -59,7 +59,7 @@ def choose_level(
         return level or 'L1C'
     found: dict[str, str] = {}
     for name in names:
-        for match in _LEVEL.findall(os.path.abspath(name)):
+        for match in _LEVEL.findall(os.path.realpath(name)):
             found.setdefault(match, os.fspath(name))
     if len(found) > 1:
         raise ValueError(

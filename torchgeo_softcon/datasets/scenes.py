@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._checks import check_counts, check_fractions
 from .._compat import Sample
-from ..bands import Level
+from ..bands import SENTINEL1_BANDS, Level
 from ..geo.discovery import find_rasters, find_scenes
 from ..geo.grid import Bounds, Grid, group_by_grid
 from ..geo.rasters import RasterReader, Scene, Values
@@ -162,9 +162,10 @@ class WorldCoverScenes(DrawnImages):
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of the windows, from 0 to 2**32 - 1.
             allow_unlabelled: Accept images without a tile, their mask is 0 everywhere.
-            offset: What is added to the values before *value_range*. None for -1000 if
-                the path of digital numbers (uint16) of Sentinel-2 bands has a baseline
-                of ESA from 04.00 on (``_N0400_``), which have 1000 added, else 0.
+            offset: What is added to the numbers as they are stored, before *value_range*.
+                None for what files tell: their own scale and offset, or the offset in a
+                product's metadata (``MTD_MSIL2A.xml``), or -1000 for digital numbers
+                (uint16) of Sentinel-2 bands in a product of baseline 04.00 or later.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. Not used if *worldcover*
                 is a dataset, which has its own.
@@ -232,11 +233,12 @@ class WorldCoverScenes(DrawnImages):
             self._check_tiles()
 
         self._reader = RasterReader()
-        scene = self.places[0].scenes[0]
-        side = min(_SAMPLE, scene.grid.height, scene.grid.width)
-        top, left = (scene.grid.height - side) // 2, (scene.grid.width - side) // 2
-        values = self._reader.read(scene, top, left, side, side)
-        check_radar(values, self.bands, self.value_range, scene.name)
+        if {*(self.bands or ())} & {*SENTINEL1_BANDS}:
+            scene = self.places[0].scenes[0]
+            side = min(_SAMPLE, scene.grid.height, scene.grid.width)
+            top, left = (scene.grid.height - side) // 2, (scene.grid.width - side) // 2
+            values = self._reader.read(scene, top, left, side, side)
+            check_radar(values, self.bands, self.value_range, scene.name)
 
     def _check_dates(self) -> None:
         for place in self.places:
