@@ -25,8 +25,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
@@ -89,9 +88,7 @@ class _Loader:
         self._loader.exec_module(module)
         _executed.add(name)
 
-        if name in _TRIGGERS:
-            with _changed:
-                _wanted.add(_TRIGGERS[name])
+        _want(name)
         _settle()
 
 
@@ -177,29 +174,34 @@ def install() -> None:
             if _finder in sys.meta_path:
                 return
             sys.meta_path.insert(0, cast(Any, _finder))
-            _wanted.update(_TRIGGERS[name] for name in _TRIGGERS if name in sys.modules)
+            for name in _TRIGGERS:
+                if name in sys.modules:
+                    _want(name)
         _settle()
     except Exception as error:  # noqa: BLE001, `import torch` must not fail
         _report(error)
 
 
 def install_unless_silenced() -> None:
-    """Activate the plugin, because the package is being imported."""
-    # Not if torch imports the package to call autoload(), and the user has opted out
+    """Activate the plugin, because the package is being imported.
+
+    Not so if it is torch that imports the package, in order to call :func:`autoload`,
+    and the user has opted out of that.
+    """
     silenced = os.environ.get(AUTOLOAD_VARIABLE) == '0'
     if not (silenced and _is_half_imported('torch')):
         install()
 
 
 def callbacks() -> list[Any]:
-    """Return callbacks for each trainer of TorchGeo's tasks. Never raises.
+    """Return callbacks for each trainer of TorchGeo's tasks. Lightning calls this.
 
     Lightning, unlike TorchGeo, reads entry points of its own: those of the group
     ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
 
     Returns:
         One callback, for TorchGeo's tasks with weights of this package. None if there
-        are no such tasks, or the user has opted out of the plugin.
+        are no such tasks, or the user has opted out of the plugin. Never raises.
     """
     tasks = [name for name, group in _TRIGGERS.items() if group == 'torchgeo.tasks']
     if os.environ.get(AUTOLOAD_VARIABLE) == '0' or sys.modules.keys().isdisjoint(tasks):
@@ -212,10 +214,11 @@ def callbacks() -> list[Any]:
 
 
 def declared() -> 'list[tuple[EntryPoint, str | None]]':
-    """Load all entry points of this distribution, sorted by group and name.
+    """Load the entry points of this distribution.
 
     Returns:
-        Each entry point with the reason why it does not load, or None.
+        Each entry point, sorted by group and name, with the reason why it does not load,
+        or None. Empty if the package is not installed.
     """
     result: list[tuple[EntryPoint, str | None]] = []
     for entry_point in sorted(_entry_points(), key=lambda e: (e.group, e.name)):
@@ -229,13 +232,19 @@ def declared() -> 'list[tuple[EntryPoint, str | None]]':
 
 
 def why_inactive() -> str | None:
-    """Tell why ``import torch`` does not activate the plugin, None if it does."""
-    # We take nothing but 0 for a no, torch takes nothing but 1 for a yes
-    if os.environ.get(AUTOLOAD_VARIABLE) == '0':
-        return f'{AUTOLOAD_VARIABLE}=0'
-    value = os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1')
-    if value != '1':
-        return f'TORCH_DEVICE_BACKEND_AUTOLOAD={value}'
+    """Tell why ``import torch`` does not activate the plugin.
+
+    Returns:
+        The reason, or None if it does activate the plugin.
+    """
+    for variable, on in (
+        (AUTOLOAD_VARIABLE, False),
+        ('TORCH_DEVICE_BACKEND_AUTOLOAD', True),
+    ):
+        value = os.environ.get(variable, '1')
+        # torch takes nothing but 1 for a yes, we take nothing but 0 for a no
+        if value == '0' or (on and value != '1'):
+            return f'{variable}={value}'
     if not any(e.group == 'torch.backends' for e in _entry_points()):
         return 'the package is not installed'
     return None
@@ -253,8 +262,19 @@ def _entry_points(group: str | None = None) -> 'list[EntryPoint]':
     return [e for e in entry_points if group in (None, e.group)]
 
 
+def _want(name: str) -> None:
+    """Ask for the action that a host module is waiting for, if it is one."""
+    if name in _TRIGGERS:
+        with _changed:
+            _wanted.add(_TRIGGERS[name])
+
+
 def _settle(wait: bool = False) -> None:
-    """Act upon what is wanted, if imports allow it, or *wait* for other threads first."""
+    """Act upon what is wanted, if the state of the imports allows it.
+
+    Args:
+        wait: Whether to wait for the other threads that act or import, if need be.
+    """
     global _owner
     me = threading.get_ident()
     with _changed:
@@ -273,8 +293,9 @@ def _settle(wait: bool = False) -> None:
         _owner = me
 
     try:
-        while (group := _next()) and _act(group):
-            pass
+        while (group := _next()) is not None:
+            if not _act(group):
+                break
     finally:
         with _changed:
             _owner = None
@@ -291,9 +312,12 @@ def _next() -> str | None:
 
 
 def _act(group: str) -> bool:
-    """Load and register the entry points of a group, and tell whether that is over.
+    """Load and register the entry points of a group.
 
     Doing it again does no harm, and is necessary after a reload of a host module.
+
+    Returns:
+        Whether it is done, for better or worse.
     """
     failure: Exception | None = None
     try:
@@ -330,7 +354,7 @@ def _register(name: str, weights: Any) -> None:
     registry = sys.modules['torchgeo.models.api']._model_weights
     key = f'{_PACKAGE}/{name}'
     # Callables are keys as well, but are not searched by name
-    others = (e for k, e in registry.items() if isinstance(k, str) and k != key)
+    others = [e for k, e in registry.items() if isinstance(k, str) and k != key]
     known = {str(member) for enum in others for member in enum}
     hidden = [str(member) for member in weights if str(member) in known]
     # TorchGeo takes the first member that matches, which is its own
@@ -365,9 +389,12 @@ def _yield(host: str, names: list[str]) -> None:
 def _watch() -> None:
     """Watch the host modules that have not been acted upon yet, and no others."""
     for name, group in _TRIGGERS.items():
+        old, new = (
+            (ModuleType, _Watched) if group in _wanted else (_Watched, ModuleType)
+        )
         module = sys.modules.get(name)
-        if module is not None and type(module) in (ModuleType, _Watched):
-            module.__class__ = _Watched if group in _wanted else ModuleType
+        if module is not None and type(module) is old:
+            module.__class__ = new
 
 
 def _is_ready() -> bool:
@@ -388,10 +415,15 @@ def _is_half_imported(name: str) -> bool:
 
 def _is_importing() -> bool:
     """Tell whether this thread is in the middle of an import."""
+    return any(frame.f_code.co_name == '_find_and_load' for frame in _stack())
+
+
+def _stack() -> Iterator[FrameType]:
+    """Yield the frames of this thread, the newest first."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != '_find_and_load':
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame is not None
 
 
 def _report(error: Exception) -> None:
@@ -407,5 +439,7 @@ def _report(error: Exception) -> None:
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Exception:  # noqa: BLE001, the user's filter or display of warnings raises
+        from contextlib import suppress
+
         with suppress(Exception):
             print(message, file=sys.stderr)
