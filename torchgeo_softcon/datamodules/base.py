@@ -56,20 +56,7 @@ def target_transform(
     fractions: bool,
     product: ProductLike = 'worldcover',
 ) -> nn.Module:
-    """Turn a mask of codes into what a task expects.
-
-    Args:
-        target: What a sample has next to the image.
-        min_fraction: Smallest share of a class in a label.
-        fractions: Whether labels are shares.
-        product: Land-cover product that the codes are of.
-
-    Returns:
-        A transform of samples.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
+    """Turn a mask of codes into what a task expects."""
     if target not in ('label', 'mask'):
         raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
     product = find_product(product)
@@ -194,9 +181,6 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
 
     def setup(self, stage: str) -> None:
         """Open the data and divide them.
-
-        Args:
-            stage: Either 'fit', 'validate', 'test', or 'predict'.
 
         Raises:
             FileNotFoundError: If there are no images, or a file that belongs to them.

@@ -123,9 +123,6 @@ def _find_steps(module: Any) -> Iterator[_Step]:
 def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
     """Return the names of the bands of the images of a datamodule.
 
-    Args:
-        datamodule: The datamodule, set up.
-
     Returns:
         The names in the order of the channels, None if its dataset does not tell them or
         if they are of an unknown sensor.

@@ -120,11 +120,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         return scenes
 
     def setup(self, stage: str) -> None:
-        """Open the rasters and choose the windows.
-
-        Args:
-            stage: Either 'fit', 'validate', 'test', or 'predict'.
-        """
+        """Open the rasters and choose the windows."""
         scenes, part = self.source, self.val_fraction
         train = val = test = (0.0, 1.0)
         if part > 0:

@@ -223,13 +223,6 @@ class SSL4EOS12ML(DrawnImages):
     def __getitems__(self, indices: Sequence[int]) -> 'RecordBatch':
         """Read a batch of samples at once.
 
-        Args:
-            indices: Numbers of B draws.
-
-        Returns:
-            B samples. They are not made before they are asked for: see
-            :meth:`.RecordBatch.collate` for a faster way.
-
         Raises:
             IndexError: If an index is negative.
             OSError: If a file cannot be read, it is named.

@@ -65,9 +65,6 @@ def read_labels(path: str | os.PathLike[str]) -> SeasonLabels:
             classes of Dynamic World or codes of WorldCover, where an empty list is
             unknown. Or a Parquet file of ``torchgeo-softcon labels``.
 
-    Returns:
-        The labels.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of another kind, or names an image twice.

@@ -82,9 +82,6 @@ def pack(
         shard_size: Images per file.
         progress: Whether to show a bar.
 
-    Returns:
-        Images that could not be read.
-
     Raises:
         BlockingIOError: If another run is writing to *out*.
         FileNotFoundError: If there are no images, or no file of labels.
@@ -135,9 +132,6 @@ def verify(
         out: Folder of a packed archive.
         split: Which of its splits, by default all.
         progress: Whether to show a bar.
-
-    Returns:
-        Images whose record is not what it was.
 
     Raises:
         FileNotFoundError: If there is no packed archive, or a file of it is missing.
@@ -269,11 +263,7 @@ def _with_labels(
 def _resume(
     archive: TiffArchive, folder: Path, indexed: pa.Table
 ) -> tuple[pa.Table, list[pa.Table]]:
-    """Find what is packed already, and delete what a killed run left unfinished.
-
-    Returns:
-        Rows of the index, and of each file that is not yet in it, whose records are there.
-    """
+    """Find what is packed already, and delete what a killed run left unfinished."""
     known = {*indexed['shard'].to_pylist()}
     indexed = _with_records(folder, indexed)
     not_indexed = []

@@ -64,11 +64,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def find_splits(root: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the splits of a packed archive.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """Return the names of the splits of a packed archive."""
     splits = [name for name in BANDS if index_path(root, name).exists()]
     if not splits:
         raise FileNotFoundError(
@@ -87,17 +83,7 @@ class RecordArchive(Archive):
     """Images of one split of a packed archive."""
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
-        """Initialize a new RecordArchive instance.
-
-        Args:
-            root: Folder of a packed archive.
-            split: Name of the split.
-
-        Raises:
-            FileNotFoundError: If there is no index, or a file of records is missing.
-            ValueError: If the files are of another version or do not fit the index, or if
-                the index has names that are not those of images.
-        """
+        """Initialize a new RecordArchive instance."""
         super().__init__(root, split)
         self.index = index_path(root, split)
         self._version = _version(self.index)
@@ -133,20 +119,11 @@ class RecordArchive(Archive):
         )
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with its georeference, see :meth:`.Archive.load`.
-
-        Raises:
-            ValueError: See :meth:`read_checked`, or if more was packed since this was
-                opened, so that rows have moved.
-        """
+        """Read an image with its georeference, see :meth:`.Archive.load`."""
         return self.read_checked(row), self.georeference(row)
 
     def read_checked(self, row: int) -> npt.NDArray[Any]:
-        """Read the record of an image, of shape (), and compare it with its checksum.
-
-        Raises:
-            ValueError: If it is not what was packed.
-        """
+        """Read the record of an image, of shape (), and compare it with its checksum."""
         records = self.read([row])
         if checksum(records) != self._checksums[row]:
             raise ValueError(
@@ -241,11 +218,7 @@ def has_records(path: Path, count: int) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read the version of the *format* of an index, and what its *labels* are, or None.
-
-    Raises:
-        ValueError: If it is of another version, or not the index of a packed archive.
-    """
+    """Read the version of the *format* of an index, and what its *labels* are, or None."""
     try:
         schema = pq.read_schema(path)
         metadata: dict[str, Any] = json.loads(schema.metadata[_METADATA])

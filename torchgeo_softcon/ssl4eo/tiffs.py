@@ -113,9 +113,6 @@ class Archive(abc.ABC):
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
         """Read an image with its georeference.
 
-        Args:
-            row: Number of the image.
-
         Returns:
             Its record, of shape (), and its georeference.
 
@@ -127,9 +124,6 @@ class Archive(abc.ABC):
     @abc.abstractmethod
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Read images.
-
-        Args:
-            rows: Numbers of N images.
 
         Returns:
             Their records of R bytes, shape (N, R).
@@ -252,11 +246,7 @@ class TiffArchive(Archive):
 
 
 def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of splits, of which there may be one as text, or several.
-
-    Raises:
-        ValueError: If there is none, or one is unknown or comes twice.
-    """
+    """Return the names of splits, of which there may be one as text, or several."""
     names = (split,) if isinstance(split, str) else tuple(split)
     if not names or len({*names}) < len(names) or not {*names} <= {*BANDS}:
         raise ValueError(
@@ -266,17 +256,7 @@ def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_names(source: Path, split: str, location: pa.Array, season: pa.Array) -> None:
-    """Check names that were read from a file, before a path is made of them.
-
-    Args:
-        source: The file, for the message.
-        split: Name of the split.
-        location: Names of locations, as text.
-        season: Names of images, as text.
-
-    Raises:
-        ValueError: If a name is not one of a folder that :func:`list_images` finds.
-    """
+    """Check names that were read from a file, before a path is made of them."""
     for kind, names, pattern in (
         ('location', location, _LOCATION),
         ('image', season, _IMAGE[split]),
@@ -314,11 +294,7 @@ def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:
 
 
 def days(split: str, seasons: npt.NDArray[np.bytes_]) -> npt.NDArray[np.datetime64]:
-    """Return the days of N images of a split from their names, shape (N,).
-
-    Raises:
-        ValueError: If a name has no date.
-    """
+    """Return the days of N images of a split from their names, shape (N,)."""
     texts = []
     for name in seasons.tolist():
         match = _IMAGE[split].fullmatch(name.decode())

@@ -54,9 +54,6 @@ def unpack(
         split: Which of its splits, by default all.
         progress: Whether to show a bar.
 
-    Returns:
-        What was written, and what could not be.
-
     Raises:
         BlockingIOError: If another run is writing to *out*.
         FileNotFoundError: If there is no packed archive.
