@@ -101,24 +101,9 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         num_workers: int | None,
         val_fraction: float,
         seed: int,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any],
     ) -> None:
-        """Initialize a new DrawDataModule instance.
-
-        Args:
-            dataset_class: Class used to instantiate a new dataset.
-            batch_size: Number of samples in a batch on one device.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
-            val_fraction: Part that is kept for validation, and again for testing.
-            seed: Seed of all random choices.
-            options: Keyword arguments of *dataset_class* that are passed to it as they
-                are.
-
-        Raises:
-            TypeError: If *dataset_class* does not have one of *options*.
-            ValueError: If an argument is out of range.
-        """
+        """Initialize a new DrawDataModule instance."""
         if batch_size < 1 or (num_workers or 0) < 0:
             raise ValueError(
                 'batch_size must be at least 1 and num_workers at least 0, got '
@@ -133,7 +118,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             )
 
         # Now, and not when the data are opened
-        inspect.signature(dataset_class).bind_partial(**options or {})
+        inspect.signature(dataset_class).bind_partial(**options)
 
         super().__init__(dataset_class, batch_size, num_workers or 0)
         self._num_workers: int | None = num_workers
@@ -180,12 +165,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         return self.open_dataset()
 
     def setup(self, stage: str) -> None:
-        """Open the data and divide them.
-
-        Raises:
-            FileNotFoundError: If there are no images, or a file that belongs to them.
-            ValueError: If there are too few samples to divide.
-        """
+        """Open the data and divide them."""
         train = val = test = self.source
         if self.val_fraction > 0:
             train, val, test = self.source.divide(self.val_fraction)
@@ -199,11 +179,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             self.predict_dataset = self.source.images()
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Return a data loader that can go on in the middle of an epoch.
-
-        Raises:
-            ValueError: If there are fewer samples than one batch needs.
-        """
+        """Return a data loader that can go on in the middle of an epoch."""
         dataset = self._valid_attribute('train_dataset')
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0

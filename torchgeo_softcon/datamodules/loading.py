@@ -26,8 +26,11 @@ def uses_cuda(trainer: Trainer | None) -> bool:
     return isinstance(trainer.accelerator, CUDAAccelerator)
 
 
-def choose_num_workers(trainer: Trainer | None = None) -> int:
-    """Choose the number of processes that read for one device."""
+def choose_num_workers(trainer: Trainer | None) -> int:
+    """Return the number of processes that read for one device: 0 without CUDA.
+
+    There, training and reading would share the cores.
+    """
     if not uses_cuda(trainer):
         return 0
     cores = count_cores() // torch.cuda.device_count()
@@ -94,12 +97,7 @@ class ResumableDataLoader(DataLoader[Sample]):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Initialize a new ResumableDataLoader instance.
-
-        Args:
-            *args: Passed to :class:`torch.utils.data.DataLoader`.
-            **kwargs: Passed to :class:`torch.utils.data.DataLoader`.
-        """
+        """Initialize a new ResumableDataLoader instance."""
         super().__init__(*args, **kwargs)
         #: How many of the batches handed out are not used yet.
         self.pending: Callable[[], int] = int
@@ -123,9 +121,9 @@ class ResumableDataLoader(DataLoader[Sample]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training is."""
+        """Return how many draws of the stream all devices together have used."""
         return {'samples': self._samples - self.pending() * self._step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next epoch start at a state."""
+        """Start the next epoch at a state, also of another batch size or world size."""
         self._samples = state_dict['samples']

@@ -4,7 +4,7 @@
 """Bands and values of the images of a datamodule of TorchGeo."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -25,9 +25,6 @@ _SETS = {
     's2': SENTINEL2_SUBSETS[12],
     'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
 }
-
-#: A step of a sequence of transforms: its parent, and its name in it.
-_Step = tuple[nn.Module, str]
 
 
 class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
@@ -60,13 +57,7 @@ def use_unit_range(
     digital numbers of Sentinel-2 or dB of Sentinel-1. Datamodules of this package have
     such images already, and are left as they are.
 
-    Args:
-        datamodule: The datamodule, set up.
-        bands: Names of the bands of its images. Defaults to those that its dataset has.
-
-    Raises:
-        ValueError: If the bands are not known, or the datamodule has no normalization
-            that could be replaced, or one of several steps.
+    The datamodule must be set up. *bands* default to those that its dataset has.
     """
     if _has_unit_range(datamodule):
         return
@@ -105,27 +96,29 @@ def _has_unit_range(datamodule: LightningDataModule) -> bool:
     return bool((mean == 0).all() and (std == 1).all())
 
 
-def _normalizations(datamodule: LightningDataModule) -> list[list[_Step]]:
-    """Return the normalizations in each of the sequences of a datamodule."""
+def _normalizations(
+    datamodule: LightningDataModule,
+) -> list[list[tuple[nn.Module, str]]]:
+    """Return the normalizations in each sequence of a datamodule, as parent and name."""
+    offer = offer_of(datamodule)
     names = ('aug', *(f'{split}_aug' for split in SPLITS))
-    sequences = (getattr(offer_of(datamodule), name) for name in names)
-    return [list(_find_steps(sequence)) for sequence in sequences]
-
-
-def _find_steps(module: Any) -> Iterator[_Step]:
-    if isinstance(module, nn.Module):
-        for parent in list(module.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, K.Normalize | _UnitRange):
-                    yield parent, name
+    sequences: list[Any] = [getattr(offer, name) for name in names]
+    return [
+        [
+            (parent, name)
+            for parent in sequence.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, K.Normalize | _UnitRange)
+        ]
+        for sequence in sequences
+        if isinstance(sequence, nn.Module)
+    ]
 
 
 def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
-    """Return the names of the bands of the images of a datamodule.
+    """Return the names of the bands of the images of a datamodule, in their order.
 
-    Returns:
-        The names in the order of the channels, None if its dataset does not tell them or
-        if they are of an unknown sensor.
+    None if its dataset does not tell them, or if they are of an unknown sensor.
     """
     offer = offer_of(datamodule)
     for name in (*(f'{split}_dataset' for split in SPLITS), 'dataset'):
@@ -143,19 +136,10 @@ def match_images(
     bands: Sequence[str] | None,
     unit_range: bool | None,
 ) -> None:
-    """Let a datamodule give what an encoder expects.
+    """Let a datamodule, set up, give the *bands* that an encoder expects.
 
-    Args:
-        datamodule: The datamodule, set up.
-        bands: Names of the bands that the encoder expects, if they are known.
-        unit_range: Whether it expects them as :func:`use_unit_range` scales them, None
-            if that is not known.
-
-    Raises:
-        ValueError: If the images have other bands or another order, or cannot be scaled.
-
-    Warns:
-        UserWarning: If *unit_range* is None, and the datamodule normalizes images.
+    If *unit_range*, they are scaled by :func:`use_unit_range`. None is for unknown, with
+    a warning if the datamodule normalizes images.
     """
     found = image_bands(datamodule)
     if found is not None and bands is not None:

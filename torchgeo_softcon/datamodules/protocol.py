@@ -3,11 +3,9 @@
 
 """The attributes of datamodules and datasets that tasks, callbacks and commands use."""
 
-import datetime
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, cast
 
-import shapely
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -19,14 +17,14 @@ SPLITS = ('train', 'val', 'test', 'predict')
 
 _Transform = Callable[[Sample], Sample] | None
 _Samples = Dataset[Sample] | None
+_Queries = Iterable[Any] | None
 
 
 class DataModuleOffer(Protocol):
     """All that a datamodule may offer beyond Lightning's hooks, with the defaults.
 
-    Datamodules of TorchGeo have some of these attributes, those of this package have
-    more, and others may have none: read them through :func:`offer_of`, which gives the
-    default where an attribute is missing or None.
+    Read it through :func:`offer_of`: datamodules of TorchGeo have some of these
+    attributes, those of this package have more, and others may have none.
     """
 
     #: Samples in a batch on one device.
@@ -46,18 +44,18 @@ class DataModuleOffer(Protocol):
     predict_dataset: _Samples = None
 
     #: Samplers of TorchGeo's geospatial datamodules, which query a dataset by place.
-    sampler: Iterable[Any] | None = None
-    train_sampler: Iterable[Any] | None = None
-    val_sampler: Iterable[Any] | None = None
-    test_sampler: Iterable[Any] | None = None
-    predict_sampler: Iterable[Any] | None = None
+    sampler: _Queries = None
+    train_sampler: _Queries = None
+    val_sampler: _Queries = None
+    test_sampler: _Queries = None
+    predict_sampler: _Queries = None
 
     #: The same, of lists of queries.
-    batch_sampler: Iterable[Sequence[Any]] | None = None
-    train_batch_sampler: Iterable[Sequence[Any]] | None = None
-    val_batch_sampler: Iterable[Sequence[Any]] | None = None
-    test_batch_sampler: Iterable[Sequence[Any]] | None = None
-    predict_batch_sampler: Iterable[Sequence[Any]] | None = None
+    batch_sampler: _Queries = None
+    train_batch_sampler: _Queries = None
+    val_batch_sampler: _Queries = None
+    test_batch_sampler: _Queries = None
+    predict_batch_sampler: _Queries = None
 
     #: Transform of a batch on the device, and the one of a split that replaces it.
     aug: _Transform = None
@@ -86,28 +84,12 @@ class DataModuleOffer(Protocol):
     )
 
 
-@runtime_checkable
-class LocatedDataset(Protocol):
-    """A dataset that knows where and when its samples were taken."""
-
-    def footprint(
-        self, index: Any
-    ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
-        """Return outline, coordinate reference system and day of a sample."""
-
-
 class Split(NamedTuple):
-    """The samples of one split.
+    """The samples of one split: a dataset, if there is any, and what yields queries."""
 
-    Attributes:
-        dataset: The dataset, None if the datamodule has no such split.
-        sampler: Yields the queries of the dataset, None for all its indices.
-        batch_sampler: Yields lists of them, None for *sampler*.
-    """
-
-    dataset: Dataset[Sample] | None
-    sampler: Iterable[Any] | None
-    batch_sampler: Iterable[Sequence[Any]] | None
+    dataset: _Samples
+    sampler: _Queries
+    batch_sampler: _Queries
 
 
 class _Completed:

@@ -30,15 +30,7 @@ class BufferPool:
         return BufferPool, ()
 
     def empty(self, rows: int, width: int) -> npt.NDArray[np.uint8]:
-        """Make an array whose values are arbitrary.
-
-        Args:
-            rows: Number of rows.
-            width: Number of bytes in a row.
-
-        Returns:
-            An array of shape (rows, width).
-        """
+        """Return an array of shape (rows, width) whose values are arbitrary."""
         memory = np.empty(0, np.uint8).data
         while self._free and len(memory) != rows * width:
             memory = self._free.popleft()

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..storage.whole_file import whole_file
 from .batch_memory import BufferPool
 from .labels import SeasonLabels
-from .tiffs import BANDS, Archive, Georeference, check_names
+from .tiffs import BANDS, Archive, Georeference, check_names, split_names
 
 #: Version of the format.
 FORMAT = 1
@@ -61,17 +62,6 @@ def index_path(root: str | os.PathLike[str], split: str) -> Path:
 def shard_path(folder: Path, shard: int) -> Path:
     """Return the path of a file of records in the folder of a split."""
     return folder / f'{shard:05}.npy'
-
-
-def find_splits(root: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the splits of a packed archive."""
-    splits = [name for name in BANDS if index_path(root, name).exists()]
-    if not splits:
-        raise FileNotFoundError(
-            f'{root} is not a packed archive: {", ".join(BANDS)} with index.parquet are '
-            'missing'
-        )
-    return splits
 
 
 def checksum(record: npt.NDArray[Any]) -> int:
@@ -149,12 +139,9 @@ class RecordArchive(Archive):
     def georeference(self, row: int) -> Georeference:
         """Return the pixel grids of an image, see :meth:`load`."""
         (entry,) = self._grids.slice(row, 1).to_pylist()
-        return Georeference(
-            entry['crs'],
-            tuple(zip(*[iter(entry['transforms'])] * 6, strict=True)),
-            tuple(entry['nodata']),
-            tuple(entry['bounds']),
-        )
+        transforms = tuple(zip(*[iter(entry['transforms'])] * 6, strict=True))
+        nodata, bounds = tuple(entry['nodata']), tuple(entry['bounds'])
+        return Georeference(entry['crs'], transforms, nodata, bounds)
 
     @functools.cached_property
     def _checksums(self) -> npt.NDArray[np.uint32]:
@@ -162,7 +149,7 @@ class RecordArchive(Archive):
 
     @functools.cached_property
     def _grids(self) -> pa.Table:
-        return self._columns('crs', 'bounds', 'transforms', 'nodata')
+        return self._columns(*Georeference._fields)
 
     def _columns(self, *names: str) -> pa.Table:
         """Read columns of the index, whose rows must be those of the start."""
@@ -175,16 +162,14 @@ class RecordArchive(Archive):
 
     def _check(self) -> np.dtype[Any]:
         """Return the type of the records, and check the length of all files."""
-        shards, inverse = np.unique(self._shard, return_inverse=True)
-        counts = np.zeros(len(shards), np.int64)
-        np.maximum.at(counts, inverse, self._offset + 1)
-        dtype, start = _read_header(shard_path(self.root, int(shards[0])))
+        counts = pd.Series(self._offset + 1).groupby(self._shard).max()
+        dtype, start = _read_header(shard_path(self.root, counts.index[0]))
         if set(self.bands) != set(dtype.names or ()):
             raise ValueError(
                 f'records of {self.split} must have the bands {", ".join(self.bands)}, '
                 f'those in {self.root} have {", ".join(dtype.names or ())}'
             )
-        for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
+        for shard, count in counts.items():
             path = shard_path(self.root, shard)
             if path.stat().st_size < start + count * dtype.itemsize:
                 raise ValueError(
@@ -192,6 +177,19 @@ class RecordArchive(Archive):
                     f'cut off after {path.stat().st_size} bytes. Delete it, and pack again'
                 )
         return dtype
+
+
+def open_archives(
+    root: str | os.PathLike[str], split: str | Sequence[str] | None
+) -> list[RecordArchive]:
+    """Open splits of a packed archive, None for all that there are."""
+    found = [name for name in BANDS if index_path(root, name).exists()]
+    if split is None and not found:
+        raise FileNotFoundError(
+            f'{root} is not a packed archive: {", ".join(BANDS)} with index.parquet are '
+            'missing'
+        )
+    return [RecordArchive(root, name) for name in split_names(split or found)]
 
 
 def _version(path: Path) -> tuple[int, int]:
@@ -244,15 +242,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> None:
-    """Write an index, or the part of it that belongs to one file of records.
+    """Write rows of :data:`SCHEMA` to an index or a part of it, see :func:`.whole_file`.
 
-    Args:
-        path: The file, which is there once it is complete.
-        table: Rows of :data:`SCHEMA`.
-        labels: What the labels are, None if there are none.
-
-    Raises:
-        OSError: If the file cannot be written. A partial file is deleted.
+    *labels* are its codes and whether they are *shares*, None if there are none.
     """
     metadata = {_METADATA: json.dumps({'format': FORMAT, 'labels': labels})}
     with whole_file(path) as unfinished:

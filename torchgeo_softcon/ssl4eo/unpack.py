@@ -18,20 +18,14 @@ from tqdm import tqdm
 
 from ..storage.lock import exclusive
 from ..storage.whole_file import whole_file
-from .pack import Failure
-from .record_archive import RecordArchive, find_splits
-from .tiffs import Georeference, split_names
+from .pack import Failure, check_out
+from .record_archive import open_archives
+from .tiffs import Georeference
 
 
 @dataclass
 class Unpacked:
-    """The result of a run.
-
-    Attributes:
-        written: Number of images that it wrote.
-        there: Number of images that were there already.
-        failures: Images whose record is not what it was.
-    """
+    """Numbers of images that a run wrote and that were there, and damaged ones."""
 
     written: int = 0
     there: int = 0
@@ -47,23 +41,10 @@ def unpack(
     """Write the images of a packed archive as they were: one GeoTIFF per band.
 
     Images that are there already are passed over, so that an interrupted run goes on.
-
-    Args:
-        root: Folder of a packed archive.
-        out: Folder to write.
-        split: Which of its splits, by default all.
-        progress: Whether to show a bar.
-
-    Raises:
-        BlockingIOError: If another run is writing to *out*.
-        FileNotFoundError: If there is no packed archive.
-        OSError: If a file cannot be written.
-        ValueError: If *out* is *root*, or if the archive is not valid.
+    Images whose record is not what it was are passed over, too.
     """
-    if Path(root).resolve() == Path(out).resolve():
-        raise ValueError(f'out must be another folder than root, got {out} for both')
-    splits = find_splits(root) if split is None else split_names(split)
-    archives = [RecordArchive(root, name) for name in splits]
+    check_out(root, out)
+    archives = open_archives(root, split)
     done = Unpacked()
     Path(out).mkdir(parents=True, exist_ok=True)
     with exclusive(Path(out, '.unpack.lock'), out):
