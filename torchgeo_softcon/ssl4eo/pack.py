@@ -1,27 +1,38 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""SSL4EO-S12 in few large files that are mapped into memory: ``torchgeo-softcon pack``."""
+"""SSL4EO-S12 in few large files that are mapped into memory, and back.
+
+``torchgeo-softcon pack`` and ``torchgeo-softcon unpack``.
+"""
 
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import rasterio
+from rasterio.crs import CRS
+from rasterio.io import MemoryFile
 from tqdm import tqdm
 
 from ..storage.lock import exclusive
+from ..storage.whole_file import whole_file
 from .labels import SeasonLabels, match_labels, read_labels
 from .record_archive import (
     SCHEMA,
+    RecordArchive,
     checksum,
     has_records,
     index_path,
@@ -31,7 +42,7 @@ from .record_archive import (
     write_index,
     write_records,
 )
-from .tiffs import BANDS, TiffArchive, split_names
+from .tiffs import BANDS, Georeference, TiffArchive, split_names
 
 #: Images per file. Those of Sentinel-2 take 200 MB, which is also what a process holds in
 #: memory and what is lost if it is killed.
@@ -80,7 +91,7 @@ def pack(
         raise ValueError(
             f'workers and shard_size must be at least 1, got {workers} and {shard_size}'
         )
-    check_out(root, out)
+    _check_out(root, out)
     if split is None:
         split = [name for name in BANDS if (Path(root) / name).is_dir()]
         if not split:
@@ -114,14 +125,60 @@ def verify(
     progress: bool = False,
 ) -> list[Failure]:
     """Return the images whose record is not what it was, by its checksum."""
+    archives = open_archives(out, split)
+    return _for_each(RecordArchive.read_checked, archives, 'verify', progress)
+
+
+@dataclass
+class Unpacked:
+    """Numbers of images that a run wrote and that were there, and damaged ones."""
+
+    written: int = 0
+    there: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+
+def unpack(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    split: str | Sequence[str] | None = None,
+    progress: bool = False,
+) -> Unpacked:
+    """Write the images of a packed archive as they were: one GeoTIFF per band.
+
+    Images that are there already are passed over, so that an interrupted run goes on.
+    """
+    _check_out(root, out)
+    archives = open_archives(root, split)
+    done = Unpacked()
+
+    def write(archive: RecordArchive, row: int) -> None:
+        folder = Path(out).joinpath(archive.split, *archive.name(row))
+        if folder.exists():
+            done.there += 1
+        else:
+            _write_tiffs(folder, archive.bands, *archive.load(row))
+            done.written += 1
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with exclusive(Path(out, '.unpack.lock'), out):
+        done.failures = _for_each(write, archives, 'unpack', progress)
+    return done
+
+
+def _for_each(
+    function: Callable[[RecordArchive, int], Any],
+    archives: Sequence[RecordArchive],
+    verb: str,
+    progress: bool,
+) -> list[Failure]:
+    """Call a function for each image, and return those whose record is damaged."""
     failures = []
-    for archive in open_archives(out, split):
-        rows = tqdm(
-            range(len(archive)), f'verify {archive.split}', disable=not progress
-        )
-        for row in rows:
+    for archive in archives:
+        rows = range(len(archive))
+        for row in tqdm(rows, f'{verb} {archive.split}', disable=not progress):
             try:
-                archive.read_checked(row)
+                function(archive, row)
             except ValueError as error:
                 failures.append(Failure(*archive.name(row), str(error)))
     return failures
@@ -187,14 +244,15 @@ def _pack_split(
         # The order of the images does not depend on which were packed first
         joined = joined.sort_by([('id', 'ascending'), ('season', 'ascending')])
         if table is not None:
-            joined, labels = _with_labels(joined, table, archive.split)
+            joined = _with_labels(joined, table, archive.split)
+            labels = {'codes': list(table.codes), 'shares': table.shares}
         write_index(index, joined, labels)
     for path in paths:
         path.unlink()
     return failures
 
 
-def check_out(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+def _check_out(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Refuse to write into the folder that is read."""
     if Path(root).resolve() == Path(out).resolve():
         raise ValueError(f'out must be another folder than root, got {out} for both')
@@ -220,22 +278,15 @@ def _names(rows: pa.Table) -> pd.MultiIndex:
     )
 
 
-def _with_labels(
-    rows: pa.Table, labels: SeasonLabels, split: str
-) -> tuple[pa.Table, dict[str, Any]]:
+def _with_labels(rows: pa.Table, labels: SeasonLabels, split: str) -> pa.Table:
     """Put labels into rows of an index."""
-    location, season = (
-        np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season')
-    )
+    names = (np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season'))
     # Not strictly: those that fit may be of images that cannot be read
-    values = match_labels(labels, split, location, season, strict=False)
+    values = match_labels(labels, split, *names, strict=False)
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     column = pa.ListArray.from_arrays(offsets, values.ravel())
     position = rows.schema.get_field_index('label')
-    return rows.set_column(position, SCHEMA.field('label'), column), {
-        'codes': list(labels.codes),
-        'shares': labels.shares,
-    }
+    return rows.set_column(position, SCHEMA.field('label'), column)
 
 
 def _resume(
@@ -338,3 +389,33 @@ def _write_shard(archive: TiffArchive, folder: Path, number: int) -> list[Failur
         table = pa.Table.from_pylist(entries, SCHEMA)
         write_index(path.with_suffix('.parquet'), table, None)
     return failures
+
+
+def _write_tiffs(
+    folder: Path, bands: Sequence[str], record: npt.NDArray[Any], grids: Georeference
+) -> None:
+    """Write the bands of an image to a folder, which is there once it is complete."""
+    unfinished = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    crs = None if grids.crs is None else CRS.from_user_input(grids.crs)
+    for band, transform, nodata in zip(
+        bands, grids.transforms, grids.nodata, strict=True
+    ):
+        # GDAL does not always tell when the disk is full
+        with MemoryFile() as memory:
+            with memory.open(
+                driver='GTiff',
+                height=record[band].shape[0],
+                width=record[band].shape[1],
+                count=1,
+                dtype=record[band].dtype.name,
+                crs=crs,
+                transform=rasterio.Affine(*transform),
+                nodata=nodata,
+                compress='lzw',
+            ) as file:
+                file.write(record[band], 1)
+            with whole_file(unfinished / f'{band}.tif') as path:
+                path.write_bytes(memory.read())
+    os.replace(unfinished, folder)

@@ -13,7 +13,9 @@ are.
 import functools
 import json
 import os
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..storage.whole_file import whole_file
-from .batch_memory import BufferPool
 from .labels import SeasonLabels
 from .tiffs import BANDS, Archive, Georeference, check_names, split_names
 
@@ -53,6 +54,9 @@ SCHEMA = pa.schema(
 #: Columns that tell where the record of which image is.
 _NAMES = ('id', 'season', 'shard', 'offset')
 
+#: Unused memory that is kept, in batches.
+_KEPT = 4
+
 
 def index_path(root: str | os.PathLike[str], split: str) -> Path:
     """Return the path of the index of a split."""
@@ -67,6 +71,35 @@ def shard_path(folder: Path, shard: int) -> Path:
 def checksum(record: npt.NDArray[Any]) -> int:
     """Return the CRC-32 of a record, or of its bytes."""
     return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8).data)
+
+
+class BufferPool:
+    """Gives arrays, and takes their memory back when nobody refers to them any more.
+
+    The kernel clears new memory page by page. For batches of tens of megabytes that takes
+    as long as reading them.
+    """
+
+    def __init__(self) -> None:
+        """Initialize a new BufferPool instance."""
+        self._free: deque[memoryview] = deque(maxlen=_KEPT)
+
+    def __reduce__(self) -> Any:
+        """Another process has its own memory."""
+        return BufferPool, ()
+
+    def empty(self, rows: int, width: int) -> npt.NDArray[np.uint8]:
+        """Return an array of shape (rows, width) whose values are arbitrary."""
+        memory = np.empty(0, np.uint8).data
+        while self._free and len(memory) != rows * width:
+            memory = self._free.popleft()
+        if len(memory) != rows * width:
+            memory = np.empty(rows * width, np.uint8).data
+        # Whatever is made of this array, by slicing or by torch.from_numpy, keeps it: a
+        # view of an array that has its memory from elsewhere refers to that array
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array.reshape(rows, width)
 
 
 class RecordArchive(Archive):
