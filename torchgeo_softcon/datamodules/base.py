@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._compat import NonGeoDataModule, NonGeoDataset, Sample
+from .._cores import count_cores
 from ..bands import BAND_STATISTICS
 from ..datasets.scaling import resolve_value_range
 from ..landcover import LandCoverProduct, find_product
 from ..landcover.products import ProductLike
 from ..transforms.worldcover import WorldCoverMultiLabel, check_values
-from .loading import DrawSampler, ResumableDataLoader, choose_num_workers, uses_cuda
+from .loading import DrawSampler, ResumableDataLoader, uses_cuda
 from .protocol import dataset_bands
 
 #: What a datamodule can give next to the image.
 Target = Literal['label', 'mask']
+
+#: More processes than this rarely read faster, and each takes memory.
+_MAX_WORKERS = 8
 
 
 class _LongLabel(nn.Module):
@@ -132,10 +136,14 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     @property
     def num_workers(self) -> int:
         """Number of processes that read, per device."""
-        # Not chosen before there is a trainer: it may use the CPU next to a GPU
-        if self._num_workers is None:
-            return choose_num_workers(self.trainer)
-        return self._num_workers
+        if self._num_workers is not None:
+            return self._num_workers
+        # Not chosen before there is a trainer: it may use the CPU next to a GPU. There,
+        # training and reading would share the cores
+        if not uses_cuda(self.trainer):
+            return 0
+        cores = count_cores() // torch.cuda.device_count()
+        return max(1, min(cores, _MAX_WORKERS))
 
     @num_workers.setter
     def num_workers(self, value: int) -> None:

@@ -13,10 +13,6 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._compat import Sample
-from .._cores import count_cores
-
-#: More processes than this rarely read faster, and each takes memory.
-_MAX_WORKERS = 8
 
 
 def uses_cuda(trainer: Trainer | None) -> bool:
@@ -24,17 +20,6 @@ def uses_cuda(trainer: Trainer | None) -> bool:
     if trainer is None:
         return torch.cuda.is_available()
     return isinstance(trainer.accelerator, CUDAAccelerator)
-
-
-def choose_num_workers(trainer: Trainer | None) -> int:
-    """Return the number of processes that read for one device: 0 without CUDA.
-
-    There, training and reading would share the cores.
-    """
-    if not uses_cuda(trainer):
-        return 0
-    cores = count_cores() // torch.cuda.device_count()
-    return max(1, min(cores, _MAX_WORKERS))
 
 
 class DrawSampler(DistributedSampler[Any]):

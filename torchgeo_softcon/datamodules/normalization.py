@@ -61,23 +61,22 @@ def use_unit_range(
     """
     if _has_unit_range(datamodule):
         return
-    found = _normalizations(datamodule)
+    found, name = _normalizations(datamodule), type(datamodule).__name__
     if not any(found):
         raise ValueError(
-            f'{type(datamodule).__name__} has no normalization (kornia.augmentation.'
-            'Normalize) that could be replaced. Scale its images by transforms of the '
-            'dataset: torchgeo_softcon.ToUnitRange'
+            f'{name} has no normalization (kornia.augmentation.Normalize) that could be '
+            'replaced. Scale its images by transforms of the dataset: '
+            'torchgeo_softcon.ToUnitRange'
         )
     if max(map(len, found)) > 1:
         raise ValueError(
-            f'{type(datamodule).__name__} normalizes images in several steps, so they are '
-            'not digital numbers or dB, which unit_range is for. Leave it out'
+            f'{name} normalizes images in several steps, so they are not digital numbers '
+            'or dB, which unit_range is for. Leave it out'
         )
     bands = bands or image_bands(datamodule)
     if bands is None:
         raise ValueError(
-            f'{type(datamodule).__name__} does not tell its bands. Set bands to their '
-            'names, such as [B4, B3, B2]'
+            f'{name} does not tell its bands. Set bands, such as [B4, B3, B2]'
         )
     unit = ToUnitRange.of(bands)
     for parent, child in chain(*found):

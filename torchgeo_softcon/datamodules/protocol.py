@@ -4,7 +4,7 @@
 """The attributes of datamodules and datasets that tasks, callbacks and commands use."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
@@ -84,14 +84,6 @@ class DataModuleOffer(Protocol):
     )
 
 
-class Split(NamedTuple):
-    """The samples of one split: a dataset, if there is any, and what yields queries."""
-
-    dataset: _Samples
-    sampler: _Queries
-    batch_sampler: _Queries
-
-
 class _Completed:
     """A datamodule with the defaults of :class:`DataModuleOffer`."""
 
@@ -119,15 +111,17 @@ def trainer_datamodule(trainer: Trainer | None) -> LightningDataModule | None:
     return getattr(trainer, 'datamodule', None)
 
 
-def find_split(datamodule: LightningDataModule, split: str) -> Split:
-    """Return dataset and sampler of one of SPLITS, or those that all splits share."""
+def find_split(
+    datamodule: LightningDataModule, split: str
+) -> tuple[_Samples, _Queries, _Queries]:
+    """Return dataset, sampler and batch sampler of a split, or those that all share."""
     offer = offer_of(datamodule)
 
     def find(kind: str) -> Any:
         own = getattr(offer, f'{split}_{kind}')
         return getattr(offer, kind) if own is None else own
 
-    return Split(find('dataset'), find('sampler'), find('batch_sampler'))
+    return find('dataset'), find('sampler'), find('batch_sampler')
 
 
 def eval_transform(datamodule: LightningDataModule) -> _Transform:
