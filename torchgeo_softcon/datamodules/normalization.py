@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, normalize_band_names
+from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, Level, normalize_band_names
 from ..transforms import ToUnitRange
 from .protocol import SPLITS, dataset_bands, offer_of
 
@@ -24,6 +24,14 @@ _SETS = {
     's1': SENTINEL1_BANDS[::-1],
     's2': SENTINEL2_SUBSETS[12],
     'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
+}
+
+#: Datasets of TorchGeo whose Sentinel-2 is of Level-2A, at least for these splits.
+_LEVEL_2A: dict[str, tuple[str, ...] | None] = {
+    'BigEarthNet': None,
+    'BigEarthNetV2': None,
+    'SeasonalContrastS2': None,
+    'SSL4EOS12': ('s2a',),
 }
 
 
@@ -47,7 +55,10 @@ class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
 
 
 def use_unit_range(
-    datamodule: LightningDataModule, bands: Sequence[str] | None = None
+    datamodule: LightningDataModule,
+    bands: Sequence[str] | None = None,
+    level: Level | None = None,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Let a datamodule of TorchGeo scale its images to [0, 1] as SoftCon's authors do.
 
@@ -57,7 +68,12 @@ def use_unit_range(
     digital numbers of Sentinel-2 or dB of Sentinel-1. Datamodules of this package have
     such images already, and are left as they are.
 
-    The datamodule must be set up. *bands* default to those that its dataset has.
+    Args:
+        datamodule: The datamodule, set up.
+        bands: Names of the bands of its images. Defaults to those that its dataset has.
+        level: Processing level of Sentinel-2, see :func:`image_level` for the default.
+        statistics: Mean and standard deviation of each band, instead of those of
+            SSL4EO-S12.
     """
     if _has_unit_range(datamodule):
         return
@@ -74,11 +90,14 @@ def use_unit_range(
             'or dB, which unit_range is for. Leave it out'
         )
     bands = bands or image_bands(datamodule)
-    if bands is None:
+    if statistics is not None:
+        unit = ToUnitRange(*statistics)
+    elif bands is None:
         raise ValueError(
             f'{name} does not tell its bands. Set bands, such as [B4, B3, B2]'
         )
-    unit = ToUnitRange.of(bands)
+    else:
+        unit = ToUnitRange.of(bands, level or image_level(datamodule, bands))
     for parent, child in chain(*found):
         setattr(parent, child, _UnitRange(unit))
     # TorchGeo's tasks undo the normalization by these to plot images
@@ -114,20 +133,39 @@ def _normalizations(
     ]
 
 
+def _datasets(datamodule: LightningDataModule) -> list[Any]:
+    offer = offer_of(datamodule)
+    names = (*(f'{split}_dataset' for split in SPLITS), 'dataset')
+    return [getattr(offer, name) for name in names]
+
+
 def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
     """Return the names of the bands of the images of a datamodule, in their order.
 
     None if its dataset does not tell them, or if they are of an unknown sensor.
     """
-    offer = offer_of(datamodule)
-    for name in (*(f'{split}_dataset' for split in SPLITS), 'dataset'):
-        bands = dataset_bands(getattr(offer, name))
+    for dataset in _datasets(datamodule):
+        bands = dataset_bands(dataset)
         if isinstance(bands, str) and bands in _SETS:
             return _SETS[bands]
         if isinstance(bands, list | tuple) and all(isinstance(b, str) for b in bands):
             with suppress(ValueError):
                 return normalize_band_names(bands)
     return None
+
+
+def image_level(datamodule: LightningDataModule, bands: Sequence[str]) -> Level:
+    """Return the processing level of the Sentinel-2 images of a datamodule.
+
+    L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands of
+    Sentinel-2 but B10, else L1C.
+    """
+    for dataset in _datasets(datamodule):
+        splits = _LEVEL_2A.get(type(dataset).__name__, ())
+        if splits is None or getattr(dataset, 'split', None) in splits:
+            return 'L2A'
+    all_but_b10 = {*bands} >= {*SENTINEL2_SUBSETS[12]} and 'B10' not in bands
+    return 'L2A' if all_but_b10 else 'L1C'
 
 
 def match_images(

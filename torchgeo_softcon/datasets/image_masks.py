@@ -18,7 +18,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from .._compat import Sample
-from ..bands import RGB_BANDS, normalize_band_names
+from ..bands import RGB_BANDS, Level, normalize_band_names
 from ..geo.find_files import find_files
 from ..geo.rasters import (
     Values,
@@ -30,7 +30,7 @@ from ..geo.rasters import (
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_draws, divide_at_random
-from .scaling import ValueRange, resolve_value_range, to_unit_range
+from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
@@ -97,6 +97,7 @@ class ImageMaskFolder(DrawnImages):
         size: int | None = None,
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
+        level: Level | None = None,
     ) -> None:
         """Initialize a new ImageMaskFolder instance.
 
@@ -123,6 +124,9 @@ class ImageMaskFolder(DrawnImages):
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
+            level: Processing level of Sentinel-2, whose statistics scale the images,
+                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
+                :func:`.choose_level`.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -157,7 +161,7 @@ class ImageMaskFolder(DrawnImages):
         else:
             mask_files = list(files.values())
 
-        self._read_headers(files, mask_files, image_bands, bands, value_range)
+        self._read_headers(files, mask_files, image_bands, bands, value_range, level)
         self._group(list(files), places)
 
     def _read_headers(
@@ -167,6 +171,7 @@ class ImageMaskFolder(DrawnImages):
         image_bands: Sequence[int] | None,
         bands: Sequence[str] | None,
         value_range: ValueRange,
+        level: Level | None,
     ) -> None:
         """Check that everything fits together before anything is read."""
         self._patches: dict[str, Patch] = {}
@@ -194,8 +199,14 @@ class ImageMaskFolder(DrawnImages):
             self._patches[stem] = Patch(path, mask, *shape)
 
         self._check_sizes()
+        self.level = choose_level(
+            level,
+            self.bands,
+            files.values(),
+            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
+        )
         self.value_range = resolve_value_range(
-            value_range, self.bands, len(self.image_bands), dtypes
+            value_range, self.bands, len(self.image_bands), dtypes, self.level
         )
 
     def _choose(

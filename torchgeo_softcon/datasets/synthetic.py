@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._checks import require
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
 from ..synthetic.scenes import MAX_SITES, MAX_SIZE, write_scenes
 
@@ -59,10 +60,9 @@ class SyntheticScenes:
         """Initialize a new SyntheticScenes instance, and write its files if needed.
 
         Args:
-            root: Folder for the files, which go into a subfolder of their own for each
-                choice of the other arguments. Defaults to *synthetic* in the folder of
-                the environment variable ``TORCHGEO_SOFTCON_CACHE``, which defaults to
-                ``~/.cache/torchgeo_softcon``.
+            root: Folder for the files, with a subfolder for each choice of the other
+                arguments. Defaults to *synthetic* in the folder of the environment
+                variable ``TORCHGEO_SOFTCON_CACHE`` or in ``~/.cache/torchgeo_softcon``.
             places: Number of places in each of the two UTM zones, 1 to 16.
             size: Height and width of a scene in pixels of 10 m, 32 to 512.
             seasons: Number of dates, evenly over the year 2021, 1 to 52.
@@ -76,40 +76,31 @@ class SyntheticScenes:
                 both sensors.
         """
         names = normalize_band_names(bands)
-        if not names or not (
-            set(names) <= set(SENTINEL2_BANDS) or set(names) <= set(SENTINEL1_BANDS)
-        ):
-            raise ValueError(
-                f'bands must be some of {", ".join(SENTINEL2_BANDS)}, or some of '
-                f'{", ".join(SENTINEL1_BANDS)}, got {tuple(bands)}'
-            )
+        sensors = (SENTINEL2_BANDS, SENTINEL1_BANDS)
+        require(
+            names and any({*names} <= {*sensor} for sensor in sensors),
+            f'bands must be some of {", or some of ".join(map(", ".join, sensors))}, got '
+            f'{tuple(bands)}',
+        )
         for name, value, low, high in (
             ('places', places, 1, MAX_SITES),
             ('size', size, 32, MAX_SIZE),
             ('seasons', seasons, 1, 52),
             ('seed', seed, 0, 2**32 - 1),
         ):
-            if not low <= value <= high:
-                raise ValueError(f'{name} must be from {low} to {high}, got {value}')
-
-        self.places = places
-        self.size = size
-        self.seasons = seasons
-        self.bands = names
-        self.seed = seed
-        # Also what the folder is named after, in this order
-        self._arguments = {
-            name: getattr(self, name)
-            for name in ('places', 'size', 'seasons', 'bands', 'seed')
-        }
-
-        if root is None:
-            cache = os.environ.get(
-                'TORCHGEO_SOFTCON_CACHE', '~/.cache/torchgeo_softcon'
+            require(
+                low <= value <= high,
+                f'{name} must be from {low} to {high}, got {value}',
             )
-            root = Path(cache) / 'synthetic'
+        self.places, self.size, self.seasons = places, size, seasons
+        self.bands, self.seed = names, seed
+        # The folder is named after these, in this order
+        self._arguments = dict(vars(self))
+
+        cache = os.environ.get('TORCHGEO_SOFTCON_CACHE', '~/.cache/torchgeo_softcon')
+        folder = Path(cache) / 'synthetic' if root is None else Path(root)
         #: Folder of exactly these files.
-        self.root = Path(root).expanduser() / self._key()
+        self.root = folder.expanduser() / self._key()
         #: Folder of the scenes.
         self.images = self.root / 'images'
         #: Folder of the land cover.
@@ -127,27 +118,19 @@ class SyntheticScenes:
         return f'{sensor}-{count}-seed{self.seed}-{digest}'
 
     def _complete(self) -> bool:
-        """Tell whether all files are there.
-
-        Raises:
-            OSError: If the folder is there, but something in it is not.
-        """
+        """Tell whether all files are there, or raise an OSError if only some are."""
         if not self.root.exists():
             return False
         try:
-            files = json.loads((self.root / _MARKER).read_text())
-            damaged = [
-                name
-                for name, size in files.items()
-                if (self.root / name).stat().st_size != size
-            ]
+            sizes = json.loads((self.root / _MARKER).read_text())
+            found = _sizes(self.root)
+            damaged = [name for name in sizes if found.get(name) != sizes[name]]
         except (OSError, ValueError) as error:
             damaged = [str(error)]
         if damaged:
             raise OSError(
                 f'{self.root} was complete once, but is not any more '
-                f'({", ".join(damaged[:3])}): delete this folder to have it written '
-                'again'
+                f'({", ".join(damaged[:3])}): delete this folder to have it written again'
             )
         return True
 
@@ -158,11 +141,7 @@ class SyntheticScenes:
         temporary = Path(tempfile.mkdtemp(prefix=f'.{self.root.name}-', dir=parent))
         try:
             write_scenes(temporary, **self._arguments)
-            files = {
-                path.relative_to(temporary).as_posix(): path.stat().st_size
-                for path in sorted(temporary.rglob('*.tif'))
-            }
-            (temporary / _MARKER).write_text(json.dumps(files, indent=1))
+            (temporary / _MARKER).write_text(json.dumps(_sizes(temporary), indent=1))
             temporary.chmod(0o755)  # mkdtemp is for one user only
             temporary.rename(self.root)
         except OSError:
@@ -171,3 +150,9 @@ class SyntheticScenes:
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sizes(root: Path) -> dict[str, int]:
+    """Return the bytes of all rasters, by path below a folder."""
+    paths = sorted(root.rglob('*.tif'))
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}

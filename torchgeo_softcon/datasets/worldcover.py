@@ -122,18 +122,15 @@ class ESAWorldCover(RasterDataset):
         Args:
             paths: One or more folders to search, with all their subfolders, or files,
                 see :func:`.find_map_files`. Where files overlap, official tiles go first.
-            crs: :term:`coordinate reference system (CRS)` to warp to (defaults to the
-                CRS of the first file).
-            res: Resolution of the dataset in units of CRS (defaults to the resolution
-                of the first file).
+            crs: CRS to warp to (defaults to that of the first file).
+            res: Resolution in units of *crs* (defaults to that of the first file).
             year: Year of the map (defaults to the last one).
             classes: Class codes to keep (defaults to all). All others become no data.
             ordinal: Number the classes from 1 to K in the order of *classes* (0 is no
                 data), as segmentation needs it, instead of the codes.
-            transforms: A function/transform that takes an input sample and returns a
-                transformed version. It sees the mask that the dataset gives, after
-                *classes* and *ordinal*.
-            cache: If True, keep files open to speed up repeated sampling.
+            transforms: A function of a sample, which sees the mask after *classes* and
+                *ordinal*.
+            cache: Whether to keep files open to speed up repeated sampling.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`.
 
@@ -161,9 +158,10 @@ class ESAWorldCover(RasterDataset):
             self.cmap = _colormap(product)
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
         self.ordinal = ordinal
-        self._codes = (product.fill, *classes)
+        codes = (product.fill, *classes)
+        self._code_of = dict(enumerate(codes)) if ordinal else {c: c for c in codes}
         self._map = np.full(256, 0 if ordinal else product.fill)
-        self._map[list(classes)] = range(1, len(classes) + 1) if ordinal else classes
+        self._map[list(classes)] = [*self._code_of][1:]
 
         rasters = [open_tile(path) for path in self.files]
         for raster in rasters:
@@ -196,8 +194,7 @@ class ESAWorldCover(RasterDataset):
             bounds: Left, bottom, right and top of the box.
 
         Returns:
-            Names of files of the year of the dataset, whether they are there or not,
-            none if the product has no tiles.
+            Names of files of the year of the dataset, whether they are there or not.
         """
         if self.product.tiles is None:
             return []
@@ -286,18 +283,14 @@ class ESAWorldCover(RasterDataset):
         Returns:
             A figure with the classes that are present in its legend.
         """
-        panels = [key for key in ('mask', 'prediction') if key in sample]
+        panels = ['mask', 'prediction'] if 'prediction' in sample else ['mask']
+        size = (4 * len(panels) + 3, 4)
         fig, axs = plt.subplots(
-            1,
-            len(panels),
-            figsize=(4 * len(panels) + 3, 4),
-            squeeze=False,
-            layout='constrained',
+            1, len(panels), figsize=size, squeeze=False, layout='constrained'
         )
-        by_value = {
-            i if self.ordinal else code: code for i, code in enumerate(self._codes)
-        }
-        table = _color_table({v: self.colors[code] for v, code in by_value.items()})
+        table = _color_table(
+            {v: self.colors[code] for v, code in self._code_of.items()}
+        )
         present: set[int] = set()
         for ax, panel in zip(axs[0], panels, strict=True):
             values = sample[panel].detach().cpu().squeeze().numpy().astype(np.uint8)
@@ -313,7 +306,7 @@ class ESAWorldCover(RasterDataset):
                     edgecolor='0.5',
                     label=f'{value} {self.names[code]}',
                 )
-                for value, code in by_value.items()
+                for value, code in self._code_of.items()
                 if value in present
             ],
             loc='outside right center',

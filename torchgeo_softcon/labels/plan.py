@@ -54,7 +54,7 @@ class Plan:
     """Which tiles are under which footprints."""
 
     def __init__(self, boxes: Floats, tiles: Sequence[Tile]) -> None:
-        """Initialize a new Plan instance.
+        """Find the tiles under footprints.
 
         Args:
             boxes: Left, bottom, right and top of footprints in degrees of longitude and

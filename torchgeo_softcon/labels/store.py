@@ -208,7 +208,7 @@ class LabelStore(ResumableParquet):
 
 
 def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
-    """Make a part of counts."""
+    """Make a part of counts, without the patches that have none."""
     good = np.ones(len(ids), bool)
     good[list(counted.reasons)] = False
     flat = pa.array(counted.counts[good].reshape(-1))

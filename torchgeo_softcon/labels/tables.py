@@ -82,14 +82,14 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
         raise FileNotFoundError(f'footprints must be a file, {path!r} does not exist')
     names, tables = [], []
     failures: dict[str, str] = {}
-    for batch in _batches(path):
+    for batch, crs in _batches(path):
         names.append(batch['id'].combine_chunks().cast(pa.string()))
         without = pc.equal(names[-1].fill_null(''), '').sum().as_py()
         if without:
             raise ValueError(
                 f'footprints must all have an id, {without} have none in {path}'
             )
-        part = _normalize(batch, path)
+        part = _normalize(batch, crs or 'EPSG:4326', path)
         tables.append(part.table)
         failures |= part.failures
     if not sum(map(len, names)):
@@ -105,8 +105,8 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     return Table(Read(table, failures), ids)
 
 
-def _batches(path: str) -> Iterator[pa.Table]:
-    """Read a table file in batches, with geometries as a binary column *geometry*."""
+def _batches(path: str) -> Iterator[tuple[pa.Table, str | None]]:
+    """Read batches of a file, with geometries as a binary column *geometry*, and its CRS."""
     suffix = Path(path).suffix.lower()
     if suffix == '.csv':
         with pa.csv.open_csv(path) as reader:
@@ -118,13 +118,12 @@ def _batches(path: str) -> Iterator[pa.Table]:
         )
         with pa.csv.open_csv(path, convert_options=options) as reader:
             for batch in reader:
-                yield _rename(pa.Table.from_batches([batch]), path)
+                yield _rename(pa.Table.from_batches([batch]), path), None
     elif suffix in ('.parquet', '.geoparquet', '.pq'):
         with pq.ParquetFile(path) as file:
             geometry, crs = _geoparquet(file.schema_arrow.metadata)
             for batch in file.iter_batches(_ROWS):
-                table = _rename(pa.Table.from_batches([batch]), path, geometry)
-                yield _with_crs(table, crs)
+                yield _rename(pa.Table.from_batches([batch]), path, geometry), crs
     else:
         import geopandas
 
@@ -138,7 +137,7 @@ def _batches(path: str) -> Iterator[pa.Table]:
                 }
                 columns['geometry'] = pa.array(frame.geometry.to_wkb(), pa.binary())
                 crs = None if frame.crs is None else frame.crs.to_string()
-                yield _with_crs(_rename(pa.table(columns), path), crs)
+                yield _rename(pa.table(columns), path), crs
             if len(frame) < _ROWS:
                 return
 
@@ -154,15 +153,13 @@ def _rename(table: pa.Table, path: str, geometry: str = 'geometry') -> pa.Table:
     unique = list(dict.fromkeys(names))
     table = table.select([order[names.index(name)] for name in unique])
     table = table.rename_columns(unique)
-    boxes = set(_BOX) <= set(table.column_names)
-    if 'id' not in table.column_names or not (
-        boxes or 'geometry' in table.column_names
-    ):
+    placed = 'geometry' in unique or set(_BOX) <= set(unique)
+    if 'id' not in unique or not placed:
         raise ValueError(
             'footprints must have the columns id, and geometry or left, bottom, right, '
-            f'top, got {", ".join(table.column_names)} in {path}'
+            f'top, got {", ".join(unique)} in {path}'
         )
-    if ('height' in table.column_names) != ('width' in table.column_names):
+    if ('height' in unique) != ('width' in unique):
         raise ValueError(f'footprints must have both of height and width, see {path}')
     if 'geometry' in unique and pa.types.is_nested(table['geometry'].type):
         raise ValueError(
@@ -170,17 +167,6 @@ def _rename(table: pa.Table, path: str, geometry: str = 'geometry') -> pa.Table:
             f"{table['geometry'].type} in {path}: write it with geometry_encoding='WKB'"
         )
     return table
-
-
-def _with_crs(table: pa.Table, crs: str | None) -> pa.Table:
-    """Give the rows without a CRS that of the file."""
-    if crs is None:
-        return table
-    if 'crs' not in table.column_names:
-        return table.append_column('crs', pa.array([crs] * len(table), pa.string()))
-    given = table['crs'].cast(pa.string())
-    filled = pc.if_else(pc.equal(given.fill_null(''), ''), crs, given)
-    return table.set_column(table.column_names.index('crs'), 'crs', filled)
 
 
 def _geoparquet(metadata: dict[bytes, bytes] | None) -> tuple[str, str | None]:
@@ -191,12 +177,12 @@ def _geoparquet(metadata: dict[bytes, bytes] | None) -> tuple[str, str | None]:
     return column, None if crs is None else str(CRS.from_json_dict(crs).to_string())
 
 
-def _normalize(table: pa.Table, path: str) -> Read:
-    """Make footprints of the rows of a file."""
+def _normalize(table: pa.Table, crs: str, path: str) -> Read:
+    """Make footprints of the rows of a file, whose CRS is for rows without one."""
     names = np.array(table['id'].cast(pa.string()).to_pylist(), object)
     columns = table.column_names
     given = table['crs'].to_pylist() if 'crs' in columns else [None] * len(names)
-    systems = np.array([str(text or 'EPSG:4326') for text in given], object)
+    systems = np.array([str(text or crs) for text in given], object)
     # One bad row must not cost the labels of a million good ones
     reasons = np.full(len(names), '', object)
     sized = 'height' in columns

@@ -55,7 +55,7 @@ class ExecutorWorkers(Workers):
     limit: float | None = None
 
     def __init__(self, executor: Executor, count: int) -> None:
-        """Initialize a new ExecutorWorkers instance."""
+        """Initialize a new ExecutorWorkers instance of *count* workers."""
         self.executor, self.count = executor, count
 
     def map(
@@ -103,7 +103,7 @@ class ExecutorWorkers(Workers):
         raise NotImplementedError
 
     def close(self, kill: bool) -> None:
-        """End the workers."""
+        """End the workers, or kill those that are at work."""
         self.executor.shutdown(wait=not kill)
 
 
@@ -117,7 +117,7 @@ class LocalWorkers(ExecutorWorkers):
     limit = _TIME_LIMIT
 
     def __init__(self, count: int) -> None:
-        """Initialize a new LocalWorkers instance."""
+        """Initialize a new LocalWorkers instance of *count* processes."""
         self._context = _Context()
         super().__init__(self._start(count), count)
 
@@ -130,7 +130,7 @@ class LocalWorkers(ExecutorWorkers):
         self.executor = self._start(self.count)
 
     def close(self, kill: bool) -> None:
-        """End the workers."""
+        """End the workers, or kill those that are at work."""
         if kill:
             started = [p for p in self._context.started if p.pid is not None]
             for process in started:

@@ -19,7 +19,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from .._checks import check_counts, check_positive
+from .._checks import check_counts, check_positive, require
 from ..geo.grid import Bounds
 from ..storage.lock import exclusive
 from .product import LandCoverProduct
@@ -38,12 +38,8 @@ _CHUNK = 2**16
 #: Bytes of a file that are not pixels, at most.
 _HEADERS = 2**22
 
-#: Answers that may be better later: another part of the file than was asked for, too many
-#: requests, and errors of the server.
+#: Answers that may be better later: wrong ranges, busy and broken servers.
 _RETRIED = (206, 408, 416, 429, 500, 502, 503, 504)
-
-#: How TIFF and BigTIFF files begin.
-_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 
 #: What may become of a tile.
 Outcome = Literal['downloaded', 'kept', 'absent']
@@ -71,8 +67,7 @@ class TileDownload:
             f'{len(self.downloaded)} downloaded, {len(self.kept)} already there, '
             f'{len(self.absent)} without land, {len(self.failed)} failed'
         )
-        failures = [f'{name}: {why}' for name, why in self.failed.items()]
-        return '\n'.join([counts, *failures])
+        return '\n'.join([counts, *(f'{k}: {why}' for k, why in self.failed.items())])
 
 
 def tiles_of(
@@ -126,10 +121,10 @@ def download_tiles(
     check_counts(workers=workers)
     check_positive(timeout=timeout)
     base_url = product.url if base_url is None else base_url
-    if not base_url.startswith(('https://', 'http://')):
-        raise ValueError(
-            f'base_url must start with https:// or http://, got {base_url!r}'
-        )
+    require(
+        base_url.startswith(('https://', 'http://')),
+        f'base_url must start with https:// or http://, got {base_url!r}',
+    )
     folder = Path(root).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,11 +173,7 @@ class _Fetch:
     received: int = 0
 
     def __post_init__(self) -> None:
-        """Read which tiles are known not to exist.
-
-        The file has the addresses of tiles of open sea, one per line. They are not asked
-        for again, unless somebody removes the line.
-        """
+        """Read the addresses of tiles that do not exist, which are not asked for again."""
         name = f'{self.product.title.replace(" ", "_")}_absent.txt'
         self.absent_file = self.folder / name
         known = self.absent_file.read_text() if self.absent_file.exists() else ''
@@ -243,11 +234,7 @@ class _Fetch:
         raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
 
     def _receive(self, url: str, partial: Path) -> bool:
-        """Append a file, or the rest of it, to what has come, False if it does not exist.
-
-        Raises:
-            requests.RequestException: If another attempt may help.
-        """
+        """Append a file, or the rest of it, to what has come, False if it does not exist."""
         etag_file, size = _etag_file(partial), partial.stat().st_size
         headers = {'Accept-Encoding': 'identity'}
         if size and etag_file.exists():
@@ -283,10 +270,6 @@ class _Fetch:
             announced = stream.tell() + (response.raw.length_remaining or 0)
             for chunk in response.iter_content(_CHUNK):
                 self._check_stop()
-                if not stream.tell() and chunk[:4] not in _TIFF:
-                    raise requests.RequestException(
-                        f'not recognized as a TIFF, it begins with {chunk[:9]!r}'
-                    )
                 if max(stream.tell() + len(chunk), announced) > limit:
                     stream.truncate(0)
                     raise OSError(f'{response.url}: a tile cannot have so many bytes')

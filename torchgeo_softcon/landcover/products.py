@@ -3,9 +3,9 @@
 
 """The land-cover products that are known: those here, registered ones, and YAML files."""
 
+import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,7 @@ _PRODUCTS: dict[str, LandCoverProduct] = {}
 
 
 def register(product: LandCoverProduct) -> LandCoverProduct:
-    """Make a product known by its name in this process.
-
-    Args:
-        product: The product.
-
-    Returns:
-        The product.
+    """Make a product known by its name in this process, and return it.
 
     Raises:
         ValueError: If another product has this name, or if a mapping is to an unknown
@@ -51,9 +45,6 @@ def find_product(product: ProductLike) -> LandCoverProduct:
         product: Name of a product that is known, path of a file that ends in .yaml or
             .yml, or a product, which is returned.
 
-    Returns:
-        The product.
-
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the name is unknown, or the file invalid.
@@ -74,11 +65,10 @@ def find_product(product: ProductLike) -> LandCoverProduct:
 def find_legend(
     product: LandCoverProduct, name: str | None = None
 ) -> tuple[LandCoverProduct, Mapping[int, int]]:
-    """Return the classes to count the pixels of a product in.
+    """Return the classes to count the pixels of a product in, and the codes in them.
 
-    Args:
-        product: The product.
-        name: Name of this product or of one that it has a mapping to, None for this one.
+    *name* is that of the product or of one that it has a mapping to. The codes are in the
+    order of *product*, by its own.
     """
     if name in (None, product.name):
         return product, {code: code for code in product.codes}
@@ -144,12 +134,8 @@ class _UniqueKeys(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignor
 
 def _check_keys(where: str, content: Any, kind: Any) -> dict[str, Any]:
     """Return a mapping with the keys of a data class, or refuse it."""
-    known = [one.name for one in fields(kind)]
-    needed = [
-        one.name
-        for one in fields(kind)
-        if one.default is MISSING and one.default_factory is MISSING
-    ]
+    known = inspect.signature(kind).parameters
+    needed = [key for key, one in known.items() if one.default is one.empty]
     require(
         isinstance(content, dict),
         f'{where} must be a mapping with {", ".join(needed)}, got {content!r}',

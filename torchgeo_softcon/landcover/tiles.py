@@ -125,21 +125,16 @@ class TileGrid:
         south, north = ((lat - self.south) / self.degrees for lat in (bottom, top))
         west, south = (np.floor(low + _TOUCH).astype(int) for low in (west, south))
         east, north = (np.ceil(high - _TOUCH).astype(int) for high in (east, north))
-        col = west % cols
-        end = col + np.clip(east - west, 1, cols)
+        col, width = west % cols, np.clip(east - west, 1, cols)
         row, stop = south.clip(0, rows), np.maximum(north, south + 1).clip(0, rows)
 
-        # Every box adds 1 from its first to its last tile: marks at its four corners,
-        # summed. Columns go twice around the Earth.
-        marks = np.zeros((rows + 1, 2 * cols + 1), int)
-        for at, mark in (
-            ((row, col), 1),
-            ((row, end), -1),
-            ((stop, col), -1),
-            ((stop, end), 1),
-        ):
-            np.add.at(marks, at, mark)
-        counts = marks.cumsum(0).cumsum(1)[:-1, :-1]
-        covered = counts[:, :cols] + counts[:, cols:] > 0
+        # Most boxes are under the same few tiles
+        shape = (rows + 1, rows + 1, cols, cols + 1)
+        numbers = np.ravel_multi_index((row, stop, col, width), shape)
+        covered = np.zeros((rows, cols), bool)
+        for i in np.unique(numbers, return_index=True)[1]:
+            covered[row[i] : stop[i], np.arange(col[i], col[i] + width[i]) % cols] = (
+                True
+            )
         names = list(self.corners)
         return sorted(names[number] for number in np.flatnonzero(covered))

@@ -99,11 +99,7 @@ class ResumableParquet:
                 part.unlink()
 
     def note(self, **notes: Any) -> None:
-        """Write notes to the manifest.
-
-        Args:
-            **notes: Values of :attr:`notes`.
-        """
+        """Write values of :attr:`notes` to the manifest."""
         self._write_manifest({**self.noted(), **notes})
 
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
@@ -125,7 +121,7 @@ class ResumableParquet:
         return sum(pq.read_metadata(part).num_rows for part in self.part_files(kind))
 
     def append(self, kind: str, table: pa.Table) -> None:
-        """Write a part."""
+        """Write a part with the columns of those before. Every process has its kinds."""
         number, before = 0, self.part_files(kind)
         if before:
             number = _numbered(before[-1])[1] + 1
@@ -140,13 +136,13 @@ class ResumableParquet:
             pq.write_table(table, unfinished, compression='zstd')
 
     def finish(self, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-        """Write the file, and delete the parts."""
+        """Write the file as :func:`.write_parquet` does, and delete the parts."""
         rows = write_parquet(self.path, tables, schema)
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 
     def join(self, samples: int) -> int:
-        """Make the file of the parts of all kinds."""
+        """Make the file of the parts of all kinds, which must have a row per sample."""
         part_files, rows = self.part_files(), self.count_rows()
         if rows != samples:
             raise ValueError(

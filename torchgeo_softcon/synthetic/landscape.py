@@ -28,16 +28,10 @@ def random_field(
     pixel: tuple[float, float],
     sigma: float,
 ) -> Floats:
-    """Draw smooth random numbers with mean 0 and standard deviation 1.
+    """Draw smooth random numbers of shape (H, W), with mean 0 and standard deviation 1.
 
-    Args:
-        rng: Source of random numbers.
-        shape: Height and width in pixels.
-        pixel: Height and width of a pixel in metres.
-        sigma: Standard deviation of the Gaussian filter in metres.
-
-    Returns:
-        Field of shape (H, W).
+    *pixel* is the height and width of a pixel, *sigma* the standard deviation of the
+    Gaussian filter, all in metres.
     """
     # The filter wraps around, so that opposite edges would be alike: cut them off
     padded = [size + round(3 * sigma / p) for size, p in zip(shape, pixel, strict=True)]
@@ -70,13 +64,7 @@ class Landscape:
         shape: tuple[int, int],
         pixel: tuple[float, float],
     ) -> 'Landscape':
-        """Draw a landscape: patches, a river and fields.
-
-        Args:
-            rng: Source of random numbers.
-            shape: Height and width in pixels.
-            pixel: Height and width of a pixel in metres.
-        """
+        """Draw patches, a river and fields, on pixels with a height and width in metres."""
         fields = []
         for cover in LAND_COVER:
             # A wide field on top lets a class be common here and rare there
@@ -106,11 +94,9 @@ class Landscape:
         vigour = rng.normal(0, 0.07, kinds.shape)
         return cls(land, kinds[strip, parcel], vigour[strip, parcel])
 
-    def take(self, row: npt.NDArray[Any], col: npt.NDArray[Any]) -> 'Landscape':
-        """Return the landscape at other pixels."""
-        return Landscape(
-            self.codes[row, col], self.kind[row, col], self.vigour[row, col]
-        )
+    def take(self, *pixels: npt.NDArray[Any]) -> 'Landscape':
+        """Return the landscape at the rows and columns of other pixels."""
+        return Landscape(self.codes[pixels], self.kind[pixels], self.vigour[pixels])
 
     def of_classes(self, values: Floats) -> Floats:
         """Return the value of each pixel's class, from one per LAND_COVER."""
@@ -120,11 +106,10 @@ class Landscape:
     def green(self, day: int) -> Floats:
         """Return the share of the green state on a day of the year, (H, W)."""
         out = np.zeros(self.codes.shape)
-        for code, kinds in ((cover['code'], cover['seasons']) for cover in LAND_COVER):
-            which = (self.kind * len(kinds)).astype(int)
-            for i, values in enumerate(kinds):
-                value = np.interp(day, _DAYS, values, period=365)
-                out[(self.codes == code) & (which == i)] = value
+        for cover in LAND_COVER:
+            kinds = [np.interp(day, _DAYS, s, period=365) for s in cover['seasons']]
+            there = self.codes == cover['code']
+            out[there] = np.take(kinds, (self.kind[there] * len(kinds)).astype(int))
         # Only plants have vigour
         plants = ~np.isin(self.codes, (50, 60, 80))
         return np.clip(out + plants * self.vigour, 0, 1)

@@ -22,9 +22,10 @@ from ..landcover.products import WORLDCOVER
 from .landscape import Landscape, random_field
 from .sensors import optical, radar
 
-#: The tile that all scenes lie in, named after its south-west corner.
+#: The tile that all scenes lie in, and its pixels.
 _TILE = 'ESA_WorldCover_10m_2021_v200_N45E012_Map.tif'
-_TILE_WEST, _TILE_NORTH, _TILE_SIZE, _TILE_RES = 12, 48, 36000, 1 / 12000
+_RES = 1 / 12000
+_TILE_GRID = Grid(CRS.from_epsg(4326), Affine(_RES, 0, 12, 0, -_RES, 48), 36000, 36000)
 
 #: UTM zones meet at 12 degrees east, at the edge of the tile. Products of zone 32 go
 #: on for some kilometres to the east of that line. Zone and first latitude.
@@ -60,19 +61,10 @@ class Site:
 def write_scenes(
     root: Path, places: int, size: int, seasons: int, bands: Sequence[str], seed: int
 ) -> None:
-    """Write the folders ``images`` and ``worldcover``.
-
-    Args:
-        root: Folder that they are made in.
-        places: Number of sites in each of the two zones.
-        size: Height and width of a scene in pixels of 10 m.
-        seasons: Number of scenes of each site, evenly over the year 2021.
-        bands: Bands of Sentinel-2 or of Sentinel-1.
-        seed: Other seeds give other ground.
-    """
+    """Write the folders ``images`` and ``worldcover``, see :class:`.SyntheticScenes`."""
     for folder in ('images', 'worldcover'):
         (root / folder).mkdir()
-    profile = _profile(_tile(), 'uint8', 1, 0, 1024)
+    profile = _profile(_TILE_GRID, 'uint8', 1, 0, 1024)
     # Blocks without land cover take no space
     profile['sparse_ok'] = True
     with rasterio.open(root / 'worldcover' / _TILE, 'w', **profile) as dst:
@@ -80,35 +72,30 @@ def write_scenes(
         dst.update_tags(description='Synthetic land cover, no ESA product')
         for site in find_sites(places, size):
             landscape, (top, left) = _landscape(site, seed)
-            codes = _with_mistakes(landscape.codes, site, seed)
+            codes, rng = landscape.codes, site.rng(seed, 1)
+            stray = rng.random(codes.shape) < _STRAY
+            codes = np.where(stray, rng.choice(np.unique(codes), codes.shape), codes)
             height, width = codes.shape
             dst.write(codes, 1, window=((top, top + height), (left, left + width)))
-            row, col = Warp(site.grid, _tile().crs).pixels(_tile())
+            row, col = Warp(site.grid, _TILE_GRID.crs).pixels(_TILE_GRID)
             ground = landscape.take(row - top, col - left)
             _write_images(root / 'images', site, ground, seasons, bands, seed)
 
 
 def _landscape(site: Site, seed: int) -> tuple[Landscape, tuple[int, int]]:
     """Draw land cover on the pixels of the tile around a site, and tell where it starts."""
-    box = outline(site.grid.crs, _tile().crs, site.grid.bounds).bounds
-    cols = [round((x - _TILE_WEST) / _TILE_RES) for x in (box[0], box[2])]
-    rows = [round((_TILE_NORTH - y) / _TILE_RES) for y in (box[3], box[1])]
-    shape = (rows[1] - rows[0] + 2 * _MARGIN, cols[1] - cols[0] + 2 * _MARGIN)
+    west, south, east, north = outline(
+        site.grid.crs, _TILE_GRID.crs, site.grid.bounds
+    ).bounds
+    left, right = (round((x - 12) / _RES) for x in (west, east))
+    top, bottom = (round((48 - y) / _RES) for y in (north, south))
+    shape = (bottom - top + 2 * _MARGIN, right - left + 2 * _MARGIN)
 
     # A degree of longitude is shorter than one of latitude
-    metres = 111_195 * _TILE_RES
-    pixel = (metres, metres * np.cos(np.radians(box[1])))
+    metres = 111_195 * _RES
+    pixel = (metres, metres * np.cos(np.radians(south)))
     landscape = Landscape.random(site.rng(seed, 0), shape, pixel)
-    return landscape, (rows[0] - _MARGIN, cols[0] - _MARGIN)
-
-
-def _with_mistakes(
-    codes: npt.NDArray[np.uint8], site: Site, seed: int
-) -> npt.NDArray[np.uint8]:
-    """Return land cover with the mistakes of a classification."""
-    rng = site.rng(seed, 1)
-    wrong = rng.random(codes.shape) < _STRAY
-    return np.where(wrong, rng.choice(np.unique(codes), codes.shape), codes)
+    return landscape, (top - _MARGIN, left - _MARGIN)
 
 
 def _write_images(
@@ -165,12 +152,6 @@ def _profile(
         'blockysize': block,
         'compress': 'deflate',
     }
-
-
-def _tile() -> Grid:
-    """Return the pixels of the tile."""
-    transform = Affine(_TILE_RES, 0, _TILE_WEST, 0, -_TILE_RES, _TILE_NORTH)
-    return Grid(CRS.from_epsg(4326), transform, _TILE_SIZE, _TILE_SIZE)
 
 
 def find_sites(count: int, size: int) -> list[Site]:

@@ -24,17 +24,16 @@ def optical(
 
     Args:
         rng: Source of random numbers.
-        ground: What is there, on pixels of 10 m.
+        ground: Land cover on pixels of 10 m.
         relief: Height of the ground on the same pixels, in units of its deviation.
         day: Day of the year.
 
     Returns:
-        Digital numbers of 13 bands, shape (13, H, W), reflectance times 10,000, >= 1.
+        Digital numbers of shape (13, H, W), reflectance times 10,000, >= 1.
     """
     shape = ground.codes.shape
     green = ground.green(day)
-    light = _sunlight(relief, day)
-    brightness = light * _texture(rng, ground)
+    brightness = _sunlight(relief, day) * _texture(rng, ground)
     haze = np.exp(0.25 * rng.normal() + 0.12 * random_field(rng, shape, (10, 10), 500))
     gain = rng.normal(1, 0.02)
 
@@ -58,23 +57,13 @@ def optical(
 def radar(
     rng: np.random.Generator, ground: Landscape, relief: Floats, day: int
 ) -> npt.NDArray[np.float32]:
-    """Take a Sentinel-1 GRD image: backscatter.
-
-    Args:
-        rng: See :func:`optical`.
-        ground: See :func:`optical`.
-        relief: See :func:`optical`.
-        day: See :func:`optical`.
-
-    Returns:
-        VV and VH in dB, shape (2, H, W).
-    """
+    """Take a Sentinel-1 GRD image, VV and VH in dB of shape (2, H, W)."""
     green = ground.green(day)
     slope = np.gradient(relief, axis=1) * 60  # towards or away from the sensor
     image = np.empty((2, *ground.codes.shape), np.float32)
     for band in range(2):
-        decibel = rng.normal(0, 0.3) - slope
-        decibel += _mix(ground, green, 'backscatter', band)
+        offset = rng.normal(0, 0.3)
+        decibel = offset - slope + _mix(ground, green, 'backscatter', band)
         power = _blur(10 ** (decibel / 10))
         # Speckle of about five looks
         power *= rng.gamma(5, 1 / 5, power.shape)
@@ -109,9 +98,8 @@ def _texture(rng: np.random.Generator, ground: Landscape) -> Floats:
     shape = ground.codes.shape
     coarse = random_field(rng, shape, (10, 10), 25)
     fine = rng.standard_normal(shape)
-    wide, narrow = np.moveaxis(
-        ground.of_classes(np.array([cover['texture'] for cover in LAND_COVER])), -1, 0
-    )
+    texture = np.array([cover['texture'] for cover in LAND_COVER]).T
+    wide, narrow = (ground.of_classes(values) for values in texture)
     return np.asarray((1 + (wide * coarse + narrow * fine)).clip(0.3))
 
 

@@ -25,7 +25,7 @@ from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .base import PretrainingTask
-from .guard import plateau_message
+from .guard import is_chance, plateau_message
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
@@ -419,8 +419,8 @@ class DINOMCTask(PretrainingTask):
         loss = cast(Tensor, self.criterion(logits, targets, temperature))
         self.guard.watch(self.global_step, loss, batch['image'])
 
-        chance = math.log(self.hparams['output_dim'])
-        self._idle = (loss.detach() - chance).abs() < _PLATEAU_WIDTH * chance
+        prototypes = self.hparams['output_dim']
+        self._idle = is_chance(loss.detach(), prototypes, _PLATEAU_WIDTH)
         values = {
             'train_loss': loss,
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder

@@ -5,6 +5,7 @@
 
 import math
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ def label_message(low: float, high: float) -> str:
         f"batch['label'] must be finite and >= 0, got values from {low:g} to {high:g}. "
         'An unknown label is all zeros'
     )
+
+
+def is_chance(loss: Any, prototypes: int, width: float) -> Any:
+    """Tell whether a loss over prototypes is that of no opinion, within a share *width*.
+
+    Where each is as likely as any other, the cross-entropy is log(*prototypes*). A tensor
+    gives a tensor, without making the host wait for the device.
+    """
+    chance = math.log(prototypes)
+    return abs(loss - chance) < width * chance
 
 
 def plateau_message(value: str, prototypes: int, steps: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_fractions, require
+from .._checks import check_choice, check_fractions, require
 from ..landcover.products import WORLDCOVER_CODES, ProductLike, find_product
 
 #: Class codes are bytes.
@@ -32,8 +32,7 @@ def class_fractions(mask: Tensor, codes: Sequence[int] = WORLDCOVER_CODES) -> Te
     Raises:
         TypeError: If *mask* is not a real-valued tensor.
         ValueError: If *codes* has duplicates or values outside of 1 to 255, or if
-            *mask* has no pixels, is interpolated (fractions between codes)
-            or has NaN. Values on a CUDA device are not looked at, because that would
+            *mask* has no pixels, is interpolated or has NaN. Values on a CUDA device are not looked at, because that would
             wait for the device: there, such pixels are no data.
     """
     counts, _ = _count(mask, _check_codes(codes))
@@ -48,10 +47,8 @@ def _normalize(counts: Tensor) -> Tensor:
 def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Count the pixels (..., H, W) of K classes, and find the values that occur.
 
-    Returns:
-        Counts of shape (..., K), int64, and whether each value from 0 to 255 occurs
-        anywhere, of shape (256,), or None on a CUDA device. Values outside of 0 to 255
-        are reported as 255.
+    Gives int64 of shape (..., K), and whether each value from 0 to 255 occurs anywhere,
+    of shape (256,), or None on a CUDA device. 255 stands for everything out of range.
     """
     _check_mask(mask)
     if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -63,8 +60,6 @@ def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return torch.stack([(mask == code).sum((-2, -1)) for code in codes], -1), None
 
     flat = mask.flatten(0, -3) if mask.ndim > 2 else mask[None]  # (N, H, W)
-    if mask.is_floating_point():
-        _check_whole(mask)
     if mask.dtype != torch.uint8 and len(flat):
         low, high = torch.aminmax(flat)
         if low < 0 or high >= _BINS:
@@ -85,7 +80,7 @@ def _histograms(mask: Tensor) -> Tensor:
 
 
 def _check_mask(mask: Tensor) -> None:
-    """Refuse what cannot be a mask, whatever its values."""
+    """Refuse what cannot be a mask, on the CPU also NaN and values between the codes."""
     if not isinstance(mask, Tensor):
         raise TypeError(
             f'mask must be a tensor, got {type(mask).__name__}: convert it with '
@@ -97,20 +92,17 @@ def _check_mask(mask: Tensor) -> None:
         mask.ndim > 1 and 0 not in mask.shape[-2:],
         f'mask must be of shape (..., H, W) with at least one pixel, got {tuple(mask.shape)}',
     )
-
-
-def _check_whole(mask: Tensor) -> None:
-    """Refuse NaN and values between the codes in a floating point mask."""
+    if mask.device.type != 'cpu' or not mask.is_floating_point():
+        return
     require(
         mask.isfinite().all(),
         'mask must hold class codes, got NaN or infinite values: give no data as 0',
     )
-    between = mask[mask != mask.round()]
+    between = [f'{value:.4g}' for value in mask[mask != mask.round()][:5].tolist()]
     require(
-        not len(between),
-        'mask must hold class codes, got '
-        f'{", ".join(f"{value:.4g}" for value in between[:5].tolist())}: it was '
-        'interpolated, resample it with nearest neighbour',
+        not between,
+        f'mask must hold class codes, got {", ".join(between)}: it was interpolated, '
+        'resample it with nearest neighbour',
     )
 
 
@@ -175,8 +167,7 @@ class WorldCoverMultiLabel(nn.Module):
 
         Raises:
             ValueError: If *codes* has duplicates or other values than the product's and
-                those from 1 to 255, if *min_fraction* is not in (0, 1], *min_valid* not in [0, 1], or
-                *foreign* unknown.
+                those from 1 to 255, or if another argument is out of range.
         """
         product = find_product(product)
         codes = product.codes if codes is None else tuple(codes)
@@ -187,20 +178,13 @@ class WorldCoverMultiLabel(nn.Module):
             0 < min_fraction <= 1, f'min_fraction must be in (0, 1], got {min_fraction}'
         )
         check_fractions(min_valid=min_valid)
-        require(
-            foreign in ('error', 'ignore'),
-            f"foreign must be 'error' or 'ignore', got {foreign!r}",
-        )
+        check_choice('foreign', foreign, ('error', 'ignore'))
 
         super().__init__()
-        self.codes = codes
-        self.min_fraction = min_fraction
-        self.min_valid = min_valid
-        self.fractions = fractions
-        self.keep_mask = keep_mask
-        self.foreign = foreign
-        legend = (*product.no_data, *product.codes)
-        self._legend = legend if official else (0, *codes)
+        self.codes, self.foreign = codes, foreign
+        self.min_fraction, self.min_valid = min_fraction, min_valid
+        self.fractions, self.keep_mask = fractions, keep_mask
+        self._legend = product.legend if official else (0, *codes)
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Convert the mask of a sample or of a batch to a label.
@@ -211,6 +195,10 @@ class WorldCoverMultiLabel(nn.Module):
         *image* of (1, C, H, W), a mask of (1, H, W) gives (1, K), and with an *image*
         of (B, 1, C, H, W), a mask of (B, 1, H, W) gives (B, 1, K).
 
+        Args:
+            sample: A sample or a batch with a *mask* of class codes, which are whole
+                numbers also if it is of floats, as made by kornia. It is not modified.
+
         Returns:
             The same sample with a float32 *label* of shape (K,), (B, K) or (B, T, K),
             and without *mask* unless *keep_mask*. A *label* that was there before is
@@ -218,9 +206,8 @@ class WorldCoverMultiLabel(nn.Module):
 
         Raises:
             TypeError: If the mask is not a real-valued tensor.
-            ValueError: If there is no mask, or if its values are no class codes.
-                Values on a CUDA device are not looked at, because that would wait for
-                the device: there, foreign codes are no data.
+            ValueError: If there is no mask, or if its values are no class codes. On a
+                CUDA device they are not looked at, see :func:`class_fractions`.
         """
         if 'mask' not in sample:
             raise ValueError(
@@ -231,9 +218,8 @@ class WorldCoverMultiLabel(nn.Module):
 
         mask = sample['mask']
         counts, present = _count(mask, self.codes)
-        if present is not None and self.foreign == 'error':
+        if self.foreign == 'error':
             _check_present(present, self._legend)
-
         if _has_channel(mask, sample.get('image')):
             counts = counts.squeeze(-2)
 
@@ -253,18 +239,16 @@ class WorldCoverMultiLabel(nn.Module):
 
 
 def check_values(mask: Tensor, product: ProductLike = 'worldcover') -> None:
-    """Refuse a mask (..., H, W) that does not hold class codes of a product.
-
-    Values on a CUDA device are not looked at, because that would wait for the device.
-    """
+    """Refuse a mask (..., H, W) on the CPU that does not hold class codes of a product."""
     product = find_product(product)
     _, present = _count(mask, product.codes)
-    if present is not None:
-        _check_present(present, (*product.no_data, *product.codes))
+    _check_present(present, product.legend)
 
 
-def _check_present(present: Tensor, legend: Sequence[int]) -> None:
-    """Refuse values that are not in the legend."""
+def _check_present(present: Tensor | None, legend: Sequence[int]) -> None:
+    """Refuse values that are not in the legend, if they are known."""
+    if present is None:
+        return
     values = present.nonzero().flatten().tolist()
     foreign = [value for value in values if value not in legend]
     if not foreign:
@@ -292,8 +276,7 @@ def _check_present(present: Tensor, legend: Sequence[int]) -> None:
 
 def _has_channel(mask: Tensor, image: Any) -> bool:
     """Return whether the third last dimension of a mask is a channel."""
-    if mask.ndim < 3 or mask.shape[-3] != 1:
+    is_batch = isinstance(image, Tensor) and image.ndim > 3
+    if is_batch and mask.shape[:-2] == image.shape[:-3]:
         return False
-    if isinstance(image, Tensor) and image.ndim > 3:
-        return mask.shape[:-2] != image.shape[:-3]
-    return True
+    return mask.ndim > 2 and mask.shape[-3] == 1
