@@ -124,7 +124,7 @@ class SSL4EOS12ML(DrawnImages):
     def _align(self) -> npt.NDArray[np.int64]:
         """Return the numbers of images that every split has, shape (M, S)."""
         main = self._main
-        columns = []
+        columns: list[npt.NDArray[Any]] = []
         for other in self.archives:
             if other is main:
                 columns.append(np.arange(len(main)))

@@ -280,9 +280,11 @@ def _names(rows: pa.Table) -> pd.MultiIndex:
 
 def _with_labels(rows: pa.Table, labels: SeasonLabels, split: str) -> pa.Table:
     """Put labels into rows of an index."""
-    names = (np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season'))
+    location, season = (
+        np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season')
+    )
     # Not strictly: those that fit may be of images that cannot be read
-    values = match_labels(labels, split, *names, strict=False)
+    values = match_labels(labels, split, location, season, strict=False)
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     column = pa.ListArray.from_arrays(offsets, values.ravel())
     position = rows.schema.get_field_index('label')
