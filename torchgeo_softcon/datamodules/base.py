@@ -156,8 +156,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         """
         dataset: Any = self.train_dataset
         bands = dataset_bands(dataset)
-        pairs = self.value_range or getattr(dataset, 'value_range', None)
-        expected = getattr(dataset, 'softcon_range', None)
+        pairs: Any = self.value_range or getattr(dataset, 'value_range', None)
+        expected: Any = getattr(dataset, 'softcon_range', None)
         if expected is None:
             expected = softcon_range(bands, getattr(dataset, 'level', 'L1C'))
         return (

@@ -217,7 +217,7 @@ def _pack_split(
     shards = {next(numbers): archive.only(rows[c : c + shard_size]) for c in cuts}
     lost = _names(before).difference(_names(indexed)).difference(ours)
     reason = f'its record is gone, and it is not in {archive.root}'
-    failures = [Failure(*name, reason) for name in lost]
+    failures = [Failure(location, name, reason) for location, name in lost]
     with tqdm(
         total=len(ours),
         initial=len(ours) - len(rows),
