@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..bands import shown_channels
 from ..landcover import LandCoverProduct
 from ..landcover.products import WORLDCOVER
-from ..modules.masking import mask_pixels, masked_patches, random_visible
+from ..tasks import PretrainingTask
 
 Array = npt.NDArray[Any]
 
@@ -91,13 +91,9 @@ def _grid(
 
 
 def plot_views(
-    task: Any, batch: dict[str, Tensor], bands: Sequence[str] | None = None
-) -> Figure | None:
-    """Plot the views of up to eight images that the two branches of a task see.
-
-    Returns:
-        A row per image, or None if the task does not draw views.
-    """
+    task: PretrainingTask, batch: dict[str, Tensor], bands: Sequence[str] | None = None
+) -> Figure:
+    """Plot the views that a task draws of up to eight images, in a row per image."""
     boxes: list[Tensor] = []
 
     def keep_boxes(module: Any, args: Any, output: Any) -> None:
@@ -106,11 +102,9 @@ def plot_views(
 
     hook = task.augmentations.register_forward_hook(keep_boxes)
     try:
-        views = _draw_views(task, batch)
+        views = task.draw_for_report(batch)
     finally:
         hook.remove()
-    if not views:
-        return None
     boxed = len(boxes) == len(views)
     images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
     images = images[:, : views[0][1].shape[1]]
@@ -136,35 +130,6 @@ def plot_views(
                 axes[row, 0].add_patch(outline)
                 axis.spines[:].set(visible=True, color=colour, linewidth=2)
     return figure
-
-
-def _draw_views(task: Any, batch: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Draw views with titles, none if the task does not draw views."""
-    if hasattr(task, 'draw_crops'):
-        crops = task.draw_crops(batch)
-        kinds = ['global'] * task.num_global + ['local'] * len(crops)
-        pairs = zip(kinds, crops, strict=False)
-        return [(f'{kind}, {crop.shape[-1]} px', crop) for kind, crop in pairs]
-    if hasattr(task, 'draw_views'):
-        (first, second), _ = task.draw_views(batch)
-        name = f'trained, {task.hparams["mask_ratio"]:.0%} masked'
-        return [(name, mask_view(task, first)), ('teacher', second)]
-    return []
-
-
-def mask_view(task: Any, view: Tensor) -> Tensor:
-    """Mask views of shape (B, C, H, W) as a :class:`.SoftConTask` does, by NaN."""
-    masking = task.masking
-    if masking.ratio == 0:
-        return view
-    size = masking.patch_size
-    if masking.mode != 'pixel':
-        size = task.model.patch_embed.patch_size[0]
-    rows, columns = (-(-side // size) for side in view.shape[-2:])
-    visible = random_visible(len(view), rows * columns, masking.ratio, 'cpu')
-    masked = masked_patches(visible, rows * columns)
-    hidden = mask_pixels(torch.ones_like(view), masked, size) == 0
-    return view.masked_fill(hidden, math.nan)
 
 
 def label_similarities(labels: Tensor) -> Tensor:

@@ -115,8 +115,6 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         figure = plot_views(task, batch, gallery.bands)
     except ValueError as error:
         return replace(section, text=f'The views could not be drawn: {error}')
-    if figure is None:
-        return section
     text = (
         'Drawn anew from the images on the left. The frame of a view has the colour of '
         'its box on the image. '

@@ -82,14 +82,10 @@ class NonFiniteGuard:
     def watch(
         self, step: int, loss: Tensor, image: Tensor, label: Tensor | None = None
     ) -> None:
-        """Take note of the loss of a step.
+        """Take note of the loss of an optimizer step, of its images and labels.
 
-        Args:
-            step: Index of the optimizer step.
-            loss: The scalar loss.
-            image: The images it was computed from, any shape.
-            label: Their labels, any shape. Only read on a CUDA device: on others, labels
-                are checked before they are used.
+        Labels are only read on a CUDA device: on others, they are checked before they are
+        used.
 
         Raises:
             NonFiniteLossError: If this or, on a CUDA device, an earlier loss is not
@@ -100,13 +96,10 @@ class NonFiniteGuard:
         if read_at_once(loss):
             if not loss.isfinite():
                 finite = image[image.isfinite()]
-                low, high = (
-                    finite.aminmax() if len(finite) else (loss.new_zeros(()),) * 2
-                )
+                seen = finite if len(finite) else loss.new_zeros(1)
+                low, high = float(seen.min()), float(seen.max())
                 bad = image.numel() - finite.numel()
-                raise NonFiniteLossError(
-                    _describe(step, float(loss), float(low), float(high), bad)
-                )
+                raise NonFiniteLossError(_describe(step, float(loss), low, high, bad))
             return
 
         label = loss.new_zeros(1) if label is None else label
