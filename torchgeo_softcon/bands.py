@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Literal, get_args
 
 #: Bands of a Sentinel-2 Level-1C product, in the order of SSL4EO-S12 and of SoftCon.
 #: https://github.com/zhu-xlab/SSL4EO-S12/blob/main/src/download_data/convert_rgb.py
@@ -41,8 +42,11 @@ _OTHER = ('HH', 'HV', 'NIR', 'SWIR1', 'SWIR2', 'COASTAL')
 #: Which band is red, green and blue, for each family of names.
 _RGB = (('B4', 'B3', 'B2'), RGB_BANDS)
 
+#: Processing levels of Sentinel-2: top of the atmosphere, and ground.
+Level = Literal['L1C', 'L2A']
+
 #: Mean and standard deviation of SSL4EO-S12: digital numbers (reflectance times 10,000)
-#: for Sentinel-2, dB for Sentinel-1.
+#: for Sentinel-2 of Level-1C, dB for Sentinel-1.
 #: https://github.com/zhu-xlab/DeCUR/blob/f190e9a/src/transfer_classification_BE/linear_BE_resnet.py#L286
 #: and, for Sentinel-2, the table of TorchGeo's SSL4EO-S12 weights.
 BAND_STATISTICS = {
@@ -61,6 +65,24 @@ BAND_STATISTICS = {
     'B12': (1537.4, 1142.9),
     'VV': (-12.59, 5.26),
     'VH': (-20.26, 5.91),
+}
+
+#: The same of Level-2A, which has no B10, by SoftCon's authors.
+#: https://github.com/zhu-xlab/Copernicus-Bench (cobench_bigearthnet_s2.yaml)
+#: https://github.com/zhu-xlab/SSL4EO-S12 (S2A_MEAN, S2A_STD)
+LEVEL2A_STATISTICS = {
+    'B1': (752.40, 1108.03),
+    'B2': (884.30, 1155.15),
+    'B3': (1144.16, 1183.63),
+    'B4': (1297.47, 1368.11),
+    'B5': (1624.91, 1370.27),
+    'B6': (2194.64, 1355.55),
+    'B7': (2422.21, 1416.51),
+    'B8': (2517.76, 1474.79),
+    'B8A': (2581.65, 1439.31),
+    'B9': (2645.52, 1582.28),
+    'B11': (2368.51, 1455.52),
+    'B12': (1805.07, 1343.48),
 }
 
 
@@ -124,6 +146,37 @@ def normalize_band_names(
     if len(set(names)) != len(names):
         raise ValueError(f'bands must be unique, got {tuple(bands)}')
     return tuple(names)
+
+
+def band_statistics(
+    bands: Sequence[str], level: Level = 'L1C'
+) -> tuple[tuple[float, float], ...]:
+    """Look up the statistics of SSL4EO-S12.
+
+    Args:
+        bands: Bands of Sentinel-2 or Sentinel-1, in our spelling.
+        level: Processing level of those of Sentinel-2.
+
+    Returns:
+        Mean and standard deviation of each band, in digital numbers (reflectance times
+        10,000) of Sentinel-2 and in dB of Sentinel-1.
+
+    Raises:
+        ValueError: If *level* is unknown, or bands have no statistics at that level.
+    """
+    if level not in get_args(Level):
+        raise ValueError(
+            f'level must be one of {", ".join(get_args(Level))}, got {level!r}'
+        )
+    table = BAND_STATISTICS
+    if level == 'L2A':
+        radar = {band: BAND_STATISTICS[band] for band in SENTINEL1_BANDS}
+        table = {**LEVEL2A_STATISTICS, **radar}
+    if unknown := [band for band in bands if band not in table]:
+        raise ValueError(
+            f'there are no statistics of {", ".join(unknown)} of Sentinel-2 {level}'
+        )
+    return tuple(table[band] for band in bands)
 
 
 def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:

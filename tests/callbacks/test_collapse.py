@@ -186,7 +186,8 @@ def test_count_prototypes() -> None:
     assert count_prototypes(make_task()) is None
 
 
-def test_one_wording_of_a_plateau() -> None:
-    """The task and the callback both see it, by different measures."""
+@pytest.mark.parametrize('name', ['is_chance', 'plateau_message'])
+def test_one_plateau(name: str) -> None:
+    """The task and the callback both see it, within different limits."""
     for module in (collapse, dino_mc):
-        assert module.plateau_message is guard.plateau_message  # type: ignore[attr-defined]
+        assert getattr(module, name) is getattr(guard, name)

@@ -85,7 +85,7 @@ class TestNumbers:
         if bands != 's2':
             assert raw[0].mean() < raw[1].mean()
         names = {'s1': radar, 's2': names, 'all': radar + names}[bands]
-        torch.testing.assert_close(image, ToUnitRange.of(names)(raw))
+        torch.testing.assert_close(image, ToUnitRange.of(names, 'L2A')(raw))
 
     def test_seasons_of_radar(self, tmp_path: Path) -> None:
         """TorchGeo divides dB by 10,000."""

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import rasterio
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from pyproj import CRS
 
@@ -24,7 +25,7 @@ from torchgeo_softcon.evaluation.embed import embed
 from torchgeo_softcon.models.encoders import open_encoder
 from torchgeo_softcon.storage.resumable import ResumableParquet
 
-from ..callbacks.helpers import PatchesDataModule
+from ..callbacks.helpers import Patches, PatchesDataModule
 from ..datamodules.helpers import write_raster
 from ..tasks.helpers import make_loader, make_task, make_trainer
 
@@ -189,6 +190,31 @@ class TestEmbed:
 
         path = tmp_path / 'e.parquet'
         embed(open_encoder(checkpoint), Asked(), path, accelerator='cpu', **QUIET)
+
+    def test_hook_of_the_datamodule(self, checkpoint: Path, tmp_path: Path) -> None:
+        """Pixels are those that a trainer would give to a task."""
+
+        class Hooked(PatchesDataModule):
+            def on_after_batch_transfer(
+                self, batch: dict[str, Any], dataloader_idx: int
+            ) -> dict[str, Any]:
+                batch = {**batch, 'image': batch['image'].flip(1)}
+                return super().on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[no-any-return]
+
+            def setup(self, stage: str) -> None:
+                self.predict_dataset = Patches(split='test')
+
+        class Task(LightningModule):
+            def predict_step(self, batch: Any, batch_idx: int) -> Any:
+                return open_encoder(checkpoint).model(batch['image'])
+
+        data: Any = Hooked()
+        data.predict_aug = lambda batch: {**batch, 'image': batch['image'] * 2}
+        path = tmp_path / 'e.parquet'
+        embed(open_encoder(checkpoint), data, path, accelerator='cpu', **QUIET)
+        trainer = Trainer(accelerator='cpu', logger=False, **QUIET)
+        expected: Any = trainer.predict(Task(), data)
+        np.testing.assert_array_equal(vectors(path), torch.cat(expected))
 
     def test_datasets_of_the_host(self, checkpoint: Path, tmp_path: Path) -> None:
         datasets = import_module('torchgeo.datasets')

@@ -44,6 +44,19 @@ class Spectrum(nn.Module):
         return image.mean((2, 3)) - 0.5
 
 
+def of_module(
+    model: nn.Module,
+    name: str,
+    in_channels: int,
+    size: int | None = None,
+    bands: tuple[str, ...] | None = None,
+    unit_range: bool | None = None,
+) -> Encoder:
+    encoder = Encoder(model.state_dict(), name, size, bands, unit_range)
+    vars(encoder).update(model=model, in_channels=in_channels)
+    return encoder
+
+
 @pytest.fixture(scope='module')
 def eurosat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_eurosat(tmp_path_factory.mktemp('eurosat'), 4, 1)
@@ -52,7 +65,7 @@ def eurosat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestEvaluate:
     def test_multiclass(self, eurosat: Path) -> None:
         model = Spectrum()
-        encoder = Encoder.of_module(model, 'spectrum', 13, 28, unit_range=True)
+        encoder = of_module(model, 'spectrum', 13, 28, unit_range=True)
         datamodule: Any = EuroSATDataModule(root=eurosat, batch_size=7)
         values = evaluate_encoder(encoder, datamodule, k=(1, 3))
         assert (values['train_images'], values['test_images']) == (40, 10)
@@ -65,7 +78,7 @@ class TestEvaluate:
         torch.testing.assert_close(model.seen[0], center_view(unit, 28))
 
     def test_multilabels(self, tmp_path: Path) -> None:
-        encoder = Encoder.of_module(Spectrum(), 'spectrum', 12, None, unit_range=True)
+        encoder = of_module(Spectrum(), 'spectrum', 12, None, unit_range=True)
         data = BigEarthNetDataModule(root=make_bigearthnet(tmp_path), bands='s2')
         values = evaluate_encoder(encoder, data, 'val', (3,), size=16)
         assert values['val_images'] == 4
@@ -73,9 +86,7 @@ class TestEvaluate:
         assert values['chance_map'] == pytest.approx(0.5)
 
     def test_part_of_the_labels(self) -> None:
-        encoder = Encoder.of_module(
-            create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32
-        )
+        encoder = of_module(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
         values = [
             evaluate_encoder(
                 encoder, PatchesDataModule(kind='multiclass'), k=(2,), fraction=share
@@ -98,7 +109,7 @@ class TestEvaluate:
             lambda module, args: sizes.append(len(args[0]))
         )
         samples = LabelledSamples(Patches(7), range(7), 'seven')
-        encoder = Encoder.of_module(model, 'test_vit', 4, 32)
+        encoder = of_module(model, 'test_vit', 4, 32)
         features, _ = extract_features(encoder, samples, 32, torch.device('cpu'))
         assert sizes == [7]
         image = torch.stack([Patches(7)[i]['image'] for i in range(7)])
@@ -112,18 +123,14 @@ class TestEvaluate:
             torch.testing.assert_close(features[name], value)
 
     def test_unlabelled_images_are_left_out(self) -> None:
-        encoder = Encoder.of_module(
-            create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32
-        )
+        encoder = of_module(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
         values = evaluate_encoder(encoder, PatchesDataModule(kind='unknown'), k=(2,))
         assert values['train_images'] == values['test_images'] == 12
 
     def test_bands_in_another_order(self, eurosat: Path) -> None:
         """The classic mistake: EuroSAT has B8A last, SoftCon has not."""
         order = SENTINEL2_BANDS
-        encoder = Encoder.of_module(
-            Spectrum(), 'spectrum', 13, 28, order, unit_range=True
-        )
+        encoder = of_module(Spectrum(), 'spectrum', 13, 28, order, unit_range=True)
         datamodule: Any = EuroSATDataModule(root=eurosat)
         with pytest.raises(ValueError, match=r"must be those .*'B12', 'B8A'\). Choose"):
             evaluate_encoder(encoder, datamodule)
@@ -147,16 +154,12 @@ class TestEvaluate:
     def test_bad_input(
         self, data: dict[str, Any], options: dict[str, Any], match: str
     ) -> None:
-        encoder = Encoder.of_module(
-            create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32
-        )
+        encoder = of_module(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
         with pytest.raises(ValueError, match=match):
             evaluate_encoder(encoder, PatchesDataModule(**data), **options)
 
     def test_training_images_are_no_test(self) -> None:
-        encoder = Encoder.of_module(
-            create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32
-        )
+        encoder = of_module(create_encoder('test_vit', 4).eval(), 'test_vit', 4, 32)
         data: Any = PatchesDataModule()
         data.train_dataset = data.test_dataset = Patches()
         data.setup = lambda stage: None
@@ -168,7 +171,7 @@ class TestEvaluate:
         self, split: str, scenes: SyntheticScenes
     ) -> None:
         """Windows of the same ground overlap: any encoder finds them."""
-        encoder = Encoder.of_module(Spectrum(), 'spectrum', 13, 32)
+        encoder = of_module(Spectrum(), 'spectrum', 13, 32)
         args: dict[str, Any] = {'root': scenes.root, 'size': 96, 'dates': 2}
         args |= {'patch_size': 32, 'length': 16}
         data = SyntheticScenesDataModule(**args)

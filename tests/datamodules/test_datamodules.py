@@ -367,7 +367,7 @@ SHARED = {'batch_size', 'num_workers', 'val_fraction', 'seed'}
 OPTIONS = {
     ImageMaskFolderDataModule: {
         *('root', 'images', 'masks', 'image_bands', 'mask_band', 'bands', 'nodata'),
-        *('value_range', 'seasons', 'places', 'size'),
+        *('value_range', 'level', 'seasons', 'places', 'size'),
         *('target', 'min_fraction', 'fractions'),
     },
     SSL4EOS12MLDataModule: {
@@ -377,7 +377,7 @@ OPTIONS = {
     WorldCoverScenesDataModule: {
         *('images', 'worldcover', 'year', 'product', 'allow_unlabelled', 'bands'),
         *('all_bands', 'patch_size', 'length', 'seasons', 'min_valid', 'value_range'),
-        *('nodata', 'offset', 'target', 'min_fraction', 'fractions'),
+        *('nodata', 'offset', 'level', 'target', 'min_fraction', 'fractions'),
     },
     SyntheticScenesDataModule: {
         *('root', 'places', 'size', 'dates', 'bands', 'patch_size', 'length'),

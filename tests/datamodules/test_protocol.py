@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from torchgeo_softcon.datamodules import (
     SSL4EOS12MLDataModule,
@@ -17,13 +17,16 @@ from torchgeo_softcon.datamodules.protocol import (
     SPLITS,
     DataModuleOffer,
     dataset_bands,
+    dataset_product,
     eval_transform,
     find_split,
     is_endless,
     loader_batch_size,
     offer_of,
     trainer_datamodule,
+    without_transforms,
 )
+from torchgeo_softcon.landcover.products import WORLDCOVER
 
 
 @pytest.fixture
@@ -94,6 +97,31 @@ def test_bands_of_wrapped_datasets() -> None:
     assert dataset_bands(None) is None
     for wrapped in (dataset, Subset(dataset, [0]), SimpleNamespace(scenes=dataset)):
         assert dataset_bands(wrapped) == ['B4']
+
+
+def test_product_of_a_dataset_and_of_its_parts() -> None:
+    dataset: Any = SimpleNamespace(product=WORLDCOVER)
+    for outer in (
+        dataset,
+        Subset(dataset, [0]),
+        SimpleNamespace(scenes=dataset),
+        SimpleNamespace(datasets=[SimpleNamespace(), dataset]),
+    ):
+        assert dataset_product(outer) is WORLDCOVER
+    assert dataset_product(SimpleNamespace(product='worldcover')) is None
+
+
+def test_samples_as_they_are_read() -> None:
+    class Masks(Dataset[str]):
+        transforms: Any = staticmethod(lambda sample: 'label')
+
+        def __getitem__(self, index: int) -> str:
+            return str(self.transforms('mask'))
+
+    dataset = Masks()
+    for outer in (dataset, Subset(dataset, [0])):
+        assert without_transforms(outer)[0] == 'mask'
+        assert outer[0] == 'label'
 
 
 def test_is_endless() -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.ssl4eo.archives import season, write_archive
 from tests.tasks.helpers import make_task, make_trainer
-from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_SUBSETS
+from torchgeo_softcon.bands import SENTINEL2_SUBSETS, band_statistics
 from torchgeo_softcon.datamodules import SSL4EOS12MLDataModule
 from torchgeo_softcon.datasets import SSL4EOS12ML
 from torchgeo_softcon.evaluation.samples import LabelledSamples
@@ -64,7 +64,7 @@ class TestSSL4EOS12MLDataModule:
         assert batch['image'].shape == (2, 2, 12, 264, 264)
         assert batch['label'].shape == (2, 2, 9)
         dataset = SSL4EOS12ML(packed, 's2a', seasons=2)
-        mean, std = torch.tensor([BAND_STATISTICS[b] for b in SENTINEL2_SUBSETS[12]]).T
+        mean, std = torch.tensor(band_statistics(SENTINEL2_SUBSETS[12], 'L2A')).T
         for index in range(2):
             sample = dataset[index]
             expected = (sample['image'] - (mean - 2 * std)[:, None, None]) / (

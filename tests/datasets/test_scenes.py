@@ -24,8 +24,12 @@ from tests.datamodules.helpers import (
     write_raster,
     write_worldcover,
 )
-from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS
-from torchgeo_softcon.datasets.scaling import resolve_value_range, to_unit_range
+from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
+from torchgeo_softcon.datasets.scaling import (
+    choose_level,
+    resolve_value_range,
+    to_unit_range,
+)
 from torchgeo_softcon.datasets.scene_grid import SceneGrid
 from torchgeo_softcon.datasets.scenes import WorldCoverScenes
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
@@ -654,6 +658,34 @@ class TestValueRange:
         ((low, high), _) = resolve_value_range(None, ('B4', 'VV'), 2, ['uint16'])
         mean, std = BAND_STATISTICS['B4']
         assert (low, high) == (mean - 2 * std, mean + 2 * std)
+
+    @pytest.mark.parametrize(
+        ('names', 'bands', 'expected'),
+        [
+            (['S2B_MSIL2A_20200601T101031_N0400_R022_T32UNE_1/B02.jp2'], ['B2'], 'L2A'),
+            (['S2A_MSIL1C_20200601.SAFE/T32UNE_20200601_B02.jp2'], ['B2'], 'L1C'),
+            (['GRANULE/L2A_T32UNE_A012/IMG_DATA/x_B02_10m.jp2'], ['B2'], 'L2A'),
+            (['S2B_32UNE_20200101_0_L2A/B02.tif'], ['B2'], 'L2A'),
+            (['PROL2AB/image.tif', 'XL1C2.tif'], SENTINEL2_SUBSETS[4], 'L1C'),
+            (['image.tif'], SENTINEL2_SUBSETS[12], 'L2A'),
+            (['image.tif'], SENTINEL2_BANDS, 'L1C'),
+            (['S1A_IW_GRDH.tif'], ['VV', 'VH'], 'L1C'),
+        ],
+    )
+    def test_level(self, names: list[str], bands: Any, expected: str) -> None:
+        assert choose_level(None, bands, names, True) == expected
+        assert choose_level('L2A', bands, names, True) == 'L2A'
+
+    def test_images_of_two_levels_are_not_scaled_alike(self) -> None:
+        names = ['S2A_MSIL1C_1.SAFE/B02.jp2', 'S2A_MSIL2A_1.SAFE/B02.jp2']
+        with pytest.raises(ValueError, match='one level of Sentinel-2, got S2A_MSIL1C'):
+            choose_level(None, ['B2'], names, True)
+        # A range of the user's own has no level
+        assert choose_level(None, ['B2'], names, False) == 'L1C'
+
+    def test_level_2a_is_scaled_by_its_statistics(self) -> None:
+        ((low, high),) = resolve_value_range('softcon', ('B1',), 1, ['uint16'], 'L2A')
+        assert (low, high) == (752.40 - 2 * 1108.03, 752.40 + 2 * 1108.03)
 
     def test_bytes_are_256_steps(self) -> None:
         assert resolve_value_range(None, ('B4',), 1, ['uint8']) == ((0, 255),)

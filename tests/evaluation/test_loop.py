@@ -3,18 +3,23 @@
 
 import math
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 from torchgeo_softcon.evaluation import loop
 from torchgeo_softcon.evaluation.loop import (
     LabelledFeatures,
+    batch_transform,
     collect_labelled,
     encode_batches,
     score_probes,
 )
+
+from ..callbacks.helpers import PatchesDataModule
 
 
 class Mean(nn.Module):
@@ -58,11 +63,44 @@ def test_a_transform_sees_images_only() -> None:
         seen.append(sample)
         return {'image': sample['image'] + 1}
 
+    data: Any = PatchesDataModule()
+    data.aug = transform
     batch = {'image': torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 'crs': ['EPSG:4326']}
-    (encoded,) = encode_batches(Mean(), [batch], transform, 3, 4)
+    (encoded,) = encode_batches(Mean(), [batch], batch_transform(data), 3, 4)
     assert list(seen[0]) == ['image']
     assert torch.equal(encoded.features['pooled'], torch.ones(2, 3))
     assert encoded.image.shape == (2, 3, 8, 8)
+
+
+class Hooked(PatchesDataModule):
+    """Brightens images, and then scales them as the host does."""
+
+    def on_after_batch_transfer(
+        self, batch: dict[str, Any], dataloader_idx: int
+    ) -> dict[str, Any]:
+        assert 'crs' not in batch
+        brighter = {**batch, 'image': batch['image'] + 1, 'label': batch['label'] * 2}
+        return super().on_after_batch_transfer(brighter, dataloader_idx)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ('stage', 'expected'), [('VALIDATING', 10), ('PREDICTING', 100)]
+)
+def test_a_hook_is_run_in_its_stage(stage: str, expected: float) -> None:
+    data: Any = Hooked()
+    data.val_aug = lambda batch: {**batch, 'image': batch['image'] * 10}
+    data.predict_aug = lambda batch: {**batch, 'image': batch['image'] * 100}
+    batch = {
+        'image': torch.zeros(2, 3, 8, 8),
+        'label': torch.ones(2, 1),
+        'crs': ['EPSG:4326'] * 2,
+    }
+    transform = batch_transform(data, RunningStage[stage])
+    (encoded,) = encode_batches(Mean(), [batch], transform, 3, None)
+    assert torch.equal(encoded.features['pooled'], torch.full((2, 3), expected))
+    assert encoded.batch['label'].tolist() == [[2], [2]]
+    assert encoded.batch['crs'] == batch['crs']
+    assert data.trainer.state.stage is None
 
 
 def test_unknown_labels_are_left_out() -> None:

@@ -92,14 +92,14 @@ class TestConstructor:
             ({'bands': ['B2']}, 'bands must name all in_channels = 4'),
             (
                 {'local_sizes': (8,)},
-                r'of 8 x 8 pixels: crops must have .* got 8 x 8\. Change size and local_s',
+                r'of 8 x 8 pixels: crops must have .* got 8 x 8\. Change the sizes',
             ),
             (
                 {'augmentations': MultiCropView(32, (8,))},
-                'does not take crops of 8 x 8 pixels',
+                'does not take images of 8 x 8 pixels',
             ),
             ({'model': 'vit_tiny'}, "must be the name of a timm model, got 'vit_tiny'"),
-            ({'model': 'mixer_s16_224'}, 'does not take crops of 16 x 16'),
+            ({'model': 'mixer_s16_224'}, 'does not take images of 16 x 16'),
         ],
     )
     def test_bad_argument(self, kwargs: dict[str, Any], match: str) -> None:

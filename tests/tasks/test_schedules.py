@@ -38,7 +38,7 @@ def test_lightly_reaches_the_end_a_step_earlier() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match='total must be at least one step, got 0'):
+    with pytest.raises(ValueError, match='total must be at least 1, got 0'):
         cosine_warmup(0, 0, 1, 0)
-    with pytest.raises(ValueError, match='warmup must not be negative, got -1'):
+    with pytest.raises(ValueError, match='warmup must be >= 0, got -1'):
         cosine_warmup(0, 1, 1, 0, -1)

@@ -160,7 +160,7 @@ class TestConstructor:
         task.training_step(make_batch(), 0).backward()
 
     def test_model_that_takes_another_size(self) -> None:
-        with pytest.raises(ValueError, match='does not take images of size 40 x 40'):
+        with pytest.raises(ValueError, match='does not take images of 40 x 40'):
             make_task(model='mixer_s32_224', size=40)
 
     def test_no_augmentation_is_not_the_default(self) -> None:

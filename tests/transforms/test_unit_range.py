@@ -19,10 +19,24 @@ def test_of_bands() -> None:
     assert torch.equal(some({'image': image[:, [7, 1]]})['image'], expected)
 
 
+def test_level_2a_has_its_own_statistics() -> None:
+    # The first band by hand: 752.4 - 2 * 1108.03 becomes 0
+    image = torch.tensor([752.4 - 2 * 1108.03, 752.4, 752.4 + 1108.03]).view(1, 1, 3)
+    actual = ToUnitRange.of(['B1'], 'L2A')(image).ravel()
+    torch.testing.assert_close(actual, torch.tensor([0, 0.5, 0.75]))
+    radar = torch.full((2, 1, 1), -15.0)
+    levels = [ToUnitRange.of(['VV', 'VH'], level)(radar) for level in ('L1C', 'L2A')]
+    assert torch.equal(*levels)
+    with pytest.raises(ValueError, match='no statistics of B10 of Sentinel-2 L2A'):
+        ToUnitRange.of(['B10'], 'L2A')
+    with pytest.raises(ValueError, match="level must be one of L1C, L2A, got 'L2'"):
+        ToUnitRange.of(['B1'], 'L2')  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ('bands', 'match'),
     [
-        (['B2', 'NIR'], r"of Sentinel-2 or Sentinel-1, got \['NIR'\]"),
+        (['B2', 'NIR'], 'no statistics of NIR of Sentinel-2 L1C'),
         ([], 'at least one name, got none'),
         ('B2', "a list of names, .* got 'B2'"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._checks import check_counts, check_not_negative
 from ..evaluation.features import encode, prepare
-from ..tasks.guard import plateau_message
+from ..tasks.guard import is_chance, plateau_message
 from .watch import EncoderWatch, gather, quietly
 
 
@@ -166,9 +166,7 @@ class CollapseMonitor(EncoderWatch):
         features = gather(trainer, features).flatten(0, 1)
         if len(features) < 2:
             return None
-        loss = trainer.callback_metrics.get('train_loss')
-        if loss is None:
-            loss = features.new_tensor(math.nan)
+        loss = trainer.callback_metrics.get('train_loss', torch.tensor(math.nan))
         with torch.autocast(features.device.type, enabled=False):
             measures = [
                 std_of_l2_normalized(features),
@@ -208,16 +206,13 @@ class CollapseMonitor(EncoderWatch):
     def _judge_loss(self, pl_module: LightningModule, step: int, loss: float) -> None:
         """Warn if a loss over prototypes has stayed where it starts."""
         prototypes = count_prototypes(pl_module)
-        if prototypes is None:
-            return
-        level = math.log(prototypes)
-        if not abs(loss - level) < 0.01 * level:
+        if prototypes is None or not is_chance(loss, prototypes, 0.01):
             self._plateau_start = -1
             return
         if self._plateau_start < 0:
             self._plateau_start = step
-        if step - self._plateau_start >= self.plateau_steps:
-            steps = step - self._plateau_start
+        steps = step - self._plateau_start
+        if steps >= self.plateau_steps:
             self._warn('plateau', plateau_message(f'{loss:.3f}', prototypes, steps))
 
     def _warn(self, kind: str, message: str) -> None:

@@ -68,12 +68,14 @@ class EmbeddingWriter(BasePredictionWriter):
             FileExistsError: If the file exists already.
             ValueError: If there are parts of something else.
         """
+        loaders: Any = trainer.predict_dataloaders
         if trainer.predict_loop.num_dataloaders > 1:
             raise ValueError(
                 'EmbeddingWriter writes one dataset, got '
                 f'{trainer.predict_loop.num_dataloaders} data loaders for prediction'
             )
-        dataset = _dataset(trainer)
+        loader = loaders[0] if isinstance(loaders, list) else loaders
+        dataset: Any = getattr(loader, 'dataset', None)
         origin = {
             'checkpoint': trainer.ckpt_path,
             'dataset': type(dataset).__name__,
@@ -103,13 +105,12 @@ class EmbeddingWriter(BasePredictionWriter):
         Raises:
             ValueError: If *prediction* is no embedding.
         """
-        if not isinstance(prediction, Tensor) or prediction.ndim != 2:
-            shape = getattr(prediction, 'shape', None)
-            seen = tuple(shape) if shape is not None else type(prediction).__name__
+        shape = tuple(getattr(prediction, 'shape', ()))
+        if not isinstance(prediction, Tensor) or len(shape) != 2:
             raise ValueError(
                 f'predict_step of {type(pl_module).__name__} must give features of shape '
-                f'(B, F), got {seen}. For other tasks, use `torchgeo-softcon embed '
-                '--checkpoint`, which takes the encoder alone'
+                f'(B, F), got {shape or type(prediction).__name__}. For other tasks, use '
+                '`torchgeo-softcon embed --checkpoint`, which takes the encoder alone'
             )
         assert self._rows is not None  # since the start
         self._rows.add(prediction, batch, batch_indices)
@@ -143,9 +144,3 @@ class EmbeddingWriter(BasePredictionWriter):
         finally:
             self._lock.close()
             self._rows = None
-
-
-def _dataset(trainer: Trainer) -> Any:
-    loaders: Any = trainer.predict_dataloaders
-    loader = loaders[0] if isinstance(loaders, list) else loaders
-    return getattr(loader, 'dataset', None)

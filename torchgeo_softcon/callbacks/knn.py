@@ -3,6 +3,7 @@
 
 """A k-NN and a linear probe of the frozen encoder, during training."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .._checks import check_counts, check_positive
 from ..datamodules.normalization import use_unit_range
-from ..datamodules.protocol import loader_batch_size, trainer_datamodule
+from ..datamodules.protocol import is_endless, loader_batch_size, trainer_datamodule
 from ..evaluation.loop import (
     LabelledFeatures,
     collect_labelled,
@@ -160,9 +161,6 @@ class KNNProbe(EncoderWatch):
 
         Raises:
             ValueError: If data, task and options do not fit each other.
-
-        Warns:
-            UserWarning: If bank and queries are windows of the same ground.
         """
         with isolate_rng():
             torch.manual_seed(0)  # for samplers that draw
@@ -173,12 +171,6 @@ class KNNProbe(EncoderWatch):
         self._probed_at = -1
         if trainer.global_step == 0:
             log_now(trainer, self.probe(trainer, pl_module))
-
-    def look(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any
-    ) -> dict[str, float]:
-        """Probe the encoder."""
-        return self.probe(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the encoder if it is time, counted in epochs."""
@@ -192,22 +184,26 @@ class KNNProbe(EncoderWatch):
         if (due or last) and self._probed_at != trainer.global_step:
             values = self.probe(trainer, pl_module)
             log_now(trainer, values)
-            # For ModelCheckpoint and EarlyStopping, which read no loggers
             pl_module.log_dict(values, logger=False, on_epoch=True, prog_bar=True)
+
+    def look(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any
+    ) -> dict[str, float]:
+        """Probe the encoder."""
+        return self.probe(trainer, pl_module)
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Encode the labelled images and evaluate the probes.
 
         Returns:
             Metrics by name, the same on all ranks.
-
-        Raises:
-            ValueError: If labels or features are of no use.
         """
         self._probed_at = trainer.global_step
         with quietly(trainer, pl_module):
-            bank = self._encode(trainer, pl_module, self._bank)
-            queries = self._encode(trainer, pl_module, self._queries)
+            bank, queries = (
+                self._encode(trainer, pl_module, samples)
+                for samples in (self._bank, self._queries)
+            )
         if bank.labels.shape[1:] != queries.labels.shape[1:]:
             raise ValueError(
                 'bank and queries must have labels of one kind, got the shapes '
@@ -222,11 +218,11 @@ class KNNProbe(EncoderWatch):
             for score in score_probes(
                 bank, queries, (self.k,), self.temperature, self.linear, micro=False
             ):
+                name = f'{score.method}_{score.metric}'
                 if score.method == 'chance':
                     name = f'knn_{score.metric}_chance'
-                else:
-                    name = f'{score.method}_{score.metric}'
-                    name += f'_{score.feature}' if len(bank.features) > 1 else ''
+                elif len(bank.features) > 1:
+                    name += f'_{score.feature}'
                 values[self.prefix + name] = score.value
         return values
 
@@ -257,12 +253,14 @@ class KNNProbe(EncoderWatch):
         count = max(self._images_between(trainer) // _SHARE, _MIN_SAMPLES)
         most = self.max_bank or max(count * 3 // 4, self.k)
         fewer = self.max_queries or max(most // 3, 1)
-        if bank.is_same(queries):
-            # An image that is its own neighbour would tell nothing
-            bank.limit_apart(queries, most, fewer)
-        else:
-            bank.limit(most)
-            queries.limit(fewer)
+        same = bank.is_same(queries)
+        if same:
+            if is_endless(bank.dataset):
+                bank.indices = queries.indices = range(most + fewer)
+            most = min(most, len(bank.indices) * 3 // 4)
+        # An image that is its own neighbour would tell nothing
+        queries.limit(fewer, most if same else 0)
+        bank.limit(most)
         if self.k > len(bank.indices):
             raise ValueError(
                 f'k must be at most the number of labelled samples in the bank, '
@@ -274,14 +272,12 @@ class KNNProbe(EncoderWatch):
         """Count the images that are trained with between two probes, on all ranks."""
         size = loader_batch_size(trainer.train_dataloader) or 1
         if self.every_n_steps is not None:
-            batches: Any = self.every_n_steps * trainer.accumulate_grad_batches
+            batches: float = self.every_n_steps * trainer.accumulate_grad_batches
         else:
             epochs = trainer.max_epochs or -1
             epochs = min(epochs, self.every_n_epochs) if epochs > 0 else 1
             batches = trainer.num_training_batches * epochs
-        if batches == float('inf'):
-            batches = 0
-        return int(batches * size * trainer.world_size)
+        return 0 if math.isinf(batches) else int(batches * size * trainer.world_size)
 
     def _encode(
         self, trainer: Trainer, pl_module: LightningModule, samples: LabelledSamples
@@ -293,23 +289,21 @@ class KNNProbe(EncoderWatch):
             ranks = gather(trainer, values).transpose(0, 1)
             return ranks.flatten(0, 1)[: len(samples.indices)]
 
-        device: Any = pl_module.device
         encoded = encode_batches(
             self._encoder,
             samples.batches(trainer.global_rank, trainer.world_size),
             samples.transform,
             pl_module.hparams.get('in_channels'),
             self.size or pl_module.hparams.get('size'),
-            device,
+            pl_module.device,
             cast(torch.dtype, pl_module.dtype),
         )
-        return collect_labelled(encoded, samples.name, device, in_order)
+        return collect_labelled(encoded, samples.name, pl_module.device, in_order)
 
 
 def _check_classes(labels: Tensor, name: str) -> None:
     """Check that there are classes to tell apart."""
-    one = len(labels) == 0 or bool((labels == labels[0]).all())
-    if one:
+    if len(labels) == 0 or bool((labels == labels[0]).all()):
         seen = 'none of them is known' if len(labels) == 0 else 'all are the same'
         raise ValueError(
             f'the {name} must have labels of at least two classes, but {seen}. Give '

@@ -3,6 +3,7 @@
 
 """Resizing of images to the size that a model takes."""
 
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,34 +56,32 @@ class ResizeInput(Callback):
         """Find the size of the images.
 
         Raises:
-            ValueError: If the model takes images of another size only, or has none that
-                could be the default.
+            ValueError: If the model takes another size only, or *size* has no default.
         """
         fixed = fixed_size(pl_module)
-        asked = None if self.size is None else (self.size, self.size)
-        if asked is None and fixed is None:
+        self._target = fixed if self.size is None else (self.size, self.size)
+        if self._target is None:
             raise ValueError(
                 f'size must be given to ResizeInput: the model of '
                 f'{type(pl_module).__name__} has no input size of its own'
             )
-        if None not in (asked, fixed) and asked != fixed:
+        if fixed not in (None, self._target):
             raise ValueError(
                 f'size must be {fixed}, the size that the model is built for, or be left '
                 f'out, got {self.size}'
             )
-        self._target = asked or fixed
 
     def _resize(self, batch: Any) -> None:
         """Resize the images of a mini-batch in place."""
         if self._target is None or _shape(batch) in (None, self._target):
             return
         image: Tensor = batch['image']
-        for key in _POSITIONS:
-            if key in batch:
-                raise ValueError(
-                    f'batch[{key!r}] would keep its size: ResizeInput is for tasks with '
-                    'labels of whole images. Resize both in the transforms of the dataset'
-                )
+        kept = [key for key in _POSITIONS if key in batch]
+        if kept:
+            raise ValueError(
+                f'batch[{kept[0]!r}] would keep its size: ResizeInput is for tasks with '
+                'labels of whole images. Resize both in the transforms of the dataset'
+            )
         flat = image.reshape(-1, *image.shape[-3:]).float()
         # As torchvision's Resize does for tensors
         flat = F.interpolate(flat, self._target, mode='bilinear', antialias=True)
@@ -144,20 +143,17 @@ class ResizeForWeights(ResizeInput):
 def fixed_size(task: LightningModule) -> tuple[int, int] | None:
     """Return the only height and width that the model of a task takes, None for any."""
     embed = getattr(getattr(task, 'model', None), 'patch_embed', None)
-    if not getattr(embed, 'strict_img_size', False):
-        return None
     size = getattr(embed, 'img_size', None)
-    return None if size is None else (int(size[0]), int(size[1]))
+    strict = getattr(embed, 'strict_img_size', False)
+    return (int(size[0]), int(size[1])) if size and strict else None
 
 
 def has_our_weights(task: LightningModule) -> bool:
     """Tell whether the *weights* of a task are of one of our enums, or the name of one."""
     weights = getattr(task, 'weights', None)
     if isinstance(weights, str):
-        try:
+        with suppress(ValueError):  # a path
             weights = get_weight(weights)
-        except ValueError:  # a path
-            return False
     return isinstance(weights, EncoderWeights)
 
 

@@ -50,8 +50,7 @@ class TrainSubset(Callback):
         """Change the training set of the datamodule.
 
         Raises:
-            ValueError: If the datamodule has no training set of its own, or a sampler, or
-                is one of this package.
+            ValueError: If its samples cannot be counted, or it has none.
         """
         if stage != 'fit':
             return
@@ -63,12 +62,10 @@ class TrainSubset(Callback):
                 'images instead'
             )
         dataset = offer_of(datamodule).train_dataset
-        _, *samplers = find_split(datamodule, 'train')
-        if dataset is None or any(s is not None for s in samplers):
+        if dataset is None or find_split(datamodule, 'train')[1:] != (None, None):
             raise ValueError(
                 f'TrainSubset needs a datamodule with a train_dataset and no sampler, got '
                 f'{type(datamodule).__name__}'
             )
-        count = len(dataset)  # type: ignore[arg-type]
-        subset = choose_subset(count, self.fraction, self.seed)
-        datamodule.train_dataset = Subset(dataset, subset)
+        chosen = choose_subset(len(dataset), self.fraction, self.seed)  # type: ignore[arg-type]
+        datamodule.train_dataset = Subset(dataset, chosen)

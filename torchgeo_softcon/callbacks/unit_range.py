@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..bands import Level
 from ..datamodules.normalization import use_unit_range
 from ..datamodules.protocol import trainer_datamodule
 
@@ -28,14 +29,35 @@ class UnitRange(Callback):
     .. versionadded:: 0.1
     """
 
-    def __init__(self, bands: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        bands: Sequence[str] | None = None,
+        level: Level | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         """Initialize a new UnitRange instance.
 
         Args:
             bands: Names of the bands of Sentinel-2 (in digital numbers) or Sentinel-1
                 (in dB) in the order of the channels. Defaults to those that the dataset
                 has.
+            level: Processing level of Sentinel-2, ``'L1C'`` or ``'L2A'``. By default what
+                dataset and bands tell, see
+                :func:`~torchgeo_softcon.datamodules.normalization.image_level`.
+            mean: Mean of each band, instead of that of SSL4EO-S12.
+            std: Standard deviation of each band.
+
+        Raises:
+            ValueError: If only one of *mean* and *std* is given, or *level* with them.
         """
+        if (mean is None) != (std is None) or (mean is not None and level is not None):
+            raise ValueError(
+                'mean and std must be given together, without level, got '
+                f'mean = {mean}, std = {std} and level = {level}'
+            )
+        self.level = level
+        self.statistics = None if mean is None or std is None else (mean, std)
         self.bands = None if bands is None else tuple(bands)
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,8 +68,7 @@ class UnitRange(Callback):
         """Change the datamodule.
 
         Raises:
-            ValueError: See
-                :func:`~torchgeo_softcon.datamodules.normalization.use_unit_range`.
+            ValueError: See :func:`.use_unit_range`.
         """
         datamodule = trainer_datamodule(trainer)
         if datamodule is None:
@@ -55,4 +76,4 @@ class UnitRange(Callback):
                 'UnitRange changes a datamodule, but the trainer has data loaders only. '
                 'Train with a datamodule, or scale the images in the dataset'
             )
-        use_unit_range(datamodule, self.bands)
+        use_unit_range(datamodule, self.bands, self.level, self.statistics)

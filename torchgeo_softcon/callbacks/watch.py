@@ -30,16 +30,7 @@ class EncoderWatch(Callback):
     def look(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any
     ) -> Mapping[str, float] | None:
-        """Look at the encoder.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The task.
-            batch: The batch of this step.
-
-        Returns:
-            Metrics by name, None for no metrics.
-        """
+        """Look at the encoder and return metrics by name, None for no metrics."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,10 +62,9 @@ class EncoderWatch(Callback):
 
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write to all loggers, whatever log_every_n_steps is."""
+    epoch = trainer.current_epoch
     for logger in trainer.loggers:
-        logger.log_metrics(
-            {**values, 'epoch': trainer.current_epoch}, trainer.global_step
-        )
+        logger.log_metrics({**values, 'epoch': epoch}, trainer.global_step)
 
 
 @contextmanager
@@ -84,10 +74,6 @@ def quietly(trainer: Trainer, task: LightningModule) -> Iterator[None]:
     All modules are in evaluation mode, so that no batch statistics move, there are no
     gradients, and the precision is that of the training. Afterwards, every module is in
     the mode it was in, and all random number generators are where they were.
-
-    Args:
-        trainer: The trainer.
-        task: The task.
     """
     modes = [(module, module.training) for module in task.modules()]
     task.eval()
@@ -101,15 +87,7 @@ def quietly(trainer: Trainer, task: LightningModule) -> Iterator[None]:
 
 
 def gather(trainer: Trainer, values: Tensor) -> Tensor:
-    """Collect what each rank has, of the same shape, in the order of ranks.
-
-    Args:
-        trainer: The trainer.
-        values: Values of shape (N, ...) of this rank.
-
-    Returns:
-        Values of shape (R, N, ...) of R ranks.
-    """
+    """Collect values (N, ...) of each of R ranks: (R, N, ...) in the order of ranks."""
     if trainer.world_size == 1:
         return values[None]
     return trainer.strategy.all_gather(values)

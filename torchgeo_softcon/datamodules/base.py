@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._compat import NonGeoDataModule, NonGeoDataset, Sample
-from ..bands import BAND_STATISTICS
-from ..datasets.scaling import resolve_value_range
+from ..datasets.scaling import softcon_range
 from ..landcover import LandCoverProduct, find_product
 from ..landcover.products import ProductLike
 from ..transforms.worldcover import WorldCoverMultiLabel, check_values
@@ -178,10 +177,14 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         dataset: Any = self.train_dataset
         bands = dataset_bands(dataset)
         pairs = self.value_range or getattr(dataset, 'value_range', None)
-        if not bands or pairs is None or any(b not in BAND_STATISTICS for b in bands):
-            return False
-        expected = resolve_value_range('softcon', bands, len(bands), ())
-        return bool(np.allclose(pairs, expected))
+        expected = getattr(dataset, 'softcon_range', None)
+        if expected is None:
+            expected = softcon_range(bands, getattr(dataset, 'level', 'L1C'))
+        return (
+            None not in (pairs, expected)
+            and np.shape(pairs) == np.shape(expected)
+            and bool(np.allclose(pairs, expected))
+        )
 
     def open_dataset(self) -> Any:
         """Open the data that all splits are divided from."""

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, normalize_band_names
+from ..bands import SENTINEL1_BANDS, SENTINEL2_SUBSETS, Level, normalize_band_names
 from ..transforms import ToUnitRange
 from .protocol import SPLITS, dataset_bands, offer_of
 
@@ -24,6 +24,14 @@ _SETS = {
     's1': SENTINEL1_BANDS[::-1],
     's2': SENTINEL2_SUBSETS[12],
     'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
+}
+
+#: Datasets of TorchGeo whose Sentinel-2 is of Level-2A, at least for these splits.
+_LEVEL_2A: dict[str, tuple[str, ...] | None] = {
+    'BigEarthNet': None,
+    'BigEarthNetV2': None,
+    'SeasonalContrastS2': None,
+    'SSL4EOS12': ('s2a',),
 }
 
 #: A step of a sequence of transforms: its parent, and its name in it.
@@ -50,7 +58,10 @@ class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
 
 
 def use_unit_range(
-    datamodule: LightningDataModule, bands: Sequence[str] | None = None
+    datamodule: LightningDataModule,
+    bands: Sequence[str] | None = None,
+    level: Level | None = None,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Let a datamodule of TorchGeo scale its images to [0, 1] as SoftCon's authors do.
 
@@ -63,6 +74,9 @@ def use_unit_range(
     Args:
         datamodule: The datamodule, set up.
         bands: Names of the bands of its images. Defaults to those that its dataset has.
+        level: Processing level of Sentinel-2, see :func:`image_level` for the default.
+        statistics: Mean and standard deviation of each band, instead of those of
+            SSL4EO-S12.
 
     Raises:
         ValueError: If the bands are not known, or the datamodule has no normalization
@@ -83,12 +97,15 @@ def use_unit_range(
             'not digital numbers or dB, which unit_range is for. Leave it out'
         )
     bands = bands or image_bands(datamodule)
-    if bands is None:
+    if statistics is not None:
+        unit = ToUnitRange(*statistics)
+    elif bands is None:
         raise ValueError(
             f'{type(datamodule).__name__} does not tell its bands. Set bands to their '
             'names, such as [B4, B3, B2]'
         )
-    unit = ToUnitRange.of(bands)
+    else:
+        unit = ToUnitRange.of(bands, level or image_level(datamodule, bands))
     for parent, child in chain(*found):
         setattr(parent, child, _UnitRange(unit))
     # TorchGeo's tasks undo the normalization by these to plot images
@@ -139,6 +156,29 @@ def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
             with suppress(ValueError):
                 return normalize_band_names(bands)
     return None
+
+
+def image_level(datamodule: LightningDataModule, bands: Sequence[str]) -> Level:
+    """Return the processing level of the Sentinel-2 images of a datamodule.
+
+    Args:
+        datamodule: The datamodule, set up.
+        bands: Names of the bands of its images, in our spelling.
+
+    Returns:
+        L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands
+        of Sentinel-2 but B10, else L1C.
+    """
+    offer = offer_of(datamodule)
+    for name in (*(f'{split}_dataset' for split in SPLITS), 'dataset'):
+        dataset: Any = getattr(offer, name)
+        if type(dataset).__name__ in _LEVEL_2A:
+            splits = _LEVEL_2A[type(dataset).__name__]
+            if splits is None or getattr(dataset, 'split', None) in splits:
+                return 'L2A'
+    return (
+        'L2A' if {*bands} >= {*SENTINEL2_SUBSETS[12]} and 'B10' not in bands else 'L1C'
+    )
 
 
 def match_images(

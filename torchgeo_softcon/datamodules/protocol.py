@@ -3,19 +3,24 @@
 
 """The attributes of datamodules and datasets that tasks, callbacks and commands use."""
 
+import copy
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import shapely
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from .._compat import Sample
+from ..landcover import LandCoverProduct
 
 #: Splits of a datamodule, as its attributes are called.
 SPLITS = ('train', 'val', 'test', 'predict')
+
+#: Attributes of datasets that give samples of another one.
+_WRAPPERS = ('dataset', 'scenes')
 
 _Transform = Callable[[Sample], Sample] | None
 _Samples = Dataset[Sample] | None
@@ -161,9 +166,34 @@ def is_endless(dataset: Any) -> bool:
 
 def dataset_bands(dataset: Any) -> Any:
     """Return the attribute *bands* of a dataset, or of the one that it wraps, or None."""
-    for wrapper in ('dataset', 'scenes'):
+    for wrapper in _WRAPPERS:
         dataset = getattr(dataset, wrapper, dataset)
     return getattr(dataset, 'bands', None)
+
+
+def dataset_product(dataset: Any) -> LandCoverProduct | None:
+    """Return the land-cover product of a dataset, or of one that it is made of."""
+    product = getattr(dataset, 'product', None)
+    if isinstance(product, LandCoverProduct):
+        return product
+    inner = [getattr(dataset, wrapper, None) for wrapper in _WRAPPERS]
+    for one in (*inner, *getattr(dataset, 'datasets', ())):
+        product = None if one is None else dataset_product(one)
+        if product is not None:
+            return product
+    return None
+
+
+def without_transforms(dataset: Any) -> Any:
+    """Return a copy of a dataset that gives its samples as they are read."""
+    plain = copy.copy(dataset)
+    if hasattr(plain, 'transforms'):
+        plain.transforms = nn.Identity()
+    for wrapper in _WRAPPERS:
+        inner = getattr(plain, wrapper, None)
+        if isinstance(inner, Dataset):
+            setattr(plain, wrapper, without_transforms(inner))
+    return plain
 
 
 def loader_batch_size(loader: Any) -> int | None:

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from .._compat import Sample
 from ..datasets.scaling import ValueRange, resolve_value_range
-from ..datasets.ssl4eo_s12_ml import SSL4EOS12ML, RecordBatch
+from ..datasets.ssl4eo_s12_ml import SSL4EOS12ML, RecordBatch, split_range
 from ..ssl4eo.tiffs import BANDS, Split, split_names
 from ..transforms.unit_range import ToUnitRange
 from .base import DrawDataModule
@@ -68,7 +68,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
                 there are for each CUDA device, from 1 to 8, and 0 without CUDA.
             value_range: What becomes 0 and 1: a pair ``[low, high]``, or one pair per
                 band. By default (``softcon``) the mean of SSL4EO-S12 -2 and +2 standard
-                deviations, those of Level-1C also for Level-2A.
+                deviations, those of Level-2A for the split ``s2a``.
             val_fraction: Part of the locations for validation only, and as much for
                 testing only. With 0, all are for all three.
             seed: Seed of the order, the seasons and the division.
@@ -83,10 +83,12 @@ class SSL4EOS12MLDataModule(DrawDataModule):
             SSL4EOS12ML, batch_size, num_workers, val_fraction, seed, self._options
         )
         self._root, self._split = root, split
-        bands = [band for name in split_names(split) for band in BANDS[name]]
-        self.value_range = resolve_value_range(
-            value_range or 'softcon', bands, len(bands), ()
-        )
+        names = split_names(split)
+        count = sum(len(BANDS[name]) for name in names)
+        if value_range in (None, 'softcon'):
+            self.value_range = split_range(names)
+        else:
+            self.value_range = resolve_value_range(value_range, None, count, ())
         self.aug = self._scale = _Scale(self.value_range)
         self.collate_fn = collate
 

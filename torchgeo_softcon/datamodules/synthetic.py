@@ -67,6 +67,7 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             value_range='softcon',
             nodata=None,
             offset=None,
+            level='L1C',
             allow_unlabelled=False,
             seed=seed,
             **kwargs,

@@ -17,7 +17,7 @@ from rasterio.windows import Window
 
 from .._checks import check_counts
 from .._compat import Sample
-from ..bands import RGB_BANDS, normalize_band_names
+from ..bands import RGB_BANDS, Level, normalize_band_names
 from ..geo.find_files import find_files
 from ..geo.rasters import (
     RGB_COLORS,
@@ -31,7 +31,7 @@ from ..geo.rasters import (
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DivisibleImages, check_seed
-from .scaling import ValueRange, resolve_value_range, to_unit_range
+from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
@@ -91,6 +91,7 @@ class ImageMaskFolder(DivisibleImages):
         size: int | None = None,
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
+        level: Level | None = None,
     ) -> None:
         """Initialize a new ImageMaskFolder instance.
 
@@ -115,6 +116,9 @@ class ImageMaskFolder(DivisibleImages):
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
+            level: Processing level of Sentinel-2, whose statistics scale the images,
+                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
+                :func:`.choose_level`.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -171,8 +175,14 @@ class ImageMaskFolder(DivisibleImages):
             if mask != path:
                 _check_mask(patches[-1])
         self._check_sizes(patches)
+        self.level = choose_level(
+            level,
+            self.bands,
+            files.values(),
+            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
+        )
         self.value_range = resolve_value_range(
-            value_range, self.bands, len(self.image_bands), dtypes
+            value_range, self.bands, len(self.image_bands), dtypes, self.level
         )
 
         groups: dict[str, list[Patch]] = {}

@@ -3,13 +3,16 @@
 
 """From the numbers in a file to [0, 1], per band."""
 
+import os
+import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ..bands import BAND_STATISTICS, SENTINEL1_BANDS
+from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
 
 #: What a dataset accepts as *value_range*, see :func:`resolve_value_range`.
 ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]] | None
@@ -20,11 +23,68 @@ ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]
 _DEVIATIONS = 2
 
 
+#: The level in the names of products (S2B_MSIL2A_...), of their granules (L2A_T32UNE_...)
+#: and of items of STAC catalogues (S2B_32UNE_20200101_0_L2A).
+_LEVEL = re.compile(r'(?:MSI|(?<![A-Za-z0-9]))(L1C|L2A)(?![A-Za-z0-9])')
+
+
+def choose_level(
+    level: Level | None,
+    bands: Sequence[str] | None,
+    names: Iterable[str | os.PathLike[str]],
+    scaled: bool,
+) -> Level:
+    """Choose whose statistics images are scaled by, and say so where it matters.
+
+    The names of Sentinel-2 products tell their level. Without them, a band B10 is of
+    Level-1C, and all twelve other bands together are of Level-2A.
+
+    Args:
+        level: What the user says, None for what the images tell.
+        bands: Names of the bands, None if they are unknown.
+        names: Files or scenes.
+        scaled: Whether images are scaled by these statistics.
+
+    Returns:
+        The level, L1C where nothing tells it.
+
+    Raises:
+        ValueError: If images are of both levels, and would be scaled alike.
+    """
+    optical = {*(bands or ())} & {*SENTINEL2_BANDS}
+    if level is not None or not optical or not scaled:
+        return level or 'L1C'
+    found: dict[str, str] = {}
+    for name in names:
+        for match in _LEVEL.findall(os.path.abspath(name)):
+            found.setdefault(match, os.fspath(name))
+    if len(found) > 1:
+        raise ValueError(
+            f'images must be of one level of Sentinel-2, got {found["L1C"]} of L1C and '
+            f'{found["L2A"]} of L2A: give them to two datasets, or give level'
+        )
+    if found:
+        ((told, name),) = found.items()
+        reason = f'as {name} says'
+    elif 'B10' in optical:
+        told, reason = 'L1C', 'as they have B10'
+    elif len(optical) == len(SENTINEL2_BANDS) - 1:
+        told, reason = 'L2A', 'as B10 alone is missing'
+    else:
+        told, reason = 'L1C', 'which nothing in names and bands confirms'
+    rank_zero_info(
+        f'Images of Sentinel-2 are taken for {told}, {reason}, and scaled by the '
+        'statistics of that level. If that is not so, give level'
+    )
+    return cast(Level, told)
+
+
 def resolve_value_range(
     value_range: ValueRange,
     bands: Sequence[str] | None,
     count: int,
     dtypes: Iterable[str],
+    level: Level = 'L1C',
 ) -> tuple[tuple[float, float], ...]:
     """Find the values of each band that become 0 and 1.
 
@@ -36,6 +96,7 @@ def resolve_value_range(
         bands: Names of the bands, None if they are unknown.
         count: Number of bands.
         dtypes: Types of the files, as rasterio and NumPy call them.
+        level: Processing level of Sentinel-2, which chooses the statistics.
 
     Returns:
         One pair ``(low, high)`` per band.
@@ -56,17 +117,16 @@ def resolve_value_range(
         value_range = 'softcon'
 
     if value_range == 'softcon':
-        unknown = [band for band in bands or () if band not in BAND_STATISTICS]
-        if not bands or unknown:
-            what = f'no statistics of {", ".join(unknown)}' if unknown else 'no names'
+        try:
+            if not bands:
+                raise ValueError('there are no names')
+            statistics = band_statistics(bands, level)
+        except ValueError as error:
             raise ValueError(
-                f'value_range must be given for these {count} bands, there are {what}: '
+                f'value_range must be given for these {count} bands, {error}: '
                 'a pair such as (0, 10000), or one pair per band'
-            )
-        return tuple(
-            (mean - _DEVIATIONS * std, mean + _DEVIATIONS * std)
-            for mean, std in (BAND_STATISTICS[band] for band in bands)
-        )
+            ) from error
+        return _deviations(statistics)
 
     values = np.asarray(value_range, dtype=np.float64)
     if values.shape == (2,):
@@ -77,6 +137,24 @@ def resolve_value_range(
             f'{count} such pairs, one per band, got {value_range!r}'
         )
     return tuple((float(low), float(high)) for low, high in values)
+
+
+def softcon_range(
+    bands: Sequence[str] | None, level: Level = 'L1C'
+) -> tuple[tuple[float, float], ...] | None:
+    """Return the range ``'softcon'`` of some bands, None if they have no statistics."""
+    try:
+        return _deviations(band_statistics(bands or (), level)) or None
+    except ValueError:
+        return None
+
+
+def _deviations(
+    statistics: Iterable[tuple[float, float]],
+) -> tuple[tuple[float, float], ...]:
+    return tuple(
+        (mean - _DEVIATIONS * std, mean + _DEVIATIONS * std) for mean, std in statistics
+    )
 
 
 def to_unit_range(

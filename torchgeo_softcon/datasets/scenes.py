@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .._checks import check_counts, check_fractions
 from .._compat import Sample
+from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
 from ..geo.grid import Bounds, Grid, group_by_grid
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
-from .scaling import ValueRange, resolve_value_range, to_unit_range
+from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 from .worldcover import ESAWorldCover
 
 #: One or more folders or files.
@@ -116,6 +117,7 @@ class WorldCoverScenes(DrawnImages):
         allow_unlabelled: bool = False,
         offset: float | None = None,
         product: ProductLike = 'worldcover',
+        level: Level | None = None,
     ) -> None:
         """Initialize a new WorldCoverScenes instance.
 
@@ -157,6 +159,9 @@ class WorldCoverScenes(DrawnImages):
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. Not used if *worldcover*
                 is a dataset, which has its own.
+            level: Processing level of Sentinel-2, whose statistics scale the images,
+                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
+                :func:`.choose_level`.
 
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
@@ -191,11 +196,15 @@ class WorldCoverScenes(DrawnImages):
         self.bands = scenes[0].bands
         self.places = _stack(scenes)
         _warn_single_bands(self.places)
-        self.value_range = resolve_value_range(
-            value_range,
+        dtypes = {layer.dtype for scene in scenes for layer in scene.layers}
+        self.level = choose_level(
+            level,
             self.bands,
-            scenes[0].count,
-            {layer.dtype for scene in scenes for layer in scene.layers},
+            (layer.path for scene in scenes for layer in scene.layers),
+            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
+        )
+        self.value_range = resolve_value_range(
+            value_range, self.bands, scenes[0].count, dtypes, self.level
         )
         self._check_dates()
         self._set_rows(rows, length)

@@ -27,7 +27,7 @@ from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
 from .base import DivisibleImages, check_seed
-from .scaling import resolve_value_range
+from .scaling import softcon_range
 
 #: Locations that a message names.
 _NAMED = 3
@@ -113,6 +113,7 @@ class SSL4EOS12ML(DivisibleImages):
         self.seed = seed
         self.archives = [_open(self.root, name) for name in splits]
         self.bands = tuple(band for name in splits for band in BANDS[name])
+        self.softcon_range = split_range(splits)
 
         rows = self._align()
         label = self._label(rows, labels, min_fraction, fractions, require_labels)
@@ -322,9 +323,15 @@ class SSL4EOS12ML(DivisibleImages):
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
         """Plot a sample, see :meth:`.DrawnImages.plot`, from -2 to +2 deviations."""
-        bands = self.bands or ()
-        pairs = resolve_value_range('softcon', bands, len(bands), ())
-        return super().plot(ToUnitRange.between(pairs)(sample), suptitle)
+        return super().plot(ToUnitRange.between(self.softcon_range)(sample), suptitle)
+
+
+def split_range(splits: Sequence[str]) -> tuple[tuple[float, float], ...]:
+    """Return the range ``'softcon'`` of each band, of Level-2A for the split ``s2a``."""
+    ranges = (
+        softcon_range(BANDS[name], 'L2A' if name == 's2a' else 'L1C') for name in splits
+    )
+    return tuple(pair for pairs in ranges for pair in pairs or ())
 
 
 class RecordBatch(Sequence[Sample]):

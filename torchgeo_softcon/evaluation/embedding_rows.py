@@ -30,15 +30,7 @@ class EmbeddingRows:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Initialize a new EmbeddingRows instance.
-
-        Args:
-            file: The file, open.
-            dataset: The dataset, which may know where its samples are from.
-            position: Number of samples that this process has left out at the start.
-            rank: Number of the process.
-            world_size: Number of processes, which take turns in the samples.
-        """
+        """Start after *position* samples, of a *rank* whose turn is every *world_size*."""
         self.position = position
         self._file = file
         self._dataset = dataset
@@ -49,22 +41,23 @@ class EmbeddingRows:
         self._since = time.monotonic()
 
     def add(self, embedding: Tensor, batch: Any, queries: Sequence[Any] | None) -> None:
-        """Take the rows of a batch, and write a part if it is time.
+        """Take the embeddings (B, F) of a batch, and write a part if it is time.
 
-        Rows that an interrupted run has written are left out.
-
-        Args:
-            embedding: Embeddings of shape (B, F).
-            batch: The batch.
-            queries: What the dataset was asked for, if it is known.
+        Rows that an interrupted run has written are left out. *queries* are what the
+        dataset was asked for, if that is known.
         """
         start = self.position
         self.position += len(embedding)
         if self.position <= self._written:
             return
         index = np.arange(start, self.position) * self._world_size + self._rank
+        label = batch.get('label') if isinstance(batch, dict) else None
+        if not isinstance(label, Tensor) or (
+            label.ndim not in (1, 2) or len(label) != len(embedding)
+        ):
+            label = None
         found = footprints(batch, queries, self._dataset)
-        table = make_table(index, embedding, found, _label(batch, len(embedding)))
+        table = make_table(index, embedding, found, label)
         self._held.append(table.slice(max(self._written - start, 0)))
         rows = sum(table.num_rows for table in self._held)
         if rows >= ROWS or time.monotonic() - self._since > _SECONDS:
@@ -83,47 +76,29 @@ def make_table(
     footprints: Sequence[Footprint] | None = None,
     label: Tensor | None = None,
 ) -> pa.Table:
-    """Make rows of a file of embeddings.
-
-    Args:
-        index: Numbers of the samples, shape (B,).
-        embedding: Embeddings of shape (B, F).
-        footprints: Footprints of the samples, if they are known.
-        label: Labels of shape (B,) or (B, K).
-
-    Returns:
-        The rows.
-    """
-    values = embedding.detach().float().cpu().numpy()
-    columns: dict[str, pa.Array] = {
+    """Make rows of numbers (B,), embeddings (B, F), footprints, and labels (B,) or (B, K)."""
+    columns = {
         'index': pa.array(index, pa.int64()),
-        'embedding': _vectors(values),
+        'embedding': _column(embedding.float()),
     }
     if label is not None:
-        array = label.detach().cpu().numpy()
-        columns['label'] = pa.array(array) if array.ndim == 1 else _vectors(array)
+        columns['label'] = _column(label)
     if footprints is not None:
+        outlines = shapely.to_wkb([footprint.outline for footprint in footprints])
         moment = pa.timestamp('us', 'UTC')
         columns |= {
             'crs': pa.array([footprint.crs for footprint in footprints], pa.string()),
             'start': pa.array([footprint.start for footprint in footprints], moment),
             'stop': pa.array([footprint.stop for footprint in footprints], moment),
-            'geometry': pa.array(
-                [shapely.to_wkb(footprint.outline) for footprint in footprints],
-                pa.binary(),
-            ),
+            'geometry': pa.array(outlines, pa.binary()),
         }
     return pa.table(columns)
 
 
-def _vectors(values: Any) -> pa.Array:
-    """Make a column of vectors from an array of shape (B, F)."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-def _label(batch: Any, count: int) -> Tensor | None:
-    """Return the labels of a batch if there is one for each of its *count* samples."""
-    label = batch.get('label') if isinstance(batch, dict) else None
-    fits = isinstance(label, Tensor) and label.ndim in (1, 2) and len(label) == count
-    return label if fits else None
+def _column(values: Tensor) -> pa.Array:
+    """Make a column of numbers (B,) or of vectors (B, F)."""
+    array = values.detach().cpu().numpy()
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    if array.ndim == 1:
+        return flat
+    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])

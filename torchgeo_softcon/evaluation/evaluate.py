@@ -32,9 +32,6 @@ def extract_features(
     Returns:
         Features by the names of :func:`.encode`, and *blocks*, the class tokens of the
         last four blocks, of Vision Transformers, with their labels, on the CPU.
-
-    Raises:
-        ValueError: If a feature is NaN or infinite.
     """
     encoded = encode_batches(
         encoder.model,
@@ -77,14 +74,13 @@ def evaluate_encoder(
 
     Args:
         encoder: The encoder.
-        datamodule: Labelled data. Its training split is what neighbours are looked for
-            in and what the classifier is fitted to.
-        split: Either 'test' or 'val': what is classified.
+        datamodule: Labelled data, whose training split has the neighbours and fits the
+            classifier.
+        split: Either 'test' or 'val', to classify.
         k: Numbers of neighbours (5, 10, 15 and 20 in the code of DINO-MC).
         temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
-        size: Side in pixels of what the encoder sees. Defaults to that of its training,
-            or 224.
-        fraction: Share of the training split to use.
+        size: Side of the images in pixels. Defaults to that of the training, or 224.
+        fraction: Share of the training split to use, see :func:`.choose_subset`.
         seed: Seed of the choice of that share.
         device: Where to compute.
 
@@ -93,13 +89,16 @@ def evaluate_encoder(
         ``knn20_accuracy_cls`` and ``linear_accuracy_blocks``. The linear classifier is
         a ridge regression, see :func:`.linear_scores`; that of the papers is
         :class:`.LinearProbeTask`.
-
-    Raises:
-        ValueError: If arguments, data and encoder do not fit each other.
     """
     if split not in ('test', 'val'):
         raise ValueError(f"split must be 'test' or 'val', got {split!r}")
-    device = _device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(
+            f'device must be one that PyTorch finds here, got {device}: {reason}'
+        ) from error
     for name in ('train', split):
         set_up(datamodule, name)
     match_images(datamodule, encoder.bands, encoder.unit_range)
@@ -110,14 +109,13 @@ def evaluate_encoder(
         raise ValueError(
             f'split = {split} of {type(datamodule).__name__} has the images of its training '
             'split, or others of the same ground, so that scores would mean nothing. Keep '
-            'them apart, for datamodules of this package by val_fraction = 0.1, or more '
-            'where patch_size asks for it'
+            'them apart, such as by val_fraction = 0.1, or more for a large patch_size'
         )
     chosen = choose_subset(len(bank.indices), fraction, seed)
     bank.indices = [bank.indices[i] for i in chosen]
     if min(k) < 1 or max(k) > len(chosen):
         raise ValueError(
-            f'k must be from 1 to the number of training images that are used, '
+            'k must be from 1 to the number of training images that are used, '
             f'{len(chosen)}, got {tuple(k)}'
         )
     size = size or encoder.size or 224
@@ -133,14 +131,3 @@ def evaluate_encoder(
         name = f'{score.method}{score.k or ""}_{score.metric}'
         values['_'.join(filter(None, (name, score.feature)))] = score.value
     return values
-
-
-def _device(name: str | torch.device) -> torch.device:
-    """Check that PyTorch finds a device."""
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition('\n')[0]
-        raise ValueError(
-            f'device must be one that PyTorch finds here, got {name}: {reason}'
-        ) from error

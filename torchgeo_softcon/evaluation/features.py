@@ -19,26 +19,15 @@ _NAMES = ('backbone', 'vit', 'model')
 
 
 def find_encoder(task: nn.Module, name: str | None = None) -> nn.Module:
-    """Find the encoder that a task of this package or of TorchGeo trains.
-
-    Args:
-        task: The task.
-        name: Dotted name of the encoder in the task, if it is known.
-
-    Returns:
-        A timm model, or the module called *name*.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Find the encoder that a task of this package or of TorchGeo trains."""
     if name is not None:
         try:
             return task.get_submodule(name)
         except AttributeError as error:
             children = ', '.join(child for child, _ in task.named_children())
             raise ValueError(
-                f'encoder must be the name of a module of {type(task).__name__} '
-                f'({children}), or of a module in one of them, got {name!r}'
+                f'encoder must be a module of {type(task).__name__} ({children}), or in '
+                f'one of them, got {name!r}'
             ) from error
 
     module: Any = task
@@ -69,20 +58,19 @@ def encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
     model: Any = encoder
     if not hasattr(model, 'forward_features'):
         return {'pooled': model(image).flatten(1)}
-
     return pool(encoder, model.forward_features(image))
 
 
 def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """Pool what ``forward_features`` of a timm model gives, as :func:`encode` does."""
     model: Any = encoder
-    pooled = model.forward_head(tokens, pre_logits=True).flatten(1)
-    names = poolings(encoder)
-    if len(names) == 1:
-        return {names[0]: pooled}
-    patches = tokens[:, model.num_prefix_tokens :].mean(1)
-    other = patches if names[1] == 'mean' else tokens[:, 0]
-    return {names[0]: pooled, names[1]: model.fc_norm(other)}
+    own, *other = poolings(encoder)
+    features = {own: model.forward_head(tokens, pre_logits=True).flatten(1)}
+    for name in other:
+        patches = tokens[:, model.num_prefix_tokens :]
+        token = patches.mean(1) if name == 'mean' else tokens[:, 0]
+        features[name] = model.fc_norm(token)
+    return features
 
 
 def poolings(encoder: nn.Module) -> tuple[str, ...]:
@@ -112,16 +100,13 @@ def prepare(
 
     Args:
         image: Images of shape (B, C, H, W), (B, T * C, H, W) or (B, T, C, H, W).
-        in_channels: Number of bands C of the encoder, None if it is not known.
+        in_channels: Number of bands C, None if it is not known and T is 1.
         size: Side of the result in pixels, None for no change.
         first: Whether to take the first of several seasons only.
         view: Brings images to *size*.
 
     Returns:
         Images of shape (B * T, C, size, size), and T.
-
-    Raises:
-        ValueError: If the number of bands does not fit.
     """
     seasons = 1
     if in_channels is not None:

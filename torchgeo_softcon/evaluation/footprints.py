@@ -15,22 +15,16 @@ import shapely
 from pyproj import CRS, Transformer
 from torch import Tensor
 
+from ..datamodules.protocol import LocatedDataset
+
 
 @dataclass(frozen=True)
 class Footprint:
-    """Place and time of one sample.
+    """Place and time of one sample."""
 
-    Attributes:
-        outline: Outline in longitude and latitude (WGS 84).
-        crs: Coordinate reference system that the sample is in, as an authority code or
-            WKT.
-        start: Start of the time span, in UTC, or None.
-        stop: End of the time span, in UTC, or None.
-    """
-
-    outline: shapely.Polygon
-    crs: str
-    start: datetime.datetime | None = None
+    outline: shapely.Polygon  # in longitude and latitude (WGS 84)
+    crs: str  # of the sample, as an authority code or WKT
+    start: datetime.datetime | None = None  # in UTC
     stop: datetime.datetime | None = None
 
 
@@ -44,20 +38,16 @@ def footprints(
     with a *crs* for slices of x, y and time; and batches with *bounds*, slices or, as in
     TorchGeo 0.10, tensors of nine numbers, and a *crs* in the batch or of the dataset.
 
-    Args:
-        batch: The batch.
-        indices: What the dataset was asked for, if it is known.
-        dataset: The dataset.
-
     Returns:
         One footprint per sample, or None if data do not tell.
     """
-    if indices and hasattr(dataset, 'footprint'):
+    if indices and isinstance(dataset, LocatedDataset):
         return [_of_dataset(*dataset.footprint(index)) for index in indices]
-
     crs = getattr(dataset, 'crs', None)
     bounds: Any = indices
-    if not (indices and crs is not None and _is_slices(indices[0])):
+    query = bounds[0] if bounds else None
+    slices = isinstance(query, tuple) and all(isinstance(s, slice) for s in query)
+    if crs is None or not slices:
         values = batch if isinstance(batch, dict) else {}
         bounds, crs = values.get('bounds'), values.get('crs', crs)
     if bounds is None or crs is None:
@@ -66,39 +56,33 @@ def footprints(
     return [_of_bounds(b, c, dataset) for b, c in zip(bounds, systems, strict=True)]
 
 
-def _is_slices(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(v, slice) for v in value)
-
-
 def _of_dataset(
     outline: shapely.Polygon, crs: Any, day: datetime.date | None
 ) -> Footprint:
-    start = stop = None
-    if day is not None:
-        start = datetime.datetime(day.year, day.month, day.day, tzinfo=datetime.UTC)
-        stop = start + datetime.timedelta(days=1, microseconds=-1)
-    return Footprint(_to_degrees(outline, crs), _name(crs), start, stop)
+    """Return the footprint of an outline in *crs*, on one day."""
+    if day is None:
+        return _to_degrees(outline, crs)
+    start = pd.Timestamp(day, tz='UTC')
+    stop = start + pd.Timedelta(days=1) - pd.Timedelta(microseconds=1)
+    return _to_degrees(outline, crs, start.to_pydatetime(), stop.to_pydatetime())
 
 
 def _of_bounds(bounds: Any, crs: Any, dataset: Any) -> Footprint:
-    """From three slices, or nine numbers in the same order."""
+    """Return the footprint of three slices, or of nine numbers in the same order."""
     if isinstance(bounds, Tensor):
-        left, right, _, bottom, top, _, start, stop, _ = bounds.tolist()
-        times = [
-            datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (start, stop)
-        ]
+        left, right, _, bottom, top, _, *times, _ = bounds.tolist()
+        span = [datetime.datetime.fromtimestamp(t, datetime.UTC) for t in times]
     else:
         complete = getattr(dataset, '_disambiguate_slice', lambda slices: slices)
         x, y, t = complete(bounds)
         left, right, bottom, top = x.start, x.stop, y.start, y.stop
-        times = [t.start, t.stop]
+        span = [t.start, t.stop]
     outline = shapely.box(left, bottom, right, top)
-    start, stop = (_moment(time) for time in times)
-    return Footprint(_to_degrees(outline, crs), _name(crs), start, stop)
+    return _to_degrees(outline, crs, *map(_moment, span))
 
 
 def _moment(time: Any) -> datetime.datetime | None:
-    """A time in UTC. Those of datasets for all times stand for no time."""
+    """Return a time in UTC. Those of datasets for all times stand for no time."""
     stamp = pd.Timestamp(time)
     if not 1800 < stamp.year < 2200:
         return None
@@ -111,12 +95,14 @@ def _transformer(crs: str) -> Transformer:
     return Transformer.from_crs(crs, 'OGC:CRS84', always_xy=True)
 
 
-def _name(crs: Any) -> str:
-    return CRS.from_user_input(crs).to_string()
-
-
-def _to_degrees(outline: shapely.Polygon, crs: Any) -> shapely.Polygon:
-    transform = _transformer(_name(crs)).transform
-    return shapely.transform(
-        outline, lambda points: np.stack(transform(*points.T), axis=1)
-    )
+def _to_degrees(
+    outline: shapely.Polygon,
+    crs: Any,
+    start: datetime.datetime | None = None,
+    stop: datetime.datetime | None = None,
+) -> Footprint:
+    """Return the footprint of an outline in *crs*."""
+    name = CRS.from_user_input(crs).to_string()
+    transform = _transformer(name).transform
+    degrees = shapely.transform(outline, lambda xy: np.stack(transform(*xy.T), axis=1))
+    return Footprint(degrees, name, start, stop)

@@ -3,33 +3,77 @@
 
 """The one way from samples to features, labels and scores."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
-from .._compat import Sample
+from .._compat import BaseDataModule, Sample
+from ..datamodules.protocol import eval_transform, offer_of
 from .features import encode, prepare, resize
 from .probes import evaluate, knn_scores, linear_scores
+
+Transform = Callable[[Sample], Sample]
+
+
+def batch_transform(
+    datamodule: LightningDataModule, stage: RunningStage = RunningStage.VALIDATING
+) -> Transform | None:
+    """Return what a datamodule does to a batch on the device in a stage of a trainer.
+
+    Its hook ``on_after_batch_transfer`` if it overrides that, else the transform that
+    TorchGeo's hook would choose, of nothing but images: names of reference systems fail
+    in it.
+    """
+    standard = (LightningDataModule, BaseDataModule)
+    hook = type(datamodule).on_after_batch_transfer
+    if hook not in [base.on_after_batch_transfer for base in standard]:
+        return partial(_run_hook, datamodule, stage)
+    aug = eval_transform(datamodule)
+    if stage == RunningStage.PREDICTING:
+        offer = offer_of(datamodule)
+        aug = offer.aug if offer.predict_aug is None else offer.predict_aug
+    if aug is None:
+        return None
+    return lambda batch: aug({'image': batch['image'].float()})
+
+
+def _run_hook(
+    datamodule: LightningDataModule, stage: RunningStage, batch: Sample
+) -> Sample:
+    """Run the hook of a datamodule as a trainer does, whose stage TorchGeo's asks for."""
+    if datamodule.trainer is None:
+        datamodule.trainer = Trainer(
+            devices=1, logger=False, enable_checkpointing=False
+        )
+    state = datamodule.trainer.state
+    before, state.stage = state.stage, stage
+    try:
+        hooked: Sample = datamodule.on_after_batch_transfer(batch, 0)
+    finally:
+        state.stage = before
+    return hooked
 
 
 class Encoded(NamedTuple):
     """A batch, and what an encoder makes of it."""
 
-    #: The batch as it was read.
-    batch: Sample
-    #: Images as the datamodule gives them to a task, shape (B, ...).
-    image: Tensor
-    #: float32 features of shape (B, F) by name, of several seasons their mean.
-    features: dict[str, Tensor]
+    batch: Sample  # as it was read, with what the datamodule has changed
+    image: Tensor  # as the datamodule gives it to a task, shape (B, ...)
+    features: dict[str, Tensor]  # float32 (B, F) by name, of several seasons their mean
 
 
 def encode_batches(
     encoder: nn.Module,
     batches: Iterable[Sample],
-    transform: Callable[[Sample], Sample] | None,
+    transform: Transform | None,
     in_channels: int | None,
     size: int | None,
     device: str | torch.device = 'cpu',
@@ -41,43 +85,39 @@ def encode_batches(
 
     Args:
         encoder: A timm model on *device*, or any module from (B, C, H, W) to (B, F).
-        batches: Batches with *image* of shape (B, C, H, W), (B, T * C, H, W) or
-            (B, T, C, H, W).
-        transform: Function of a batch with nothing but *image*, on *device*, such as the
-            normalization of a datamodule.
-        in_channels: Number of bands C of the encoder, None if it is not known.
+        batches: Batches with *image* of the shapes of :func:`.prepare`.
+        transform: Function of a batch on *device*, see :func:`batch_transform`.
+        in_channels: See :func:`.prepare`, as for *size* and *view*.
         size: Side of the images that the encoder sees in pixels, None for no change.
         device: Where to compute.
         dtype: Type of the images that the encoder sees.
         view: Brings images to *size*.
         encode: Gives features by name.
-
-    Yields:
-        The batches with their features.
     """
     for batch in batches:
-        image = batch['image'].to(device).float()
+        moved = {
+            key: move_data_to_device(value, device)
+            for key, value in batch.items()
+            # Places are no data, as in TorchGeo 0.8
+            if isinstance(value, Tensor) or key not in ('crs', 'bounds')
+        }
         if transform is not None:
-            image = transform({'image': image})['image']
+            moved = transform(moved)
+            batch = {**batch, **moved}
+        image = moved['image'].float()
         pixels, seasons = prepare(image, in_channels, size, view=view)
-        features = encode(encoder, pixels.to(dtype))
-        yield Encoded(
-            batch,
-            image,
-            {
-                name: value.float().unflatten(0, (-1, seasons)).mean(1)
-                for name, value in features.items()
-            },
-        )
+        features = {
+            name: value.float().unflatten(0, (-1, seasons)).mean(1)
+            for name, value in encode(encoder, pixels.to(dtype)).items()
+        }
+        yield Encoded(batch, image, features)
 
 
 class LabelledFeatures(NamedTuple):
     """Features of images whose label is known."""
 
-    #: Features of shape (N, F) by name.
-    features: dict[str, Tensor]
-    #: Class indices of shape (N,), or multi-hot labels of shape (N, K).
-    labels: Tensor
+    features: dict[str, Tensor]  # (N, F) by name
+    labels: Tensor  # class indices (N,), or multi-hot labels (N, K)
 
 
 def collect_labelled(
@@ -88,27 +128,14 @@ def collect_labelled(
 ) -> LabelledFeatures:
     """Keep the features and labels of all images but those with unknown (zero) labels.
 
-    Args:
-        encoded: From :func:`encode_batches`.
-        name: What messages call the data.
-        device: Where to keep features and labels.
-        gather: Joins the values of all ranks.
-
-    Returns:
-        Features and labels.
-
-    Raises:
-        ValueError: If a feature is NaN or infinite.
+    On *device*, of all ranks if *gather* joins their values.
     """
-    batches = [
-        {
-            key: value.to(device)
-            for key, value in {**e.features, '': e.batch['label']}.items()
-        }
-        for e in encoded
-    ]
-    values = {key: gather(torch.cat([b[key] for b in batches])) for key in batches[0]}
-    labels = values.pop('')
+    columns = defaultdict(list)
+    for batch, _, features in encoded:
+        for key, value in {**features, 'label': batch['label']}.items():
+            columns[key].append(value.to(device))
+    values = {key: gather(torch.cat(column)) for key, column in columns.items()}
+    labels = values.pop('label')
     if labels.ndim == 2:
         known = labels.any(1)
         labels = labels[known]
@@ -127,15 +154,10 @@ def collect_labelled(
 class Score(NamedTuple):
     """How well one classifier finds the labels."""
 
-    #: ``'chance'``, which knows the frequencies of the classes only, ``'knn'`` or
-    #: ``'linear'``.
-    method: str
-    #: Number of neighbours of ``'knn'``.
-    k: int | None
-    #: Name of the features, none for ``'chance'``.
-    feature: str
-    #: ``'accuracy'``, or for multi-labels ``'map'`` or ``'micro_map'``.
-    metric: str
+    method: str  # 'chance', 'knn' or 'linear'
+    k: int | None  # number of neighbours
+    feature: str  # name of the features, '' for 'chance'
+    metric: str  # 'accuracy', or for multi-labels 'map' or 'micro_map'
     value: float
 
 
@@ -149,9 +171,9 @@ def score_probes(
 ) -> Iterator[Score]:
     """Classify queries by the features and labels of a bank.
 
-    By *k* nearest neighbours, by a *linear* classifier, and by chance, of all features.
-    With *micro* also scored by the average precision over all pairs of an image and a
-    class.
+    By *k* nearest neighbours, by a *linear* classifier, and by chance, which knows the
+    frequencies of the classes only, of all features. With *micro* also scored by the
+    average precision over all pairs of an image and a class.
     """
     labels, answers = bank.labels, queries.labels
     multi = labels.ndim == 2
@@ -159,28 +181,25 @@ def score_probes(
     if not multi:
         hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
 
-    predictions: list[tuple[str, int | None, str, Tensor]] = [
-        ('chance', None, '', hot.mean(0).expand(len(answers), -1))
-    ]
-    for count in k:
-        predictions += [
-            (
-                'knn',
-                count,
+    def classify() -> Iterator[tuple[str, int | None, str, Tensor]]:
+        yield 'chance', None, '', hot.mean(0).expand(len(answers), -1)
+        for count in k:
+            for name, value in bank.features.items():
+                if name != 'blocks':  # for linear classifiers, as in DINO
+                    found = queries.features[name]
+                    scores = knn_scores(found, value, hot, count, temperature)
+                    yield 'knn', count, name, scores
+        for name, value in bank.features.items() if linear else ():
+            yield (
+                'linear',
+                None,
                 name,
-                knn_scores(queries.features[name], value, hot, count, temperature),
+                linear_scores(queries.features[name], value, hot),
             )
-            for name, value in bank.features.items()
-            if name != 'blocks'  # for linear classifiers, see last_block_features
-        ]
-    if linear:
-        predictions += [
-            ('linear', None, name, linear_scores(queries.features[name], value, hot))
-            for name, value in bank.features.items()
-        ]
-    metric = 'map' if multi else 'accuracy'
-    for method, neighbours, name, scores in predictions:
-        yield Score(method, neighbours, name, metric, evaluate(scores, answers))
+
+    for method, count, name, scores in classify():
+        metric = 'map' if multi else 'accuracy'
+        yield Score(method, count, name, metric, evaluate(scores, answers))
         if multi and micro:
             value = evaluate(scores, answers, 'micro')
-            yield Score(method, neighbours, name, 'micro_map', value)
+            yield Score(method, count, name, 'micro_map', value)

@@ -65,20 +65,12 @@ def linear_scores(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
     """Scores of a linear classifier that is fitted to a bank of features.
 
     A ridge regression of the labels, in closed form: unlike logistic regression by
-    gradient descent, it has no learning rate and no number of steps to choose, is the
-    same on every machine, and takes one decomposition for all penalties. The penalty is
-    the one with the smallest leave-one-out error, which has a closed form, too. It ranks
-    encoders as the longer procedures of the papers do, but its figures are not
-    comparable with theirs.
+    gradient descent, it has nothing to tune, and is the same on every machine. Its
+    penalty has the smallest leave-one-out error, in closed form, too. It ranks encoders
+    as the longer procedures of the papers do, but its figures are not comparable.
 
-    Args:
-        queries: Features of shape (Q, F).
-        bank: Features of shape (N, F).
-        labels: Of the bank: multi-hot or one-hot, shape (N, K).
-
-    Returns:
-        Scores of shape (Q, K), about 1 for a class that is there and 0 for one that is
-        not.
+    Shapes are those of :func:`knn_scores`. Scores are about 1 for a class that is there
+    and 0 for one that is not.
     """
     # float64: the smallest penalty is far below the precision of float32
     bank, queries, target = bank.double(), queries.double(), labels.double()
@@ -105,20 +97,11 @@ def linear_scores(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     scores: Tensor, labels: Tensor, average: Literal['macro', 'micro'] = 'macro'
 ) -> float:
-    """Score predictions by the metric that fits the labels.
+    """Rate scores (Q, K) by the metric that fits the labels.
 
-    Args:
-        scores: Scores of shape (Q, K).
-        labels: Class indices of shape (Q,), or multi-hot labels of shape (Q, K).
-        average: Whether average precision is that of each class, averaged (mAP), or of
-            all pairs of an image and a class.
-
-    Returns:
-        Accuracy for class indices. For multi-hot labels, average precision: *macro* over
-        the classes that some but not all queries have, *micro* over all.
-
-    Raises:
-        ValueError: If there is no such class.
+    Accuracy of class indices (Q,), or average precision of multi-hot labels (Q, K):
+    *macro* over the classes that some but not all queries have (mAP), *micro* over all
+    pairs of a query and a class.
     """
     if labels.ndim == 1:
         return float((scores.argmax(1) == labels).float().mean())

@@ -3,7 +3,7 @@
 
 """The samples of a split of a datamodule, in their order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .._compat import Sample
-from ..datamodules.protocol import eval_transform, find_split, is_endless, offer_of
+from ..datamodules.protocol import find_split, is_endless, offer_of
+from .loop import Transform, batch_transform
 
 #: Smallest share of an image that a class must cover to count, where labels are shares.
 #: As in WorldCoverMultiLabel.
@@ -28,17 +29,10 @@ STAGES = {'predict': 'predict', 'test': 'test', 'val': 'validate', 'train': 'fit
 
 
 def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
-    """Prepare a split of a datamodule.
-
-    Args:
-        datamodule: The datamodule.
-        split: One of :data:`STAGES`. By default, the first that the datamodule has.
+    """Prepare a split of a datamodule, by default the first one it has of :data:`STAGES`.
 
     Returns:
         The split.
-
-    Raises:
-        ValueError: If the datamodule has no such split.
     """
     datamodule.prepare_data()
     for name in STAGES if split is None else (split,):
@@ -53,11 +47,7 @@ def set_up(datamodule: LightningDataModule, split: str | None = None) -> str:
 def split_samples(
     datamodule: LightningDataModule, split: str
 ) -> tuple[Dataset[Sample], list[Any]]:
-    """Return the dataset of a split that is set up, and what to ask it for, in order.
-
-    Raises:
-        ValueError: If the datamodule has no such split.
-    """
+    """Return the dataset of a split that is set up, and what to ask it for, in order."""
     dataset, sampler, batches = find_split(datamodule, split)
     if dataset is None:
         raise ValueError(
@@ -77,21 +67,10 @@ def shuffled(count: int, seed: int = 0) -> Tensor:
 
 
 def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
-    """Choose some of a number of samples, always the same.
+    """Return the sorted indices of a share of *count* samples, always the same.
 
     Without replacement, unlike in the code of SSL4EO-S12 and DINO-MC, whose 10 % have
     duplicates.
-
-    Args:
-        count: Number of samples.
-        fraction: Share of them to choose, in (0, 1].
-        seed: Seed of the choice.
-
-    Returns:
-        Their indices, sorted.
-
-    Raises:
-        ValueError: If *fraction* is out of range, or leaves nothing.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f'fraction must be in (0, 1], got {fraction}')
@@ -105,27 +84,14 @@ def choose_subset(count: int, fraction: float, seed: int = 42) -> list[int]:
 
 @dataclass(eq=False)
 class LabelledSamples:
-    """A fixed choice of the samples of one split.
-
-    Attributes:
-        dataset: Gives *image* and *label*.
-        indices: What the dataset is asked for.
-        name: What messages call the samples.
-        batch_size: Number of samples that are read at a time.
-        num_workers: Number of processes that read.
-        transform: What the datamodule does to a batch on the device.
-        shares_ground: Whether other splits have other samples of the same ground.
-
-    Raises:
-        ValueError: If there are no samples.
-    """
+    """A fixed choice of the samples of one split."""
 
     dataset: Dataset[Sample]
-    indices: Sequence[Any]
-    name: str
+    indices: Sequence[Any]  # queries of the dataset
+    name: str  # in messages
     batch_size: int = 64
     num_workers: int = 0
-    transform: Callable[[Sample], Sample] | None = None
+    transform: Transform | None = None
     shares_ground: bool = False
 
     def __post_init__(self) -> None:
@@ -137,27 +103,23 @@ class LabelledSamples:
     def of_split(
         cls, datamodule: LightningDataModule, split: str, name: str
     ) -> 'LabelledSamples':
-        """Take all samples of a split of a datamodule that is set up.
-
-        Raises:
-            ValueError: If the datamodule has no such split.
-        """
+        """Take all samples of a split that is set up, without augmentations."""
         offer = offer_of(datamodule)
         return cls(
             *split_samples(datamodule, split),
             name,
             offer.batch_size,
             offer.num_workers,
-            # Images are not augmented, only normalized
-            eval_transform(datamodule),
+            batch_transform(datamodule),
             offer.shares_ground,
         )
 
-    def limit(self, count: int) -> None:
-        """Choose at most *count* samples at random, always the same."""
+    def limit(self, count: int, skip: int = 0) -> None:
+        """Choose at most *count* samples at random after *skip*, always the same."""
         if count > len(self.indices) and is_endless(self.dataset):
             self.indices = range(count)
-        self.indices = self._pick(shuffled(len(self.indices))[:count])
+        chosen = shuffled(len(self.indices))[skip : skip + count].sort().values
+        self.indices = [self.indices[i] for i in chosen]
 
     def is_same(self, other: 'LabelledSamples') -> bool:
         """Tell whether another split, not limited, has the same samples.
@@ -167,27 +129,6 @@ class LabelledSamples:
         """
         same = other.dataset is self.dataset
         return same and list(other.indices) == list(self.indices)
-
-    def limit_apart(self, other: 'LabelledSamples', count: int, others: int) -> None:
-        """Choose samples at random, and different ones for a split of the same samples.
-
-        Where there are too few, these get three quarters.
-
-        Args:
-            other: A split of the same samples, see :meth:`is_same`.
-            count: Largest number of samples.
-            others: Largest number of samples of *other*.
-        """
-        if is_endless(self.dataset):
-            self.indices = range(count + others)
-        count = min(count, len(self.indices) * 3 // 4)
-        order = shuffled(len(self.indices))
-        other.indices = self._pick(order[count : count + others])
-        self.indices = self._pick(order[:count])
-
-    def _pick(self, positions: Tensor) -> list[Any]:
-        """Return what the dataset is asked for at some positions, in their order."""
-        return [self.indices[i] for i in positions.sort().values]
 
     def check(self) -> None:
         """Raise a ValueError if the first sample has no usable label."""
@@ -199,27 +140,24 @@ class LabelledSamples:
         All ranks get the same number of samples: the first ones come again where the
         number does not divide.
         """
-        count = -(-len(self.indices) // world_size) * world_size
-        share = [
-            self.indices[i % len(self.indices)] for i in range(rank, count, world_size)
-        ]
+        total = len(self.indices)
+        count = -(-total // world_size) * world_size
         return DataLoader(
             self.dataset,
             self.batch_size,
-            sampler=share,
+            sampler=[self.indices[i % total] for i in range(rank, count, world_size)],
             num_workers=self.num_workers,
             collate_fn=self._collate,
         )
 
     def _collate(self, samples: Sequence[Sample]) -> Sample:
         """Stack what a probe needs: footprints and other metadata are no tensors."""
-        for key in ('image', 'label'):
-            if key not in samples[0]:
-                raise ValueError(
-                    f'the {self.name} must have samples with image and label, got '
-                    f'{sorted(samples[0])}. A mask of land cover becomes a label by '
-                    'transforms=torchgeo_softcon.WorldCoverMultiLabel() of the dataset'
-                )
+        if not {'image', 'label'} <= samples[0].keys():
+            raise ValueError(
+                f'the {self.name} must have samples with image and label, got '
+                f'{sorted(samples[0])}. A mask of land cover becomes a label by '
+                'transforms=torchgeo_softcon.WorldCoverMultiLabel() of the dataset'
+            )
         labels = torch.stack([torch.as_tensor(sample['label']) for sample in samples])
         return {
             'image': torch.stack([sample['image'] for sample in samples]),
@@ -228,18 +166,10 @@ class LabelledSamples:
 
 
 def check_label(label: Tensor, name: str) -> Tensor:
-    """Bring labels to class indices or to multi-hot labels.
+    """Return class indices (B,) or multi-hot labels (B, K) as int64.
 
-    Args:
-        label: Class indices of shape (B,) or (B, 1), or multi-hot labels or class
-            fractions of shape (B, K) or, for several seasons, (B, T, K).
-        name: What messages call the data.
-
-    Returns:
-        Class indices of shape (B,), or multi-hot labels of shape (B, K), as int64.
-
-    Raises:
-        ValueError: If it is neither.
+    From class indices (B,) or (B, 1), or from multi-hot labels or class fractions (B, K)
+    or, for several seasons, (B, T, K).
     """
     if label.ndim == 3:
         label = label.amax(1)

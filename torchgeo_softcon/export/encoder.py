@@ -29,10 +29,6 @@ def convert_encoder(
             :func:`~torchgeo_softcon.models.convert.to_patch_size`.
         img_size: Side of the images in pixels that the encoder is built for. Defaults to
             224 with another patch size, else to what it was.
-
-    Raises:
-        ValueError: If the encoder has no patches, an argument does not fit, or timm has
-            no such model.
     """
     state = encoder.state_dict
     if patch_size is not None or img_size is not None:
@@ -43,9 +39,8 @@ def convert_encoder(
             )
         old = state[_PATCHES].shape[-1]
         patch = old if patch_size is None else patch_size
-        if patch < 1 or (
-            img_size is not None and (img_size < patch or img_size % patch)
-        ):
+        size = patch if img_size is None else img_size
+        if patch < 1 or size < patch or size % patch:
             raise ValueError(
                 f'img_size must be a multiple of patch_size = {patch}, got {img_size}'
             )

@@ -8,7 +8,7 @@ it is. An export holds one encoder, in the layout of a tool, with a model card.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,8 @@ import timm
 import torch
 from torch import nn
 
-from ..models.checkpoints import Branch
+from .._checks import check_choice
+from ..models.checkpoints import Branch, on_meta
 from ..models.convert import to_smp
 from ..models.encoders import Encoder, read_encoder
 from ..storage.whole_file import whole_file
@@ -44,11 +45,7 @@ def _torchgeo(encoder: Encoder) -> Any:
     It looks at the last layer, and knows classifiers of one layer only.
     """
     name = encoder.name or ''
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(name, num_classes=0)
-    except (NotImplementedError, RuntimeError):  # timm that reads numbers as it builds
-        model = timm.create_model(name, num_classes=0)
+    model = on_meta(lambda: timm.create_model(name, num_classes=0))
     last = list(model.children())[-1]
     if isinstance(last, nn.Identity) or hasattr(last, 'out_features'):
         return _host_checkpoint(encoder, 'model', 'model.', encoder.state_dict)
@@ -133,19 +130,11 @@ def export(
         output: Path of the new file, or a folder for it. It gets the suffix of the format
             in place of that of another checkpoint; ``.pt`` may stand for ``.pth``.
             Defaults to the name of the checkpoint with the format, beside it.
-
-    Raises:
-        ValueError: If the file is not such a checkpoint, or something does not fit.
     """
-    if format not in _FORMATS:
-        raise ValueError(f'format must be one of {", ".join(_FORMATS)}, got {format!r}')
+    check_choice('format', format, [*_FORMATS])
     contents, usage, any_size = _FORMATS[format]
     source = Path(path)
-    base, pt = _base(source, format, output)
-    targets = [
-        Path(f'{base}{".pt" if pt and suffix == ".pth" else suffix}')
-        for suffix in contents
-    ]
+    targets = _targets(source, format, output, contents)
     if source.resolve() in [target.resolve() for target in targets]:
         raise ValueError(f'output must be another file than {source}')
     encoder = read_encoder(source, branch)
@@ -174,16 +163,18 @@ def export(
     return [*targets, card]
 
 
-def _base(
-    source: Path, format: str, output: str | os.PathLike[str] | None
-) -> tuple[Path, bool]:
-    """Return the path of the new files without suffix, and whether it had .pt."""
+def _targets(
+    source: Path,
+    format: str,
+    output: str | os.PathLike[str] | None,
+    suffixes: Iterable[str],
+) -> list[Path]:
+    """Return the paths of the new files, one of each suffix."""
     name = f'{source.stem}_{format}'
-    if output is None:
-        return source.with_name(name), False
+    if output is None or os.path.isdir(output):
+        folder = source.parent if output is None else Path(output)
+        return [folder / f'{name}{suffix}' for suffix in suffixes]
     path = Path(output)
-    if path.is_dir():
-        return path / name, False
     # A path forgets that it ended in a separator
     folder = path if os.fspath(output).endswith(('/', os.sep)) else path.parent
     if not folder.is_dir():
@@ -191,8 +182,9 @@ def _base(
             f'output must be in an existing folder, got {str(output)!r}. Make the folder '
             f'{folder}, or choose another'
         )
-    known = path.suffix in _SUFFIXES
-    return path.with_suffix('') if known else path, path.suffix == '.pt'
+    base = path.with_suffix('') if path.suffix in _SUFFIXES else path
+    short = path.suffix == '.pt'
+    return [Path(f'{base}{".pt" if short and s == ".pth" else s}') for s in suffixes]
 
 
 def _save(content: dict[str, Any], target: Path, encoder: Encoder) -> None:

@@ -7,8 +7,8 @@ import argparse
 import functools
 import re
 import zipfile
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import timm
@@ -16,9 +16,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from .convert import has_layer_scale, is_head
+from .._checks import check_choice
+from .convert import drop_head, has_layer_scale
 
 Branch = Literal['student', 'teacher']
+_T = TypeVar('_T')
 
 _scalar = np.float64(0).__reduce__()[0]
 #: What DINO and DINO-MC save besides tensors: their arguments, and learning rates of the
@@ -40,16 +42,9 @@ _DINO_KEY = re.compile(r'(?:module\.)?(backbone|head)\.(.+)')
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint without running any code in it.
+    """Read a file of torch.save or safetensors without running any code in it.
 
-    Beyond what PyTorch allows, the arguments and numpy scalars in the checkpoints of
-    DINO-MC are accepted.
-
-    Args:
-        path: Path of a file written by ``torch.save``, or by safetensors.
-
-    Raises:
-        ValueError: If the file is no checkpoint, is damaged, or holds other objects.
+    Beyond what PyTorch allows, *SAFE_GLOBALS* are accepted.
     """
     try:
         if path.endswith('.safetensors'):
@@ -84,7 +79,7 @@ def _reason(error: Exception) -> str:
     if found:
         return (
             f'it holds Python objects ({", ".join(dict.fromkeys(found))}), which could '
-            'run code. Remove the file; or, if you trust it, load it by hand with '
+            'run code. Remove the file; or, if you trust it, load it with '
             'weights_only=False, and save its state dict alone'
         )
     # PyTorch's text around the reason advises to load unsafely
@@ -100,8 +95,7 @@ def dino_mc_encoder(
 
     https://github.com/WennyXY/DINO-MC/blob/4f8e519/main_dino_mc.py
     """
-    if branch not in ('student', 'teacher'):
-        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    check_choice('branch', branch, get_args(Branch))
     state_dict = checkpoint.get(branch)
     if not isinstance(state_dict, Mapping):
         raise ValueError(  # noqa: TRY004
@@ -130,19 +124,22 @@ def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any
 
     def build() -> dict[str, Any]:
         if model == 'swin_t':  # the host takes it from torchvision
-            swin = torchvision.models.swin_t().state_dict()
-            return {k: v for k, v in swin.items() if not is_head(k)}
+            return drop_head(torchvision.models.swin_t().state_dict())
         kwargs: Any = {} if img_size is None else {'img_size': img_size}
         return timm.create_model(
             model, in_chans=in_channels, num_classes=0, **kwargs
         ).state_dict()
 
+    return {k: tuple(v.shape) for k, v in on_meta(build).items()}
+
+
+def on_meta(build: Callable[[], _T]) -> _T:
+    """Build without memory for parameters, where timm does not read them as it builds."""
     try:
         with torch.device('meta'):
-            state_dict = build()
-    except (NotImplementedError, RuntimeError):  # timm that reads numbers as it builds
-        state_dict = build()
-    return {k: tuple(v.shape) for k, v in state_dict.items()}
+            return build()
+    except (NotImplementedError, RuntimeError):
+        return build()
 
 
 def check_architecture(
@@ -151,8 +148,9 @@ def check_architecture(
     in_channels: int,
     img_size: int | None = None,
     source: str = 'weights',
+    hint: str = 'Choose the file that was made for this model',
 ) -> None:
-    """Check that parameters are those of an encoder, all of them and no others.
+    """Raise a ValueError unless parameters are those of an encoder, all and no others.
 
     Args:
         state_dict: Parameters in the layout of *model*, without a classifier.
@@ -160,15 +158,13 @@ def check_architecture(
         in_channels: Number of bands.
         img_size: Image size that *model* is built for, None for its default.
         source: What to call the parameters in the error.
-
-    Raises:
-        ValueError: If they are not.
+        hint: What to do, the end of the error.
     """
     require_shapes(
         state_dict,
         _shapes(model, in_channels, img_size),
         f'{source} must have the parameters of {model} with {in_channels} bands',
-        'Choose the file that was made for this model',
+        hint,
     )
 
 

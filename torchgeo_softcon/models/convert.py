@@ -29,25 +29,16 @@ _SCALED = {'1': 'attn.proj', '2': 'mlp.fc2'}
 #: Classifiers, and the mask token that a DINOv2 encoder has only for its training.
 _NOT_ENCODER = re.compile(r'(head|fc|head_dist|fc_norm|classifier)\.|mask_token$')
 
-#: Names of torchvision's Swin Transformer, and what timm calls them. In torchvision, all
-#: stages and the patch merging between them are one list; in timm, patch merging is at
-#: the start of a stage.
-_SWIN = (
-    (re.compile(r'features\.0\.0\.(.+)'), lambda m: f'patch_embed.proj.{m[1]}'),
-    (re.compile(r'features\.0\.2\.(.+)'), lambda m: f'patch_embed.norm.{m[1]}'),
-    (
-        re.compile(r'features\.([1357])\.(.+)'),
-        lambda m: (
-            f'layers.{int(m[1]) // 2}.blocks.'
-            + m[2].replace('.mlp.0.', '.mlp.fc1.').replace('.mlp.3.', '.mlp.fc2.')
-        ),
-    ),
-    (
-        re.compile(r'features\.([246])\.(.+)'),
-        lambda m: f'layers.{int(m[1]) // 2}.downsample.{m[2]}',
-    ),
-    (re.compile(r'(norm\..+)'), lambda m: m[1]),
-)
+#: Starts of the names of torchvision's Swin Transformer, and what timm calls them. In
+#: torchvision, all stages and the patch merging between them are one list; in timm, patch
+#: merging is at the start of a stage.
+_SWIN = {
+    'features.0.0.': 'patch_embed.proj.',
+    'features.0.2.': 'patch_embed.norm.',
+    **{f'features.{2 * i + 1}.': f'layers.{i}.blocks.' for i in range(4)},
+    **{f'features.{2 * i}.': f'layers.{i}.downsample.' for i in range(1, 4)},
+    'norm.': 'norm.',
+}
 
 
 def is_head(name: str) -> bool:
@@ -96,25 +87,18 @@ def resample_positions(
     """Resample the position embedding of a Vision Transformer to another grid.
 
     Bicubic with antialiasing, as timm does. An approximation, unless the grid is the
-    same.
-
-    Returns:
-        Parameters with a *pos_embed* of shape (1, 1 + grid * grid, D).
-
-    Raises:
-        ValueError: If there is no position embedding, or it is not of a square grid.
+    same. *pos_embed* gets the shape (1, 1 + grid * grid, D).
     """
     positions = state_dict.get('pos_embed')
-    if positions is None or math.isqrt(positions.shape[1] - 1) ** 2 != (
-        positions.shape[1] - 1
-    ):
+    count = 0 if positions is None else positions.shape[1] - 1
+    if positions is None or math.isqrt(count) ** 2 != count:
         found = None if positions is None else tuple(positions.shape)
         raise ValueError(
             'state_dict must be of a Vision Transformer with pos_embed of shape '
             f'(1, 1 + grid * grid, D), got {found}'
         )
     check_counts(grid=grid)
-    if positions.shape[1] != 1 + grid * grid:
+    if count != grid * grid:
         positions = resample_abs_pos_embed(positions, [grid, grid])
     return {**state_dict, 'pos_embed': positions}
 
@@ -146,9 +130,6 @@ def to_patch_size(
         state_dict: Parameters in timm's layout.
         patch_size: New side of the patches in pixels.
         grid: New number of patches along each side, None to keep it.
-
-    Raises:
-        ValueError: If this is not a Vision Transformer.
     """
     if _PATCHES not in state_dict or 'pos_embed' not in state_dict:
         raise ValueError(
@@ -167,44 +148,36 @@ def swin_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert torchvision's Swin Transformer to timm's layout.
 
     Equal at 224 pixels. For other sizes, the two shift windows differently.
-
-    Args:
-        state_dict: Parameters of ``torchvision.models.swin_t`` or a larger one.
-
-    Raises:
-        ValueError: If a name is not one of torchvision's.
     """
     result = {}
     for key, value in drop_head(state_dict).items():
         if key.endswith('.attn.relative_position_index'):  # a constant
             continue
-        for pattern, rename in _SWIN:
-            match = pattern.fullmatch(key)
-            if match is not None:
-                result[rename(match)] = value
-                break
-        else:
+        start = next((start for start in _SWIN if key.startswith(start)), None)
+        if start is None:
             raise ValueError(
                 f"state_dict must be of torchvision's Swin Transformer, got {key}"
             )
+        name = _SWIN[start] + key.removeprefix(start)
+        name = name.replace('.mlp.0.', '.mlp.fc1.').replace('.mlp.3.', '.mlp.fc2.')
+        result[name] = value
     return result
+
+
+def plain_name(name: str) -> str:
+    """Return timm's name of a parameter of a model that is wrapped for its features.
+
+    The model is in ``model``, and stages of a list are attributes with an underscore.
+    """
+    return re.sub(r'^(layers|stages|blocks)_', r'\1.', name.removeprefix('model.'))
 
 
 def to_smp(state_dict: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
     """Convert parameters to the layout of an encoder of segmentation_models_pytorch.
 
-    Encoders whose names start with ``tu-`` hold a timm model: all of it, with its
-    classifier, for Vision Transformers (``DPT``), and its stages for others.
-
-    Args:
-        state_dict: Parameters in timm's layout.
-        model: Name of the encoder without ``tu-``, that is of the timm model.
-
-    Returns:
-        Parameters for ``encoder.load_state_dict``, strictly. Classifiers are 0.
-
-    Raises:
-        ValueError: If the encoder needs other parameters.
+    Encoders whose names start with ``tu-`` hold a timm model, here called *model*: all of
+    it, with its classifier, for Vision Transformers (``DPT``), and its stages for others.
+    Classifiers are 0.
     """
     from segmentation_models_pytorch.encoders import TimmUniversalEncoder, encoders
     from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
@@ -218,8 +191,7 @@ def to_smp(state_dict: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
     encoder = encoder_class(model, pretrained=False, in_channels=channels)
     result = {}
     for key, value in encoder.state_dict().items():
-        # Stages of a list have numbers, stages by name an underscore
-        name = re.sub(r'^(layers|stages|blocks)_', r'\1.', key.removeprefix('model.'))
+        name = plain_name(key)
         if name in state_dict and state_dict[name].shape == value.shape:
             result[key] = state_dict[name]
         elif is_head(name):
@@ -240,24 +212,18 @@ def is_torchvision_swin(state_dict: Mapping[str, Tensor]) -> bool:
 def choose_bands(
     state_dict: Mapping[str, Tensor], names: Sequence[str], bands: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Let the input layer see some of its bands, by name and in any order.
-
-    Returns:
-        Parameters with another input layer, see
-        :func:`~torchgeo_softcon.models.input_layer.select_bands`.
-
-    Raises:
-        ValueError: If a band is not one of *names*, or there is no input layer.
-    """
+    """Let the input layer see some of its bands, see :func:`.select_bands`."""
     for key in _INPUT_LAYERS:
         if key in state_dict:
             return {**state_dict, key: select_bands(state_dict[key], names, bands)}
     raise ValueError(f'state_dict must have one of {_INPUT_LAYERS}')
 
 
-def fresh(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy parameters: contiguous, on the CPU, and free of the file they came from."""
+def fresh(
+    state_dict: Mapping[str, Tensor], device: torch.device | str = 'cpu'
+) -> dict[str, Tensor]:
+    """Copy parameters: contiguous, on a device, and free of the file they came from."""
     return {
-        k: v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+        k: v.detach().to(device, copy=True, memory_format=torch.contiguous_format)
         for k, v in state_dict.items()
     }

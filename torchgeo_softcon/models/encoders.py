@@ -9,10 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from .._checks import check_choice
 from .._compat import WeightsEnum, get_weight
 from ..bands import spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
@@ -28,13 +29,6 @@ _PREFIXES = ('model.backbone.model.', 'backbone.vit.', 'backbone.', 'model.', ''
 #: Entry of a checkpoint in which a pretraining task notes its class, its method, and which
 #: of its attributes hold the branches.
 PRETRAINING = 'pretraining'
-
-#: Methods of checkpoints that have no such note, and their papers.
-_PAPERS = {
-    'SoftCon': 'arXiv 2405.20462',
-    'DINO-MC': 'arXiv 2303.06670',
-    'DINO-TP': 'arXiv 2303.06670',
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,34 +58,9 @@ class Encoder:
     method: str | None = None
     reference: str | None = None
     branch: Branch | None = None
-    source: str = 'The module'
+    source: str = ''
     checkpoint: Mapping[str, Any] = field(default_factory=dict, repr=False)
     options: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of_module(
-        cls,
-        model: nn.Module,
-        name: str,
-        in_channels: int,
-        size: int | None = None,
-        bands: Sequence[str] | None = None,
-        unit_range: bool | None = None,
-    ) -> 'Encoder':
-        """Describe a module that is built already.
-
-        Args:
-            model: Any module from (B, C, H, W) to (B, F).
-            name: Name of its architecture.
-            in_channels: Number of bands C.
-            size: Side of the images that it was trained with in pixels.
-            bands: Names of its bands.
-            unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them.
-        """
-        names = None if bands is None else tuple(bands)
-        encoder = cls(model.state_dict(), name, size, names, unit_range)
-        vars(encoder).update(model=model, in_channels=in_channels)
-        return encoder
 
     @property
     def hparams(self) -> Mapping[str, Any]:
@@ -148,31 +117,33 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         branch: Of two encoders, ``'student'``, which is trained, or ``'teacher'``, its
             moving average. Defaults to the one that the task exports: the student of
             SoftCon, the teacher of DINO-MC, as the papers evaluate them.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If the file cannot be read safely, or has no such branch.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist, or is no file')
-    if branch not in (None, 'student', 'teacher'):
-        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    if branch is not None:
+        check_choice('branch', branch, get_args(Branch))
     checkpoint = read_checkpoint(str(path))
     hparams = _mapping(checkpoint, 'hyper_parameters')
     note = _mapping(checkpoint, PRETRAINING)
-    name, method = hparams.get('model'), note.get('method')
-    reference = note.get('reference')
+    name = hparams.get('model')
     if 'state_dict' not in checkpoint and {'student', 'teacher'} <= checkpoint.keys():
         branch = branch or 'teacher'
         state_dict = dino_mc_encoder(checkpoint, branch)
     else:
         state = checkpoint.get('state_dict', checkpoint)
         attributes = {str(key).partition('.')[0] for key in state}
-        branches: Any = _mapping(note, 'branches') or _guess_branches(attributes)
-        prefix, branch = _locate(state, branches, branch, path)
-        if branches and not method:
-            method = _guess_method(branches, hparams)
-            reference = _PAPERS[method]
+        note = note or _guess_note(attributes, hparams)
+        if note:
+            branches: Any = _mapping(note, 'branches')
+            prefix, branch = _locate(branches, attributes, branch, path)
+        elif branch is None:
+            found = (p for p in _PREFIXES if any(k.startswith(p) for k in state))
+            prefix = next(found, '')
+        else:
+            raise ValueError(
+                f'branch={branch!r} is for files with two encoders, but {path} has one. '
+                'Leave branch out'
+            )
         state_dict = {
             key.removeprefix(prefix): value
             for key, value in state.items()
@@ -182,62 +153,56 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         state_dict = swin_to_timm(state_dict)
         name = None if name == 'swin_t' else name
     bands = hparams.get('bands')
-    in_unit_range = checkpoint.get('unit_range') or 'UnitRange' in _mapping(
-        checkpoint, 'callbacks'
-    )
+    callbacks = _mapping(checkpoint, 'callbacks')
+    in_unit_range = checkpoint.get('unit_range') or 'UnitRange' in callbacks
     return Encoder(
         state_dict,
         name,
         hparams.get('size') or None,
         None if bands is None else tuple(bands),
         True if in_unit_range else None,
-        method,
-        reference,
+        note.get('method'),
+        note.get('reference'),
         branch,
         str(path),
         checkpoint,
     )
 
 
-def _guess_branches(attributes: set[str]) -> dict[Branch, str]:
-    """Guess what holds the branches in a checkpoint that has no note of it.
+def _guess_note(attributes: set[str], hparams: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Guess the note of a checkpoint that has none, of the version before it.
 
     `model` is the encoder that the task exports; beside it is the other branch.
     """
     if 'student' in attributes:
-        return {'teacher': 'model', 'student': 'student'}
-    return {'student': 'model', 'teacher': 'teacher'} if 'teacher' in attributes else {}
-
-
-def _guess_method(branches: Mapping[Branch, str], hparams: Mapping[str, Any]) -> str:
-    """Guess the method of a checkpoint that has no note of it."""
-    if branches.get('student') == 'model':
-        return 'SoftCon'
-    return 'DINO-TP' if hparams.get('views') == 'temporal' else 'DINO-MC'
+        temporal = hparams.get('views') == 'temporal'
+        return {
+            'method': 'DINO-TP' if temporal else 'DINO-MC',
+            'reference': 'arXiv 2303.06670',
+            'branches': {'teacher': 'model', 'student': 'student'},
+        }
+    if 'teacher' in attributes:
+        return {
+            'method': 'SoftCon',
+            'reference': 'arXiv 2405.20462',
+            'branches': {'student': 'model', 'teacher': 'teacher'},
+        }
+    return {}
 
 
 def _locate(
-    state: Mapping[str, Tensor],
     branches: Mapping[Branch, str],
+    attributes: set[str],
     branch: Branch | None,
     path: str | os.PathLike[str],
-) -> tuple[str, Branch | None]:
-    """Return what the keys of an encoder start with, and which branch that is."""
-    if not branches:
-        if branch is not None:
-            raise ValueError(
-                f'branch={branch!r} is for files with two encoders, but {path} has one. '
-                'Leave branch out'
-            )
-        found = (p for p in _PREFIXES if any(k.startswith(p) for k in state))
-        return next(found, ''), None
+) -> tuple[str, Branch]:
+    """Return what the keys of a branch start with (default: of the exported one)."""
     exported = next((b for b, name in branches.items() if name == 'model'), None)
     branch = branch or exported
-    attributes = sorted({str(key).partition('.')[0] for key in state})
     if branch is None or branches.get(branch) not in attributes:
         raise ValueError(
-            f'branch={branch!r} is not in {path}, which has {attributes}. Choose another '
-            'branch'
+            f'branch={branch!r} is not in {path}, which has {sorted(attributes)}. Choose '
+            'another branch'
         )
     return f'{branches[branch]}.', branch
 
@@ -255,8 +220,15 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
     Raises:
         ValueError: If *weights* is neither a file nor a known name, or is unreadable.
     """
+    return find_weights(weights).state_dict
+
+
+def find_weights(
+    weights: WeightsEnum | str, bands: Sequence[str] | None = None
+) -> Encoder:
+    """Read an encoder, of an enum of this package for the *bands* of the images."""
     if isinstance(weights, str) and os.path.exists(weights):
-        return read_encoder(weights).state_dict
+        return read_encoder(weights)
     if isinstance(weights, str):
         try:
             weights = get_weight(weights)
@@ -265,27 +237,9 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
                 f'weights must be an existing file or the name of a weight enum member '
                 f'such as ResNet50_Weights.SENTINEL2_ALL_MOCO, got {weights!r}'
             ) from error
-    state_dict = weights.get_state_dict(progress=True)
-    if is_torchvision_swin(state_dict):
-        return swin_to_timm(state_dict)
-    return dict(state_dict)
-
-
-def _of_weights(weights: str, bands: Sequence[str] | None) -> Encoder:
-    """Read published weights."""
-    member = get_weight(weights)
-    if bands is not None and not isinstance(member, EncoderWeights):
-        raise ValueError(
-            f'bands are chosen from weights of this package only, got bands = '
-            f'{tuple(bands)} and weights = {weights}. Leave bands out, and choose and '
-            'order those of the dataset'
-        )
     options: Any = {} if bands is None else {'bands': bands}
-    try:
-        state = dict(member.get_state_dict(progress=True, **options))
-    except RuntimeError as error:  # no network, or another hash
-        raise OSError(str(error)) from error
-    meta = member.meta
+    state = dict(weights.get_state_dict(progress=True, **options))
+    meta = weights.meta
     name, names = meta.get('model'), bands or meta.get('bands')
     if is_torchvision_swin(state):
         state, name = swin_to_timm(state), 'swin_tiny_patch4_window7_224'
@@ -297,7 +251,7 @@ def _of_weights(weights: str, bands: Sequence[str] | None) -> Encoder:
         # Those of DINO-MC are standardized after that
         meta.get('value_range') == (0, 1) and 'mean' not in meta,
         meta.get('ssl_method'),
-        source=weights,
+        source=str(weights),
     )
 
 
@@ -320,13 +274,20 @@ def open_encoder(
             *weights* or *checkpoint* do not tell.
 
     Raises:
-        ValueError: If not exactly one of *checkpoint* and *weights* is given, or if it
-            has no encoder, or if *bands* are not among those of *weights*, or not those
-            that *checkpoint* was trained with.
+        ValueError: If arguments do not fit each other or the encoder.
         OSError: If there is no such file, or *weights* cannot be downloaded.
     """
     if weights is not None and checkpoint is None:
-        encoder = _of_weights(weights, bands)
+        if bands is not None and not isinstance(get_weight(weights), EncoderWeights):
+            raise ValueError(
+                'bands are chosen from weights of this package only, got bands = '
+                f'{tuple(bands)} and weights = {weights}. Leave bands out, and choose '
+                'and order those of the dataset'
+            )
+        try:
+            encoder = find_weights(weights, bands)
+        except RuntimeError as error:  # no network, or another hash
+            raise OSError(str(error)) from error
     elif checkpoint is not None and weights is None:
         encoder = read_encoder(checkpoint)
         known = encoder.bands

@@ -3,7 +3,7 @@
 
 """Features for linear evaluation."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,25 +29,22 @@ def last_block_features(
 
     Returns:
         Features of shape (B, blocks * F), or (B, (blocks + 1) * F).
-
-    Raises:
-        ValueError: If the encoder has no class tokens, or fewer blocks.
     """
     if not has_class_token(encoder):
         raise ValueError(
             'blocks are for Vision Transformers with a class token, got '
             f'{type(encoder).__name__}. Leave them out for other encoders'
         )
-    depth = len(cast(Any, encoder).blocks)
-    if not 1 <= blocks <= depth:
+    vit: Any = encoder
+    if not 1 <= blocks <= len(vit.blocks):
         raise ValueError(
-            f'blocks must be from 1 to {depth}, the number of blocks of the '
-            f'encoder, got {blocks}'
+            f'blocks must be from 1 to {len(vit.blocks)}, those of the encoder, got '
+            f'{blocks}'
         )
-    layers = cast(Any, encoder).get_intermediate_layers(
+    layers = vit.get_intermediate_layers(
         image, n=blocks, return_prefix_tokens=True, norm=True
     )  # per block: patch tokens (B, N, F), class token and registers (B, P, F)
-    parts = [prefix[:, 0] for _, prefix in layers]
+    tokens = [prefix[:, 0] for _, prefix in layers]
     if average_patches:
-        parts.append(layers[-1][0].mean(1))
-    return torch.cat(parts, 1)
+        tokens.append(layers[-1][0].mean(1))
+    return torch.cat(tokens, 1)

@@ -9,6 +9,7 @@ import os
 import re
 import uuid
 from http.client import HTTPException
+from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
@@ -32,16 +33,17 @@ def find_file(
 ) -> str:
     """Find a file of weights, or download it.
 
-    The first of these that exists: the file in *root*, the file in the cache, a download
-    to the cache. A download replaces nothing before it is complete and readable, so that
-    an interrupted one leaves no trace.
+    The first of these that exists: the file in *root* (defaults to the folder that the
+    environment variable ``TORCHGEO_SOFTCON_WEIGHTS`` names, if any), the file in
+    *model_dir* (defaults to the cache of torch.hub), a download to *model_dir*. A
+    download replaces nothing before it is complete and readable, so that an interrupted
+    one leaves no trace.
 
     Args:
         url: Where to download from, http(s):// or file://.
         file: Name of the file. Defaults to the last part of *url*.
-        root: Folder with files that were downloaded by hand. Defaults to the one that
-            the environment variable ``TORCHGEO_SOFTCON_WEIGHTS`` names, if any.
-        model_dir: The cache, a folder. Defaults to that of torch.hub.
+        root: Folder with files that were downloaded by hand.
+        model_dir: Folder to download to.
         check_hash: Whether to compare the file with the digits of SHA-256 in its name, if
             there are any.
         progress: Whether to show the progress of a download.
@@ -51,78 +53,71 @@ def find_file(
         RuntimeError: If the download fails.
     """
     name = file or os.path.basename(urlparse(url).path)
-    folder, source = root, 'root'
-    if folder is None:
-        folder, source = os.environ.get(WEIGHTS_VARIABLE) or None, WEIGHTS_VARIABLE
-    if folder is not None:
-        folder = os.path.expanduser(folder)
-        if not os.path.isdir(folder):
-            raise ValueError(f'{source} must be a folder, got {str(folder)!r}')
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            return _checked(path, check_hash)
+    option = WEIGHTS_VARIABLE if root is None else 'root'
+    folder = os.environ.get(WEIGHTS_VARIABLE) if root is None else root
+    if folder:
+        given = Path(folder).expanduser()
+        if not given.is_dir():
+            raise ValueError(f'{option} must be a folder, got {str(given)!r}')
+        if (given / name).is_file():
+            return _checked(given / name, check_hash)
 
-    cache = os.path.expanduser(
-        model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
-    )
-    path = os.path.join(cache, name)
-    if not os.path.isfile(path):
-        try:
-            os.makedirs(cache, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(
-                f'model_dir must be a folder, got {str(cache)!r}. Choose another'
-            ) from error
-        _download(url, path, check_hash, progress)
-        return path
-    return _checked(path, check_hash)
+    cache = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints')).expanduser()
+    if (cache / name).is_file():
+        return _checked(cache / name, check_hash)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f'model_dir must be a folder, got {str(cache)!r}. Choose another'
+        ) from error
+    _download(url, cache / name, check_hash, progress)
+    return str(cache / name)
 
 
-def _checked(path: str, check_hash: bool) -> str:
+def _checked(path: Path, check_hash: bool) -> str:
     """Return the path of a file, if the file is what its name promises."""
-    match = _HASH.search(os.path.basename(path)) if check_hash else None
+    match = _HASH.search(path.name) if check_hash else None
     if match is not None:
-        with open(path, 'rb') as stream:
+        with path.open('rb') as stream:
             digest = hashlib.file_digest(stream, 'sha256').hexdigest()
         if not digest.startswith(match[1]):
             raise ValueError(
                 f'{path} must have a SHA-256 of {match[1]}..., as its name says, got '
                 f'{digest[:16]}.... Remove the file and download it again'
             )
-    return path
+    return str(path)
 
 
-def _download(url: str, path: str, check_hash: bool, progress: bool) -> None:
+def _download(url: str, path: Path, check_hash: bool, progress: bool) -> None:
     """Download to a path, all or nothing."""
-    folder, name = os.path.split(path)
-    # Under its own name, for the sake of the hash
-    partial = os.path.join(folder, f'.{uuid.uuid4().hex}.{name}')
+    # Ends in its own name, for the sake of the hash
+    partial = path.with_name(f'.{uuid.uuid4().hex}.{path.name}')
     try:
-        torch.hub.download_url_to_file(url, partial, progress=progress)
+        torch.hub.download_url_to_file(url, str(partial), progress=progress)
         _reject_page(partial)
         _checked(partial, check_hash)
         # Servers that break off do not always say so
-        read_checkpoint(partial)
-        os.replace(partial, path)
+        read_checkpoint(str(partial))
+        partial.replace(path)
     except (OSError, HTTPException, ValueError) as error:
-        reason = str(error).replace(partial, 'the file')
+        reason = str(error).replace(str(partial), 'the file')
         raise RuntimeError(
-            f'{name} could not be downloaded from {url}: {reason or repr(error)}. '
-            f'Download it by other means and put it, as {name}, into a folder; then set '
-            f'root or the environment variable {WEIGHTS_VARIABLE} to this folder'
+            f'{path.name} could not be downloaded from {url}: {reason or repr(error)}. '
+            f'Put it, as {path.name}, into a folder by other means; then set root or the '
+            f'environment variable {WEIGHTS_VARIABLE} to this folder'
         ) from error
     finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        partial.unlink(missing_ok=True)
 
 
-def _reject_page(path: str) -> None:
+def _reject_page(path: Path) -> None:
     """Raise if a server has sent a page or a message instead of the file.
 
     Google Drive does so to ask for confirmation, to ask for a login, and after too many
     downloads by others.
     """
-    with open(path, 'rb') as stream:
+    with path.open('rb') as stream:
         start = stream.read(65536).removeprefix(codecs.BOM_UTF8).lstrip()
     if b'\0' in start:  # not text, whatever the first byte is
         return

@@ -5,12 +5,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from .._checks import check_choice
 from ..bands import normalize_band_names, rgb_indices
 
 #: What Sentinel-2 calls the colours of a photograph.
@@ -33,7 +34,7 @@ def adapt_input_weight(
     init: InputLayerInit = 'random',
     bands: Sequence[str] | None = None,
 ) -> Tensor:
-    """Adapt the weight of a pretrained input layer to another number of bands.
+    """Adapt the weight (F, 3, H, W) of a pretrained input layer to *C* bands.
 
     * ``'random'``: drawn anew by PyTorch's rule for convolutions. This is SoftCon's
       choice: only the input layer starts from scratch, the rest is pretrained.
@@ -45,17 +46,10 @@ def adapt_input_weight(
       in the order of Sentinel-2, B1 gets the weights of red.
 
     Args:
-        weight: Pretrained weight of shape (F, 3, H, W), red first.
+        weight: Pretrained weight, red first.
         in_channels: Number of bands *C*.
         init: Rule to follow.
-        bands: Names of the *C* bands, in the order of the images' channels. Needed by
-            ``'rgb'``.
-
-    Returns:
-        A weight of shape (F, C, H, W).
-
-    Raises:
-        ValueError: If an argument does not fit the rule.
+        bands: Names of the *C* bands in the order of the channels, for ``'rgb'``.
     """
     features, channels, *kernel = weight.shape
     if init == 'random':
@@ -69,53 +63,39 @@ def adapt_input_weight(
         )
     if init == 'timm':
         return torch.as_tensor(adapt_input_conv(in_channels, weight))
-    if init != 'rgb':
-        raise ValueError(
-            f"in_layer_init must be 'random', 'rgb' or 'timm', got {init!r}"
-        )
+    check_choice('in_layer_init', init, get_args(InputLayerInit))
     if bands is None:
         raise ValueError(
             "in_layer_init='rgb' needs bands, the names of the channels, got None"
         )
-    if len(bands) != in_channels:
-        raise ValueError(
-            f'bands must have one name per channel, got {len(bands)} names for '
-            f'{in_channels} channels'
-        )
-
+    _check_names('bands', bands, in_channels)
     indices = list(rgb_indices(normalize_band_names(bands)))
     new = weight.mean(1, keepdim=True).repeat(1, in_channels, 1, 1)
     new[:, indices] = weight
     return new * (3 / in_channels)
 
 
+def _check_names(option: str, names: Sequence[str], channels: int) -> None:
+    """Raise a ValueError unless there is one name per channel."""
+    if len(names) != channels:
+        raise ValueError(
+            f'{option} must have one name per channel, got {len(names)} names for '
+            f'{channels} channels'
+        )
+
+
 def select_bands(weight: Tensor, names: Sequence[str], bands: Sequence[str]) -> Tensor:
-    """Keep some bands of a pretrained input layer, by name and in any order.
+    """Keep some *bands* of the *names* of an input layer (F, C, H, W), in their order.
 
     The layer then does what it did before with 0 in all other bands. Nothing is scaled.
-
-    Args:
-        weight: Pretrained weight of shape (F, N, H, W).
-        names: Names of the N bands that it was trained with.
-        bands: Names of the C bands to keep, in the order of the images' channels. ``R``,
-            ``G`` and ``B`` are also understood for Sentinel-2.
-
-    Returns:
-        A weight of shape (F, C, H, W).
-
-    Raises:
-        ValueError: If a band is unknown, occurs twice, or is not one of *names*.
+    ``R``, ``G`` and ``B`` are also understood for Sentinel-2.
     """
     known = normalize_band_names(names)
-    if len(known) != weight.shape[1]:
-        raise ValueError(
-            f'names must have one name per channel, got {len(known)} names for '
-            f'{weight.shape[1]} channels'
-        )
+    _check_names('names', known, weight.shape[1])
     if not bands:
         raise ValueError('bands must have at least one name, got none')
     chosen = [
-        _COLOURS.get(band, band) if band not in known else band
+        band if band in known else _COLOURS.get(band, band)
         for band in normalize_band_names(bands)
     ]
     missing = [band for band in chosen if band not in known]

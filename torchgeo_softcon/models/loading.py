@@ -4,7 +4,7 @@
 """Encoders from timm, for any number of bands and any image size."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import timm
@@ -88,25 +88,30 @@ def default_drop_path_rate(model: str) -> float:
     0.1 for Vision Transformers, an option of DINO, and 0.2 for Swin, where the paper's
     code leaves torchvision's default.
     """
+    rates = {_VITS: 0.1, _SWIN: 0.2}
     name = timm_name(model)
-    if is_model_in_modules(name, _VITS):
-        return 0.1
-    return 0.2 if is_model_in_modules(name, _SWIN) else 0.0
+    return next((r for m, r in rates.items() if is_model_in_modules(name, m)), 0.0)
 
 
 def check_patches(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
     """Raise a ValueError unless whole patches of an encoder cover an image (H, W)."""
-    if is_vit(encoder):
-        patch = cast(Any, encoder).patch_embed.patch_size
-        if size[0] % patch[0] or size[1] % patch[1]:
-            raise ValueError(
-                f'{name} must be a multiple of the patch size {patch[0]} of the '
-                f'model, got {size[0]} x {size[1]}. The nearest one is '
-                f'{max(1, round(size[0] / patch[0])) * patch[0]}'
-            )
+    if not is_vit(encoder):
+        return
+    patch = cast(Any, encoder).patch_embed.patch_size
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(
+            f'{name} must be a multiple of the patch size {patch[0]} of the model, got '
+            f'{size[0]} x {size[1]}. The nearest one is '
+            f'{max(1, round(size[0] / patch[0])) * patch[0]}'
+        )
 
 
-def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
+def feature_size(
+    encoder: nn.Module,
+    in_channels: int,
+    size: int,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> int:
     """Number of features of an encoder, found out by using it once.
 
     timm's ``num_features`` is not the width of the output for models with layers between
@@ -116,6 +121,7 @@ def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
         encoder: A model made by :func:`create_encoder`.
         in_channels: Number of bands.
         size: Side of the images in pixels.
+        encode: How the encoder is used, if it is not simply called.
 
     Returns:
         The number F of (B, F) features.
@@ -124,13 +130,14 @@ def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
         ValueError: If the encoder does not make (B, F) features of such images.
     """
     training = encoder.training
+    encoder.eval()
     try:
         with torch.no_grad():
-            out = encoder.eval()(torch.zeros(1, in_channels, size, size))
+            out = (encode or encoder)(torch.zeros(1, in_channels, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f'model {type(encoder).__name__} does not take images of size {size} x '
-            f'{size}: {error}. Choose another size or another model'
+            f'model {type(encoder).__name__} does not take images of {size} x {size} '
+            f'pixels: {error}. Change the sizes, or choose another model'
         ) from error
     finally:
         encoder.train(training)
@@ -145,21 +152,17 @@ def feature_size(encoder: nn.Module, in_channels: int, size: int) -> int:
 def read_pretrained(
     model: str, in_channels: int, bands: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Read the weights that the name of a model stands for.
+    """Read the weights that the name of a timm model stands for.
 
-    Args:
-        model: Name of a timm model.
-        in_channels: Number of bands.
-        bands: Their names.
-
-    Returns:
-        A state dict: of this package's models for those bands, of timm's own for RGB.
+    Those of this package's models are for *in_channels* bands called *bands*, those of
+    timm's own for RGB.
     """
     if timm_name(model) == model.split('/')[-1].split('.')[0]:
-        return dict(create_encoder(model, pretrained=True).state_dict())
-    created = timm.create_model(
-        model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
-    )
+        created = create_encoder(model, pretrained=True)
+    else:
+        created = timm.create_model(
+            model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
+        )
     return dict(created.state_dict())
 
 
@@ -194,16 +197,14 @@ def load_encoder(
         loaded[key] = adapt_input_weight(
             loaded[key], layer.in_channels, in_layer_init, bands
         )
-    positions = own.get('pos_embed')
-    if positions is not None and 'pos_embed' in loaded:
+    key = 'pos_embed'
+    if key in own and key in loaded and loaded[key].shape != own[key].shape:
         vit = cast(VisionTransformer, encoder)
-        if loaded['pos_embed'].shape != positions.shape:
-            loaded['pos_embed'] = resample_abs_pos_embed(
-                loaded['pos_embed'],
-                new_size=list(vit.patch_embed.grid_size),
-                num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
-            )
-
+        loaded[key] = resample_abs_pos_embed(
+            loaded[key],
+            new_size=list(vit.patch_embed.grid_size),
+            num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+        )
     require_shapes(
         loaded,
         {k: tuple(v.shape) for k, v in own.items()},

@@ -10,9 +10,8 @@ segmentation_models_pytorch, ``timm.create_model(..., pretrained=True, in_chans=
 Nothing but timm is imported here: this module is loaded whenever timm is.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,6 +26,7 @@ from ..bands import (
     bands_of_count,
     normalize_band_names,
 )
+from .convert import is_head, plain_name
 
 #: Members of the enums by the tags of timm, and their bands. The first is the default.
 _SOFTCON = {'sentinel2_softcon': SENTINEL2_BANDS, 'sentinel1_softcon': SENTINEL1_BANDS}
@@ -38,16 +38,8 @@ _DINO_MC = {
 
 #: Start of the URLs that stand for members of the enums.
 _SCHEME = 'torchgeo-softcon:'
-
-
-class _Model(NamedTuple):
-    """How a model is built."""
-
-    timm_name: str
-    enum: str
-    bands: dict[str, tuple[str, ...]]
-    #: For images of other sizes, which TorchGeo's tasks have no argument for.
-    options: dict[str, Any]
+#: Where a configuration of timm may say, besides a URL, that weights come from.
+_SOURCES = ('file', 'state_dict', 'hf_hub_id')
 
 
 # As in timm's own models of these families
@@ -56,44 +48,57 @@ _LAYERS = {
     'vit': {'first_conv': 'patch_embed.proj', 'classifier': 'head'},
     'swin': {'first_conv': 'patch_embed.proj', 'classifier': 'head.fc'},
 }
-_ANY_SIZE = {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True}
-_SIZE_256 = {**_ANY_SIZE, 'img_size': 256}
+#: For images of other sizes, which TorchGeo's tasks have no argument for.
+_ANY_SIZE: dict[str, dict[str, Any]] = {
+    'resnet': {},
+    'vit': {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True},
+    'swin': {'img_size': 224, 'strict_img_size': False},
+}
 
-#: How each model is built, by its name. An entry point names each of them as well.
+
+#: Enums with the weights of timm's models.
+_ENUMS = {
+    'resnet50': 'ResNet50_Weights',
+    'wide_resnet50_2': 'WideResNet50_2_Weights',
+    'swin_tiny_patch4_window7_224': 'Swin_T_Weights',
+    'vit_small_patch8_224': 'ViTSmall8_Weights',
+    'vit_small_patch14_dinov2': 'ViTSmall14_DINOv2_Weights',
+    'vit_base_patch14_dinov2': 'ViTBase14_DINOv2_Weights',
+    'vit_small_patch16_224': 'ViTSmall16_Weights',
+    'vit_base_patch16_224': 'ViTBase16_Weights',
+}
+
+
+class _Model:
+    """How a model is built."""
+
+    def __init__(self, name: str, timm_name: str) -> None:
+        """Initialize a new _Model instance."""
+        self.timm_name, self.enum = timm_name, _ENUMS[timm_name]
+        self.family = next(family for family in _LAYERS if family in timm_name)
+        self.bands = _SOFTCON if name.startswith('softcon_') else _DINO_MC
+        self.options = dict(_ANY_SIZE[self.family])
+        if name.endswith('_256'):
+            self.options['img_size'] = 256
+
+
+#: How each model is built, by its name. An entry point names each of them as well. Those
+#: of 256 pixels have the grid of patch 14, and therefore its features.
 _MODELS = {
-    'softcon_resnet50': _Model('resnet50', 'ResNet50_Weights', _SOFTCON, {}),
-    'softcon_vit_small_patch14_224': _Model(
-        'vit_small_patch14_dinov2', 'ViTSmall14_DINOv2_Weights', _SOFTCON, _ANY_SIZE
-    ),
-    'softcon_vit_base_patch14_224': _Model(
-        'vit_base_patch14_dinov2', 'ViTBase14_DINOv2_Weights', _SOFTCON, _ANY_SIZE
-    ),
-    'softcon_vit_small_patch16_224': _Model(
-        'vit_small_patch16_224', 'ViTSmall16_Weights', _SOFTCON, _ANY_SIZE
-    ),
-    'softcon_vit_base_patch16_224': _Model(
-        'vit_base_patch16_224', 'ViTBase16_Weights', _SOFTCON, _ANY_SIZE
-    ),
-    # The grid of patch 14, and therefore its features
-    'softcon_vit_small_patch16_256': _Model(
-        'vit_small_patch16_224', 'ViTSmall16_Weights', _SOFTCON, _SIZE_256
-    ),
-    'softcon_vit_base_patch16_256': _Model(
-        'vit_base_patch16_224', 'ViTBase16_Weights', _SOFTCON, _SIZE_256
-    ),
-    'dinomc_resnet50': _Model('resnet50', 'ResNet50_Weights', _DINO_MC, {}),
-    'dinomc_wide_resnet50_2': _Model(
-        'wide_resnet50_2', 'WideResNet50_2_Weights', _DINO_MC, {}
-    ),
-    'dinomc_vit_small_patch8_224': _Model(
-        'vit_small_patch8_224', 'ViTSmall8_Weights', _DINO_MC, _ANY_SIZE
-    ),
-    'dinomc_swin_tiny_patch4_window7_224': _Model(
-        'swin_tiny_patch4_window7_224',
-        'Swin_T_Weights',
-        _DINO_MC,
-        {'img_size': 224, 'strict_img_size': False},
-    ),
+    name: _Model(name, timm_name)
+    for name, timm_name in (
+        ('softcon_resnet50', 'resnet50'),
+        ('softcon_vit_small_patch14_224', 'vit_small_patch14_dinov2'),
+        ('softcon_vit_base_patch14_224', 'vit_base_patch14_dinov2'),
+        ('softcon_vit_small_patch16_224', 'vit_small_patch16_224'),
+        ('softcon_vit_base_patch16_224', 'vit_base_patch16_224'),
+        ('softcon_vit_small_patch16_256', 'vit_small_patch16_224'),
+        ('softcon_vit_base_patch16_256', 'vit_base_patch16_224'),
+        ('dinomc_resnet50', 'resnet50'),
+        ('dinomc_wide_resnet50_2', 'wide_resnet50_2'),
+        ('dinomc_vit_small_patch8_224', 'vit_small_patch8_224'),
+        ('dinomc_swin_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224'),
+    )
 }
 
 
@@ -107,7 +112,6 @@ def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
     """Return what timm wants to know of pretrained weights."""
     rgb = model.bands is _DINO_MC
     size = model.options.get('img_size', 224)
-    family = next(name for name in _LAYERS if name in model.timm_name)
     return {
         # Says to timm that there are weights; _create gets them
         'url': f'{_SCHEME}{model.enum}.{tag.upper()}',
@@ -118,8 +122,8 @@ def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
         'origin_url': 'https://github.com/'
         + ('WennyXY/DINO-MC' if rgb else 'zhu-xlab/softcon'),
         'paper_ids': 'arXiv:2303.06670' if rgb else 'arXiv:2405.20462',
-        'pool_size': None if family == 'vit' else (7, 7),
-        **_LAYERS[family],
+        'pool_size': None if model.family == 'vit' else (7, 7),
+        **_LAYERS[model.family],
     }
 
 
@@ -150,20 +154,12 @@ def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -
     return (fitting or [*known])[0]
 
 
-def _get(cfg: Any, key: str) -> Any:
-    """Return an entry of a configuration, which timm has as a dict or as an object."""
-    return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
-
-
-def _is_ours(cfg: Any) -> bool:
-    """Whether a configuration is for the weights of an enum, and for no others."""
-    others = any(_get(cfg, key) for key in ('file', 'state_dict', 'hf_hub_id'))
-    return str(_get(cfg, 'url')).startswith(_SCHEME) and not others
-
-
-def _own_tag(name: str, cfg: Any) -> str:
-    """Return the tag that a configuration of ours stands for."""
-    enum, _, member = _get(cfg, 'url').removeprefix(_SCHEME).partition('.')
+def _own_tag(name: str, cfg: Mapping[str, Any]) -> str | None:
+    """Return the tag that a configuration stands for, None for weights from elsewhere."""
+    elsewhere = any(cfg.get(key) for key in _SOURCES)
+    if elsewhere or not str(cfg.get('url')).startswith(_SCHEME):
+        return None
+    enum, _, member = cfg['url'].removeprefix(_SCHEME).partition('.')
     if enum != _MODELS[name].enum:
         raise ValueError(
             f'pretrained_cfg must be of {_MODELS[name].enum} for {name}, got {enum}.'
@@ -194,10 +190,6 @@ def _create(
         cache_dir: Folder to download to.
         **kwargs: Arguments of timm's model: *in_chans* (default: those of the weights),
             *num_classes* (default: 0), *img_size*, *features_only*, ...
-
-    Raises:
-        ValueError: If the number of bands does not tell which ones they are, or
-            something else does not fit.
     """
     model = _MODELS[name]
     channels = kwargs.pop('in_chans', None)
@@ -208,18 +200,19 @@ def _create(
                 f'in_chans must be the number of bands, {len(bands)}, got {channels}'
             )
         channels = len(bands)
-    if _is_ours(pretrained_cfg):
-        pretrained_cfg = _own_tag(name, pretrained_cfg)
-    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else None
+    tag = pretrained_cfg
+    if tag is not None and not isinstance(tag, str):  # a dict or an object
+        tag = _own_tag(name, tag if isinstance(tag, Mapping) else vars(tag))
+    elsewhere = pretrained_cfg is not None and tag is None
     tag = _choose_tag(name, tag, channels if bands is None else bands)
     channels = len(model.bands[tag]) if channels is None else channels
     kwargs = {**model.options, **kwargs}
 
     cfg: Any = {**_cfg(model, tag, channels), 'architecture': name, 'tag': tag}
     overlay = dict(pretrained_cfg_overlay or {})
-    foreign = any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
-    if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
-        cfg, foreign = pretrained_cfg, True
+    foreign = elsewhere or any(overlay.get(key) for key in ('url', *_SOURCES))
+    if elsewhere:
+        cfg = pretrained_cfg
     created = timm.create_model(
         model.timm_name,
         pretrained=pretrained and foreign,
@@ -243,16 +236,9 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], features_only: bool) 
     in some versions, takes a Swin Transformer without classifier for one of another
     layout.
     """
-    from .convert import is_head  # which imports the blocks of the tasks
-
     own = model.state_dict()
-    # timm wraps a model for its features, and calls its stages by name
-    names = {
-        key: re.sub(r'^(layers|stages)_', r'\1.', key.removeprefix('model.'))
-        for key in own
-    }
-    missing = sorted({n for n in names.values() if n not in state_dict})
-    missing = [name for name in missing if not is_head(name)]
+    names = {key: plain_name(key) for key in own}
+    missing = sorted(n for n in names.values() if not (n in state_dict or is_head(n)))
     lost = sorted(state_dict.keys() - set(names.values()))
     if missing or (lost and not features_only):
         raise ValueError(
@@ -278,7 +264,7 @@ def _read(
     member = getattr(weights, model.enum)[tag.upper()]
     # timm resamples positions for images that are not square
     size = None
-    if isinstance(img_size, int) and 'vit' in model.timm_name:
+    if isinstance(img_size, int) and model.family == 'vit':
         patch = int(model.timm_name.split('_patch')[1].split('_')[0])
         size = max(1, img_size // patch) * patch
     state_dict: dict[str, Tensor] = member.get_state_dict(
@@ -293,9 +279,9 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create(name, pretrained, **kwargs)
 
-    model = _MODELS[name]
     # What timm registers it by
     create.__name__ = create.__qualname__ = name
+    model = _MODELS[name]
     create.__doc__ = f'Create {model.timm_name} for the weights of {model.enum}.'
     return create
 

@@ -13,6 +13,7 @@ import torchvision.transforms.v2 as T
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from .._checks import check_choice
 from .._compat import Weights, WeightsEnum, host_weights
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from ..transforms.unit_range import ToUnitRange
@@ -34,27 +35,6 @@ _PATCH_SIZES = {
     'vit_base_patch14_dinov2': 14,
     'vit_small_patch16_224': 16,
     'vit_base_patch16_224': 16,
-}
-
-#: Files of DINO-MC and DINO-TP on Google Drive, as linked from
-#: https://github.com/WennyXY/DINO-MC#readme.
-_DRIVE_IDS = {
-    'resnet50': (
-        '1Tku4QoQDc3BU1BOr8PzQWFPyVStUDsVE',
-        '1mHR9uv5G7-9FpEzGBvdEOcJcWbnHOGEV',
-    ),
-    'wide_resnet50_2': (
-        '1WlNDoks3Uo_Al5pUHWrhQpljDrt4Ip__',
-        '1MoclNnRlSGOKhudm5lreDYSxYJqciQar',
-    ),
-    'swin_t': (
-        '1rod3PxdZ2OGqNJxLp5CAtXm7vIsLO7us',
-        '1E00rYPB2wFvnq7exmQwVRe1koQ98BECL',
-    ),
-    'vit_small_patch8_224': (
-        '18RqKqZYzigOjwbyNzLsys8bmwqxrNhyt',
-        '1BIRR56wCwTDlB4_eQTA0DpYYPHACHfxN',
-    ),
 }
 
 
@@ -97,8 +77,7 @@ class EncoderWeights(WeightsEnum):
             map_location: Device, the CPU by default.
 
         Raises:
-            ValueError: If an argument does not fit the weights, or the file is not what
-                it should be.
+            ValueError: If an argument or the file does not fit the weights.
             RuntimeError: If the download fails.
         """
         model, method = self.meta['model'], self.meta['ssl_method']
@@ -107,8 +86,7 @@ class EncoderWeights(WeightsEnum):
                 f'branch must be left out for {self}, of which one is published, got '
                 f'{branch!r}'
             )
-        if layout not in ('host', 'timm'):
-            raise ValueError(f"layout must be 'host' or 'timm', got {layout!r}")
+        check_choice('layout', layout, ('host', 'timm'))
         grid = self._grid(img_size)
 
         file = self.meta.get('file')
@@ -117,19 +95,17 @@ class EncoderWeights(WeightsEnum):
         if method != 'softcon':
             state_dict = dino_mc_encoder(state_dict, branch or 'teacher')
         state_dict = drop_head(state_dict)
-        source = self.meta.get('converted_from', model)
+        source, names = self.meta.get('converted_from', model), self.meta['bands']
         # At the size of the file
         size = 224 if source in _PATCH_SIZES else None
-        names = self.meta['bands']
-        try:
-            check_architecture(
-                state_dict, source, len(names), size, f'{path} of {self}'
-            )
-        except ValueError as error:
-            raise ValueError(
-                f'{error}. Remove the file if it is not the published one'
-            ) from error
-
+        check_architecture(
+            state_dict,
+            source,
+            len(names),
+            size,
+            f'{path} of {self}',
+            'Remove the file if it is not the published one',
+        )
         if source != model:
             state_dict = to_patch_size(state_dict, _PATCH_SIZES[model], grid)
         elif grid is not None:
@@ -138,18 +114,13 @@ class EncoderWeights(WeightsEnum):
             state_dict = choose_bands(state_dict, names, bands)
         if layout == 'timm' and model == 'swin_t':
             state_dict = swin_to_timm(state_dict)
-        state_dict = fresh(state_dict)
-        if map_location is not None:
-            device = torch.device(map_location)
-            state_dict = {k: v.to(device) for k, v in state_dict.items()}
-        return dict(state_dict)
+        return fresh(state_dict, map_location or 'cpu')
 
     def _grid(self, img_size: int | None) -> int | None:
         """Return the number of patches along each side, None without patches."""
         if img_size is not None and not isinstance(img_size, Integral):
             raise ValueError(
-                'img_size must be the side of square images as a number, such as 224, '
-                f'got {img_size!r}'
+                f'img_size must be a side as a number, such as 224, got {img_size!r}'
             )
         patch = _PATCH_SIZES.get(self.meta['model'])
         if patch is None:
@@ -165,20 +136,14 @@ class EncoderWeights(WeightsEnum):
 
 
 def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
-    """Describe the weights of Sentinel-2 and Sentinel-1 that a host's enum has.
+    """Describe the weights of Sentinel-2 and Sentinel-1 that an enum of the host has.
 
-    Transforms lead to the range of the pretraining; the host's are z-scores.
-
-    Args:
-        enum: Name of the host's enum.
-        model: Name of the model to convert them to, None for the host's.
+    Converted to *model*, if it is given. Transforms lead to the range of the pretraining;
+    the host's are z-scores.
     """
-    result = []
-    for sensor, bands in (
-        ('SENTINEL2_ALL', SENTINEL2_BANDS),
-        ('SENTINEL1_GRD', SENTINEL1_BANDS),
-    ):
-        host = host_weights(enum, f'{sensor}_SOFTCON')
+
+    def describe(member: str, bands: tuple[str, ...]) -> Weights:
+        host = host_weights(enum, member)
         meta = {
             'img_size': 224,
             **host.meta,
@@ -192,17 +157,23 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
         transforms = nn.Sequential(
             T.Resize((256, 256)), T.CenterCrop(224), ToUnitRange.of(bands)
         )
-        result.append(Weights(url=host.url, transforms=transforms, meta=meta))
-    return result[0], result[1]
+        return Weights(url=host.url, transforms=transforms, meta=meta)
+
+    return (
+        describe('SENTINEL2_ALL_SOFTCON', SENTINEL2_BANDS),
+        describe('SENTINEL1_GRD_SOFTCON', SENTINEL1_BANDS),
+    )
 
 
-def _dino_mc(model: str) -> tuple[Weights, Weights]:
+def _dino_mc(model: str, mc_id: str, tp_id: str) -> tuple[Weights, Weights]:
     """Describe the training checkpoints of DINO-MC and DINO-TP on Google Drive.
 
-    Links of this form do not ask for confirmation before large files.
+    The ids of their files are linked from https://github.com/WennyXY/DINO-MC#readme. URLs
+    of this form do not ask for confirmation before large files.
     """
-    mc, tp = (
-        Weights(
+
+    def describe(method: str, drive_id: str) -> Weights:
+        return Weights(
             url=(
                 'https://drive.usercontent.google.com/download'
                 f'?id={drive_id}&export=download&confirm=t'
@@ -231,11 +202,8 @@ def _dino_mc(model: str) -> tuple[Weights, Weights]:
                 'file': f'{method.replace("-", "")}_{model}.pth',
             },
         )
-        for method, drive_id in zip(
-            ('dino-mc', 'dino-tp'), _DRIVE_IDS[model], strict=True
-        )
-    )
-    return mc, tp
+
+    return describe('dino-mc', mc_id), describe('dino-tp', tp_id)
 
 
 class ResNet50_Weights(EncoderWeights):
@@ -260,7 +228,11 @@ class ResNet50_Weights(EncoderWeights):
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ResNet50_Weights')
-    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('resnet50')
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
+        'resnet50',
+        '1Tku4QoQDc3BU1BOr8PzQWFPyVStUDsVE',
+        '1mHR9uv5G7-9FpEzGBvdEOcJcWbnHOGEV',
+    )
 
 
 class WideResNet50_2_Weights(EncoderWeights):
@@ -271,7 +243,11 @@ class WideResNet50_2_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('wide_resnet50_2')
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
+        'wide_resnet50_2',
+        '1WlNDoks3Uo_Al5pUHWrhQpljDrt4Ip__',
+        '1MoclNnRlSGOKhudm5lreDYSxYJqciQar',
+    )
 
 
 class Swin_T_Weights(EncoderWeights):
@@ -284,7 +260,11 @@ class Swin_T_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('swin_t')
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
+        'swin_t',
+        '1rod3PxdZ2OGqNJxLp5CAtXm7vIsLO7us',
+        '1E00rYPB2wFvnq7exmQwVRe1koQ98BECL',
+    )
 
 
 class ViTSmall8_Weights(EncoderWeights):
@@ -295,7 +275,11 @@ class ViTSmall8_Weights(EncoderWeights):
     .. versionadded:: 0.1
     """
 
-    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc('vit_small_patch8_224')
+    SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
+        'vit_small_patch8_224',
+        '18RqKqZYzigOjwbyNzLsys8bmwqxrNhyt',
+        '1BIRR56wCwTDlB4_eQTA0DpYYPHACHfxN',
+    )
 
 
 class ViTSmall14_DINOv2_Weights(EncoderWeights):

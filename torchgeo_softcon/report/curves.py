@@ -25,14 +25,10 @@ def find_logs(run: Path) -> list[Path]:
     """Find the logs of a run, or of the last one in a folder of runs.
 
     CSV files with a column *step*, or if there are none, files of TensorBoard.
-
-    Raises:
-        FileNotFoundError: If there are none, or only some of TensorBoard, and tensorboard
-            is not installed.
     """
     if not run.is_dir():
         raise FileNotFoundError(f'the run {run} does not exist, or is not a folder')
-    files = [f for f in run.rglob('*.csv') if _has_steps(f)]
+    files = [f for f in run.rglob('*.csv') if 'step' in _first_line(f).split(',')]
     files = files or list(run.rglob('*.tfevents.*'))
     if not files:
         raise FileNotFoundError(
@@ -49,26 +45,16 @@ def find_logs(run: Path) -> list[Path]:
     return sorted(f for f in files if f.parent == newest)
 
 
-def _has_steps(path: Path) -> bool:
-    """Tell whether a CSV file is the log of a run."""
+def _first_line(path: Path) -> str:
     with open(path, errors='replace') as file:
-        return 'step' in file.readline().strip().split(',')
+        return file.readline().strip()
 
 
 def read_logs(files: Sequence[Path]) -> pd.DataFrame:
-    """Read logs as numbers by *step*, with gaps where a metric was not logged.
-
-    Raises:
-        ValueError: If nothing was logged.
-    """
-    frames = [
-        pd.read_csv(file) if file.suffix == '.csv' else _read_events(file)
-        for file in files
-    ]
-    log = (
-        pd.concat(frames).select_dtypes('number').groupby('step', as_index=False).last()
-    )
-    log = log.dropna(axis='columns', how='all')
+    """Read logs as numbers by *step*, with gaps where a metric was not logged."""
+    read = pd.read_csv if files[0].suffix == '.csv' else _read_events
+    log = pd.concat(map(read, files)).select_dtypes('number')
+    log = log.groupby('step', as_index=False).last().dropna(axis='columns', how='all')
     if log.columns.difference(['step', 'epoch']).empty:
         raise ValueError(
             f'{files[0]} has no metrics yet. Lower trainer.log_every_n_steps, or train '
@@ -85,14 +71,13 @@ def _read_events(path: Path) -> pd.DataFrame:
     # All values, not a sample of 10,000
     events = accumulator.EventAccumulator(str(path), size_guidance={'scalars': 0})
     events.Reload()
-    columns = [
-        pd.DataFrame(
-            {'step': [e.step for e in scalars], name: [e.value for e in scalars]}
-        )
+    scalars = [
+        pd.DataFrame(events.Scalars(name))
+        .drop(columns='wall_time')
+        .rename(columns={'value': name})
         for name in events.Tags()['scalars']
-        for scalars in [events.Scalars(name)]
     ]
-    return pd.concat(columns) if columns else pd.DataFrame({'step': []})
+    return pd.concat([pd.DataFrame({'step': []}), *scalars])
 
 
 #: Metrics of :class:`.KNNProbe`.
@@ -128,16 +113,10 @@ _CURVES = {
 
 #: Titles of panels, where the name of a metric does not say it all.
 _TITLES = {
-    'accuracy': 'accuracy',
     'map': 'mean average precision',
     'schedule/lr': 'learning rate',
     'schedule/momentum': 'momentum of the teacher',
-    'schedule/teacher_temperature': 'temperature of the teacher',
-    'schedule/weight_decay': 'weight decay',
     'train_feature_std': 'feature std in the step',
-    'collapse/feature_std': 'feature std',
-    'collapse/effective_rank': 'effective rank',
-    'collapse/uniformity': 'uniformity',
     'train_unknown_share': 'share of unknown labels',
 }
 
@@ -184,7 +163,9 @@ def _plot(log: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     figure = Figure((width * columns, height * rows), layout='constrained')
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (name, lines) in zip(axes, panels.items(), strict=False):
-        axis.set_title(_TITLES.get(name, name), fontsize='medium', loc='left')
+        group, _, title = name.rpartition('/')
+        title = _TITLES.get(name, title.replace('_', ' ') if group else title)
+        axis.set_title(title, fontsize='medium', loc='left')
         # What guessing would give comes last in the legend
         for metric in sorted(lines, key=lambda m: (m.endswith('_chance'), m)):
             _draw(axis, log, metric)
@@ -198,19 +179,19 @@ def _plot(log: pd.DataFrame, metrics: Sequence[str]) -> Figure:
 
 def _draw(axis: Axes, log: pd.DataFrame, metric: str) -> None:
     """Draw the curve of a metric."""
-    values = log[['step', metric]].dropna()
+    values = log.set_index('step')[metric].dropna()
     label = re.sub(rf'_?{_probed(metric)}', '', metric).replace('_', ', ')
     style: dict[str, Any] = {'label': label.replace('knn, chance', 'chance')}
     if metric.endswith('_chance'):
         style |= {'color': 'grey', 'linestyle': '--'}
     marker = 'o' if len(values) <= 30 else None
-    axis.plot(values['step'], values[metric], marker=marker, markersize=3, **style)
+    axis.plot(values, marker=marker, markersize=3, **style)
     end = max(log['step'].max(), 1)
     axis.set_xlim(-0.02 * end, 1.02 * end)
     axis.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
-    finite = values[metric][np.isfinite(values[metric])]
+    finite = values[np.isfinite(values)]
     if len(finite) < len(values):
         text = f'{len(values) - len(finite)} values are not finite'
         axis.text(0.5, 0.5, text, transform=axis.transAxes)

@@ -4,10 +4,9 @@
 """One page of HTML with everything in it."""
 
 import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -27,16 +26,9 @@ h2 { margin: 2.2rem 0 .3rem; font-size: 1.25rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A picture with what to see in it, or why there is none.
+    """A picture with what to see in it, or why there is none."""
 
-    Attributes:
-        name: Name of the PNG file, without suffix.
-        title: Heading.
-        text: What is shown and how to read it.
-        figure: The picture.
-    """
-
-    name: str
+    name: str  # of the PNG file, without suffix
     title: str
     text: str
     figure: Figure | None = None
@@ -45,43 +37,30 @@ class Section:
 def write_page(
     folder: Path, title: str, facts: Mapping[str, str], sections: Sequence[Section]
 ) -> Path:
-    """Write a page and its pictures.
+    """Write ``report.html``, which needs no other file, and its pictures as PNG files.
 
-    Args:
-        folder: Folder for ``report.html``, which needs no other file, and for the
-            pictures as PNG files.
-        title: Heading of the page.
-        facts: A table for its top.
-        sections: What follows.
-
-    Returns:
-        The page.
+    On top is a table of *facts*, below are the *sections*.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = ''.join(
-        f'<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>\n'
-        for name, value in facts.items()
-    )
-    parts = [f'<h1>{html.escape(title)}</h1>\n<table>\n{rows}</table>\n']
+    title = escape(title)
+    body = f'<h1>{title}</h1>\n<table>\n'
+    for name, value in facts.items():
+        body += f'<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n'
+    body += '</table>\n'
     for section in sections:
-        heading, text = html.escape(section.title), html.escape(section.text)
-        if section.figure is None:
-            parts.append(f'<h2>{heading}</h2>\n<p class="note">{text}</p>\n')
-            continue
-        buffer = io.BytesIO()
-        section.figure.savefig(buffer, format='png', dpi=110)
-        picture = buffer.getvalue()
-        (folder / f'{section.name}.png').write_bytes(picture)
-        data = base64.b64encode(picture).decode()
-        parts.append(
-            f'<h2>{heading}</h2>\n<p>{text}</p>\n'
-            f'<img alt="{heading}" src="data:image/png;base64,{data}">\n'
-        )
+        heading, text = escape(section.title), escape(section.text)
+        note = ' class="note"' if section.figure is None else ''
+        body += f'<h2>{heading}</h2>\n<p{note}>{text}</p>\n'
+        if section.figure is not None:
+            picture = folder / f'{section.name}.png'
+            section.figure.savefig(picture, dpi=110)
+            data = base64.b64encode(picture.read_bytes()).decode()
+            body += f'<img alt="{heading}" src="data:image/png;base64,{data}">\n'
     page = folder / 'report.html'
     page.write_text(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n'
-        f'<body>\n{"".join(parts)}</body>\n</html>\n',
+        f'<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
+        f'<body>\n{body}</body>\n</html>\n',
         encoding='utf-8',
     )
     return page

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..bands import shown_channels
 from ..landcover import LandCoverProduct
 from ..landcover.products import WORLDCOVER
-from ..modules.masking import mask_pixels, masked_patches, random_visible
+from ..tasks import PretrainingTask
 
 Array = npt.NDArray[Any]
 
@@ -30,17 +30,9 @@ _CLIPPED = 0.02
 #: Colours of boxes, told apart also by those who see no red or no green, and on land.
 #: https://jfly.uni-koeln.de/color/
 _COLOURS = [
-    '#d55e00',
-    '#56b4e9',
-    '#f0e442',
-    '#cc79a7',
-    '#009e73',
-    '#e69f00',
-    '#0072b2',
-    '#882255',
-    '#000000',
+    *('#d55e00', '#56b4e9', '#f0e442', '#cc79a7', '#009e73'),
+    *('#e69f00', '#0072b2', '#882255', '#000000'),
 ]
-
 
 #: Colour of masked pixels, which no land has.
 _PINK = (0.93, 0.35, 0.75)
@@ -50,34 +42,25 @@ class Display:
     """Shows images of any bands in colours, all on one scale."""
 
     def __init__(self, images: Tensor, bands: Sequence[str] | None = None) -> None:
-        """Initialize a new Display instance.
+        """Take the scale from images (B, C, H, W).
 
-        Args:
-            images: Images of shape (B, C, H, W) to take the scale from. Pixels without
-                data do not count: NaN, or 0 in all bands.
-            bands: Names of the bands.
+        Pixels without data do not count: NaN, or 0 in all bands.
         """
         self.channels = shown_channels(bands, images.shape[1])
-        seen = ~(images.isnan().any(1) | (images == 0).all(1))  # (B, H, W)
-        quantiles = (_CLIPPED, 1 - _CLIPPED)
-        self.limits = [(0.0, 1.0)] * len(self.channels)
-        if seen.any():
-            self.limits = [
-                tuple(
-                    np.quantile(images[:, c][seen].float().numpy(), quantiles).tolist()
-                )
-                for c in self.channels
-            ]
+        shown = images[:, self.channels].float().movedim(1, -1)  # (B, H, W, 1 or 3)
+        seen = shown[~(images.isnan().any(1) | (images == 0).all(1))]
+        limits = np.tile([[0.0], [1.0]], len(self.channels))
+        if len(seen):
+            limits = np.quantile(seen.numpy(), (_CLIPPED, 1 - _CLIPPED), axis=0)
+        self.limits = list(zip(*limits.tolist(), strict=True))
 
     @property
     def caption(self) -> str:
         """Sentence that tells which bands are shown."""
         names = ', '.join(str(channel + 1) for channel in self.channels)
-        return (
-            f'Shown are the bands number {names} as red, green and blue'
-            if len(self.channels) == 3
-            else f'Shown is the band number {names}'
-        )
+        if len(self.channels) == 1:
+            return f'Shown is the band number {names}'
+        return f'Shown are the bands number {names} as red, green and blue'
 
     def __call__(self, image: Tensor) -> Array:
         """Return the colours in [0, 1], (H, W, 3), of an image of shape (C, H, W)."""
@@ -85,8 +68,7 @@ class Display:
             ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
             for c, (low, high) in zip(self.channels, self.limits, strict=True)
         ]
-        bands = bands * 3 if len(bands) == 1 else bands
-        result: Array = torch.stack(bands, -1).numpy()
+        result: Array = torch.stack(bands, -1).expand(-1, -1, 3).numpy().copy()
         return result
 
 
@@ -103,30 +85,27 @@ def _grid(
     figure = Figure(shape, layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     return figure, axes
 
 
 def plot_views(
-    task: Any, batch: dict[str, Tensor], bands: Sequence[str] | None = None
-) -> Figure | None:
-    """Plot the views of some images that the two branches of a task see.
+    task: PretrainingTask, batch: dict[str, Tensor], bands: Sequence[str] | None = None
+) -> Figure:
+    """Plot the views that a task draws of up to eight images, in a row per image."""
+    boxes: list[Tensor] = []
 
-    Args:
-        task: A pretraining task of this package.
-        batch: *image* and *label* of up to eight images.
-        bands: Names of the bands.
+    def keep_boxes(module: Any, args: Any, output: Any) -> None:
+        found = getattr(module, 'boxes', [])
+        boxes.extend(found if isinstance(found, list) else [found])
 
-    Returns:
-        A row per image, or None if the task does not draw views.
-    """
-    drawn = _draw_views(task, batch)
-    if drawn is None:
-        return None
-    views, boxes = drawn
+    hook = task.augmentations.register_forward_hook(keep_boxes)
+    try:
+        views = task.draw_for_report(batch)
+    finally:
+        hook.remove()
+    boxed = len(boxes) == len(views)
     images = batch['image'] if batch['image'].ndim == 4 else batch['image'][:, 0]
     images = images[:, : views[0][1].shape[1]]
     resized = [F.interpolate(view, images.shape[-1]) for _, view in views]
@@ -137,71 +116,20 @@ def plot_views(
         axis.imshow(show(image))
     for number, (name, view) in enumerate(views):
         colour = _COLOURS[number % len(_COLOURS)]
-        title = axes[0, 1 + number].set_title(name, fontsize='small')
-        if boxes:  # a frame of the colour of its box on the image
-            title.set_fontweight('bold')
+        # A frame of the colour of its box on the image
+        weight = 'bold' if boxed else 'normal'
+        axes[0, 1 + number].set_title(name, fontsize='small', fontweight=weight)
         for row, axis in enumerate(axes[:, 1 + number]):
             colours = show(view[row].nan_to_num())
-            hidden = view[row].isnan().any(0)
-            colours[hidden.numpy()] = _PINK
+            colours[view[row].isnan().any(0).numpy()] = _PINK
             axis.imshow(colours)
-            if boxes:
+            if boxed:
                 left, top, right, bottom = (boxes[number][row] - 0.5).tolist()
                 outline = Rectangle((left, top), right - left, bottom - top)
                 outline.set(fill=False, edgecolor=colour, linewidth=1.5, clip_on=False)
                 axes[row, 0].add_patch(outline)
-                for spine in axis.spines.values():
-                    spine.set(visible=True, color=colour, linewidth=2)
+                axis.spines[:].set(visible=True, color=colour, linewidth=2)
     return figure
-
-
-def _draw_views(
-    task: Any, batch: dict[str, Tensor]
-) -> tuple[list[tuple[str, Tensor]], list[Tensor]] | None:
-    """Draw views with titles, and find their boxes (B, 4) if the augmentations tell.
-
-    None if the task does not draw views.
-    """
-    boxes: list[Tensor] = []
-
-    def keep_boxes(module: Any, args: Any, output: Any) -> None:
-        found = getattr(module, 'boxes', [])
-        boxes.extend(found if isinstance(found, list) else [found])
-
-    hook = task.augmentations.register_forward_hook(keep_boxes)
-    try:
-        if hasattr(task, 'draw_crops'):
-            crops = list(task.draw_crops(batch))
-            kinds = ['global'] * task.num_global + ['local'] * len(crops)
-            views = [
-                (f'{kind}, {crop.shape[-1]} px', crop)
-                for kind, crop in zip(kinds, crops, strict=False)
-            ]
-        elif hasattr(task, 'draw_views'):
-            (first, second), _ = task.draw_views(batch)
-            share = task.hparams['mask_ratio']
-            views = [(f'trained, {share:.0%} masked', mask_view(task, first))]
-            views.append(('teacher', second))
-        else:
-            return None
-    finally:
-        hook.remove()
-    return views, boxes if len(boxes) == len(views) else []
-
-
-def mask_view(task: Any, view: Tensor) -> Tensor:
-    """Mask views of shape (B, C, H, W) as a :class:`.SoftConTask` does, by NaN."""
-    masking = task.masking
-    if masking.ratio == 0:
-        return view
-    size = masking.patch_size
-    if masking.mode != 'pixel':
-        size = task.model.patch_embed.patch_size[0]
-    rows, columns = (-(-side // size) for side in view.shape[-2:])
-    visible = random_visible(len(view), rows * columns, masking.ratio, 'cpu')
-    masked = masked_patches(visible, rows * columns)
-    hidden = mask_pixels(torch.ones_like(view), masked, size) == 0
-    return view.masked_fill(hidden, math.nan)
 
 
 def label_similarities(labels: Tensor) -> Tensor:
@@ -234,33 +162,35 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
     by_feature = feature_similarities(features)[order][:, order]
 
     figure = Figure((13, 4.2), layout='constrained')
-    axes = figure.subplots(1, 3)
-    matrices = (
-        ('label', by_label, 0, 'viridis'),
-        ('embedding', by_feature, -1, 'RdBu_r'),
-    )
-    for axis, (name, matrix, low, colours) in zip(axes, matrices, strict=False):
+    *matrices, scatter = figure.subplots(1, 3)
+    for axis, name, matrix, low, colours in zip(
+        matrices,
+        ('label', 'embedding'),
+        (by_label, by_feature),
+        (0, -1),
+        ('viridis', 'RdBu_r'),
+        strict=True,
+    ):
         shown = axis.imshow(matrix.numpy(), vmin=low, vmax=1, cmap=colours)
         axis.set_title(f'{name} similarity', fontsize='medium')
         axis.set_xlabel('images, sorted by label')
         figure.colorbar(shown, ax=axis, shrink=0.8)
 
-    upper = torch.triu_indices(len(order), len(order), 1)
-    x, y = (m[upper[0], upper[1]].numpy() for m in (by_label, by_feature))
-    few = np.random.default_rng(0).permutation(len(x))[:4000]
+    upper = np.triu_indices(len(order), 1)
+    pairs = pd.DataFrame({'x': by_label.numpy()[upper], 'y': by_feature.numpy()[upper]})
+    few = np.random.default_rng(0).permutation(len(pairs))[:4000]
     jitter = np.random.default_rng(1).uniform(-0.012, 0.012, len(few))
     alpha = min(0.8, max(0.15, 300 / len(few)))
-    axes[2].scatter(x[few] + jitter, y[few], s=8, alpha=alpha, linewidths=0)
-    bins = np.round(x * 20) / 20
-    centres = [b for b in np.unique(bins) if (bins == b).sum() >= 5]
-    medians = [np.median(y[bins == b]) for b in centres]
-    axes[2].plot(centres, medians, color='black', marker='o', markersize=4)
-    rank = pd.Series(x).rank().corr(pd.Series(y).rank())  # Spearman
-    axes[2].set_title(f'rank correlation {rank:.2f}, black: median', fontsize='medium')
-    axes[2].set_xlabel('label similarity')
-    axes[2].set_ylabel('embedding similarity')
-    axes[2].set_ylim(-1.03, 1.03)
-    axes[2].grid(alpha=0.3)
+    x, y = pairs['x'][few] + jitter, pairs['y'][few]
+    scatter.scatter(x, y, s=8, alpha=alpha, linewidths=0)
+    bins = pairs.groupby((pairs['x'] * 20).round() / 20)['y']
+    medians = bins.median()[bins.count() >= 5]
+    scatter.plot(medians.index, medians, color='black', marker='o', markersize=4)
+    rank = pairs['x'].rank().corr(pairs['y'].rank())  # Spearman
+    scatter.set_title(f'rank correlation {rank:.2f}, black: median', fontsize='medium')
+    scatter.set(xlabel='label similarity', ylabel='embedding similarity')
+    scatter.set_ylim(-1.03, 1.03)
+    scatter.grid(alpha=0.3)
     return figure
 
 
@@ -278,24 +208,18 @@ def plot_neighbours(
     columns = 2 if len(queries) > 1 else 1
     rows = math.ceil(len(queries) / columns)
     width = neighbours + 2  # an empty column between the two halves
-    figure, axes = _grid(
-        rows, columns * width - 1, 1.1, 0.2, ([1] * (width - 1) + [0.25]) * columns
-    )
-    for axis in axes.flat:
-        axis.set_visible(False)
+    widths = ([1] * (width - 1) + [0.25]) * columns
+    figure, axes = _grid(rows, columns * width - 1, 1.1, 0.2, widths)
     for number, query in enumerate(queries):
         row, left = number % rows, number // rows * width
         nearest = similarity[query].topk(neighbours).indices.tolist()
-        for column, index in enumerate([query, *nearest]):
-            axis = axes[row, left + column]
-            axis.set_visible(True)
+        for axis, index in zip(axes[row, left:], [query, *nearest], strict=False):
+            text, weight = 'image', 'bold'
+            if index != query:
+                text = f'{similarity[query, index]:.2f} | {by_label[query, index]:.2f}'
+                weight = 'normal'
             axis.imshow(thumbnails[index])
-            if column:
-                text = f'{float(similarity[query, index]):.2f} | '
-                text += f'{float(by_label[query, index]):.2f}'
-                axis.set_xlabel(text, fontsize=8, labelpad=2)
-            else:
-                axis.set_xlabel('image', fontsize=8, weight='bold', labelpad=2)
+            axis.set_xlabel(text, fontsize=8, weight=weight, labelpad=2)
     return figure
 
 
@@ -308,10 +232,9 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
     model: Any = encoder
     tokens = model.forward_features(image)
     if tokens.ndim == 3:
-        tokens = tokens[:, model.num_prefix_tokens :]
-        patch = model.patch_embed.patch_size
-        tokens = tokens.unflatten(
-            1, (image.shape[-2] // patch[0], image.shape[-1] // patch[1])
+        height, width = model.patch_embed.patch_size
+        tokens = tokens[:, model.num_prefix_tokens :].unflatten(
+            1, (image.shape[-2] // height, image.shape[-1] // width)
         )
     elif tokens.shape[1] == model.num_features:  # (B, F, h, w), not of Swin
         tokens = tokens.permute(0, 2, 3, 1)
@@ -320,34 +243,14 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
 
 def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
     """Plot images, and below three principal components of their tokens (B, h, w, F)."""
-    flat = tokens.float().flatten(0, 2)
-    centred = flat - flat.mean(0)
-    _, values, right = torch.linalg.svd(centred, full_matrices=False)
-    components = centred @ right[:3].T
-    limits = (_CLIPPED, 1 - _CLIPPED)
-    low, high = (torch.quantile(components, q, dim=0) for q in limits)
-    colours = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    colours = colours.view(*tokens.shape[:3], 3)
+    centred = tokens.float() - tokens.float().mean((0, 1, 2))
+    _, values, right = torch.linalg.svd(centred.flatten(0, 2), full_matrices=False)
+    components = (centred @ right[:3].T).numpy()  # (B, h, w, 3)
+    low, high = np.quantile(components, (_CLIPPED, 1 - _CLIPPED), axis=(0, 1, 2))
+    colours = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     share = float(values[:3].square().sum() / values.square().sum())
-
-    return _plot_below(
-        thumbnails, colours.numpy(), f'components\n({share:.0%} of variance)'
-    )[0]
-
-
-def _plot_below(
-    thumbnails: Sequence[Array],
-    pictures: Sequence[Array],
-    label: str,
-    extra: float = 0.0,
-) -> tuple[Figure, Any]:
-    """Plot images above, and a picture of each below."""
-    figure, axes = _grid(2, len(thumbnails), 1.5, extra)
-    for row, (colours, name) in enumerate(((thumbnails, 'image'), (pictures, label))):
-        axes[row, 0].set_ylabel(name)
-        for axis, picture in zip(axes[row], colours, strict=True):
-            axis.imshow(picture, interpolation='nearest' if row else None)
-    return figure, axes
+    label = f'components\n({share:.0%} of variance)'
+    return _plot_below(thumbnails, colours, label)
 
 
 def plot_classes(
@@ -360,7 +263,7 @@ def plot_classes(
     colours[list(product.codes)] = [product.colors[code] for code in product.codes]
     colours[list(product.codes)] /= 255
     pictures = [colours[mask.long().numpy()] for mask in masks]
-    figure, _ = _plot_below(thumbnails, pictures, product.title, 0.2)
+    figure = _plot_below(thumbnails, pictures, product.title, 0.2)
     present = {int(code) for mask in masks for code in mask.unique()}
     handles = [
         Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
@@ -370,4 +273,19 @@ def plot_classes(
     figure.legend(
         handles=handles, loc='outside lower center', ncols=6, fontsize='small'
     )
+    return figure
+
+
+def _plot_below(
+    thumbnails: Sequence[Array],
+    pictures: Sequence[Array],
+    label: str,
+    extra: float = 0.0,
+) -> Figure:
+    """Plot images above, and a picture of each below."""
+    figure, axes = _grid(2, len(thumbnails), 1.5, extra)
+    for row, (colours, name) in enumerate(((thumbnails, 'image'), (pictures, label))):
+        axes[row, 0].set_ylabel(name)
+        for axis, picture in zip(axes[row], colours, strict=True):
+            axis.imshow(picture, interpolation='nearest' if row else None)
     return figure

@@ -80,17 +80,9 @@ def picture_sections(
     split: str | None = None,
     count: int = 200,
 ) -> Iterator[Section]:
-    """Draw what an encoder makes of data.
+    """Draw what an encoder makes of *count* images of a split, see :func:`.collect`.
 
-    Args:
-        encoder: The encoder.
-        datamodule: The data.
-        checkpoint: Where the encoder is from, to show the views of its task.
-        split: Part of the data, see :func:`.collect`.
-        count: Number of images.
-
-    Yields:
-        Sections of the page.
+    With the views of the task if the encoder is from a *checkpoint*.
     """
     gallery = collect(encoder, datamodule, split, count)
     yield _views(gallery, checkpoint)
@@ -105,8 +97,10 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         'Views as the model sees them',
         'The checkpoint is not of a task of this package that draws views.',
     )
-    content = {} if checkpoint is None else read_checkpoint(checkpoint)
-    task = None if checkpoint is None else load_task(checkpoint, content)
+    if checkpoint is None:
+        return section
+    content = read_checkpoint(checkpoint)
+    task = load_task(checkpoint, content)
     if task is None:
         return section
     torch.manual_seed(0)
@@ -121,8 +115,6 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
         figure = plot_views(task, batch, gallery.bands)
     except ValueError as error:
         return replace(section, text=f'The views could not be drawn: {error}')
-    if figure is None:
-        return section
     text = (
         'Drawn anew from the images on the left. The frame of a view has the colour of '
         'its box on the image. '
@@ -138,35 +130,31 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     return replace(section, text=text, figure=figure)
 
 
-def _comparisons(gallery: Gallery) -> list[Section]:
+def _comparisons(gallery: Gallery) -> Iterator[Section]:
     """Compare labels and features of all images whose label is known."""
     features, labels, thumbnails = gallery.labelled()
-    similarities = Section(
-        'similarities',
-        'Labels and embeddings',
-        f'The {gallery.split} split has no labels.',
-    )
+    name, title = 'similarities', 'Labels and embeddings'
     if labels is None or len(labels) < 2:
-        return [similarities]
+        yield Section(name, title, f'The {gallery.split} split has no labels.')
+        return
     number = f'{len(features)} images of the {gallery.split} split'
-    return [
-        replace(
-            similarities,
-            text=f'Pairs among {number}. Label similarity is the cosine of multi-labels '
-            '(or whether classes are the same), embedding similarity the cosine of '
-            'features minus their mean. Blocks that are in both matrices, and medians '
-            'that rise, mean that the encoder finds the labels.',
-            figure=plot_similarities(features, labels),
-        ),
-        Section(
-            'neighbours',
-            'Nearest neighbours',
-            f'Ten of {number}, and the five most similar among all. Below each: '
-            'similarity of the embedding | of the label. '
-            f'{gallery.show.caption}, all images on one scale.',
-            plot_neighbours(thumbnails, features, labels),
-        ),
-    ]
+    yield Section(
+        name,
+        title,
+        f'Pairs among {number}. Label similarity is the cosine of multi-labels '
+        '(or whether classes are the same), embedding similarity the cosine of '
+        'features minus their mean. Blocks that are in both matrices, and medians '
+        'that rise, mean that the encoder finds the labels.',
+        plot_similarities(features, labels),
+    )
+    yield Section(
+        'neighbours',
+        'Nearest neighbours',
+        f'Ten of {number}, and the five most similar among all. Below each: '
+        'similarity of the embedding | of the label. '
+        f'{gallery.show.caption}, all images on one scale.',
+        plot_neighbours(thumbnails, features, labels),
+    )
 
 
 def _components(gallery: Gallery, encoder: Encoder) -> Section:
@@ -177,31 +165,32 @@ def _components(gallery: Gallery, encoder: Encoder) -> Section:
         patch = vit.patch_embed.patch_size[0]
         side = int(-(-min(images.shape[-2:]) // patch) * patch)
         images = F.interpolate(images, (side, side), mode='bilinear')
-    tokens = patch_tokens(encoder.model, images)
-    figure = None
-    text = (
+    section = Section(
+        'components',
+        'Patch tokens',
         f'The last feature map of {encoder.name} is smaller than 4 x 4 for images of '
-        f'{images.shape[-1]} pixels: too coarse to show.'
+        f'{images.shape[-1]} pixels: too coarse to show.',
     )
-    if tokens is not None:
-        text = (
-            'The first three principal components of the last tokens, over all images '
-            'together, as red, green and blue: what has the same colour is the same to '
-            'the encoder. Fields and shores that stand out are a good sign.'
-        )
-        figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
-    return Section('components', 'Patch tokens', text, figure)
+    tokens = patch_tokens(encoder.model, images)
+    if tokens is None:
+        return section
+    text = (
+        'The first three principal components of the last tokens, over all images '
+        'together, as red, green and blue: what has the same colour is the same to '
+        'the encoder. Fields and shores that stand out are a good sign.'
+    )
+    figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
+    return replace(section, text=text, figure=figure)
 
 
 def _classes(gallery: Gallery) -> Section:
-    title = 'Land cover'
     masks, product = gallery.masks, gallery.product
     known = {*product.no_data, *product.codes}
     if masks is None or any(
         m.ndim != 2 or {*m.unique().tolist()} - known for m in masks
     ):
         text = f'The data have no masks with codes of {product.title}.'
-        return Section('classes', title, text)
+        return Section('classes', 'Land cover', text)
     text = f'What the labels are made of: {product.title} under the images.'
     figure = plot_classes(masks, gallery.thumbnails[: len(masks)], product)
-    return Section('classes', title, text, figure)
+    return Section('classes', 'Land cover', text, figure)

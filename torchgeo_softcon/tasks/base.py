@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from .._checks import (
     check_choice,
@@ -53,6 +52,7 @@ from .optimizers import (
     parameter_groups,
     peak_lr,
     run_length,
+    with_schedule,
 )
 
 #: How the hyperparameters that tasks share are checked.
@@ -151,14 +151,14 @@ class PretrainingTask(BaseTask):
     def create_encoder(self, drop_path_rate: float = 0.0) -> nn.Module:
         """Create the encoder that the hyperparameters ask for and load its weights.
 
-        Args:
-            drop_path_rate: Stochastic depth rate of the last block.
-
         Raises:
             ValueError: If an option is out of range, or *model*, *weights*, *bands* and
                 *size* do not fit each other.
         """
-        self._check_options()
+        for check, names in _CHECKS.items():
+            check(**{name: self.option(name) for name in names})
+        for option, choices in _CHOICES.items():
+            check_choice(option, self.option(option), choices)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         name, channels = self.hparams['model'], self.hparams['in_channels']
@@ -185,13 +185,6 @@ class PretrainingTask(BaseTask):
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
         return encoder
-
-    def _check_options(self) -> None:
-        """Check the hyperparameters that tasks share."""
-        for check, names in _CHECKS.items():
-            check(**{name: self.option(name) for name in names})
-        for name, choices in _CHOICES.items():
-            check_choice(name, self.option(name), choices)
 
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
         """Copy the encoder into its teacher, then let it save memory if asked to."""
@@ -226,12 +219,7 @@ class PretrainingTask(BaseTask):
             yield
 
     def read_image(self, batch: Sample, seasons: bool) -> Tensor:
-        """Return the images of a batch, shape (B, T, C, H, W).
-
-        Args:
-            batch: Mini-batch with *image*, see :func:`.split_seasons`.
-            seasons: Whether the options of the task ask for several seasons.
-        """
+        """Return the images (B, T, C, H, W) of a batch, see :func:`.split_seasons`."""
         if 'image' not in batch:
             raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
         return split_seasons(batch['image'], self.hparams['in_channels'], seasons)
@@ -243,10 +231,17 @@ class PretrainingTask(BaseTask):
         if view.shape != (*image.shape[:2], size, size):
             raise ValueError(
                 f'augmentations must give views of shape (B, C, size, size) = '
-                f'{(*image.shape[:2], size, size)}, got {tuple(view.shape)}. Give them '
-                'the size of the task'
+                f'{(*image.shape[:2], size, size)}, got {tuple(view.shape)}'
             )
         return view.to(self.dtype)
+
+    def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
+        """Draw views (B, C, h, w) of a batch, each with a title, for ``report``.
+
+        By default one view by the augmentations; a task that draws others tells so here.
+        """
+        image = self.read_image(batch, False)[:, 0]
+        return [('view', self.augment(image))]
 
     def unsaved(self) -> dict[str, str]:
         """Return the arguments that a checkpoint may not hold, in words."""
@@ -257,9 +252,6 @@ class PretrainingTask(BaseTask):
 
         Noted are its class, method and branches, and whether images were scaled as
         :class:`.ToUnitRange` does, if the datamodule tells.
-
-        Raises:
-            NonFiniteLossError: If a loss was not finite.
         """
         self.guard.check()
         state = checkpoint['state_dict']
@@ -324,9 +316,6 @@ class PretrainingTask(BaseTask):
         The peak learning rate is *lr* times the images per optimizer step over 256. It
         rises linearly during the warm-up and falls as a cosine to *lr_final*, or to zero
         for tasks without, per step.
-
-        Raises:
-            ValueError: If the run has no end or its precision is too low.
         """
         if str(self.trainer.precision).endswith('16-true'):
             raise ValueError(
@@ -346,14 +335,8 @@ class PretrainingTask(BaseTask):
         )
         groups = parameter_groups([self], self.option('weight_decay'))
         optimizer = create_optimizer(self.option('optimizer'), groups, lr, fused)
-        total, final = self.total_steps, self.option('lr_final') / lr
-        scheduler = LambdaLR(
-            optimizer, lambda step: cosine_warmup(step, total, 1, final, warmup)
-        )
-        return {
-            'optimizer': optimizer,
-            'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
-        }
+        final = self.option('lr_final') / lr
+        return with_schedule(optimizer, self.total_steps, final, warmup)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; batch norm does not see twice what is computed twice."""
@@ -412,27 +395,29 @@ class PretrainingTask(BaseTask):
         callback = self.trainer.checkpoint_callback
         path = getattr(callback, 'best_model_path', '')
         path = path or getattr(callback, 'last_model_path', '')
-        if path:
-            model, channels = self.hparams['model'], self.hparams['in_channels']
-            # The host builds Vision Transformers for one image size
-            size = self.model.patch_embed.img_size[0] if is_vit(self.model) else None
-            options = getattr(
-                getattr(self.trainer, 'datamodule', None), 'finetune_options', None
+        if not path:
+            return
+        rank_zero_info(f'The pretrained encoder is in {path}')
+        if not isinstance(list(self.model.children())[-1], nn.Identity):
+            # The host's loader knows classifiers of one layer only
+            rank_zero_info(
+                'TorchGeo does not open checkpoints of this family of models. Export it '
+                f'with:\n  torchgeo-softcon export {shlex.quote(path)} --format timm\n'
+                'and load the file into a task: '
+                'task.model.load_state_dict(torch.load(FILE), strict=False)'
             )
-            data = None if options is None else options(size)
-            rank_zero_info(f'The pretrained encoder is in {path}')
-            head = list(self.model.children())[-1]
-            if isinstance(head, nn.Identity):
-                command = finetune_command(model, path, channels, data)
-                rank_zero_info(f'Fine-tune from it with:\n  {command}')
-            else:
-                # The host's loader knows classifiers of one layer only
-                rank_zero_info(
-                    'TorchGeo does not open checkpoints of this family of models. Export '
-                    f'it with:\n  torchgeo-softcon export {shlex.quote(path)} --format '
-                    'timm\nand load the file into a task: '
-                    'task.model.load_state_dict(torch.load(FILE), strict=False)'
-                )
+            return
+        datamodule = getattr(self.trainer, 'datamodule', None)
+        options = getattr(datamodule, 'finetune_options', None)
+        # The host builds Vision Transformers for one image size
+        size = self.model.patch_embed.img_size[0] if is_vit(self.model) else None
+        command = finetune_command(
+            self.hparams['model'],
+            path,
+            self.hparams['in_channels'],
+            None if options is None else options(size),
+        )
+        rank_zero_info(f'Fine-tune from it with:\n  {command}')
 
 
 def class_path(task: type[PretrainingTask]) -> str:

@@ -19,13 +19,13 @@ from .._checks import check_choice, check_counts, check_not_negative, check_posi
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
-from ..models.loading import default_drop_path_rate
+from ..models.loading import default_drop_path_rate, feature_size
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .base import PretrainingTask
-from .guard import plateau_message
+from .guard import is_chance, plateau_message
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
@@ -115,16 +115,13 @@ class DINOMCTask(PretrainingTask):
         """Initialize a new DINOMCTask instance.
 
         Args:
-            model: Name of the `timm
-                <https://huggingface.co/docs/timm/reference/models>`__ model to use. Any
-                that pools its features and takes images of any size.
-            weights: Initial model weights of student and teacher. Either a weight enum,
-                the string representation of a weight enum, True for timm's own weights,
-                False or None for random weights, or the path to a checkpoint of a
-                TorchGeo task or a state dict.
+            model: Name of a timm model that pools its features and takes images of any
+                size.
+            weights: Initial weights of student and teacher: a weight enum or its name,
+                True for timm's own, None or False for random ones, or the path of a
+                checkpoint of a TorchGeo task or of a state dict.
             in_channels: Number of bands of one image.
-            bands: Names of the bands, in the order of the channels. Only needed by
-                ``in_layer_init='rgb'``.
+            bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
                 :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
             freeze_patch_embed: Whether to keep the input layer as it is.
@@ -157,37 +154,28 @@ class DINOMCTask(PretrainingTask):
             teacher_statistics: Running statistics of the teacher's batch norm: its own, of
                 global crops (the paper's code), or those of the student, of all crops.
             optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``.
-            lr: Peak learning rate per 256 images: it is multiplied by the number of
-                images per optimizer step (over all ranks and accumulated batches) / 256.
+            lr: Peak learning rate per 256 images of an optimizer step, over all ranks and
+                accumulated batches.
             lr_final: Learning rate at the end, as it is.
-            weight_decay: Weight decay at the start. Not applied to biases and
-                one-dimensional parameters.
+            weight_decay: Weight decay at the start, but of one-dimensional parameters.
             weight_decay_final: Weight decay at the end, of a cosine.
             warmup_epochs: Epochs of linear warm-up of the learning rate.
             clip_grad: Largest norm of each gradient, parameter by parameter. Not used if
                 the trainer clips (*gradient_clip_val*, the norm of all together).
             compile_encoder: Whether to compile the encoding of the crops with
-                ``torch.compile``: one graph for the student and one for the teacher.
-                Vision Transformers only.
-            crop_batching: How the crops of several sizes become batches, see
-                :func:`~torchgeo_softcon.modules.encode_crops`: ``'auto'``, all of them at
-                once (``'packed'``, Vision Transformers only), or one batch per size
-                (``'by_size'``).
-            grad_checkpointing: Whether to compute activations of the trainable encoder
-                again in the backward pass: the same results from less memory in more
-                time, with a Trainer. Not for all models.
-            channels_last: Whether parameters of encoders lie in memory with channels
-                last, which is faster for convolutions. None: with more than one of
-                them. Files do not show it; safetensors refuses to save a live encoder.
+                ``torch.compile``. Vision Transformers only.
+            crop_batching: How the crops of several sizes become batches, ``'auto'``,
+                ``'packed'`` or ``'by_size'``, see
+                :func:`~torchgeo_softcon.modules.encode_crops`.
+            grad_checkpointing: Whether to save memory, see :class:`.SoftConTask`.
+            channels_last: How parameters lie in memory, see :class:`.SoftConTask`.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
-                teacher sees first. Defaults to
-                :class:`~torchgeo_softcon.transforms.MultiCropView`. Not saved in
-                checkpoints.
+                teacher sees first. Not saved in checkpoints. Defaults to
+                :class:`~torchgeo_softcon.transforms.MultiCropView`.
 
         Raises:
-            ValueError: If an argument is out of range, or if *model*, *weights*,
-                *bands* and *size* do not fit each other.
+            ValueError: If arguments are out of range or do not fit each other.
         """
         check_counts(size=size, bottleneck_dim=bottleneck_dim)
         check_positive(
@@ -253,12 +241,12 @@ class DINOMCTask(PretrainingTask):
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
         at_once = {'crop_batching': batching == 'packed', 'compile_encoder': compiled}
-        if any(at_once.values()) and not can_pack(self.student):
-            name = next(name for name, asked in at_once.items() if asked)
-            raise ValueError(
-                f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes all '
-                f'crops at once, got {self.hparams["model"]!r}. Leave it at its default'
-            )
+        for name, asked in at_once.items():
+            if asked and not can_pack(self.student):
+                raise ValueError(
+                    f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes '
+                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out'
+                )
         if compiled and batching == 'by_size':
             raise ValueError(
                 "compile_encoder needs all crops at once, got crop_batching = 'by_size'. "
@@ -270,26 +258,15 @@ class DINOMCTask(PretrainingTask):
 
     def try_sizes(self, encoder: nn.Module) -> int:
         """Return the number of features of an encoder, if it takes the sizes of all crops."""
-        size = None
-        try:
-            with torch.no_grad():
-                encoder.eval()
-                for size in sorted(set(self._sizes)):
-                    image = torch.zeros(1, self.hparams['in_channels'], size, size)
-                    features = encode_crops(encoder, [image])
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f'model {self.hparams["model"]!r} does not take crops of {size} x {size} '
-                f'pixels: {error}. Change size and local_sizes, or choose another model'
-            ) from error
-        finally:
-            encoder.train()
-        if features.ndim != 3:
-            raise ValueError(
-                f'model {self.hparams["model"]!r} must pool its features to (B, F), got '
-                f'{tuple(features.flatten(0, 1).shape)}'
+        return [
+            feature_size(
+                encoder,
+                self.hparams['in_channels'],
+                size,
+                lambda image: encode_crops(encoder, [image])[0],
             )
-        return int(features.shape[-1])
+            for size in sorted(set(self._sizes))
+        ][-1]
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Encoder and head, each with its teacher."""
@@ -297,21 +274,15 @@ class DINOMCTask(PretrainingTask):
 
     def weight_decay_at(self, step: int) -> float:
         """Return the weight decay of an optimizer step: a cosine over the run."""
-        start = self.hparams['weight_decay']
-        final = self.hparams['weight_decay_final']
-        return cosine_warmup(step, self.total_steps, start, final)
+        limits = self.hparams['weight_decay'], self.hparams['weight_decay_final']
+        return cosine_warmup(step, self.total_steps, *limits)
 
     def teacher_temperature_at(self, step: int) -> float:
         """Return the temperature of the teacher at a step: a line, then a constant."""
+        start = self.hparams['warmup_teacher_temperature']
         final = self.hparams['teacher_temperature']
-        return cosine_warmup(
-            step,
-            self.total_steps,
-            final,
-            final,
-            self._temperature_steps,
-            self.hparams['warmup_teacher_temperature'],
-        )
+        steps = self._temperature_steps
+        return cosine_warmup(step, self.total_steps, final, final, steps, start)
 
     def schedules(self) -> dict[str, float]:
         """Return what the schedules say at this step, to be logged."""
@@ -334,11 +305,7 @@ class DINOMCTask(PretrainingTask):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Leave the prototypes alone in the first steps, and clip gradients.
-
-        By the norm of all together if the trainer says so (*gradient_clip_val*), else each
-        by itself (*clip_grad*).
-        """
+        """Leave the prototypes alone in the first steps, and clip by trainer or task."""
         # Both: an epoch may be of unknown length, or the run of one epoch
         epochs = self.hparams['freeze_last_layer']
         if self.global_step < self._frozen_steps and self.current_epoch < epochs:
@@ -362,30 +329,31 @@ class DINOMCTask(PretrainingTask):
         self.plateau = torch.where(self._idle, self.plateau + 1, 0)
 
     def draw_crops(self, batch: Sample) -> list[Tensor]:
-        """Draw the crops (B, C, h, w) of every image, those that the teacher sees first.
-
-        Raises:
-            ValueError: If the batch lacks something or has other shapes.
-        """
+        """Draw the crops (B, C, h, w) of every image, those that the teacher sees first."""
         temporal = self.hparams['views'] == 'temporal'
         image = self.read_image(batch, temporal)
         if image.shape[1] == 1 and temporal:
             raise ValueError(
                 "views='temporal' needs at least two seasons of every place, got "
                 f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels "
-                f'= {self.hparams["in_channels"]}. Choose a dataset with seasons, or '
-                "views='multi_crop'"
+                f"= {self.hparams['in_channels']}. Choose views='multi_crop' for it"
             )
         crops = self.augmentations(image[:, 0] if image.shape[1] == 1 else image)
-        if not isinstance(crops, Sequence) or len(crops) < self.num_global:
-            got = (
-                f'{len(crops)}' if isinstance(crops, Sequence) else type(crops).__name__
-            )
+        listed = isinstance(crops, Sequence)
+        if not listed or len(crops) < self.num_global:
+            got = len(crops) if listed else type(crops).__name__
             raise ValueError(
                 f'augmentations must give a list of at least {self.num_global} crops, '
                 f'got {got}'
             )
         return [crop.to(self.dtype) for crop in crops]
+
+    def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
+        """Return all crops, see the base class."""
+        return [
+            (f'{"global" if i < self.num_global else "local"}, {x.shape[-1]} px', x)
+            for i, x in enumerate(self.draw_crops(batch))
+        ]
 
     @property
     def num_global(self) -> int:
@@ -397,16 +365,8 @@ class DINOMCTask(PretrainingTask):
     ) -> Tensor:
         """Compute the training loss.
 
-        Args:
-            batch: Mini-batch with *image* of shape (B, C, H, W), or of several seasons,
-                of which ``views='multi_crop'`` draws one, (B, T * C, H, W) or
-                (B, T, C, H, W).
-            batch_idx: Index of this batch.
-            dataloader_idx: Index of the current dataloader.
-
-        Raises:
-            ValueError: If the batch lacks something or has other shapes.
-            NonFiniteLossError: If the loss is not finite.
+        The batch has *image* of shape (B, C, H, W), or of several seasons, of which
+        ``views='multi_crop'`` draws one, (B, T * C, H, W) or (B, T, C, H, W).
         """
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)
@@ -419,8 +379,8 @@ class DINOMCTask(PretrainingTask):
         loss = cast(Tensor, self.criterion(logits, targets, temperature))
         self.guard.watch(self.global_step, loss, batch['image'])
 
-        chance = math.log(self.hparams['output_dim'])
-        self._idle = (loss.detach() - chance).abs() < _PLATEAU_WIDTH * chance
+        prototypes = self.hparams['output_dim']
+        self._idle = is_chance(loss.detach(), prototypes, _PLATEAU_WIDTH)
         values = {
             'train_loss': loss,
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder

@@ -5,6 +5,7 @@
 
 import math
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ def label_message(low: float, high: float) -> str:
         f"batch['label'] must be finite and >= 0, got values from {low:g} to {high:g}. "
         'An unknown label is all zeros'
     )
+
+
+def is_chance(loss: Any, prototypes: int, width: float) -> Any:
+    """Tell whether a loss over prototypes is that of no opinion, within a share *width*.
+
+    Where each is as likely as any other, the cross-entropy is log(*prototypes*). A tensor
+    gives a tensor, without making the host wait for the device.
+    """
+    chance = math.log(prototypes)
+    return abs(loss - chance) < width * chance
 
 
 def plateau_message(value: str, prototypes: int, steps: int) -> str:
@@ -71,14 +82,10 @@ class NonFiniteGuard:
     def watch(
         self, step: int, loss: Tensor, image: Tensor, label: Tensor | None = None
     ) -> None:
-        """Take note of the loss of a step.
+        """Take note of the loss of an optimizer step, of its images and labels.
 
-        Args:
-            step: Index of the optimizer step.
-            loss: The scalar loss.
-            image: The images it was computed from, any shape.
-            label: Their labels, any shape. Only read on a CUDA device: on others, labels
-                are checked before they are used.
+        Labels are only read on a CUDA device: on others, they are checked before they are
+        used.
 
         Raises:
             NonFiniteLossError: If this or, on a CUDA device, an earlier loss is not
@@ -89,13 +96,10 @@ class NonFiniteGuard:
         if read_at_once(loss):
             if not loss.isfinite():
                 finite = image[image.isfinite()]
-                low, high = (
-                    finite.aminmax() if len(finite) else (loss.new_zeros(()),) * 2
-                )
+                seen = finite if len(finite) else loss.new_zeros(1)
+                low, high = float(seen.min()), float(seen.max())
                 bad = image.numel() - finite.numel()
-                raise NonFiniteLossError(
-                    _describe(step, float(loss), float(low), float(high), bad)
-                )
+                raise NonFiniteLossError(_describe(step, float(loss), low, high, bad))
             return
 
         label = loss.new_zeros(1) if label is None else label

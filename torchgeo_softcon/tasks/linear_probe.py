@@ -11,21 +11,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MultilabelAveragePrecision
 
 from .._checks import check_counts, check_positive
-from .._compat import ClassificationTask, Sample, WeightsEnum, get_weight
-from ..models import create_encoder, load_encoder, read_pretrained, read_weights
+from .._compat import ClassificationTask, Sample, WeightsEnum
+from ..models import create_encoder, load_encoder, read_pretrained
 from ..models.convert import choose_bands
-from ..models.encoders import read_encoder
+from ..models.encoders import find_weights
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
 from ..models.loading import has_class_token
-from ..models.weights import EncoderWeights
 from ..transforms import RandomView
 from ..transforms.center_view import center_view
-from .optimizers import cosine_warmup, peak_lr, run_length
+from .optimizers import peak_lr, run_length, with_schedule
 
 
 class LinearProbeTask(ClassificationTask):
@@ -97,8 +95,7 @@ class LinearProbeTask(ClassificationTask):
                 of the papers).
 
         Raises:
-            ValueError: If *model*, *weights*, *bands*, *last_blocks* and
-                *average_patches* do not fit each other, or an argument is out of range.
+            ValueError: If arguments are out of range or do not fit each other.
         """
         check_counts(in_channels=in_channels, size=size)
         check_positive(lr=lr)
@@ -140,9 +137,8 @@ class LinearProbeTask(ClassificationTask):
             if name in state_dict and state_dict[name].shape[1] != channels:
                 raise ValueError(
                     f'in_channels must be {state_dict[name].shape[1]}, the number of bands '
-                    f'of weights, got {channels}: the input layer of a frozen encoder '
-                    'cannot be a random one. Name the bands of the images (for weights '
-                    'of this package), or choose a model with weights for them'
+                    f'of weights, got {channels}. Name the bands of the images (for '
+                    'weights of this package), or choose a model with weights for them'
                 )
             load_encoder(self.model, state_dict)
         self.model.requires_grad_(False).eval()
@@ -165,29 +161,18 @@ class LinearProbeTask(ClassificationTask):
     def _read_weights(self) -> dict[str, Tensor]:
         """Read the parameters of the encoder, for the bands of the images."""
         channels, bands = self.hparams['in_channels'], self.hparams['bands']
-        weights = self.weights
-        if weights is True:
+        if self.weights is True:
             return read_pretrained(self.hparams['model'], channels, bands)
-        if bands is not None:
-            try:
-                member = get_weight(weights) if isinstance(weights, str) else weights
-            except ValueError:  # a path
-                member = None
-            if isinstance(member, EncoderWeights):
-                return member.get_state_dict(bands=bands, layout='timm')
-            if member is None:
-                known = read_encoder(cast(str, weights)).bands
-            else:
-                known = cast(WeightsEnum, member).meta.get('bands')
-            if not known:
-                raise ValueError(
-                    f'weights = {weights} do not tell their bands, so bands cannot be '
-                    'chosen from them. Leave bands out, and give images the bands of the '
-                    'weights in their order'
-                )
-            state_dict = read_weights(cast(WeightsEnum | str, weights))
-            return choose_bands(state_dict, known, bands)
-        return read_weights(cast(WeightsEnum | str, weights))
+        encoder = find_weights(cast(WeightsEnum | str, self.weights))
+        if bands is None:
+            return encoder.state_dict
+        if not encoder.bands:
+            raise ValueError(
+                f'weights = {self.weights} do not tell their bands, so bands cannot be '
+                'chosen from them. Leave bands out, and give images the bands of the '
+                'weights in their order'
+            )
+        return choose_bands(encoder.state_dict, encoder.bands, bands)
 
     def configure_metrics(self) -> None:
         """Initialize the performance metrics."""
@@ -205,14 +190,7 @@ class LinearProbeTask(ClassificationTask):
         """Return SGD on the classifier, and a cosine to zero, per step."""
         total, _ = run_length(self.trainer)
         lr = peak_lr(self.hparams['lr'], self.trainer)
-        optimizer = SGD(self.head.parameters(), lr=lr, momentum=0.9)
-        scheduler = LambdaLR(
-            optimizer, lambda step: cosine_warmup(step, total, 1, 0, 0)
-        )
-        return {
-            'optimizer': optimizer,
-            'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
-        }
+        return with_schedule(SGD(self.head.parameters(), lr=lr, momentum=0.9), total)
 
     def train(self, mode: bool = True) -> 'LinearProbeTask':
         """Set the mode of the classifier. The encoder stays in evaluation mode."""
@@ -239,22 +217,17 @@ class LinearProbeTask(ClassificationTask):
         batch = {**batch, 'image': self.augmentations(batch['image']).to(self.dtype)}
         return super().training_step(batch, batch_idx, dataloader_idx)
 
-    def validation_step(
-        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def validation_step(self, batch: Sample, *args: Any) -> None:
         """Compute metrics on the centre of images."""
-        super().validation_step(self._centred(batch), batch_idx, dataloader_idx)
+        super().validation_step(self._centred(batch), *args)
 
-    def test_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Sample, *args: Any) -> None:
         """Compute metrics on the centre of images."""
-        super().test_step(self._centred(batch), batch_idx, dataloader_idx)
+        super().test_step(self._centred(batch), *args)
 
-    def predict_step(
-        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
-    ) -> Tensor:
+    def predict_step(self, batch: Sample, *args: Any) -> Tensor:
         """Return the probabilities (B, K) of classes on the centre of images."""
-        batch = self._centred(batch)
-        return super().predict_step(batch, batch_idx, dataloader_idx)
+        return super().predict_step(self._centred(batch), *args)
 
     def _centred(self, batch: Sample) -> Sample:
         return {**batch, 'image': center_view(batch['image'], self.hparams['size'])}

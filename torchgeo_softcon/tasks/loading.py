@@ -26,32 +26,24 @@ def find_task(checkpoint: Mapping[str, Any]) -> type[PretrainingTask] | None:
     """Find the class of the task that wrote a checkpoint.
 
     Only among the subclasses of :class:`.PretrainingTask` that are there: nothing is
-    imported because a file says so.
-
-    Args:
-        checkpoint: All of a file, from :func:`.read_checkpoint`.
-
-    Returns:
-        The class, None if the file is of something else or its class is not imported.
+    imported because a file says so. None if the file is of something else.
     """
     note = checkpoint.get(PRETRAINING)
     if isinstance(note, Mapping):
         noted = note.get('task')
-        base: Any = PretrainingTask
-        classes = [c for c in _subclasses(base) if class_path(c) == noted]
-        return classes[-1] if classes else None
+        found = [c for c in _subclasses(PretrainingTask) if class_path(c) == noted]
+        return found[-1] if found else None
     hparams = checkpoint.get('hyper_parameters')
     if not isinstance(hparams, Mapping):
         return None
     if '_class_path' not in hparams:  # not made by the command line
         return next((task for key, task in _MARKS.items() if key in hparams), None)
-    package, _, name = str(hparams['_class_path']).partition('.')
+    path = str(hparams['_class_path']).split('.')
     known = {task.__name__: task for task in _MARKS.values()}
-    ours = package == 'torchgeo_softcon'
-    return known.get(name.rpartition('.')[2]) if ours else None
+    return known.get(path[-1]) if path[0] == 'torchgeo_softcon' else None
 
 
-def _subclasses(task: type[PretrainingTask]) -> Iterator[type[PretrainingTask]]:
+def _subclasses(task: Any) -> Iterator[type[PretrainingTask]]:
     for subclass in task.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
@@ -60,15 +52,10 @@ def _subclasses(task: type[PretrainingTask]) -> Iterator[type[PretrainingTask]]:
 def load_task(
     path: str | os.PathLike[str], checkpoint: Mapping[str, Any], **options: Any
 ) -> PretrainingTask | None:
-    """Rebuild the task that wrote a checkpoint.
+    """Rebuild the task that wrote a checkpoint, in training mode on the CPU.
 
-    Args:
-        path: Path of the checkpoint.
-        checkpoint: What is in it, from :func:`.read_checkpoint`.
-        **options: Arguments that checkpoints do not hold, such as *augmentations*.
-
-    Returns:
-        The task in training mode, on the CPU. None where :func:`find_task` finds none.
+    *options* are arguments that checkpoints do not hold, such as *augmentations*. None
+    where :func:`find_task` finds none.
     """
     task = find_task(checkpoint)
     if task is None:

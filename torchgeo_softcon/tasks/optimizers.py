@@ -13,6 +13,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .._checks import check_counts, check_not_negative
 
 OptimizerName = Literal['adamw', 'sgd', 'lars']
 
@@ -43,24 +46,10 @@ def parameter_groups(
 def create_optimizer(
     name: OptimizerName, groups: list[dict[str, Any]], lr: float, fused: bool
 ) -> Optimizer:
-    """Create an optimizer.
-
-    Args:
-        name: ``'adamw'`` (betas 0.9 and 0.999), ``'sgd'`` or ``'lars'`` (momentum 0.9).
-        groups: Parameter groups.
-        lr: Peak learning rate.
-        fused: Whether to use PyTorch's fused AdamW, one kernel for all parameters.
-
-    Raises:
-        ValueError: If *name* is unknown.
-    """
+    """Create an optimizer: *fused* AdamW with betas 0.9 and 0.999, others momentum 0.9."""
     if name == 'adamw':
         return AdamW(groups, lr=lr, fused=fused)
-    if name == 'sgd':
-        return SGD(groups, lr=lr, momentum=0.9)
-    if name == 'lars':
-        return LARS(groups, lr=lr, momentum=0.9)
-    raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {name!r}")
+    return {'sgd': SGD, 'lars': LARS}[name](groups, lr=lr, momentum=0.9)
 
 
 def run_length(trainer: Trainer) -> tuple[int, int]:
@@ -77,10 +66,9 @@ def run_length(trainer: Trainer) -> tuple[int, int]:
         )
 
     batches = trainer.num_training_batches
-    epoch = total
-    if batches < math.inf:
-        epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    return int(total), int(epoch)
+    if batches == math.inf:
+        return int(total), int(total)
+    return int(total), math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def images_per_step(trainer: Trainer) -> int | None:
@@ -89,19 +77,17 @@ def images_per_step(trainer: Trainer) -> int | None:
     Over all ranks and accumulated batches; None if the loader does not tell.
     """
     loader = trainer.train_dataloader
-    size = getattr(loader, 'batch_size', None)
-    if size is None:  # so it is with a batch sampler
-        size = getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
-    if size is None:
-        return None
-    return int(size * trainer.world_size * trainer.accumulate_grad_batches)
+    for source in (loader, getattr(loader, 'batch_sampler', None)):
+        size = getattr(source, 'batch_size', None)
+        if size is not None:
+            return int(size * trainer.world_size * trainer.accumulate_grad_batches)
+    return None
 
 
 def peak_lr(lr: float, trainer: Trainer) -> float:
     """Return *lr* times the images per optimizer step over 256.
 
-    Warns:
-        UserWarning: If their number is not known, so that it is *lr*.
+    If their number is not known, it is *lr*, with a warning.
     """
     images = images_per_step(trainer)
     if images is None:
@@ -146,14 +132,24 @@ def cosine_warmup(
     lightly's :func:`cosine_schedule` divides by :math:`n - 1` instead, so its last step
     reaches the final value.
     """
-    if total < 1:
-        raise ValueError(f'total must be at least one step, got {total}')
-    if warmup < 0:
-        raise ValueError(f'warmup must not be negative, got {warmup}')
-
+    check_counts(total=total)
+    check_not_negative(warmup=warmup)
     if step < warmup:
         return start + (base - start) * step / max(warmup - 1, 1)
     if step >= total:
         return final
     progress = (step - warmup) / (total - warmup)
     return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def with_schedule(
+    optimizer: Optimizer, total: int, final: float = 0, warmup: int = 0
+) -> dict[str, Any]:
+    """Return what Lightning wants: a warm-up and a cosine to *final*, a factor, per step."""
+    scheduler = LambdaLR(
+        optimizer, lambda step: cosine_warmup(step, total, 1, final, warmup)
+    )
+    return {
+        'optimizer': optimizer,
+        'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'},
+    }

@@ -3,6 +3,7 @@
 
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
+import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Literal
@@ -18,7 +19,13 @@ from ..models import is_vit
 from ..models.input_layer import InputLayerInit
 from ..modules.ema import make_teacher
 from ..modules.heads import mlp_head
-from ..modules.masking import MaskMode, SiameseMasking
+from ..modules.masking import (
+    MaskMode,
+    SiameseMasking,
+    mask_pixels,
+    masked_patches,
+    random_visible,
+)
 from ..modules.packing import encode_crops
 from ..transforms import RandomView
 from .base import PretrainingTask
@@ -92,17 +99,13 @@ class SoftConTask(PretrainingTask):
         """Initialize a new SoftConTask instance.
 
         Args:
-            model: Name of the `timm
-                <https://huggingface.co/docs/timm/reference/models>`__ model to use. Any
-                that pools its features. The defaults for "Vision Transformers" are for
-                timm's class of that name (ViT, DeiT, DINOv2).
-            weights: Initial model weights. Either a weight enum, the string
-                representation of a weight enum, True for timm's own weights (such as
-                those of DINOv2), False or None for random weights, or the path to a
-                checkpoint of a TorchGeo task or a state dict.
+            model: Name of a timm model that pools its features. The defaults for "Vision
+                Transformers" are for timm's class of that name (ViT, DeiT, DINOv2).
+            weights: Initial weights: a weight enum or its name, True for timm's own (such
+                as those of DINOv2), None or False for random ones, or the path of a
+                checkpoint of a TorchGeo task or of a state dict.
             in_channels: Number of bands of one image.
-            bands: Names of the bands, in the order of the channels. Only needed by
-                ``in_layer_init='rgb'``.
+            bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
                 :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
                 ``'random'`` is the paper's choice.
@@ -119,13 +122,12 @@ class SoftConTask(PretrainingTask):
                 ``'same'`` one, as in the authors' figure, or two ``'different'`` ones, as
                 in their earlier MoCo runs.
             soft_weight: Weight of the soft term. With 0, labels are not needed. The
-                paper's value is not known. At 1, the soft term does not show:
-                it is a mean over all pairs of a batch, and its gradient is small (see
-                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`). At 30, both
-                gradients start at about the same size for 128 images (its share falls
-                with the square root of the batch size), and features tell land cover of
-                unseen ground better in ``examples/study.py``, but not with 144 images to
-                train on (README).
+                paper's value is not known. At 1, the soft term does not show: its
+                gradient is small, see
+                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
+                gradients start at about the same size for 128 images, and features tell
+                land cover of unseen ground better in ``examples/study.py``, but not with
+                144 images to train on (README).
             soft_loss: Form of the soft term, see
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`.
             label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
@@ -146,11 +148,10 @@ class SoftConTask(PretrainingTask):
             predictor_layers: Number of layers of the predictor (2 in MoCo v3).
             optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``. The same authors used AdamW
                 for Vision Transformers and SGD for ResNets.
-            lr: Peak learning rate per 256 images: it is multiplied by the number of
-                images per optimizer step (over all ranks and accumulated batches) / 256.
-                1.5e-4 for AdamW (MoCo v3), 0.03 for SGD (MoCo v2).
-            weight_decay: Weight decay, 0.1 for AdamW and 1e-4 for SGD. Not applied to
-                biases and one-dimensional parameters.
+            lr: Peak learning rate per 256 images of an optimizer step, over all ranks and
+                accumulated batches: 1.5e-4 for AdamW (MoCo v3), 0.03 for SGD (MoCo v2).
+            weight_decay: Weight decay of all but one-dimensional parameters, 0.1 for
+                AdamW and 1e-4 for SGD.
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
             grad_checkpointing: Whether to compute activations of the trainable encoder
                 again in the backward pass: the same results from less memory in more
@@ -163,8 +164,7 @@ class SoftConTask(PretrainingTask):
                 in checkpoints.
 
         Raises:
-            ValueError: If an argument is out of range, or if *model*, *weights*,
-                *bands*, *size* and *mask_mode* do not fit each other.
+            ValueError: If arguments are out of range or do not fit each other.
         """
         check_counts(
             mask_patch_size=mask_patch_size,
@@ -195,8 +195,7 @@ class SoftConTask(PretrainingTask):
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
         self.model = self.create_encoder(self.hparams['drop_path_rate'])
-        vit = is_vit(self.model)
-        width = self.feature_size
+        vit, width = is_vit(self.model), self.feature_size
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
         self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
         # As MoCo v3: no batch norm at the end of the predictor of a ResNet
@@ -212,10 +211,8 @@ class SoftConTask(PretrainingTask):
             final = 1.0 if vit else start
         self.momentum = start, final
 
-        mode = self.hparams['mask_mode']
-        if mode is None:
-            mode = 'drop' if vit else 'pixel'
-        elif mode != 'pixel' and not vit:
+        mode: MaskMode = self.hparams['mask_mode'] or ('drop' if vit else 'pixel')
+        if mode != 'pixel' and not vit:
             raise ValueError(
                 f'mask_mode={mode!r} needs a Vision Transformer, got '
                 f"{self.hparams['model']!r}. Use mask_mode='pixel'"
@@ -238,11 +235,7 @@ class SoftConTask(PretrainingTask):
     def draw_views(
         self, batch: Sample
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-        """Draw two views (B, C, H, W) of every image, with their labels (B, K) or None.
-
-        Raises:
-            ValueError: If the batch lacks something or has other shapes.
-        """
+        """Draw two views (B, C, H, W) of every image, with their labels (B, K) or None."""
         different = self.hparams['seasons'] == 'different'
         image = self.read_image(batch, different)
         if len(image) < 2:
@@ -252,34 +245,48 @@ class SoftConTask(PretrainingTask):
             )
 
         label = self.read_label(batch, image)
-        rows, seasons = torch.arange(len(image), device=image.device), image.shape[1]
-        first = torch.randint(seasons, (len(image),), device=image.device)
-        second = first
+        (size, seasons), device = image.shape[:2], image.device
+        rows = torch.arange(size, device=device)
+        first = second = torch.randint(seasons, (size,), device=device)
         if different and seasons > 1:
-            second = first + torch.randint(
-                1, seasons, (len(image),), device=image.device
-            )
+            second = first + torch.randint(1, seasons, (size,), device=device)
             second = second % seasons
-        # Without seasons there is nothing to pick, and no need for two copies
-        chosen = (
-            [image[:, 0]] * 2
-            if seasons == 1
-            else [image[rows, i] for i in (first, second)]
+
+        def draw(season: Tensor) -> tuple[Tensor, Tensor | None]:
+            # Without seasons there is nothing to pick, and no need for a copy
+            chosen = image[:, 0] if seasons == 1 else image[rows, season]
+            known = None if label is None else label[rows, season]
+            return self.augment(chosen), known
+
+        (view, known), (other_view, other_known) = draw(first), draw(second)
+        return (view, other_view), (known, other_known)
+
+    def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
+        """Return the view that is masked and that of the teacher, see the base class."""
+        (first, second), _ = self.draw_views(batch)
+        title = f'trained, {self.masking.ratio:.0%} masked'
+        return [(title, self.mask_view(first)), ('teacher', second)]
+
+    def mask_view(self, view: Tensor) -> Tensor:
+        """Mask views of shape (B, C, H, W) as in training, but by NaN."""
+        ratio, size = self.masking.ratio, self.masking.patch_size
+        if ratio == 0:
+            return view
+        if self.masking.mode != 'pixel':
+            size = self.model.patch_embed.patch_size[0]
+        count = math.prod(-(-side // size) for side in view.shape[-2:])
+        masked = masked_patches(
+            random_visible(len(view), count, ratio, view.device), count
         )
-        views = [self.augment(x) for x in chosen]
-        labels = [None if label is None else label[rows, i] for i in (first, second)]
-        return (views[0], views[1]), (labels[0], labels[1])
+        hidden = mask_pixels(torch.ones_like(view), masked, size) == 0
+        return view.masked_fill(hidden, math.nan)
 
     def read_label(self, batch: Sample, image: Tensor) -> Tensor | None:
-        """Return float labels of shape (B, T, K), or None if they are not needed.
-
-        Args:
-            batch: Mini-batch with *label* of shape (B, K) or (B, T, K).
-            image: Images of shape (B, T, C, H, W).
+        """Return labels (B, T, K) of images (B, T, C, H, W), None if none are needed.
 
         Raises:
-            ValueError: If *label* is missing, has another shape or values that no label
-                has. (For these on a CUDA device, see :class:`.NonFiniteGuard`.)
+            ValueError: If *label* is missing, is not (B, K) or (B, T, K), or has invalid
+                values. (For these on a CUDA device, see :class:`.NonFiniteGuard`.)
         """
         if self.hparams['soft_weight'] == 0:
             return None
@@ -287,10 +294,9 @@ class SoftConTask(PretrainingTask):
         if label is None:
             raise ValueError(
                 "batch must have the key 'label' (multi-labels) because soft_weight = "
-                f'{self.hparams["soft_weight"]} > 0, got {sorted(batch)}. Land-cover '
-                'masks become labels by transforms=torchgeo_softcon.transforms.'
-                'WorldCoverMultiLabel() of the dataset; without labels, set '
-                'soft_weight to 0'
+                f'{self.hparams["soft_weight"]} > 0, got {sorted(batch)}. Give the '
+                'dataset transforms=torchgeo_softcon.transforms.WorldCoverMultiLabel(), '
+                'or set soft_weight to 0'
             )
 
         size, seasons = image.shape[:2]
@@ -309,12 +315,7 @@ class SoftConTask(PretrainingTask):
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the training loss.
-
-        Raises:
-            ValueError: If the batch lacks something or has other shapes.
-            NonFiniteLossError: If the loss is not finite.
-        """
+        """Compute the training loss of a batch with *image* and, but for 0, *label*."""
         with self.step_rng(batch_idx):
             views, labels = self.draw_views(batch)
             terms, features = self.compare_views(views, labels)
@@ -342,9 +343,7 @@ class SoftConTask(PretrainingTask):
     ) -> tuple[Tensor, Tensor]:
         """Compare masked first views with second views, each (B, C, H, W).
 
-        Returns:
-            The contrastive and the soft term, shape (2,), and the features of the first
-            views, shape (B, F).
+        Returns the contrastive and the soft term (2,), and first views' features (B, F).
         """
         features = self.masking(self.model, views[0])  # (B, F)
         query = self.predictor(self.projector(features))  # (B, D)

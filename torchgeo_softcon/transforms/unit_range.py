@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bands import BAND_STATISTICS, normalize_band_names
+from ..bands import Level, band_statistics, normalize_band_names
 
 
 class ToUnitRange(nn.Module):
@@ -51,12 +51,15 @@ class ToUnitRange(nn.Module):
         self.extent: Tensor
 
     @classmethod
-    def of(cls, bands: Sequence[str]) -> 'ToUnitRange':
+    def of(cls, bands: Sequence[str], level: Level = 'L1C') -> 'ToUnitRange':
         """Make the transform for some bands, with the statistics of SSL4EO-S12.
 
         Args:
             bands: Bands of Sentinel-2 (digital numbers) or Sentinel-1 (dB), in the order
                 of the images' channels.
+            level: Processing level of the images of Sentinel-2. Those of Level-2A are
+                darker in blue and have other extremes: with the statistics of Level-1C,
+                a tenth of their values would be clipped.
 
         Returns:
             A transform.
@@ -67,13 +70,13 @@ class ToUnitRange(nn.Module):
         names = normalize_band_names(bands)
         if not names:
             raise ValueError('bands must have at least one name, got none')
-        unknown = [name for name in names if name not in BAND_STATISTICS]
-        if unknown:
+        try:
+            mean, std = zip(*band_statistics(names, level), strict=True)
+        except ValueError as error:
             raise ValueError(
-                f'bands must be of Sentinel-2 or Sentinel-1, got {unknown}. Pass the mean '
-                'and standard deviation of other bands to ToUnitRange'
-            )
-        mean, std = zip(*(BAND_STATISTICS[name] for name in names), strict=True)
+                f'{error}. Pass the mean and standard deviation of other bands to '
+                'ToUnitRange'
+            ) from error
         return cls(mean, std)
 
     @classmethod
