@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
     # Not before: help must not wait for it
-    from ..ssl4eo.unpack import unpack
+    from ..ssl4eo.pack import unpack
 
     done = unpack(**options, progress=True)
     print_failures(done.failures)
