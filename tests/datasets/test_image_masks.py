@@ -276,8 +276,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ('argument', 'message'),
         [
-            ({'seasons': 0}, 'seasons and size must be at least 1'),
-            ({'size': 0}, 'seasons and size must be at least 1'),
+            ({'seasons': 0}, 'seasons must be at least 1, got 0'),
+            ({'size': 0}, 'size must be at least 1, got 0'),
             ({'seed': -1}, 'seed must be from 0 .*, got -1'),
             ({'mask_band': 4}, 'mask_band must be from 1 to 3'),
             ({'image_bands': (0, 1)}, 'image_bands must be from 1 to 3'),

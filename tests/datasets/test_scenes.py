@@ -621,8 +621,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ('argument', 'message'),
         [
-            ({'patch_size': 0}, 'patch_size and seasons must be at least 1'),
-            ({'seasons': 0}, 'patch_size and seasons must be at least 1'),
+            ({'patch_size': 0}, 'patch_size must be at least 1, got 0'),
+            ({'seasons': 0}, 'seasons must be at least 1, got 0'),
             ({'min_valid': 1.1}, r'min_valid must be in \[0, 1\], got 1.1'),
             ({'rows': (0.5, 0.5)}, 'rows must be 0 <= first < last <= 1'),
             ({'length': 0}, 'length must be at least 1, got 0'),

@@ -3,18 +3,17 @@
 
 """Datasets whose samples are draws: images of random dates or windows."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
+import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from .._compat import NonGeoDataset, Sample
-from .plotting import plot_sample
-
-#: What a dataset does with each sample.
-Transform = Callable[[Sample], Sample]
+from ..bands import shown_channels
 
 
 class DrawnImages(NonGeoDataset):  # type: ignore[misc]
@@ -30,98 +29,85 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
     seasons: int
     seed: int
 
-    def __len__(self) -> int:
-        """Return the number of samples per epoch."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read a sample.
-
-        Args:
-            index: Number of the draw, from 0 on and without an upper end.
-
-        Returns:
-            A sample.
-
-        Raises:
-            IndexError: If *index* is negative.
-            OSError: If a file cannot be read. The message names it.
-        """
-        raise NotImplementedError
-
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the samples of the first epoch."""
         return (self[index] for index in range(len(self)))
 
     def _generator(self, index: int, *stream: int) -> np.random.Generator:
-        """Return the random numbers of a draw.
-
-        Raises:
-            IndexError: If *index* is negative. There is no upper end.
-        """
+        """Return the random numbers of a draw."""
         if index < 0:
             raise IndexError(f'index must be at least 0, got {index}')
         # Counter based: no state that order, workers or ranks could change
         return np.random.Generator(np.random.Philox([self.seed, index, *stream]))
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
-        """Plot a sample.
+        """Plot the image of each season, and the mask if there is one.
+
+        Without the names of red, green and blue bands, the first three bands are shown,
+        or the first alone if there are fewer.
 
         Args:
-            sample: A sample of this dataset.
+            sample: *image* in [0, 1] of shape (C, H, W) or (T, C, H, W), and possibly a
+                *mask* of shape (H, W).
             suptitle: Title of the figure.
+        """
+        image: Tensor = sample['image']
+        seasons = image[None] if image.ndim == 3 else image
+        channels = shown_channels(self.bands, seasons.shape[1])
+        columns = len(seasons) + ('mask' in sample)
+        figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 4), squeeze=False)
+        for axis, season in zip(axes[0], seasons, strict=False):
+            axis.imshow(
+                season[channels].permute(1, 2, 0).numpy(), vmin=0, vmax=1, cmap='gray'
+            )
+        if 'mask' in sample:
+            axes[0, -1].imshow(sample['mask'].numpy(), interpolation='none')
+        for axis in axes[0]:
+            axis.axis('off')
+        if suptitle is not None:
+            figure.suptitle(suptitle)
+        return figure
+
+
+class DivisibleImages(DrawnImages):
+    """Drawn images that can be divided by where they are."""
+
+    #: Name of what the images are divided by, for messages.
+    _where: str
+
+    def _wheres(self) -> npt.ArrayLike:
+        """Return names or numbers of where the images are, ascending."""
+        raise NotImplementedError
+
+    def _only(self, chosen: npt.NDArray[Any]) -> Self:
+        """Return the images that are at some of these."""
+        raise NotImplementedError
+
+    def divide(self, fraction: float) -> tuple[Self, Self, Self]:
+        """Divide by where the images are, at random, always the same for a seed.
+
+        Args:
+            fraction: Part of the places in the second and in the third dataset.
 
         Returns:
-            A figure with a row of one image per season, and the mask if there is one.
+            Three datasets that have no place in common.
+
+        Raises:
+            ValueError: If one of them would be empty.
         """
-        return plot_sample(sample, self.bands, suptitle)
+        names = np.asarray(self._wheres())
+        count = round(fraction * len(names))
+        if not 0 < count < len(names) / 2:
+            raise ValueError(
+                f'{len(names)} {self._where} cannot be divided into parts of {fraction}'
+            )
+        order = np.random.default_rng(self.seed).permutation(len(names))
+        cuts = np.split(names[order], [len(names) - 2 * count, len(names) - count])
+        first, second, third = (self._only(np.sort(cut)) for cut in cuts)
+        return first, second, third
 
 
-def divide_at_random(
-    names: npt.ArrayLike, fraction: float, seed: int, what: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Divide names at random, always the same for a seed.
-
-    Args:
-        names: Names or numbers, shape (N,).
-        fraction: Part of them in the second and in the third group.
-        seed: Seed of the division.
-        what: What they are of, for messages.
-
-    Returns:
-        Three groups, none of them empty.
-
-    Raises:
-        ValueError: If one would be empty.
-    """
-    names = np.asarray(names)
-    count = round(fraction * len(names))
-    if not 0 < count < len(names) / 2:
-        raise ValueError(
-            f'{len(names)} {what} cannot be divided into parts of {fraction}'
-        )
-    order = np.random.default_rng(seed).permutation(len(names))
-    first, second, third = np.split(
-        names[order], [len(names) - 2 * count, len(names) - count]
-    )
-    return first, second, third
-
-
-def check_draws(seed: int, **counts: int | None) -> None:
-    """Check the options of draws.
-
-    Args:
-        seed: Seed of the choices.
-        **counts: Values by the name of the option, None where there is none.
-
-    Raises:
-        ValueError: If a count is not at least 1, or the seed does not fit into 32 bits.
-    """
-    if any(count is not None and count < 1 for count in counts.values()):
-        raise ValueError(
-            f'{" and ".join(counts)} must be at least 1, got '
-            f'{" and ".join(map(str, counts.values()))}'
-        )
-    # One word of entropy. A larger one would take the place of the index behind it.
+def check_seed(seed: int) -> None:
+    """Check that a seed is one word of entropy: more would run into the index behind it."""
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed must be from 0 to 2**32 - 1, got {seed}')

@@ -7,29 +7,30 @@ import copy
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
+from .._checks import check_counts
 from .._compat import Sample
 from ..bands import RGB_BANDS, Level, normalize_band_names
 from ..geo.find_files import find_files
 from ..geo.rasters import (
+    RGB_COLORS,
     Values,
     drop_empty,
     find_alpha,
+    nodata_of,
     open_raster,
     read_raster,
     read_values,
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DrawnImages, check_draws, divide_at_random
+from .base import DivisibleImages, check_seed
 from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
@@ -39,24 +40,15 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
 _MAX_NAMED = 5
 
 
-@dataclass(frozen=True)
-class Patch:
-    """An image and its mask.
-
-    Attributes:
-        image: File of the image.
-        mask: File of the mask, the same as *image* if it is a band of it.
-        height: Number of rows.
-        width: Number of columns.
-    """
+class Patch(NamedTuple):
+    """Files of an image and its mask, one if the mask is a band, and rows and columns."""
 
     image: Path
     mask: Path
-    height: int
-    width: int
+    shape: tuple[int, int]
 
 
-class ImageMaskFolder(DrawnImages):
+class ImageMaskFolder(DivisibleImages):
     """Image patches and masks of ESA WorldCover codes in two folders.
 
     ``images/a/b.png`` belongs to ``masks/a/b.*``, or to ``masks/a.*`` if that is the
@@ -81,6 +73,8 @@ class ImageMaskFolder(DrawnImages):
 
     .. versionadded:: 0.1
     """
+
+    _where = 'places'
 
     def __init__(
         self,
@@ -110,10 +104,8 @@ class ImageMaskFolder(DrawnImages):
                 the mask and an alpha band, which tells where the others have data.
             mask_band: Position of the mask in the image file, from 1, if it is there.
             bands: Names of the bands in *image_bands*.
-            value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
-                ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
-                uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
-                known *bands* in digital numbers or dB.
+            value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per
+                band, with the defaults of :class:`.WorldCoverScenes`.
             nodata: Value of pixels without data, None for what each file says.
             seasons: Number of different dates per sample.
             places: Regular expression for the path of an image below *images*, without
@@ -143,7 +135,8 @@ class ImageMaskFolder(DrawnImages):
                 f'masks must be left out, or mask_band, got masks = {masks} and mask_band = '
                 f'{mask_band}'
             )
-        check_draws(seed, seasons=seasons, size=size)
+        check_counts(seasons=seasons, size=size)
+        check_seed(seed)
 
         self.seasons = seasons
         self.size = size
@@ -153,52 +146,35 @@ class ImageMaskFolder(DrawnImages):
         self.seed = seed
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
-        image_root = Path(images) if images is not None else Path(root or '') / 'images'
+        image_root = Path(root or '', 'images') if images is None else Path(images)
         files = _find(image_root, 'images')
+        mask_files = list(files.values())
         if mask_band is None:
-            mask_root = Path(masks) if masks is not None else Path(root or '') / 'masks'
+            mask_root = Path(root or '', 'masks') if masks is None else Path(masks)
             mask_files = _match(files, _find(mask_root, 'masks'), image_root, mask_root)
-        else:
-            mask_files = list(files.values())
 
-        self._read_headers(files, mask_files, image_bands, bands, value_range, level)
-        self._group(list(files), places)
-
-    def _read_headers(
-        self,
-        files: dict[str, Path],
-        mask_files: Sequence[Path],
-        image_bands: Sequence[int] | None,
-        bands: Sequence[str] | None,
-        value_range: ValueRange,
-        level: Level | None,
-    ) -> None:
-        """Check that everything fits together before anything is read."""
-        self._patches: dict[str, Patch] = {}
-        self.image_bands: tuple[int, ...] = ()
-        self.bands: tuple[str, ...] | None = None
+        first = next(iter(files.values()))
+        with open_raster(first) as source:
+            needed = source.count
+            self.image_bands, self.bands = self._choose_bands(
+                source, image_bands, bands
+            )
+        if image_bands is not None:
+            needed = max(*self.image_bands, mask_band or 1)
+        patches = []
         dtypes = set()
-        for (stem, path), mask in zip(files.items(), mask_files, strict=True):
+        for path, mask in zip(files.values(), mask_files, strict=True):
             with open_raster(path) as source:
-                count, shape = source.count, (source.height, source.width)
                 dtypes.add(str(source.dtypes[0]))
-                colors = tuple(source.colorinterp)
-                alpha = find_alpha(source)
-            if not self._patches:
-                self.image_bands, self.bands = self._choose(
-                    path, count, image_bands, bands, colors, alpha
-                )
-            needed = max(*self.image_bands, self.mask_band or 1)
-            if count < needed or (image_bands is None and count != self._count):
-                raise ValueError(
-                    f'{path} must have {needed if image_bands else self._count} bands '
-                    f'as {next(iter(files.values()))}, got {count}'
-                )
+                patches.append(Patch(path, mask, source.shape))
+                more = source.count > needed and image_bands is None
+                if source.count < needed or more:
+                    raise ValueError(
+                        f'{path} must have {needed} bands as {first}, got {source.count}'
+                    )
             if mask != path:
-                _check_mask(path, shape, mask)
-            self._patches[stem] = Patch(path, mask, *shape)
-
-        self._check_sizes()
+                _check_mask(patches[-1])
+        self._check_sizes(patches)
         self.level = choose_level(
             level,
             self.bands,
@@ -209,32 +185,34 @@ class ImageMaskFolder(DrawnImages):
             value_range, self.bands, len(self.image_bands), dtypes, self.level
         )
 
-    def _choose(
+        groups: dict[str, list[Patch]] = {}
+        for stem, patch in zip(files, patches, strict=True):
+            groups.setdefault(self._place(stem, places), []).append(patch)
+        self.samples, self.places = list(groups.values()), list(groups)
+        if seasons == 1:
+            # Every image is a sample, places only matter for what is kept apart
+            self._separate()
+        else:
+            self._check_dates()
+
+    def _choose_bands(
         self,
-        path: Path,
-        count: int,
+        source: Any,
         image_bands: Sequence[int] | None,
         bands: Sequence[str] | None,
-        colors: tuple[ColorInterp, ...],
-        alpha: int | None,
     ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
-        """Positions and names of the bands, from the first file."""
-        self._count = count
-        everything = range(1, count + 1)
-        if self.mask_band is not None and self.mask_band not in everything:
-            raise ValueError(
-                f'mask_band must be from 1 to {count}, the number of bands of {path}, '
-                f'got {self.mask_band}'
-            )
+        """Return positions and names of the bands of the first image."""
         if image_bands is None:
-            indexes = tuple(i for i in everything if i not in (self.mask_band, alpha))
-        else:
-            indexes = tuple(image_bands)
-        if not indexes or any(i not in everything for i in indexes):
-            raise ValueError(
-                f'image_bands must be from 1 to {count}, the number of bands of {path}, '
-                f'got {indexes}'
-            )
+            without = (self.mask_band, find_alpha(source))
+            image_bands = [i for i in source.indexes if i not in without]
+        indexes = tuple(image_bands)
+        mask_band = (1 if self.mask_band is None else self.mask_band,)
+        for option, chosen in ('mask_band', mask_band), ('image_bands', indexes):
+            if not chosen or not {*chosen} <= {*source.indexes}:
+                raise ValueError(
+                    f'{option} must be from 1 to {source.count}, the number of bands of '
+                    f'{source.name}, got {", ".join(map(str, chosen)) or "none"}'
+                )
         if bands is not None:
             names = normalize_band_names(bands)
             if len(names) != len(indexes):
@@ -242,51 +220,40 @@ class ImageMaskFolder(DrawnImages):
                     f'bands must name the {len(indexes)} image_bands, got {names}'
                 )
             return indexes, names
-        rgb = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
-        chosen = tuple(colors[i - 1] for i in indexes)
-        return indexes, RGB_BANDS if chosen == rgb else None
+        colors = tuple(source.colorinterp[i - 1] for i in indexes)
+        return indexes, RGB_BANDS if colors == RGB_COLORS else None
 
-    def _check_sizes(self) -> None:
-        """Without crops, a batch needs patches of one size."""
-        first = next(iter(self._patches.values()))
-        for patch in self._patches.values():
-            if self.size is None:
-                if (patch.height, patch.width) != (first.height, first.width):
-                    raise ValueError(
-                        'images must have one size, or size must be given for random '
-                        f'crops: {first.image} has {first.height} x {first.width} and '
-                        f'{patch.image} {patch.height} x {patch.width} pixels'
-                    )
-            elif min(patch.height, patch.width) < self.size:
+    def _check_sizes(self, patches: Sequence[Patch]) -> None:
+        """Check that crops, or whole images, make a batch."""
+        first = patches[0]
+        for patch in patches:
+            if self.size is None and patch.shape != first.shape:
+                raise ValueError(
+                    'images must have one size, or size must be given for random crops: '
+                    f'{first.image} has {_pixels(first.shape)} and {patch.image} '
+                    f'{_pixels(patch.shape)} pixels'
+                )
+            if min(patch.shape) < (self.size or 0):
                 raise ValueError(
                     f'size must fit into every image, got {self.size} and {patch.image} '
-                    f'of {patch.height} x {patch.width} pixels'
+                    f'of {_pixels(patch.shape)} pixels'
                 )
 
-    def _group(self, stems: Sequence[str], places: str | None) -> None:
-        """Make samples of images, and remember the place of each."""
-        groups: dict[str, list[Patch]] = {}
-        for stem in stems:
-            groups.setdefault(self._place(stem, places), []).append(self._patches[stem])
-
-        if self.seasons == 1:
-            # Every image is a sample, places only matter for what is kept apart
-            self.samples = [[patch] for group in groups.values() for patch in group]
-            self.places = [name for name, group in groups.items() for _ in group]
-            return
-        few = [name for name, group in groups.items() if len(group) < self.seasons]
-        if few:
+    def _check_dates(self) -> None:
+        """Check that places have enough images, all of one size."""
+        groups = dict(zip(self.places, self.samples, strict=True))
+        if few := [name for name in groups if len(groups[name]) < self.seasons]:
             raise ValueError(
                 f'seasons={self.seasons} needs as many images of each place, '
                 f'{len(few)} of {len(groups)} places have fewer: '
                 f'{", ".join(few[:_MAX_NAMED])}'
             )
         for name, group in groups.items():
-            if len({(patch.height, patch.width) for patch in group}) > 1:
+            if len({patch.shape for patch in group}) > 1:
                 raise ValueError(f'images of one place must have one size: {name}')
-        self.samples, self.places = list(groups.values()), list(groups)
 
     def _place(self, stem: str, places: str | None) -> str:
+        """Return the name of the place of an image."""
         if places is None:
             folder = os.path.dirname(stem) if self.seasons > 1 else ''
             return folder or stem
@@ -299,43 +266,30 @@ class ImageMaskFolder(DrawnImages):
             )
         return str(found)
 
-    def images(self) -> 'ImageMaskFolder':
-        """Every image as a sample of its own, in order, and its middle if it is cropped.
+    def _separate(self) -> None:
+        """Make every image a sample of its own."""
+        groups = zip(self.places, self.samples, strict=True)
+        self.places = [place for place, group in groups for _ in group]
+        self.samples = [[patch] for group in self.samples for patch in group]
 
-        Returns:
-            The same images without random choices.
+    def images(self) -> 'ImageMaskFolder':
+        """Return every image as a sample of its own, in order, without random choices.
+
+        If images are cropped, it is the middle of each.
         """
         other = copy.copy(self)
-        groups = zip(self.places, self.samples, strict=True)
-        other.places = [place for place, group in groups for _ in group]
-        other.samples = [[patch] for group in self.samples for patch in group]
+        other._separate()
         other.seasons, other._random = 1, False
         return other
 
-    def divide(
-        self, fraction: float
-    ) -> tuple['ImageMaskFolder', 'ImageMaskFolder', 'ImageMaskFolder']:
-        """Divide by place, at random.
+    def _wheres(self) -> list[str]:
+        return sorted(set(self.places))
 
-        Args:
-            fraction: Part of the places in the second and in the third dataset.
-
-        Returns:
-            Three datasets that have no place in common.
-
-        Raises:
-            ValueError: If one of them would be empty.
-        """
-        places = sorted(set(self.places))
-        cuts = divide_at_random(places, fraction, self.seed, 'places')
-        first, second, third = (self._only({*cut.tolist()}) for cut in cuts)
-        return first, second, third
-
-    def _only(self, places: set[str]) -> 'ImageMaskFolder':
+    def _only(self, chosen: npt.NDArray[Any]) -> Self:
         other = copy.copy(self)
-        chosen = [i for i, place in enumerate(self.places) if place in places]
-        other.samples = [self.samples[i] for i in chosen]
-        other.places = [self.places[i] for i in chosen]
+        numbers = np.flatnonzero(np.isin(self.places, chosen))
+        other.samples = [self.samples[i] for i in numbers]
+        other.places = [self.places[i] for i in numbers]
         return other
 
     def __len__(self) -> int:
@@ -343,7 +297,7 @@ class ImageMaskFolder(DrawnImages):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample, see :class:`.DrawnImages`."""
+        """Read a sample."""
         rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
@@ -364,7 +318,7 @@ class ImageMaskFolder(DrawnImages):
     def _crop(self, patch: Patch, rng: np.random.Generator) -> Window | None:
         if self.size is None:
             return None
-        down, right = patch.height - self.size, patch.width - self.size
+        down, right = (length - self.size for length in patch.shape)
         top, left = down // 2, right // 2
         if self._random:
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
@@ -375,10 +329,7 @@ class ImageMaskFolder(DrawnImages):
             alpha = find_alpha(source)
             if alpha in (*self.image_bands, self.mask_band):
                 alpha = None
-            nodata = [
-                source.nodatavals[i - 1] if self.nodata is None else self.nodata
-                for i in self.image_bands
-            ]
+            nodata = nodata_of(source, self.image_bands, self.nodata)
             values, zero = read_values(source, self.image_bands, nodata, alpha, window)
         return to_unit_range(drop_empty(values, zero), self.value_range)
 
@@ -425,15 +376,20 @@ def _match(
     return [mask for mask in found if mask is not None]
 
 
-def _check_mask(image: Path, shape: tuple[int, int], mask: Path) -> None:
-    with open_raster(mask) as source:
-        count, mask_shape = source.count, (source.height, source.width)
+def _check_mask(patch: Patch) -> None:
+    """Check that a mask has one band, and as many pixels as its image."""
+    with open_raster(patch.mask) as source:
+        count, shape = source.count, source.shape
     if count != 1:
         raise ValueError(
-            f'a mask must have one band of WorldCover codes, {mask} has {count}'
+            f'a mask must have one band of WorldCover codes, {patch.mask} has {count}'
         )
-    if mask_shape != shape:
+    if shape != patch.shape:
         raise ValueError(
-            f'an image and its mask must have one size, {image} has {shape[0]} x '
-            f'{shape[1]} and {mask} {mask_shape[0]} x {mask_shape[1]} pixels'
+            f'an image and its mask must have one size, {patch.image} has '
+            f'{_pixels(patch.shape)} and {patch.mask} {_pixels(shape)} pixels'
         )
+
+
+def _pixels(shape: tuple[int, int]) -> str:
+    return f'{shape[0]} x {shape[1]}'

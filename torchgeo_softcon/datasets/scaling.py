@@ -100,10 +100,6 @@ def resolve_value_range(
 
     Returns:
         One pair ``(low, high)`` per band.
-
-    Raises:
-        ValueError: If the range cannot be told from *bands* and *dtypes*, or if
-            *value_range* is malformed.
     """
     kinds = set(dtypes)
     if value_range is None:
@@ -164,15 +160,7 @@ def _deviations(
 def to_unit_range(
     values: npt.NDArray[np.float32], value_range: Sequence[tuple[float, float]]
 ) -> npt.NDArray[np.float32]:
-    """Map each band to [0, 1] and clip, not finite values become 0.
-
-    Args:
-        values: Bands of shape (C, H, W), modified in place.
-        value_range: Pairs ``(low, high)``, one per band.
-
-    Returns:
-        The same array with values in [0, 1].
-    """
+    """Map bands of shape (C, H, W) to [0, 1], in place. What is not finite becomes 0."""
     low, high = np.asarray(value_range, dtype=np.float32).T[:, :, None, None]
     missing = ~np.isfinite(values)
     values -= low

@@ -30,20 +30,14 @@ class SceneGrid(Dataset[Sample]):
     """
 
     def __init__(self, scenes: WorldCoverScenes) -> None:
-        """Initialize a new SceneGrid instance.
-
-        Args:
-            scenes: Where to take windows from.
-        """
+        """Initialize a new SceneGrid instance."""
         self.scenes = scenes
         size = scenes.patch_size
         self.windows = [
-            (number, scene, top, left)
-            for number, (first, last) in enumerate(scenes._rows)
+            (place, scene, top, left)
+            for place, rows in zip(scenes.places, scenes._rows, strict=True)
             for scene, top, left in itertools.product(
-                range(len(scenes.places[number].scenes)),
-                _starts(first, last, size),
-                _starts(0, scenes.places[number].grid.width, size),
+                place.scenes, _starts(*rows, size), _starts(0, place.grid.width, size)
             )
         ]
 
@@ -52,41 +46,25 @@ class SceneGrid(Dataset[Sample]):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a window.
-
-        Args:
-            index: Position in ``windows``.
-
-        Returns:
-            A sample with an image of shape (C, H, W).
-        """
-        number, scene, top, left = self.windows[index]
-        place = self.scenes.places[number]
-        values = self.scenes._window(place.scenes[scene], top, left)
+        """Read a window, an image of shape (C, H, W)."""
+        place, scene, top, left = self.windows[index]
+        values = self.scenes._window(scene, top, left)
         return self.scenes._sample(place, top, left, [values])
 
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, CRS, datetime.date | None]:
-        """Where and when a window is from.
-
-        Args:
-            index: Position in ``windows``.
-
-        Returns:
-            The outline, its coordinate reference system, and the date in the name of
-            the raster, if there is one.
-        """
-        number, scene, top, left = self.windows[index]
-        place, size = self.scenes.places[number], self.scenes.patch_size
+        """Return where and when one of the *windows* is from."""
+        place, scene, top, left = self.windows[index]
+        size = self.scenes.patch_size
         window = place.grid.window(top, left, size, size)
         corners = ((0, 0), (size, 0), (size, size), (0, size))
         polygon = shapely.Polygon([apply(window.transform, *end) for end in corners])
-        return polygon, window.crs, _date(place.scenes[scene].name)
+        return polygon, window.crs, _date(scene.name)
 
 
 def _date(name: str) -> datetime.date | None:
-    """The first date in a file name, such as 20210630 or 2021-06-30."""
+    """Return the first date in a file name, such as 20210630 or 2021-06-30."""
     for match in _DATE.finditer(os.path.basename(name)):
         try:
             return datetime.date(*map(int, match.group(1, 3, 4)))
@@ -96,7 +74,4 @@ def _date(name: str) -> datetime.date | None:
 
 
 def _starts(first: int, last: int, size: int) -> list[int]:
-    starts = list(range(first, last - size + 1, size))
-    if starts[-1] + size < last:
-        starts.append(last - size)
-    return starts
+    return [*range(first, last - size, size), last - size]

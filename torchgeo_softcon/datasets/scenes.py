@@ -11,17 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pyproj import CRS
 from torch import Tensor
 
 from .._checks import check_counts, check_fractions
 from .._compat import Sample
 from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
-from ..geo.grid import Grid, group_by_grid
+from ..geo.grid import Bounds, Grid, group_by_grid
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DrawnImages, check_draws
+from .base import DrawnImages, check_seed
 from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 from .worldcover import ESAWorldCover
 
@@ -39,12 +40,7 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class SceneStack:
-    """Scenes on the same pixels, one per date: a place.
-
-    Attributes:
-        grid: The pixels.
-        scenes: One per date.
-    """
+    """Scenes on the same pixels, one per date: a place."""
 
     grid: Grid
     scenes: tuple[Scene, ...]
@@ -53,6 +49,16 @@ class SceneStack:
     def name(self) -> str:
         """Name of the first scene."""
         return self.scenes[0].name
+
+    @property
+    def box(self) -> tuple[CRS, Bounds]:
+        """Coordinate reference system, and left, bottom, right and top."""
+        return self.grid.crs, self.grid.bounds
+
+    @property
+    def names(self) -> str:
+        """Names of the scenes, of the first ones if there are many."""
+        return _list_names([scene.name for scene in self.scenes])
 
 
 class WorldCoverScenes(DrawnImages):
@@ -169,8 +175,8 @@ class WorldCoverScenes(DrawnImages):
                 band without a name are taken for dates of one place, or later, if no
                 window with enough data is found.
         """
-        check_draws(seed, patch_size=patch_size, seasons=seasons)
-        check_counts(length=length)
+        check_seed(seed)
+        check_counts(patch_size=patch_size, seasons=seasons, length=length)
         check_fractions(min_valid=min_valid)
 
         self.patch_size = patch_size
@@ -203,23 +209,20 @@ class WorldCoverScenes(DrawnImages):
         self._check_dates()
         self._set_rows(rows, length)
 
-        self.worldcover: ESAWorldCover | None
-        if worldcover is None or isinstance(worldcover, ESAWorldCover):
-            self.worldcover = worldcover
-        else:
-            self.worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+        if not (worldcover is None or isinstance(worldcover, ESAWorldCover)):
+            worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+        self.worldcover = worldcover
         if not allow_unlabelled:
-            self._check_tiles(self.worldcover)
+            self._check_tiles()
 
         self._reader = RasterReader()
 
     def _check_dates(self) -> None:
         for place in self.places:
             if len(place.scenes) < self.seasons:
-                names = ', '.join(scene.name for scene in place.scenes[:_MAX_NAMED])
                 raise ValueError(
                     f'seasons={self.seasons} needs as many rasters on exactly the same '
-                    f'grid, got {len(place.scenes)}: {names}'
+                    f'grid, got {len(place.scenes)}: {place.names}'
                 )
 
     def _set_rows(self, rows: tuple[float, float], length: int | None) -> None:
@@ -231,9 +234,7 @@ class WorldCoverScenes(DrawnImages):
             height, width = place.grid.height, place.grid.width
             first, last = (round(part * height) for part in rows)
             if min(last - first, width) < self.patch_size:
-                part = (
-                    '' if rows == (0, 1) else f' (rows {first} to {last} of {height})'
-                )
+                part = f' (rows {first} to {last} of {height})' * (rows != (0, 1))
                 raise ValueError(
                     f'patch_size must fit into every raster, got {self.patch_size} and '
                     f'{place.name} of {last - first} x {width} pixels{part}'
@@ -245,39 +246,37 @@ class WorldCoverScenes(DrawnImages):
         covered = int(areas.sum()) // self.patch_size**2
         self.length = max(1, covered) if length is None else length
 
-    def _check_tiles(self, worldcover: ESAWorldCover | None) -> None:
-        """Every place must at least touch a tile."""
+    def _check_tiles(self) -> None:
+        """Check that every place touches a tile, and warn of those partly without."""
+        worldcover = self.worldcover
         if worldcover is None:
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
-        missing: list[SceneStack] = []
-        partly: list[SceneStack] = []
-        for place in self.places:
-            if not worldcover.covers(place.grid.crs, place.grid.bounds):
-                missing.append(place)
-            elif not worldcover.covers(place.grid.crs, place.grid.bounds, wholly=True):
-                partly.append(place)
-        if partly:
-            _warn_partly(partly, worldcover)
-        if missing:
-            shown = missing[:_MAX_NAMED]
-            more = len(missing) - len(shown)
-            tiles = {
-                tile
-                for place in shown
-                for tile in worldcover.tiles(place.grid.crs, place.grid.bounds)
-            }
-            product = worldcover.product
-            address = f'{product.url}/{product.file_path("", worldcover.year)}'
-            expected = (f'. Expected {", ".join(sorted(tiles))}' if tiles else '') + (
-                f' from {address.rpartition("/")[0]}/' if product.url else ''
-            )
+        partly = [p for p in self.places if not worldcover.covers(*p.box, wholly=True)]
+        without = [p for p in partly if not worldcover.covers(*p.box)]
+        if not partly:
+            return
+        concerned = without or partly
+        there = {os.path.basename(file) for file in worldcover.files}
+        needed = {tile for p in concerned for tile in worldcover.tiles(*p.box)}
+        tiles = _list_names(sorted(needed - there)) or 'none'
+        product = worldcover.product
+        if without:
+            folder = product.file_path('', worldcover.year).rpartition('/')[0]
+            source = f' from {product.url}/{folder}/' if product.url else ''
+            expected = f'. Expected {tiles}{source}' if needed else ''
             raise FileNotFoundError(
                 f'no {product.title} tile lies under '
-                f'{", ".join(place.name for place in shown)}'
-                f'{f" and {more} more" if more else ""}{expected}. Set allow_unlabelled '
-                'to go on without'
+                f'{_list_names([p.name for p in without])}{expected}. Set '
+                'allow_unlabelled to go on without'
             )
+        warnings.warn(
+            f'{sum(len(p.scenes) for p in partly)} images are only partly covered by '
+            f'{product.title} tiles, such as {partly[0].name}. There the mask is no '
+            f'data. Not found by name: {tiles} (there are no tiles where only sea is)',
+            UserWarning,
+            stacklevel=3,
+        )
 
     def with_windows(
         self,
@@ -288,7 +287,7 @@ class WorldCoverScenes(DrawnImages):
         seasons: int | None = None,
         stream: int = 0,
     ) -> 'WorldCoverScenes':
-        """Other windows of the same rasters, without opening them again.
+        """Return other windows of the same rasters, without opening them again.
 
         Args:
             rows: Part of each raster's rows, as fractions from the top.
@@ -309,8 +308,8 @@ class WorldCoverScenes(DrawnImages):
         other.seed = self.seed if seed is None else seed
         other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
-        check_draws(other.seed, seasons=other.seasons)
-        check_counts(length=length)
+        check_seed(other.seed)
+        check_counts(seasons=other.seasons, length=length)
         other._check_dates()
         other._set_rows(rows, length)
         return other
@@ -322,7 +321,8 @@ class WorldCoverScenes(DrawnImages):
     def __getitem__(self, index: int) -> Sample:
         """Draw a window, see :class:`.DrawnImages`."""
         rng = self._generator(index, self.stream)
-        best: tuple[float, SceneStack, int, int, list[Values]] | None = None
+        best: tuple[float, SceneStack, int, int, list[Values]]
+        best = (-1.0, self.places[0], 0, 0, [])
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
             place, (first, last) = self.places[number], self._rows[number]
@@ -335,14 +335,12 @@ class WorldCoverScenes(DrawnImages):
                 seasons.append(self._window(place.scenes[date], top, left))
                 # A pixel counts if any band has data: 0 is a value of the cirrus band
                 valid = min(valid, float(np.isfinite(seasons[-1]).any(0).mean()))
-                if valid < self.min_valid and best is not None and valid <= best[0]:
+                if valid < self.min_valid and valid <= best[0]:
                     break  # not needed whatever the other dates have
             else:
                 best = (valid, place, top, left, seasons)
                 if valid >= self.min_valid:
                     break
-        if best is None:  # pragma: no cover
-            raise RuntimeError('no window was drawn')
         valid, place, top, left, seasons = best
         name = place.name
         if valid < self.min_valid and name not in self._warned:
@@ -379,40 +377,25 @@ class WorldCoverScenes(DrawnImages):
         return self.worldcover.read_window(window.crs, window.transform, size, size)
 
 
+def _list_names(names: Sequence[str]) -> str:
+    """List the first names, and tell how many more there are."""
+    more = len(names) - _MAX_NAMED
+    return ', '.join(names[:_MAX_NAMED]) + (f' and {more} more' if more > 0 else '')
+
+
 def _warn_single_bands(places: Sequence[SceneStack]) -> None:
-    """Bands that are not the last part of a file name look like dates."""
+    """Warn of bands that look like dates: not the last part of a file name."""
     for place in places:
         first = place.scenes[0]
         if len(place.scenes) > 1 and first.count == 1 and first.bands is None:
-            names = ', '.join(scene.name for scene in place.scenes[:_MAX_NAMED])
             warnings.warn(
                 f'{len(place.scenes)} files of one band on one grid are taken for dates '
-                f'of one place: {names}. If they are bands of one scene, let the names '
-                'end with the band (_B04.tif), otherwise name it with all_bands',
+                f'of one place: {place.names}. If they are bands of one scene, let the '
+                'names end with the band (_B04.tif), otherwise name it with all_bands',
                 UserWarning,
                 stacklevel=3,
             )
             return
-
-
-def _warn_partly(places: Sequence[SceneStack], worldcover: ESAWorldCover) -> None:
-    there = {os.path.basename(file) for file in worldcover.files}
-    needed = {
-        tile
-        for place in places
-        for tile in worldcover.tiles(place.grid.crs, place.grid.bounds)
-    }
-    missing = sorted(needed - there)
-    more = f' and {len(missing) - _MAX_NAMED} more' if missing[_MAX_NAMED:] else ''
-    warnings.warn(
-        f'{sum(len(p.scenes) for p in places)} images are only partly covered by '
-        f'{worldcover.product.title} tiles, such as '
-        f'{places[0].name}. There the mask is no data. Not found by name: '
-        f'{", ".join(missing[:_MAX_NAMED]) or "none"}{more} (there are no tiles '
-        'where only sea is)',
-        UserWarning,
-        stacklevel=4,
-    )
 
 
 def _stack(scenes: Sequence[Scene]) -> tuple[SceneStack, ...]:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +20,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .._checks import check_counts
 from .._compat import Sample
 from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
 from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
-from .base import DrawnImages, check_draws, divide_at_random
+from .base import DivisibleImages, check_seed
 from .scaling import softcon_range
 
 #: Locations that a message names.
 _NAMED = 3
 
 
-class SSL4EOS12ML(DrawnImages):
+class SSL4EOS12ML(DivisibleImages):
     """SSL4EO-S12-ML: patches of Sentinel-1 and Sentinel-2 in four seasons, with labels.
 
     The images are those of TorchGeo's ``SSL4EOS12``, in the same folders and with the same
@@ -59,6 +60,8 @@ class SSL4EOS12ML(DrawnImages):
 
     .. versionadded:: 0.1
     """
+
+    _where = 'locations'
 
     def __init__(
         self,
@@ -99,7 +102,8 @@ class SSL4EOS12ML(DrawnImages):
             UserWarning: If images are not in the labels, or locations are left out.
         """
         splits = split_names(split)
-        check_draws(seed, seasons=seasons)
+        check_counts(seasons=seasons)
+        check_seed(seed)
         if not 0 < min_fraction <= 1:
             raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
 
@@ -218,7 +222,7 @@ class SSL4EOS12ML(DrawnImages):
         return len(self._start)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample, see :class:`.DrawnImages`."""
+        """Read a sample."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> 'RecordBatch':
@@ -293,25 +297,13 @@ class SSL4EOS12ML(DrawnImages):
         other.seasons = 1
         return other
 
-    def divide(
-        self, fraction: float
-    ) -> tuple['SSL4EOS12ML', 'SSL4EOS12ML', 'SSL4EOS12ML']:
-        """Divide by location, at random.
+    def _wheres(self) -> npt.NDArray[np.int64]:
+        return np.arange(len(self))
 
-        Args:
-            fraction: Part of the locations in the second and in the third dataset.
-
-        Returns:
-            Three datasets that have no location in common.
-
-        Raises:
-            ValueError: If one of them would be empty.
-        """
-        cuts = divide_at_random(range(len(self)), fraction, self.seed, 'locations')
-        datasets = copy.copy(self), copy.copy(self), copy.copy(self)
-        for dataset, cut in zip(datasets, map(np.sort, cuts), strict=True):
-            dataset._start, dataset._count = self._start[cut], self._count[cut]
-        return datasets
+    def _only(self, chosen: npt.NDArray[np.int64]) -> Self:
+        other = copy.copy(self)
+        other._start, other._count = self._start[chosen], self._count[chosen]
+        return other
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
         """Plot a sample, see :meth:`.DrawnImages.plot`, from -2 to +2 deviations."""

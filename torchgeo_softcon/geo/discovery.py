@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from ..bands import (
@@ -19,12 +19,21 @@ from ..bands import (
     RGB_BANDS,
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
+    SENTINEL2_SUBSETS,
     normalize_band_names,
     spell_band_name,
 )
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
-from .rasters import Layer, Scene, find_alpha, open_raster, read_raster
+from .rasters import (
+    RGB_COLORS,
+    Layer,
+    Scene,
+    find_alpha,
+    nodata_of,
+    open_raster,
+    read_raster,
+)
 
 #: A band at the end of a file name, as Sentinel products, SSL4EO-S12 and BigEarthNet
 #: write it: B2, B02, B8A, B08A, VV, with or without a resolution.
@@ -51,17 +60,7 @@ _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
 
 
 def find_rasters(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
-    """List the rasters that may be images.
-
-    Args:
-        paths: Files, folders and patterns, see :func:`.find_files`.
-
-    Returns:
-        The files. Those in folders without what is known not to be an image.
-
-    Raises:
-        FileNotFoundError: If a path does not exist or there is no raster at all.
-    """
+    """List the rasters that may be images, see :func:`.find_files`."""
     named = path_list(paths)
     files = [
         file
@@ -84,24 +83,9 @@ def find_scenes(
     nodata: float | None = None,
     offset: float | None = None,
 ) -> list[Scene]:
-    """Open files and put those together that hold bands of one scene.
+    """Open files, and put those together that hold bands of one scene.
 
-    Args:
-        files: Rasters, one per scene or one per band.
-        bands: Names of the bands to use, None for all.
-        all_bands: Names of the bands in file order, for files that do not tell.
-        nodata: Value without data, None for what each file says, or 0 if it does not
-            and has digital numbers of Sentinel-2.
-        offset: What is added to the values, None for -1000 if a path tells that digital
-            numbers of Sentinel-2 are of baseline 04.00 or later, else 0.
-
-    Returns:
-        The scenes in the order of their first files.
-
-    Raises:
-        OSError: If a file cannot be read.
-        ValueError: If a file has no CRS, lacks a band, or if the scenes differ in
-            their bands.
+    The options are those of :class:`.WorldCoverScenes`.
     """
     named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
     if named is not None and len(set(named)) != len(named):
@@ -131,12 +115,10 @@ def find_scenes(
         _from_bands(os.path.join(folder, stem), group, wanted, offset)
         for (folder, stem), group in single.items()
     ]
-    alphas = [
-        layer for scene in scenes for layer in scene.layers if layer.alpha is not None
-    ]
-    if alphas:
+    layers = (layer for scene in scenes for layer in scene.layers)
+    if with_alpha := next((layer for layer in layers if layer.alpha is not None), None):
         rank_zero_info(
-            f'band {alphas[0].alpha} of {alphas[0].path} is alpha, it tells where the '
+            f'band {with_alpha.alpha} of {with_alpha.path} is alpha, it tells where the '
             'others have data. If that is not so, name it, too, with all_bands'
         )
     for names, path in guessed.items():
@@ -148,16 +130,15 @@ def find_scenes(
     first = scenes[0]
     for scene in scenes[1:]:
         if (scene.bands, scene.count) != (first.bands, first.count):
+            ours, theirs = (
+                ', '.join(s.bands or (f'{s.count} unnamed bands',))
+                for s in (first, scene)
+            )
             raise ValueError(
-                f'all images must have the same bands, {first.name} has '
-                f'{_describe(first)} and {scene.name} has {_describe(scene)}. Choose '
-                'common ones with bands'
+                f'all images must have the same bands, {first.name} has {ours} and '
+                f'{scene.name} has {theirs}. Choose common ones with bands'
             )
     return scenes
-
-
-def _describe(scene: Scene) -> str:
-    return ', '.join(scene.bands) if scene.bands else f'{scene.count} unnamed bands'
 
 
 def _open_layer(
@@ -174,11 +155,8 @@ def _open_layer(
         if all_bands is not None and len(all_bands) == source.count:
             alpha = None
         indexes = tuple(i for i in source.indexes if i != alpha)
-        grid = Grid.of(source)
-        dtype = str(source.dtypes[0])
-        values = tuple(
-            source.nodatavals[i - 1] if nodata is None else nodata for i in indexes
-        )
+        grid, dtype = Grid.of(source), str(source.dtypes[0])
+        values = nodata_of(source, indexes, nodata)
         names, sure = all_bands, True
         if all_bands is None:
             names, sure = _name_bands(source, indexes)
@@ -211,14 +189,10 @@ def _name_bands(
         # Earth Engine adds masks such as QA60, only all_bands can make use of them
         names = (t or f'BAND {i}' for i, t in zip(indexes, texts, strict=True))
         return tuple(names), True
-    colors = tuple(source.colorinterp[i - 1] for i in indexes)
-    if colors == (ColorInterp.red, ColorInterp.green, ColorInterp.blue):
+    if tuple(source.colorinterp[i - 1] for i in indexes) == RGB_COLORS:
         return RGB_BANDS, True
-    if len(indexes) == 13:
-        return SENTINEL2_BANDS, False
-    if len(indexes) == 12:
-        # Level-2A has no cirrus band
-        return tuple(band for band in SENTINEL2_BANDS if band != 'B10'), False
+    if len(indexes) in (12, 13):
+        return SENTINEL2_SUBSETS[len(indexes)], False
     if len(indexes) == 2 and source.dtypes[0].startswith('float'):
         return SENTINEL1_BANDS, False
     return None, False
@@ -243,19 +217,21 @@ def _as_sentinel2(
     return replace(layer, nodata=nodata, offset=offset)
 
 
-def _landsat_error(name: str, wanted: Sequence[str]) -> ValueError:
-    return ValueError(
-        f'bands must not be given for {name}, got {", ".join(wanted)}: these are bands '
-        'of Sentinel-2, and the bands of Landsat have other numbers. Leave bands out '
-        'and give value_range, or name the bands of a file with all_bands'
-    )
-
-
-def _missing(name: str, missing: Sequence[str], present: Iterable[str]) -> ValueError:
-    return ValueError(
-        f'{name} lacks the band{"s" * (len(missing) > 1)} {", ".join(missing)}, it has '
-        f'{", ".join(present)}'
-    )
+def _check_bands(
+    name: str, wanted: Sequence[str], present: Sequence[str], landsat: bool
+) -> None:
+    """Check that a scene has the bands that are wanted."""
+    if landsat:
+        raise ValueError(
+            f'bands must not be given for {name}, got {", ".join(wanted)}: these are '
+            'bands of Sentinel-2, and the bands of Landsat have other numbers. Leave '
+            'bands out and give value_range, or name the bands of a file with all_bands'
+        )
+    if missing := [band for band in wanted if band not in present]:
+        raise ValueError(
+            f'{name} lacks the band{"s" * (len(missing) > 1)} {", ".join(missing)}, it '
+            f'has {", ".join(present)}'
+        )
 
 
 def _from_file(
@@ -265,26 +241,23 @@ def _from_file(
     offset: float | None,
 ) -> Scene:
     """Make a scene of one file."""
-    if wanted is None:
-        layer = _as_sentinel2(layer, names, offset)
-        return Scene(layer.path, names, (layer,), layer.grid)
-    if names is None and _is_landsat(layer.path):
-        raise _landsat_error(layer.path, wanted)
-    if names is None:
-        raise ValueError(
-            f'{layer.path} does not name its {len(layer.indexes)} bands: give all_bands '
-            'in file order, or leave bands out to use all of them'
+    if wanted is not None:
+        landsat = names is None and _is_landsat(layer.path)
+        if names is None and not landsat:
+            raise ValueError(
+                f'{layer.path} does not name its {len(layer.indexes)} bands: give '
+                'all_bands in file order, or leave bands out to use all of them'
+            )
+        names = names or ()
+        _check_bands(layer.path, wanted, names, landsat)
+        positions = [names.index(band) for band in wanted]
+        layer = replace(
+            layer,
+            indexes=tuple(layer.indexes[position] for position in positions),
+            nodata=tuple(layer.nodata[position] for position in positions),
         )
-    if missing := [band for band in wanted if band not in names]:
-        raise _missing(layer.path, missing, names)
-    positions = [names.index(band) for band in wanted]
-    chosen = replace(
-        layer,
-        indexes=tuple(layer.indexes[position] for position in positions),
-        nodata=tuple(layer.nodata[position] for position in positions),
-    )
-    chosen = _as_sentinel2(chosen, wanted, offset)
-    return Scene(layer.path, wanted, (chosen,), layer.grid)
+        names = wanted
+    return Scene(layer.path, names, (_as_sentinel2(layer, names, offset),), layer.grid)
 
 
 def _from_bands(
@@ -298,12 +271,10 @@ def _from_bands(
     present = sorted(
         group, key=lambda b: (order.index(b) if b in order else len(order), b)
     )
-    names = wanted or tuple(present)
-    if missing := [band for band in names if band not in group]:
-        raise _missing(name, missing, present)
     landsat = any(_is_landsat(layer.path) for layer in group.values())
-    if landsat and wanted:
-        raise _landsat_error(name, wanted)
+    if wanted is not None:
+        _check_bands(name, wanted, present, landsat)
+    names = wanted or tuple(present)
     layers = tuple(
         _as_sentinel2(group[band], None if landsat else (band,), offset)
         for band in names
@@ -324,10 +295,9 @@ def _check_same_ground(layer: Layer, finest: Grid, name: str) -> None:
             f'the bands of {name} must share one CRS and be parallel to its axes, '
             f'{layer.path} is not like the others'
         )
-    slack = (abs(ours.a), abs(ours.e), abs(ours.a), abs(ours.e))
-    for a, b, pixel in zip(layer.grid.bounds, finest.bounds, slack, strict=True):
-        if abs(a - b) > pixel:
-            raise ValueError(
-                f'the bands of {name} must cover the same ground, {layer.path} covers '
-                f'{layer.grid.bounds} and the finest band {finest.bounds}'
-            )
+    apart = np.abs(np.subtract(layer.grid.bounds, finest.bounds))
+    if (apart > np.abs([ours.a, ours.e, ours.a, ours.e])).any():
+        raise ValueError(
+            f'the bands of {name} must cover the same ground, {layer.path} covers '
+            f'{layer.grid.bounds} and the finest band {finest.bounds}'
+        )

@@ -49,17 +49,8 @@ def find_files(
             and patterns such as ``DIR/**/*.tif``, with ``**`` for any number of folders.
         suffixes: Ends of the names of files that folders are searched for.
         option: Name of the option, for messages.
-        odd_names: Whether to list files in folders whose names are not UTF-8, which
-            rasterio cannot open.
-
-    Returns:
-        The files of each path in turn, sorted by folder and name.
-
-    Raises:
-        FileNotFoundError: If a path does not exist. Folders and patterns may be empty.
-
-    Warns:
-        UserWarning: If a file is left out because its name is not UTF-8.
+        odd_names: Whether to list files whose names are not UTF-8, which rasterio cannot
+            open. Without, there is a warning.
     """
     files: dict[str, None] = {}
     for text in path_list(paths):
@@ -73,9 +64,17 @@ def find_files(
             found = _search(root, PurePath(text).parts[len(PurePath(root).parts) :])
         else:
             raise FileNotFoundError(f'{option} has a path that does not exist: {text}')
-        files |= dict.fromkeys(
-            file for file in found if odd_names or not _is_odd(file, option)
-        )
+        for file in found:
+            name = readable_name(file)
+            if odd_names or name == file:
+                files[file] = None
+                continue
+            warnings.warn(
+                f'{option} has {name}, which is left out: its name is not UTF-8, rename '
+                'it',
+                UserWarning,
+                stacklevel=2,
+            )
     return list(files)
 
 
@@ -86,19 +85,6 @@ def pattern_root(path: AnyPath) -> str:
     parts = PurePath(path).parts
     magic = [number for number, part in enumerate(parts) if glob.has_magic(part)]
     return str(PurePath(*parts[: magic[0] if magic else -1]))
-
-
-def _is_odd(file: str, option: str) -> bool:
-    """Tell whether a name is not UTF-8, and warn if so."""
-    name = readable_name(file)
-    if name == file:
-        return False
-    warnings.warn(
-        f'{option} has {name}, which is left out: its name is not UTF-8, rename it',
-        UserWarning,
-        stacklevel=4,
-    )
-    return True
 
 
 def readable_name(file: str) -> str:

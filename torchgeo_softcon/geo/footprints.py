@@ -12,18 +12,18 @@ A table of footprints has one row per patch:
 * *polygon*, an outline as WKB: no pixels, and *height* and *width* are 0.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import shapely
-from pyproj import CRS, Transformer
+from pyproj import CRS
 from pyproj.exceptions import ProjError
 
 from .antimeridian import Floats, center, join_halves
-from .grid import LONLAT, parse_crs, projection
+from .grid import LONLAT, parse_crs, project_polygon, projection
 from .warp import project
 
 #: Columns of a table of footprints.
@@ -54,14 +54,10 @@ def make_footprints(
     shapes: Sequence[tuple[int, int]] | npt.NDArray[np.int32] | None = None,
     polygons: Iterable[bytes] | None = None,
 ) -> pa.Table:
-    """Make a table of footprints.
+    """Make a table of N footprints.
 
-    Args:
-        ids: Names.
-        crs: Coordinate reference systems.
-        transforms: Transforms of shape (N, 6), for pixel grids.
-        shapes: Heights and widths of shape (N, 2), for pixel grids.
-        polygons: Outlines as WKB, if there are no pixel grids.
+    They are pixel grids (*transforms* of shape (N, 6), and *shapes*, heights and widths,
+    of shape (N, 2)) or *polygons*, outlines as WKB.
     """
     names = pa.array(ids, pa.string())
     count = len(names)
@@ -72,17 +68,14 @@ def make_footprints(
     outlines = pa.nulls(count, pa.binary())
     if polygons is not None:
         outlines = pa.array(polygons, pa.binary())
-    return pa.table(
-        [
-            names,
-            pa.array(crs, pa.string()).dictionary_encode(),
-            pa.FixedSizeListArray.from_arrays(pa.array(flat), 6),
-            pa.array(sizes[:, 0]),
-            pa.array(sizes[:, 1]),
-            outlines,
-        ],
-        schema=SCHEMA,
-    )
+    columns = [
+        names,
+        pa.array(crs, pa.string()).dictionary_encode(),
+        pa.FixedSizeListArray.from_arrays(pa.array(flat), 6),
+        *map(pa.array, sizes.T),
+        outlines,
+    ]
+    return pa.table(columns, schema=SCHEMA)
 
 
 def transforms_of(table: pa.Table) -> Floats:
@@ -102,11 +95,9 @@ def by_crs(table: pa.Table) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
 
 
 def outlines(table: pa.Table) -> npt.NDArray[Any]:
-    """Return outlines of footprints in degrees of longitude and latitude.
+    """Return polygons around footprints in degrees of longitude and latitude, (N,).
 
-    Returns:
-        Polygons of shape (N,), None where a footprint is not on Earth. They leave
-        [-180, 180] where they cross that line.
+    None where a footprint is not on Earth. They leave [-180, 180] where they cross it.
     """
     out = np.full(len(table), None, object)
     shapes = np.stack([table[name].to_numpy() for name in ('height', 'width')], 1)
@@ -120,9 +111,8 @@ def outlines(table: pa.Table) -> npt.NDArray[Any]:
             continue
         grid = shapes[rows, 0] > 0
         bent = not source.is_geographic
-        pieces = np.ones(len(rows))
-        if bent:
-            pieces = _count_pieces(transforms[rows], shapes[rows])
+        # Edges in degrees stay straight
+        pieces = np.where(bent, _count_pieces(transforms[rows], shapes[rows]), 1)
         for number in np.unique(pieces[grid]):
             chosen = rows[grid & (pieces == number)]
             ring_cols, ring_rows = _rings(shapes[chosen], int(number))
@@ -137,7 +127,7 @@ def outlines(table: pa.Table) -> npt.NDArray[Any]:
             if bent and np.isfinite(polygon.length):
                 longest = max(EDGE_UNITS, polygon.length / (4 * _MOST_PIECES))
                 polygon = shapely.segmentize(polygon, longest)
-            moved = _project(polygon, to_degrees, join_halves)
+            moved = project_polygon(polygon, to_degrees, join_halves)
             if np.isfinite(shapely.get_coordinates(moved)).all():
                 out[row] = moved
     return out
@@ -170,20 +160,6 @@ def to_crs(polygon: shapely.Geometry, source: CRS, target: CRS) -> shapely.Geome
     if transformer is not None:
         longest = EDGE_DEGREES if source.is_geographic else EDGE_UNITS
         polygon = shapely.segmentize(polygon, longest)
-    return _project(polygon, transformer, center if target.is_geographic else None)
-
-
-def _project(
-    polygon: shapely.Geometry,
-    transformer: Transformer | None,
-    arrange: Callable[[Floats], Floats] | None,
-) -> shapely.Geometry:
-    """Project a polygon, and arrange its longitudes."""
-
-    def move(points: Floats) -> Floats:
-        x, y = points.T
-        if transformer is not None:
-            x, y = transformer.transform(x, y)
-        return np.column_stack([x if arrange is None else arrange(x), y])
-
-    return shapely.transform(polygon, move)
+    return project_polygon(
+        polygon, transformer, center if target.is_geographic else None
+    )

@@ -6,7 +6,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ LONLAT = 'OGC:CRS84'
 #: in the last digits, and no image is registered better than to a tenth of a pixel.
 _SAME = 0.01
 
-
 #: Share of the smaller of two grids from which on they overlap, above what the bends of
 #: neighbours' edges in degrees have in common.
 _SHARED = 1e-4
@@ -37,11 +36,7 @@ _SHARED = 1e-4
 
 @functools.lru_cache(maxsize=1024)
 def parse_crs(text: str) -> CRS:
-    """Parse an authority code, WKT, or what else pyproj understands, once.
-
-    Raises:
-        ValueError: If there is no such CRS.
-    """
+    """Parse an authority code, WKT, or what else pyproj understands, once."""
     try:
         return CRS.from_user_input(text)
     except CRSError as error:
@@ -64,14 +59,7 @@ def apply(transform: Affine, cols: Any, rows: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The pixels of a raster or of a window.
-
-    Attributes:
-        crs: Coordinate reference system.
-        transform: From column and row to coordinates.
-        height: Number of rows.
-        width: Number of columns.
-    """
+    """The pixels of a raster or of a window, a transform leads to their coordinates."""
 
     crs: CRS
     transform: Affine
@@ -99,11 +87,8 @@ class Grid:
     def window(self, top: int, left: int, height: int, width: int) -> 'Grid':
         """Return the grid of a window that starts at a row and a column."""
         a, b, _, d, e, _ = self.transform[:6]
-        transform = Affine(
-            *(a, b, a * left + b * top + self.transform.c),
-            *(d, e, d * left + e * top + self.transform.f),
-        )
-        return Grid(self.crs, transform, height, width)
+        x, y = apply(self.transform, left, top)
+        return Grid(self.crs, Affine(a, b, x, d, e, y), height, width)
 
     def matches(self, other: 'Grid') -> bool:
         """Tell whether both have the same pixels, but for a small part of one."""
@@ -119,22 +104,15 @@ def _corners(grid: Grid, unit: Grid) -> Floats:
     """Return three corners in pixels of another grid, not from its origin, (6,)."""
     a, b, _, d, e, _ = unit.transform[:6]
     determinant = a * e - b * d
-    corners = []
-    for col, row in ((0, 0), (grid.width, 0), (0, grid.height)):
-        x, y = apply(grid.transform, col, row)
-        corners += [(e * x - b * y) / determinant, (a * y - d * x) / determinant]
-    return np.array(corners)
+    x, y = apply(
+        grid.transform, np.array([0, grid.width, 0]), np.array([0, 0, grid.height])
+    )
+    cols, rows = (e * x - b * y) / determinant, (a * y - d * x) / determinant
+    return np.stack([cols, rows], 1).ravel()
 
 
 def group_by_grid(grids: Iterable[Grid]) -> list[list[int]]:
-    """Find grids that match.
-
-    Args:
-        grids: The grids.
-
-    Returns:
-        Positions of the grids of each group, in the order of their first ones.
-    """
+    """Find grids that match."""
     groups: list[list[int]] = []
     # First grids of groups by size and whole position, with the positions next to it
     known: dict[tuple[int, ...], list[tuple[Grid, list[int]]]] = {}
@@ -162,21 +140,28 @@ def outline(source: CRS, target: CRS, bounds: Sequence[float]) -> shapely.Polygo
     left, bottom, right, top = bounds
     size = max(right - left, top - bottom)
     ring = shapely.segmentize(shapely.box(left, bottom, right, top), size / 32)
-    x, y = shapely.get_coordinates(ring).T
-    to_target = projection(source, target)
-    if to_target is not None:
-        x, y = to_target.transform(x, y)
-    if target.is_geographic:
-        x = join_halves(x)
-    return shapely.Polygon(np.column_stack([x, y]))
+    arrange = join_halves if target.is_geographic else None
+    return project_polygon(ring, projection(source, target), arrange)
+
+
+def project_polygon(
+    polygon: shapely.Geometry,
+    transformer: Transformer | None,
+    arrange: Callable[[Floats], Floats] | None,
+) -> shapely.Geometry:
+    """Project a polygon, and arrange its longitudes."""
+
+    def move(points: Floats) -> Floats:
+        x, y = points.T
+        if transformer is not None:
+            x, y = transformer.transform(x, y)
+        return np.column_stack([x if arrange is None else arrange(x), y])
+
+    return shapely.transform(polygon, move)
 
 
 def overlapping(grids: Sequence[Grid]) -> list[tuple[int, int]]:
-    """Find grids that share ground, not only what the bends of their edges do.
-
-    Returns:
-        Pairs of positions, the smaller one first.
-    """
+    """Find grids that share ground, not only what the bends of their edges do."""
     lonlat = parse_crs(LONLAT)
     outlines = [outline(grid.crs, lonlat, grid.bounds) for grid in grids]
     # From every turn around the Earth, one of two at the antimeridian is near the other

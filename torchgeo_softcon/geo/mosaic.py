@@ -16,7 +16,7 @@ from pyproj import CRS
 from rasterio.errors import RasterioError
 from shapely.affinity import translate
 
-from .antimeridian import TURNS, turned_boxes
+from .antimeridian import TURNS, Floats, turned_boxes
 from .grid import LONLAT, Bounds, Grid, outline, parse_crs
 from .open_files import OpenFiles
 from .warp import Warp
@@ -35,24 +35,14 @@ _MAX_OPEN = 32
 
 @dataclass(frozen=True)
 class Tile(Grid):
-    """A raster of class codes.
-
-    Attributes:
-        path: Its file.
-        nodata: Code without data, None if there is none.
-    """
+    """A raster file of class codes, *nodata* is None without a code for no data."""
 
     path: str
     nodata: float | None
 
 
 def open_tile(path: str) -> Tile:
-    """Check a raster of class codes.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it has no CRS, more than one band or is not of integers.
-    """
+    """Check a raster of class codes."""
     try:
         with rasterio.open(path) as source:
             count, dtype, nodata = source.count, source.dtypes[0], source.nodata
@@ -96,26 +86,21 @@ class Mosaic:
         cache: bool,
         no_data: Sequence[int] = (0,),
     ) -> None:
-        """Initialize a new Mosaic instance.
+        """Initialize a new Mosaic instance of tiles in order of precedence.
 
-        Args:
-            tiles: Rasters, in order of precedence.
-            codes: Codes of the classes.
-            cache: Whether files stay open after a read.
-            no_data: Codes of pixels without data. The first one stands for them.
+        With *cache*, files stay open. The first code of *no_data* stands for all of them.
         """
         self.tiles = list(tiles)
-        self._crs = list(dict.fromkeys(tile.crs for tile in self.tiles))
-        # Tiles in degrees are there at every turn around the Earth
-        self._copies = [
-            (tile, turns)
-            for tile in self.tiles
-            for turns in (TURNS if tile.crs.is_geographic else TURNS[:1])
-        ]
-        boxes = np.array([tile.bounds for tile, _ in self._copies]).reshape(-1, 4)
-        self._boxes = turned_boxes(boxes, [turns for _, turns in self._copies])
-        numbers = [self._crs.index(tile.crs) for tile, _ in self._copies]
-        self._crs_of_copies = np.array(numbers)
+        copies: dict[CRS, list[tuple[Tile, int]]] = {}
+        for tile in self.tiles:
+            # Tiles in degrees are there at every turn around the Earth
+            for turns in TURNS if tile.crs.is_geographic else TURNS[:1]:
+                copies.setdefault(tile.crs, []).append((tile, turns))
+        self._by_crs = []
+        for crs, tiles_and_turns in copies.items():
+            boxes = np.array([tile.bounds for tile, _ in tiles_and_turns])
+            boxes = turned_boxes(boxes, [turns for _, turns in tiles_and_turns])
+            self._by_crs.append((crs, tiles_and_turns, boxes))
         self.fill = no_data[0]
         self._legend = np.isin(np.arange(256), [self.fill, *codes])
         # Bytes often have 255 for no data without saying so
@@ -123,25 +108,17 @@ class Mosaic:
         self.files = OpenFiles(rasterio.open, _MAX_OPEN if cache else 0)
 
     def read(self, grid: Grid) -> Codes:
-        """Read the codes at the pixel centres of a grid.
+        """Read the codes at the pixel centres of a grid, no data where no tile has any.
 
-        Args:
-            grid: The pixels. In degrees, they may lie beyond [-180, 180].
-
-        Returns:
-            Codes of shape (H, W), the code of no data where no tile has data.
-
-        Raises:
-            OSError: If a tile cannot be read.
-            ValueError: If a tile has codes that are not in the legend.
+        In degrees, the grid may lie beyond [-180, 180].
         """
         out = np.full((grid.height, grid.width), self.fill, np.uint8)
         # Places that do not exist in the CRS of a tile are infinite, which is handled
         with np.errstate(invalid='ignore'):
-            for number, crs in enumerate(self._crs):
+            for crs, tiles_and_turns, boxes in self._by_crs:
                 warp = Warp(grid, crs)
-                for tile, turns in self._find(number, warp.bounds):
-                    if not self._fill(out, tile, warp, turns):
+                for number in _touched(boxes, warp.bounds):
+                    if not self._fill(out, warp, *tiles_and_turns[number]):
                         return self._read_halves(grid)
         return out
 
@@ -149,27 +126,13 @@ class Mosaic:
         """Read a grid that spans too much of a tile for the memory."""
         height, width = grid.height, grid.width
         half = max(height, width) // 2
-        if height >= width:
-            halves = (
-                grid.window(0, 0, half, width),
-                grid.window(half, 0, height - half, width),
-            )
-        else:
-            halves = (
-                grid.window(0, 0, height, half),
-                grid.window(0, half, height, width - half),
-            )
-        return np.concatenate([self.read(g) for g in halves], int(height < width))
+        parts = [(0, 0, half, width), (half, 0, height - half, width)]
+        if height < width:
+            parts = [(0, 0, height, half), (0, half, height, width - half)]
+        halves = [self.read(grid.window(*part)) for part in parts]
+        return np.concatenate(halves, int(height < width))
 
-    def _find(self, crs: int, box: Bounds) -> list[tuple[Tile, int]]:
-        """Find the tiles of one CRS, at some turn, that touch a box of that CRS."""
-        left, bottom, right, top = self._boxes.T
-        # Not `left < box[2]`: a box that is not finite touches everything
-        apart = (left > box[2]) | (right < box[0]) | (bottom > box[3]) | (top < box[1])
-        found = np.flatnonzero(~apart & (self._crs_of_copies == crs))
-        return [self._copies[number] for number in found.tolist()]
-
-    def _fill(self, out: Codes, tile: Tile, warp: Warp, turns: int) -> bool:
+    def _fill(self, out: Codes, warp: Warp, tile: Tile, turns: int) -> bool:
         """Fill the gaps of *out* from a tile, False if that would need too much."""
         row, col = warp.pixels(tile, turns)
         whole = row.min() >= 0 and row.max() < tile.height
@@ -249,3 +212,11 @@ class Mosaic:
         if wholly:
             return bool(self._ground.covers(box))
         return bool(self._ground.intersection(box).area > 1e-6 * box.area)
+
+
+def _touched(boxes: Floats, box: Bounds) -> npt.NDArray[np.int64]:
+    """Find the boxes of shape (N, 4) that touch a box, all if that is not finite."""
+    left, bottom, right, top = boxes.T
+    # Not `left < box[2]`, which is not true either if it is not finite
+    apart = (left > box[2]) | (right < box[0]) | (bottom > box[3]) | (top < box[1])
+    return np.flatnonzero(~apart)

@@ -27,12 +27,7 @@ class OpenFiles:
     """
 
     def __init__(self, opener: Callable[..., Any], max_open: int = 64) -> None:
-        """Initialize a new OpenFiles instance.
-
-        Args:
-            opener: Opens a file. A function of a module, so that it can be pickled.
-            max_open: Number of files to keep open, 0 to close each after its use.
-        """
+        """Initialize a new OpenFiles instance."""
         self.opener = opener
         self.max_open = max_open
         self._pid = os.getpid()
@@ -50,14 +45,7 @@ class OpenFiles:
 
     @contextmanager
     def use(self, path: str | os.PathLike[str]) -> Iterator[Any]:
-        """Open a file, or take it from the open ones.
-
-        Args:
-            path: The file.
-
-        Yields:
-            What the opener made of it.
-        """
+        """Open a file, or take it from the open ones."""
         path = os.fspath(path)
         if self._pid != os.getpid():
             # Forked: the parent may hold the lock, and shares the file positions

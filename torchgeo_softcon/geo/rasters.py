@@ -22,6 +22,9 @@ from .open_files import OpenFiles
 Values = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 
+#: Colours of the bands of a photograph.
+RGB_COLORS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+
 #: Datasets that a process keeps open. Four dates of thirteen files fit twice.
 _MAX_OPEN = 128
 
@@ -53,11 +56,8 @@ class Layer:
 class Scene:
     """An image of one date.
 
-    Attributes:
-        name: The file, or the common part of the names of its files.
-        bands: Band names, None if they are unknown.
-        layers: Where the bands are, in the order of *bands*.
-        grid: Pixels of the finest layer.
+    It is named after its file, or the common part of the names of its files. *layers*
+    are in the order of *bands* (None if unknown), *grid* is that of the finest.
     """
 
     name: str
@@ -72,11 +72,7 @@ class Scene:
 
 
 def open_raster(path: str | os.PathLike[str]) -> Any:
-    """Open a raster with rasterio.
-
-    Raises:
-        OSError: If that fails. The message names the file.
-    """
+    """Open a raster with rasterio."""
     try:
         with warnings.catch_warnings():
             # The caller looks at the CRS, and images in a folder have none
@@ -89,19 +85,7 @@ def open_raster(path: str | os.PathLike[str]) -> Any:
 def read_raster(
     source: Any, indexes: Sequence[int], window: Window | None = None
 ) -> npt.NDArray[Any]:
-    """Read bands of an open raster.
-
-    Args:
-        source: The open rasterio dataset.
-        indexes: Positions of the bands, from 1.
-        window: Pixels to read, None for all.
-
-    Returns:
-        Values of shape (C, H, W) in the type of the file.
-
-    Raises:
-        OSError: If the file is truncated or damaged. The message names it.
-    """
+    """Read bands, by position from 1, as (C, H, W) in the type of the file."""
     windows = [window]
     if window is None and source.driver == 'PNG' and source.height > 1:
         # The fast way of GDAL for whole PNGs does not notice if one is truncated
@@ -131,6 +115,13 @@ def find_alpha(source: Any) -> int | None:
     return None if source.descriptions[index] else index + 1
 
 
+def nodata_of(
+    source: Any, indexes: Sequence[int], given: float | None
+) -> tuple[float | None, ...]:
+    """Return the value without data of some bands, unless it is given."""
+    return tuple(source.nodatavals[i - 1] if given is None else given for i in indexes)
+
+
 def read_values(
     source: Any,
     indexes: Sequence[int],
@@ -138,21 +129,10 @@ def read_values(
     alpha: int | None,
     window: Window | None = None,
 ) -> tuple[Values, Flags]:
-    """Read bands of an open raster as float32, NaN where they have no data.
+    """Read bands of an open raster as float32 of (C, H, W), NaN where they have no data.
 
-    Args:
-        source: The open rasterio dataset.
-        indexes: Positions of C bands, from 1.
-        nodata: Value without data of each band, None if there is none.
-        alpha: Position of a band that is 0 where all others have no data.
-        window: Pixels to read, None for all.
-
-    Returns:
-        The values of shape (C, H, W), and where a band of integers is 0 and that is its
-        nodata value. They are not NaN, because they are no data only if all bands are.
-
-    Raises:
-        OSError: If the file is truncated or damaged.
+    See :class:`Layer` for the arguments. Also returned is where a band of integers is 0
+    and that is its nodata value: no data, too, but only if all bands are, so not NaN.
     """
     wanted = [*indexes] if alpha is None else [*indexes, alpha]
     raw = read_raster(source, wanted, window)
@@ -189,36 +169,24 @@ class RasterReader:
     def read(
         self, scene: Scene, top: int, left: int, height: int, width: int
     ) -> Values:
-        """Read a window on the scene's finest grid.
+        """Read a window on the scene's finest grid, (C, H, W), NaN where no data is.
 
-        Args:
-            scene: What to read.
-            top: First row.
-            left: First column.
-            height: Number of rows.
-            width: Number of columns.
-
-        Returns:
-            Values of shape (C, H, W), NaN where a band has no data. If that is told by
-            the number 0, only where no band has: 0 is a value of single bands, such as
-            the one for cirrus.
-
-        Raises:
-            OSError: If a file cannot be read.
+        Where 0 stands for no data, that is where all bands are 0: single ones may have
+        it as a value, such as the one for cirrus.
         """
-        bands, zeros = [], []
-        for layer in scene.layers:
-            if layer.grid.matches(scene.grid):
-                values, zero = self._read(layer, Window(left, top, width, height))
-            else:
-                values, zero = self._resample(
-                    layer, scene.grid, top, left, height, width
-                )
-            bands.append(values)
-            zeros.append(zero)
-        if len(bands) == 1:
-            return drop_empty(bands[0], zeros[0])
-        return drop_empty(np.concatenate(bands), np.concatenate(zeros))
+        window = Window(left, top, width, height)
+        values, zeros = zip(
+            *(
+                self._read(layer, window)
+                if layer.grid.matches(scene.grid)
+                else self._resample(layer, scene.grid, window)
+                for layer in scene.layers
+            ),
+            strict=True,
+        )
+        if len(values) == 1:
+            return drop_empty(values[0], zeros[0])
+        return drop_empty(np.concatenate(values), np.concatenate(zeros))
 
     def _read(self, layer: Layer, window: Window) -> tuple[Values, Flags]:
         """Read some bands as :func:`read_values` does."""
@@ -231,13 +199,15 @@ class RasterReader:
         return values, zero
 
     def _resample(
-        self, layer: Layer, grid: Grid, top: int, left: int, height: int, width: int
+        self, layer: Layer, grid: Grid, window: Window
     ) -> tuple[Values, Flags]:
-        """Read a coarser band by bilinear interpolation."""
+        """Read a window of a finer grid by bilinear interpolation."""
         # Centres of the wanted pixels, in pixels of the band
         to_columns, to_rows = _to_band(layer.grid, grid)
-        columns = to_columns[0] * (left + 0.5 + np.arange(width)) + to_columns[1] - 0.5
-        rows = to_rows[0] * (top + 0.5 + np.arange(height)) + to_rows[1] - 0.5
+        columns = window.col_off + 0.5 + np.arange(window.width)
+        rows = window.row_off + 0.5 + np.arange(window.height)
+        columns = to_columns[0] * columns + to_columns[1] - 0.5
+        rows = to_rows[0] * rows + to_rows[1] - 0.5
         # The outer half of an edge pixel has no neighbour, it repeats the edge
         columns = columns.clip(0, layer.grid.width - 1)
         rows = rows.clip(0, layer.grid.height - 1)

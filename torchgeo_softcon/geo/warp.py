@@ -59,18 +59,10 @@ def node_positions(nodes: int) -> Floats:
 def project(
     source: CRS, target: CRS, transforms: Iterable[Any], cols: Floats, rows: Floats
 ) -> tuple[Floats, Floats]:
-    """Project pixel positions of grids to coordinates of another CRS.
+    """Project columns and rows of shape (..., M) to coordinates of another CRS.
 
-    Args:
-        source: CRS of the grids.
-        target: The other CRS.
-        transforms: The six numbers of a transform, for N grids of shape (N, 1) each.
-        cols: Columns of shape (..., M).
-        rows: Rows of shape (..., M).
-
-    Returns:
-        x and y of shape (..., M) each. Longitudes of a grid are near that of its first
-        position, which is in [-180, 180].
+    *transforms* are the six numbers of a transform, for N grids of shape (N, 1) each.
+    Longitudes of a grid are near that of its first position, which is in [-180, 180].
     """
     a, b, c, d, e, f = transforms
     x, y = a * cols + b * rows + c, d * cols + e * rows + f
@@ -101,12 +93,7 @@ class Warp:
     """The pixel centres of a grid in another CRS."""
 
     def __init__(self, grid: Grid, crs: CRS) -> None:
-        """Project the nodes of a grid.
-
-        Args:
-            grid: The pixels.
-            crs: The other CRS.
-        """
+        """Project the nodes of a grid."""
         self.grid, self.crs = grid, crs
         self._around = crs.is_geographic
         height, width = grid.height, grid.width
@@ -126,8 +113,8 @@ class Warp:
         )
 
     def _project(self, rows: Floats, cols: Floats) -> tuple[Floats, Floats]:
-        source, transform = self.grid.crs, self.grid.transform[:6]
-        return project(source, self.crs, transform, cols, rows)
+        grid = self.grid
+        return project(grid.crs, self.crs, grid.transform[:6], cols, rows)
 
     @property
     def bounds(self) -> Bounds:
@@ -139,15 +126,7 @@ class Warp:
         return left, bottom, right, top
 
     def pixels(self, raster: Grid, turns: int = 0) -> tuple[Pixels, Pixels]:
-        """Find the row and column in a raster for every pixel of the grid.
-
-        Args:
-            raster: A raster in the other CRS.
-            turns: Turns to the east that the raster is looked at.
-
-        Returns:
-            Rows and columns of shape (H, W) each, some outside of the raster.
-        """
+        """Find the rows and columns in a raster, or outside of it, of all pixels, (H, W)."""
         inverse = ~raster.transform
         size = _NODES**2
         positions, errors, reach = [], [], []

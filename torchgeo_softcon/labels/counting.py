@@ -61,18 +61,11 @@ _FAILURES = (OSError, ProjError, ValueError, shapely.errors.GEOSException)
 
 @dataclass
 class Counted:
-    """Pixels of some footprints.
+    """Pixels of some footprints, and how many blocks were decoded for them."""
 
-    Attributes:
-        counts: Pixels of every class of shape (N, K).
-        pixels: All pixels of shape (N,), those without data as well.
-        reasons: Why there are no counts, by row.
-        decoded: How many blocks were decoded.
-    """
-
-    counts: Counts
-    pixels: Counts
-    reasons: dict[int, str] = field(default_factory=dict)
+    counts: Counts  # of every class, (N, K)
+    pixels: Counts  # all of them, those without data as well, (N,)
+    reasons: dict[int, str] = field(default_factory=dict)  # why no counts, by row
     decoded: int = 0
 
 
@@ -84,14 +77,8 @@ def count_pixels(
 ) -> Counted:
     """Count the pixels of every class in footprints.
 
-    Args:
-        table: Footprints, best in the order of the blocks under them.
-        tiles: Rasters of class codes, in order of precedence.
-        codes: Codes to count, K of them. All others but *no_data* are errors.
-        no_data: Codes of pixels without data.
-
-    Returns:
-        The counts. Footprints that cannot be counted have a reason instead.
+    Best in the order of the blocks under them. All codes but *codes*, the K of the
+    classes, and *no_data* are errors. Tiles are in order of precedence.
     """
     out = Counted(
         np.zeros((len(table), len(codes)), np.int64), np.zeros(len(table), np.int64)
@@ -102,10 +89,7 @@ def count_pixels(
         grids = _Grids(table, tiles)
         for row in range(len(table)):
             try:
-                found = counter.of_placed(grids, row)
-                if found is None:
-                    found = counter.of_any(table, row)
-                out.counts[row], out.pixels[row] = found
+                out.counts[row], out.pixels[row] = counter.count(table, grids, row)
             except _FAILURES as error:
                 out.reasons[row] = ' '.join(str(error).split())
     out.decoded = mosaic.decoded
@@ -153,17 +137,22 @@ class _Grids:
             east, north = project(parse_crs(crs), target, numbers, col, row)
         except (ProjError, ValueError):
             return
+        # Values of the polynomials there, (N, checks, nodes) each
+        basis = [
+            chebyshev.chebvander(2 * check / size - 1, _NODES - 1)
+            for check, size in zip(checks, (height, width), strict=True)
+        ]
         for number, tile in enumerate(self.tiles):
             tile_col, tile_row = apply(~tile.transform, east, north)
             position = np.stack([tile_row, tile_col], 1)  # (N, 2, nodes² + checks)
-            self._fit(rows, number, position, checks)
+            self._fit(rows, number, position, basis)
 
     def _fit(
         self,
         rows: npt.NDArray[np.int64],
         number: int,
         position: Floats,
-        checks: tuple[Floats, Floats],
+        basis: Sequence[Floats],
     ) -> None:
         """Take the grids that lie in a tile, and give up those that only touch it."""
         tile = self.tiles[number]
@@ -172,12 +161,13 @@ class _Grids:
             touches = (position.max(2) > -1) & (position.min(2) < size + 1)
         near = np.flatnonzero(touches.all(1))
         rows, position = rows[near], position[near]
-        checks = checks[0][near], checks[1][near]
 
         values = position[..., : _NODES**2].reshape(-1, 2, _NODES, _NODES)
-        basis = to_coefficients(_NODES)
-        coefficients = basis @ values @ basis.T
-        error = self._errors(rows, coefficients, position[..., _NODES**2 :], checks)
+        matrix = to_coefficients(_NODES)
+        coefficients = matrix @ values @ matrix.T
+        y, x = (axis[near] for axis in basis)
+        found = np.einsum('nci,naij,ncj->nac', y, coefficients, x)
+        error = abs(found - position[..., _NODES**2 :]).max((1, 2), initial=0)
         coefficients[:, :, 0, 0] += EDGE
         # No Chebyshev polynomial leaves [-1, 1]
         middle = coefficients[:, :, 0, 0]
@@ -196,21 +186,6 @@ class _Grids:
         self.parallel[rows] = across + down < 0.1 * EDGE
         self.windows[rows[sound]] = np.stack([low, high + 1], 2)[sound]
 
-    def _errors(
-        self,
-        rows: npt.NDArray[np.int64],
-        coefficients: Floats,
-        expected: Floats,
-        checks: tuple[Floats, Floats],
-    ) -> Floats:
-        """Return the largest error of polynomials, in pixels, of shape (N,)."""
-        y, x = (
-            chebyshev.chebvander(2 * check / self.shapes[rows, i, None] - 1, _NODES - 1)
-            for i, check in enumerate(checks)
-        )  # (N, checks, nodes)
-        found = np.einsum('nci,naij,ncj->nac', y, coefficients, x)
-        return np.asarray(abs(found - expected).max((1, 2), initial=0))
-
 
 class _Counter:
     """Counts footprints one after the other."""
@@ -224,12 +199,24 @@ class _Counter:
         # The most frequent first: once all pixels are found, no other code has any
         self.order = list(range(len(codes)))
 
-    def of_placed(self, grids: _Grids, row: int) -> tuple[Counts, int] | None:
+    def count(self, table: pa.Table, grids: _Grids, row: int) -> tuple[Counts, int]:
+        """Return the pixels of every class in a footprint, and all of its pixels."""
+        counts = self._placed(grids, row)
+        height, width = grids.shapes[row].tolist()
+        if counts is not None:
+            return counts, height * width
+        crs = parse_crs(table['crs'][row].as_py())
+        if height:
+            transform = Affine(*table['transform'][row].as_py())
+            return self._read(Grid(crs, transform, height, width))
+        return self._polygon(crs, shapely.from_wkb(table['polygon'][row].as_py()))
+
+    def _placed(self, grids: _Grids, row: int) -> Counts | None:
         """Count a grid that lies in one tile, None if it does not or has odd codes."""
         number = int(grids.tile[row])
         if number < 0 or not self.plain[number]:
             return None
-        height, width = (int(size) for size in grids.shapes[row])
+        height, width = grids.shapes[row].tolist()
         (top, bottom), (left, right) = grids.windows[row].tolist()
         pixels, first, stride = self.mosaic.flat(
             grids.tiles[number], ((top, bottom), (left, right))
@@ -247,8 +234,7 @@ class _Counter:
             cols = (weights[1, :1] @ columns)[0].astype(np.intp) + first % stride
             block = pixels.reshape(-1, stride)
             values = _steps(block, rows, 0)
-            counts = self._histogram(_steps(values, cols, 1))
-            return None if counts is None else (counts, height * width)
+            return self._histogram(_steps(values, cols, 1))
         values = np.empty((height, width), np.uint8)
         # Strips that stay in the cache of the processor
         strip = max(_STRIP // width, 1)
@@ -259,18 +245,7 @@ class _Counter:
             index *= stride
             index += col
             values[start : start + strip] = pixels[first:].take(index)
-        counts = self._histogram(values)
-        return None if counts is None else (counts, height * width)
-
-    def of_any(self, table: pa.Table, row: int) -> tuple[Counts, int]:
-        """Count a grid or an outline wherever it is."""
-        crs = parse_crs(table['crs'][row].as_py())
-        height, width = table['height'][row].as_py(), table['width'][row].as_py()
-        if height:
-            transform = Affine(*table['transform'][row].as_py())
-            return self._grid(Grid(crs, transform, height, width)), height * width
-        polygon = shapely.from_wkb(table['polygon'][row].as_py())
-        return self._polygon(crs, polygon)
+        return self._histogram(values)
 
     def _histogram(self, values: npt.NDArray[np.uint8]) -> Counts | None:
         """Count the pixels of every code, None if there are others but no data."""
@@ -281,19 +256,31 @@ class _Counter:
             left -= int(found)
             if not left:
                 break
-        if left and left != np.count_nonzero(values == self.mosaic.fill):
-            return None
+        if left:
+            # Bytes are counted twice as fast as they are compared
+            known = values != self.mosaic.fill if self.mosaic.fill else values
+            if left != values.size - np.count_nonzero(known):
+                return None
         # The next footprint is a neighbour
         self.order = np.argsort(-counts, kind='stable').tolist()
         return counts
 
-    def _grid(self, grid: Grid) -> Counts:
-        """Count a grid of any size, piece by piece."""
-        counts = np.zeros(len(self.codes), np.int64)
+    def _read(
+        self, grid: Grid, polygon: shapely.Geometry | None = None
+    ) -> tuple[Counts, int]:
+        """Count a grid of any size piece by piece, or what is inside of a polygon."""
+        counts, pixels = np.zeros(len(self.codes), np.int64), 0
         for piece in _pieces(grid):
-            values = self.mosaic.read(piece)
-            counts += np.bincount(values.ravel(), minlength=256)[self.codes]
-        return counts
+            chosen: Any = slice(None)
+            if polygon is not None:
+                shape = piece.height, piece.width
+                chosen = geometry_mask([polygon], shape, piece.transform, invert=True)
+                if not chosen.any():
+                    continue
+            values = self.mosaic.read(piece)[chosen].ravel()
+            counts += np.bincount(values, minlength=256)[self.codes]
+            pixels += values.size
+        return counts, pixels
 
     def _polygon(self, crs: CRS, polygon: shapely.Geometry) -> tuple[Counts, int]:
         """Count the pixels of the map whose centres lie in an outline."""
@@ -304,16 +291,7 @@ class _Counter:
         left, top = np.floor(cols.min()), np.floor(rows.min())
         right, bottom = np.ceil(cols.max()), np.ceil(rows.max())
         size = max(int(bottom - top), 1), max(int(right - left), 1)
-        counts, pixels = np.zeros(len(self.codes), np.int64), 0
-        for piece in _pieces(tile.window(int(top), int(left), *size)):
-            shape = piece.height, piece.width
-            inside = geometry_mask([polygon], shape, piece.transform, invert=True)
-            found = int(np.count_nonzero(inside))
-            if found:
-                values = self.mosaic.read(piece)[inside]
-                counts += np.bincount(values, minlength=256)[self.codes]
-                pixels += found
-        return counts, pixels
+        return self._read(tile.window(int(top), int(left), *size), polygon)
 
     def _home(self, crs: CRS, polygon: shapely.Geometry) -> Grid:
         """Return the tile whose pixels an outline is filled with: the first under it."""

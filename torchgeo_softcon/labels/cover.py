@@ -23,12 +23,10 @@ from .workers import Workers
 
 @dataclass
 class Cover:
-    """Tiles that may lie under an archive.
+    """Tiles that may lie under an archive, in order of precedence.
 
-    Attributes:
-        tiles: The tiles, in order of precedence.
-        absent: Names of official tiles that do not exist: sea.
-        failed: Names of official tiles that could not be fetched, and why.
+    Official tiles are *absent*, by name, if they do not exist (sea), and *failed* if they
+    could not be fetched, with the reason.
     """
 
     tiles: list[Tile] = field(default_factory=list)
@@ -53,13 +51,9 @@ def find_cover(
         product: The land-cover product.
         year: Year of the map.
         boxes: Left, bottom, right and top in degrees of longitude and latitude, (N, 4).
-        workers: What opens the files.
+        workers: Processes that open the files.
         base_url: Address to download missing tiles from, None for no download.
         progress: Whether to show a progress bar for downloads.
-
-    Raises:
-        OSError: If there are none, or one cannot be opened.
-        ValueError: If a tile is no raster of class codes.
     """
     bucket = remote_bucket(worldcover)
     if bucket is not None:
@@ -78,21 +72,21 @@ def find_cover(
 
     cover = Cover()
     if base_url is not None:
-        folder = download_folder(worldcover)
         result = download_tiles(
             product.grid.names_under(boxes),
-            folder,
+            download_folder(worldcover),
             year,
             base_url,
             progress=progress,
             product=product,
         )
         cover.absent, cover.failed = set(result.absent), result.failed
-        if not (result.downloaded or result.kept) and not _any_tiles(
-            folder, product, year
-        ):
-            return cover
-    files = find_year(worldcover, product, year)
+    try:
+        files = find_year(worldcover, product, year)
+    except FileNotFoundError:
+        if base_url is None:
+            raise
+        return cover
     for file, opened in zip(files, _open(files, workers), strict=True):
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
@@ -109,15 +103,12 @@ def find_year(
 
     A dataset takes every file that is named. Labels are said to be those of one map, so
     here the year of an official name counts, wherever the file is.
-
-    Raises:
-        FileNotFoundError: If there is none.
     """
     files = find_map_files(worldcover, product, year)
-    names = [product.official.search(os.path.basename(file)) for file in files]
+    names = ((f, product.official.search(os.path.basename(f))) for f in files)
     chosen = [
         file
-        for file, name in zip(files, names, strict=True)
+        for file, name in names
         if name is None or name.groupdict().get('year') in (None, str(year))
     ]
     if not chosen:
@@ -138,11 +129,7 @@ def remote_bucket(worldcover: Path | Iterable[Path]) -> str | None:
 
 
 def download_folder(worldcover: Path | Iterable[Path]) -> str:
-    """Return the one folder that tiles are downloaded to.
-
-    Raises:
-        ValueError: If there are several, or it is a file.
-    """
+    """Return the one folder that tiles are downloaded to."""
     paths = path_list(worldcover)
     if len(paths) != 1 or os.path.isfile(paths[0]):
         raise ValueError(
@@ -187,13 +174,6 @@ def reasons(
                 f'{product.file_name(name, year)} cannot be downloaded: {cover.failed[name]}'
             )
     return out
-
-
-def _any_tiles(folder: str, product: LandCoverProduct, year: int | None) -> bool:
-    try:
-        return bool(find_year(folder, product, year))
-    except FileNotFoundError:
-        return False
 
 
 def _open(paths: list[str], workers: Workers) -> list[Tile | str]:
