@@ -4,16 +4,7 @@
 """Checks of options. None, which stands for a default, passes, NaN never does."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-
-
-def _check(
-    valid: Callable[[float], bool], expected: str, values: Mapping[str, float | None]
-) -> None:
-    """Raise a ValueError for the first option that is not *valid*."""
-    for name, value in values.items():
-        if value is not None and not valid(value):
-            raise ValueError(f'{name} must be {expected}, got {value}')
+from collections.abc import Callable, Sequence
 
 
 def require(condition: object, message: str) -> None:
@@ -22,40 +13,28 @@ def require(condition: object, message: str) -> None:
         raise ValueError(message)
 
 
-def check_counts(**values: int | None) -> None:
-    """Check that options are at least 1, else raise a ValueError that names one."""
-    _check(lambda value: value >= 1, 'at least 1', values)
+def _check_of(valid: Callable[[float], bool], expected: str) -> Callable[..., None]:
+    """Return a function that raises a ValueError for the first invalid option."""
+
+    def check(**values: float | None) -> None:
+        for name, value in values.items():
+            require(
+                value is None or valid(value), f'{name} must be {expected}, got {value}'
+            )
+
+    return check
 
 
-def check_positive(**values: float | None) -> None:
-    """Check that options are above 0, else raise a ValueError that names one."""
-    _check(lambda value: value > 0, '> 0', values)
-
-
-def check_not_negative(**values: float | None) -> None:
-    """Check that options are 0 or above, else raise a ValueError that names one."""
-    _check(lambda value: value >= 0, '>= 0', values)
-
-
-def check_fractions(**values: float | None) -> None:
-    """Check that options are in [0, 1], else raise a ValueError that names one."""
-    _check(lambda value: 0 <= value <= 1, 'in [0, 1]', values)
+check_counts = _check_of(lambda value: value >= 1, 'at least 1')
+check_positive = _check_of(lambda value: value > 0, '> 0')
+check_not_negative = _check_of(lambda value: value >= 0, '>= 0')
+check_fractions = _check_of(lambda value: 0 <= value <= 1, 'in [0, 1]')
 
 
 def check_choice(
     name: str, value: object, choices: Sequence[str], alternative: str = ''
 ) -> None:
-    """Check that an option is one of several names.
-
-    Args:
-        name: Name of the option.
-        value: Value of the option.
-        choices: Names that it can have, two or more.
-        alternative: What else it may be, named in the message.
-
-    Raises:
-        ValueError: If it is another one.
-    """
+    """Check that an option is one of several names."""
     if value not in choices:
         quoted = [*map(repr, choices), *([alternative] if alternative else [])]
         raise ValueError(
@@ -64,16 +43,7 @@ def check_choice(
 
 
 def check_range(name: str, limits: Sequence[float], top: float = math.inf) -> None:
-    """Check that an option is an ordered range of positive numbers.
-
-    Args:
-        name: Name of the option.
-        limits: Smallest and largest value.
-        top: Largest value allowed.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that an option is an ordered range of positive numbers."""
     if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= top:
         raise ValueError(
             f'{name} must be a range (low, high) in (0, {top:g}], got {limits}'
@@ -81,14 +51,6 @@ def check_range(name: str, limits: Sequence[float], top: float = math.inf) -> No
 
 
 def check_limits(name: str, limits: Sequence[float] | None) -> None:
-    """Check that an option is None or two ascending numbers.
-
-    Args:
-        name: Name of the option.
-        limits: Smallest and largest value.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that an option is None or two ascending numbers."""
     if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
         raise ValueError(f'{name} must be (low, high) with low < high, got {limits}')

@@ -11,6 +11,8 @@ Names are loaded on first use: our weights are registered while ``torchgeo.model
 imported, which must not pull in datasets, tasks, and Lightning.
 """
 
+# ruff: noqa: F401, as other modules import the names from here
+
 import shlex
 import sys
 from collections.abc import Iterable
@@ -19,7 +21,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torchvision.models._api import Weights, WeightsEnum
 
 #: Whether the host calls its tasks ``Classification``, not ``ClassificationTask``.
@@ -50,28 +51,6 @@ if TYPE_CHECKING:
     from torchgeo.models import get_weight
     from torchgeo.trainers import BaseTask, ClassificationTask
 
-__all__ = (
-    'HAS_TASKS',
-    'BaseDataModule',
-    'BaseTask',
-    'ClassificationTask',
-    'DatasetNotFoundError',
-    'MisconfigurationException',
-    'NonGeoDataModule',
-    'NonGeoDataset',
-    'RasterDataset',
-    'Sample',
-    'Weights',
-    'WeightsEnum',
-    'extract_backbone',
-    'finetune_command',
-    'full_slices',
-    'georeference',
-    'get_weight',
-    'host_main',
-    'host_weights',
-)
-
 
 def __getattr__(name: str) -> Any:
     """Load a class of the host."""
@@ -84,11 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def host_main(args: list[str]) -> None:
-    """Run the command line of the host.
-
-    Args:
-        args: Arguments of ``torchgeo``.
-    """
+    """Run ``torchgeo`` with some arguments."""
     argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns of arguments in both
     try:
         import_module('torchgeo.main').main(args)
@@ -97,30 +72,9 @@ def host_main(args: list[str]) -> None:
 
 
 def host_weights(enum: str, member: str) -> Weights:
-    """Return weights that TorchGeo hosts.
-
-    Args:
-        enum: Name of the host's enum.
-        member: Name of its member.
-
-    Returns:
-        URL, transforms and metadata.
-    """
+    """Return weights that TorchGeo hosts."""
     weights: Weights = getattr(import_module('torchgeo.models'), enum)[member].value
     return weights
-
-
-def extract_backbone(path: str) -> tuple[str, dict[str, Tensor]]:
-    """Read the encoder of a task's checkpoint, as the host's own tasks read it.
-
-    Args:
-        path: Path to a Lightning checkpoint.
-
-    Returns:
-        The timm name of the encoder and its state dict.
-    """
-    name, state_dict = import_module(f'{_TASKS}.utils').extract_backbone(path)
-    return str(name), state_dict
 
 
 def full_slices(dataset: Any, query: Any) -> tuple[slice, slice, slice]:
@@ -144,17 +98,7 @@ def georeference(dataset: Any, query: Any, transform: Iterable[float]) -> Sample
 def finetune_command(
     model: str, checkpoint: str, in_channels: int, data: str | None
 ) -> str:
-    """Write the command that fine-tunes an encoder with the installed host.
-
-    Args:
-        model: timm name of the encoder.
-        checkpoint: Path of the checkpoint.
-        in_channels: Number of bands.
-        data: Options that name labelled data and the task on them, if they are known.
-
-    Returns:
-        A shell command.
-    """
+    """Write the command that fine-tunes an encoder with the installed host."""
     task = 'Classification' if HAS_TASKS else 'ClassificationTask'
     data = data or '--model.num_classes N --data YOUR_DATAMODULE'
     return (

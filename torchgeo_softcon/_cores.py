@@ -7,11 +7,7 @@ import os
 
 
 def count_cores() -> int:
-    """Count the processor cores that this process may use.
-
-    Returns:
-        Number of cores.
-    """
+    """Count the processor cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):  # not so on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

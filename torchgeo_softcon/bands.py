@@ -91,14 +91,7 @@ KNOWN_BANDS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS, *RGB_BANDS, *_OTHER)
 
 
 def spell_band_name(band: str) -> str:
-    """Bring one band name to our spelling, without a look at whether it is known.
-
-    Args:
-        band: Any name.
-
-    Returns:
-        The name as this package spells it, in upper case.
-    """
+    """Bring one band name to our spelling, without a look at whether it is known."""
     name = re.sub(r'^B0+(?=\d)', 'B', str(band).upper())
     return _ALIASES.get(name, name)
 
@@ -118,16 +111,6 @@ def normalize_band_names(
 
     ``B02``, ``b2`` and ``B2`` are one band, ``B8a`` and ``B08A`` are one band, ``red``
     and ``R`` are one band.
-
-    Args:
-        bands: Names of Sentinel-2, Sentinel-1 or colour bands.
-        also: Further names to accept, in our spelling.
-
-    Returns:
-        The same bands as this package spells them.
-
-    Raises:
-        ValueError: If a name is unknown or occurs twice, or *bands* is not a list.
     """
     _reject_text(bands)
     known = (*KNOWN_BANDS, *also)
@@ -182,10 +165,6 @@ def band_statistics(
 def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
     """Tell which bands a number of bands stands for.
 
-    Args:
-        count: Number of bands.
-        known: Bands to choose from, in our spelling.
-
     Returns:
         All of *known* if there are as many, else one of :data:`SENTINEL2_SUBSETS`.
 
@@ -218,9 +197,6 @@ def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
     Args:
         bands: Band names, in any spelling of :func:`normalize_band_names`.
 
-    Returns:
-        The index of red, of green and of blue.
-
     Raises:
         ValueError: If one of the three is not among *bands*, or *bands* is not a list.
     """
@@ -236,16 +212,7 @@ def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
 
 
 def shown_channels(bands: Sequence[str] | None, count: int) -> list[int]:
-    """Choose the channels to show of an image.
-
-    Args:
-        bands: Names of its bands, if they are known.
-        count: Number of its channels.
-
-    Returns:
-        Red, green and blue. Where they are not known, the first three channels, or the
-        first alone if there are fewer.
-    """
+    """Choose the channels to show of an image."""
     if bands is not None:
         with suppress(ValueError):  # other bands
             return list(rgb_indices(bands))

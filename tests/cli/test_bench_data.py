@@ -145,7 +145,7 @@ def test_what_workers_have_prepared_does_not_count(
 
     with pytest.raises(_Measured) as measured:
         train()
-    speed = measured.value.speed
+    (speed,) = measured.value.args
     assert (speed.data, speed.both, speed.step) == (6, 3, 6)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchgeo_softcon.__main__ import main
-from torchgeo_softcon._compat import HAS_TASKS, BaseTask, extract_backbone
+from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.export.encoder import convert_encoder
 from torchgeo_softcon.export.files import export
 from torchgeo_softcon.models import create_encoder
@@ -24,6 +24,7 @@ from torchgeo_softcon.models.encoders import Encoder, read_encoder
 from ..models.helpers import dino_checkpoint, randomize, vit_shapes
 
 TASKS = import_module(BaseTask.__module__.rpartition('.')[0])
+extract_backbone = import_module(f'{TASKS.__name__}.utils').extract_backbone
 
 
 def host(name: str) -> str:

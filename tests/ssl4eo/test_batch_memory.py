@@ -5,7 +5,7 @@ import pickle
 
 import torch
 
-from torchgeo_softcon.ssl4eo.batch_memory import BufferPool
+from torchgeo_softcon.ssl4eo.record_archive import BufferPool
 
 
 def test_memory_is_used_again_when_nobody_refers_to_it() -> None:

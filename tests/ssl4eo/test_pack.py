@@ -24,9 +24,8 @@ from tests.ssl4eo import archives
 from tests.ssl4eo.archives import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.datasets import SSL4EOS12ML
-from torchgeo_softcon.ssl4eo.pack import pack, verify
+from torchgeo_softcon.ssl4eo.pack import Unpacked, pack, unpack, verify
 from torchgeo_softcon.ssl4eo.record_archive import SCHEMA, RecordArchive, write_index
-from torchgeo_softcon.ssl4eo.unpack import Unpacked, unpack
 from torchgeo_softcon.storage.lock import exclusive
 
 JUNE, SEPTEMBER = '20200604', '20200902'
@@ -355,7 +354,7 @@ def test_unpacking_is_interrupted(
         raise KeyboardInterrupt
 
     pack(root, tmp_path / 'packed', 's2a')
-    monkeypatch.setattr('torchgeo_softcon.ssl4eo.unpack._write', stop)
+    monkeypatch.setattr('torchgeo_softcon.ssl4eo.pack._write_tiffs', stop)
     assert main(['unpack', str(tmp_path / 'packed'), str(tmp_path / 'back')]) == 130
     assert 'interrupted, start again to go on' in capsys.readouterr().err
 

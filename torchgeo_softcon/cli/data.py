@@ -29,14 +29,12 @@ def data_parser(command: str, description: str, example: str) -> CommandParser:
         allow_abbrev=False,
         usage='%(prog)s [OPTIONS]',
     )
+    # Options without a type are texts that can be null, as in YAML
+    parser.register('type', None, optional(str))
     group = parser.add_argument_group('encoder')
-    group.add_argument('--checkpoint', type=optional(str), help='checkpoint of a task')
-    group.add_argument(
-        '--weights', type=optional(str), help='name of a weight enum member, instead'
-    )
-    group.add_argument(
-        '--model', type=optional(str), help='timm name, if the checkpoint has none'
-    )
+    group.add_argument('--checkpoint', help='checkpoint of a task')
+    group.add_argument('--weights', help='name of a weight enum member, instead')
+    group.add_argument('--model', help='timm name, if the checkpoint has none')
     group.add_argument(
         '--bands',
         type=optional(list_of(str)),
@@ -65,7 +63,6 @@ def data_parser(command: str, description: str, example: str) -> CommandParser:
     )
     group.add_argument(
         '--config',
-        type=optional(str),
         help='configuration of `torchgeo fit`, of which the section `data` is used. By '
         'default the one of the run that the checkpoint is from',
     )
@@ -94,16 +91,25 @@ def open_data(
     The configuration is that of *run*, by default the run that the checkpoint is from.
     """
     args: list[str] = options.data_args
-    named = _value(args, '--data') or _value(args, '--data.class_path')
+    finder = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    finder.add_argument('--data', '--data.class_path')
+    named = finder.parse_known_args(args)[0].data
     config = options.config
     if config is None and named is None:
         if run is None and options.checkpoint is not None:
             run = Path(options.checkpoint).absolute().parent.parent
         if run is not None and (run / 'config.yaml').exists():
             config = str(run / 'config.yaml')
-    data = None if config is None else _read_yaml(Path(config)).get('data')
+    data = None
+    if config is not None:
+        if not Path(config).is_file():
+            raise FileNotFoundError(f'config {config} does not exist, or is not a file')
+        sections = _load_yaml('config', config)
+        data = sections.get('data') if isinstance(sections, dict) else None
     if data:
-        if named is not None and _named_class(named) != _class_name(data):
+        if named and _class_name(_load_yaml('data', named)) != _class_name(data):
             raise ValueError(
                 f'data must be those of config {config}, {_class_name(data)}, got '
                 f'{named}. Leave out --config or --data'
@@ -157,38 +163,16 @@ def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Read the sections of a configuration."""
-    if not path.is_file():
-        raise FileNotFoundError(f'config {path} does not exist, or is not a file')
+def _load_yaml(name: str, value: str) -> Any:
+    """Load the value of an option, which is YAML or a file of that."""
+    path = Path(value)
     try:
-        content = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text() if path.is_file() else value)
     except yaml.YAMLError as error:
-        raise ValueError(f'config {path} is not YAML: {error}') from error
-    return content if isinstance(content, dict) else {}
+        raise ValueError(f'{name} {value} is not YAML: {error}') from error
 
 
 def _class_name(data: Any) -> str:
     """Return the name of the class of some data, without its module."""
     path = data.get('class_path') if isinstance(data, dict) else data
     return str(path).rpartition('.')[2]
-
-
-def _named_class(data: str) -> str:
-    """Return the class of an option, which is a name, YAML, or a file of that."""
-    if Path(data).is_file():
-        return _class_name(_read_yaml(Path(data)))
-    try:
-        return _class_name(yaml.safe_load(data))
-    except yaml.YAMLError as error:
-        raise ValueError(f'data {data} is not YAML: {error}') from error
-
-
-def _value(args: Sequence[str], name: str) -> str | None:
-    """Return the value of an option in the two ways to write it."""
-    for position, arg in enumerate(args):
-        if arg == name and position + 1 < len(args):
-            return args[position + 1]
-        if arg.startswith(f'{name}='):
-            return arg.removeprefix(f'{name}=')
-    return None

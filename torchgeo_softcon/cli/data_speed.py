@@ -18,15 +18,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Checkpoint,
-    LearningRateFinder,
-    ModelSummary,
-    ProgressBar,
-    Timer,
-)
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor
 
 from .._compat import Sample, host_main
@@ -40,35 +32,32 @@ _BOUND = 0.1
 #: What `torchgeo fit` is told on top of the configuration: to train on one device and to
 #: do nothing else, and not to end before the measurement does.
 _OVERRIDES = {
-    # Added: others may change what is trained on, such as ResizeInput
-    'trainer.callbacks+': f'{__name__}.Stopwatch',
     # Not off: that would be an error where callbacks for the same are given
-    'trainer.barebones': 'false',
-    'trainer.enable_checkpointing': 'true',
-    'trainer.enable_progress_bar': 'true',
-    'trainer.num_sanity_val_steps': '0',
-    'trainer.limit_train_batches': 'null',
-    'trainer.limit_val_batches': '0',
-    'trainer.fast_dev_run': 'false',
-    'trainer.overfit_batches': '0.0',
-    'trainer.max_epochs': '1000',
-    'trainer.max_steps': '-1',
-    'trainer.max_time': 'null',
-    'trainer.devices': '1',
-    'trainer.num_nodes': '1',
-    'trainer.strategy': 'auto',
-    'ckpt_path': 'null',
+    'barebones': 'false',
+    'enable_checkpointing': 'true',
+    'enable_progress_bar': 'true',
+    'num_sanity_val_steps': '0',
+    'limit_train_batches': 'null',
+    'limit_val_batches': '0',
+    'fast_dev_run': 'false',
+    'overfit_batches': '0.0',
+    'max_epochs': '1000',
+    'max_steps': '-1',
+    'max_time': 'null',
+    'devices': '1',
+    'num_nodes': '1',
+    'strategy': 'auto',
 }
 
 #: Callbacks that write, watch, or end a run, and change nothing of its steps.
 _LEFT_OUT = (
-    BatchSizeFinder,
-    Checkpoint,
+    callbacks.BatchSizeFinder,
+    callbacks.Checkpoint,
+    callbacks.LearningRateFinder,
+    callbacks.ModelSummary,
+    callbacks.ProgressBar,
+    callbacks.Timer,
     KNNProbe,
-    LearningRateFinder,
-    ModelSummary,
-    ProgressBar,
-    Timer,
 )
 
 
@@ -76,18 +65,9 @@ _LEFT_OUT = (
 class Speed:
     """Images per second of a run and of its parts, on one device.
 
-    Attributes:
-        device: Where the model is.
-        data: Images per second of the data loader alone.
-        step: Images per second of the training alone, on one batch that stays on the
-            device, views, optimizer and EMA included.
-        both: Images per second of the training with its data.
-        batch_size: Number of images of a batch.
-        num_workers: Number of processes that read.
-        pin_memory: Whether the data loader copies batches to pinned memory.
-        batch_wise: Whether the dataset reads all samples of a batch in one call
-            (``__getitems__``).
-        cores: Number of processor cores that this process may use.
+    *data* is the data loader alone, *step* the training alone (views, optimizer and EMA
+    included) on one batch that stays on the device, *both* the training with its data.
+    The dataset is *batch_wise* if it reads all samples of a batch in one call.
     """
 
     device: str
@@ -105,20 +85,13 @@ class Speed:
         """Share of the time that would be saved if the data cost nothing."""
         return max(0.0, 1 - self.both / self.step)
 
-    @property
-    def bound(self) -> bool:
-        """Whether the run is data-bound."""
-        return self.share > _BOUND
-
     def advice(self) -> list[str]:
         """Return what to change, in order of effort, empty if not data-bound."""
-        if not self.bound:
+        if self.share <= _BOUND:
             return []
         advice = []
         if self.device.startswith('cuda') and not self.pin_memory:
-            advice.append(
-                'pin_memory=True in the data loader: copies overlap with steps'
-            )
+            advice.append('pin_memory=True in the loader: copies overlap with steps')
         # One process reads where there are no workers, too
         needed = math.ceil(max(1, self.num_workers) * self.step / self.data)
         more = min(needed, self.cores)
@@ -131,20 +104,17 @@ class Speed:
             advice.append(line)
         if needed > self.cores:
             if not self.batch_wise:
-                advice.append(
-                    'a dataset with __getitems__, which reads a batch in one call'
-                )
+                advice.append('a dataset with __getitems__: a batch in one call')
             advice.append(
                 'fewer and larger files: opening one per band takes longer than reading '
                 'it. All bands of a patch in one file, without compression, or all '
                 'patches in one array on disk'
             )
-        if not advice:
-            advice.append(
-                'fewer threads for the model (OMP_NUM_THREADS) or fewer workers: reading '
-                f'alone is fast enough, but shares {self.cores} cores with the training'
-            )
-        return advice
+        threads = (
+            'fewer threads for the model (OMP_NUM_THREADS) or fewer workers: reading '
+            f'alone is fast enough, but shares {self.cores} cores with the training'
+        )
+        return advice or [threads]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything that is known, as plain values."""
@@ -152,48 +122,44 @@ class Speed:
         return {
             'images_per_second': {k: values.pop(k) for k in ('data', 'step', 'both')},
             'data_share_of_time': self.share,
-            'data_bound': self.bound,
+            'data_bound': self.share > _BOUND,
             'advice': self.advice(),
             **values,
         }
 
     def __str__(self) -> str:
         """Return the same in a few lines."""
-        reader = f'{self.num_workers} workers' if self.num_workers else 'no workers'
         verdict = f'ata-bound: data take {self.share:.0%} of the time.'
+        bound = self.share > _BOUND
         return '\n'.join(
             [
                 f'images per second on {self.device}, batches of {self.batch_size}',
-                f'  data loader alone  {self.data:10.1f}  {reader}',
+                f'  data loader alone  {self.data:10.1f}  {self.num_workers or "no"} workers',
                 f'  training alone     {self.step:10.1f}  on one batch kept on the device',
                 f'  both together      {self.both:10.1f}',
-                f'D{verdict} What may help:' if self.bound else f'Not d{verdict}',
+                f'D{verdict} What may help:' if bound else f'Not d{verdict}',
                 *(f'  - {line}' for line in self.advice()),
             ]
         )
 
 
 class _Measured(Exception):
-    """Ends a run whose speed is known."""
-
-    def __init__(self, speed: Speed) -> None:
-        super().__init__(speed)
-        self.speed = speed
+    """Ends a run whose speed is known, which is the argument."""
 
 
 class Stopwatch(Callback):
     """Measure the parts of a run one after the other, then end the run."""
 
-    #: Number of batches of each part.
-    steps = 20
+    def __init__(self, steps: int) -> None:
+        """Initialize a new Stopwatch instance for a number of batches of each part."""
+        self.steps = steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the training data, and remove callbacks that change nothing of a step."""
         run: Any = trainer
         run.callbacks = [x for x in run.callbacks if not isinstance(x, _LEFT_OUT)]
-        datamodule = run.datamodule
-        make = datamodule.train_dataloader
-        datamodule.train_dataloader = lambda: _MeasuredBatches(
+        make = run.datamodule.train_dataloader
+        run.datamodule.train_dataloader = lambda: _MeasuredBatches(
             make(), trainer.strategy.root_device, self.steps
         )
 
@@ -265,12 +231,11 @@ class _MeasuredBatches:
 
     def _endless(self) -> Generator[Sample, None, None]:
         """Yield the batches of one epoch after the other."""
-        empty = True
+        batch = None
         while True:
             for batch in self.loader:
-                empty = False
                 yield batch
-            if empty:
+            if batch is None:
                 raise ValueError(
                     'the training data have no batch: batch_size may be larger than the '
                     'number of samples'
@@ -287,57 +252,40 @@ def _count(batch: Sample) -> int:
     """Count the images of a batch."""
     if isinstance(batch, dict):
         # A datamodule may make the images of something else on the device
-        for tensor in _tensors(batch.get('image', batch)):
-            return len(tensor)
+        values = [batch.get('image', batch)]
+        while values:
+            value = values.pop(0)
+            if isinstance(value, Tensor):
+                return len(value)
+            values += value.values() if isinstance(value, dict) else ()
     got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
     raise ValueError(f"batches must have the key 'image', or other tensors, got {got}")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, also those within its values."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors(inner)
-
-
-def measure(args: Sequence[str], steps: int = 20) -> Speed:
-    """Measure a run of ``torchgeo fit`` that is given by its arguments.
-
-    Args:
-        args: Arguments of ``torchgeo fit``.
-        steps: Number of batches of each part.
-
-    Returns:
-        The speed of the run.
-
-    Raises:
-        ValueError: If there are no data to measure.
-    """
+def measure(args: Sequence[str], steps: int) -> Speed:
+    """Measure a run of ``torchgeo fit`` with some arguments, *steps* batches of each part."""
     load_classes('datamodules', 'tasks')
     with tempfile.TemporaryDirectory() as folder:
-        # The host writes its configuration there. Callbacks may need a logger
+        stopwatch = {
+            'class_path': f'{__name__}.Stopwatch',
+            'init_args': {'steps': steps},
+        }
+        # Callbacks may need a logger
         logger = {
             'class_path': 'lightning.pytorch.loggers.CSVLogger',
             'init_args': {'save_dir': folder},
         }
         overrides = {
             **_OVERRIDES,
-            'trainer.default_root_dir': folder,
-            'trainer.logger': json.dumps(logger),
+            # Added: others may change what is trained on, such as ResizeInput
+            'callbacks+': json.dumps(stopwatch),
+            'default_root_dir': folder,  # where the host writes its configuration
+            'logger': json.dumps(logger),
         }
-        previous, Stopwatch.steps = Stopwatch.steps, steps
+        options = [x for k, v in overrides.items() for x in (f'--trainer.{k}', v)]
         try:
-            host_main(
-                [
-                    'fit',
-                    *args,
-                    *(x for k, v in overrides.items() for x in (f'--{k}', v)),
-                ]
-            )
+            host_main(['fit', *args, *options, '--ckpt_path', 'null'])
         except _Measured as measured:
-            return measured.speed
-        finally:
-            Stopwatch.steps = previous
+            speed: Speed = measured.args[0]
+            return speed
     raise ValueError('the run ended before it was measured')

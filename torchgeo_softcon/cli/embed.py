@@ -26,7 +26,6 @@ def parser() -> CommandParser:
     group = parser.add_argument_group('run')
     group.add_argument(
         '--split',
-        type=optional(str),
         help='predict, test, val or train, by default the first that the data have',
     )
     group.add_argument(
@@ -34,10 +33,13 @@ def parser() -> CommandParser:
         type=optional(int),
         help='pixels to resize images to, by default as in the training',
     )
-    group.add_argument('--pooling', type=optional(str), help='cls or mean')
-    group.add_argument('--accelerator', default='auto', help='cpu, gpu, ...')
+    group.add_argument('--pooling', help='cls or mean')
+    group.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
     group.add_argument(
-        '--out', default='embeddings.parquet', help='file, default: embeddings.parquet'
+        '--out',
+        type=str,
+        default='embeddings.parquet',
+        help='file, default: embeddings.parquet',
     )
     group.add_argument('--overwrite', action='store_true', help='replace the file')
     return parser

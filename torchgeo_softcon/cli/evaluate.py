@@ -25,7 +25,9 @@ def parser() -> CommandParser:
         '    --data EuroSATDataModule --data.dict_kwargs.root DIR',
     )
     group = parser.add_argument_group('run')
-    group.add_argument('--split', default='test', help='test (default) or val')
+    group.add_argument(
+        '--split', type=str, default='test', help='test (default) or val'
+    )
     group.add_argument(
         '--k',
         type=list_of(int),
@@ -47,8 +49,8 @@ def parser() -> CommandParser:
     group.add_argument(
         '--seed', type=int, default=42, help='of the choice of the share, default: 42'
     )
-    group.add_argument('--device', type=optional(str), help='cpu, cuda, ...')
-    group.add_argument('--out', type=optional(str), help='JSON file for the result')
+    group.add_argument('--device', help='cpu, cuda, ...')
+    group.add_argument('--out', help='JSON file for the result')
     group.add_argument('--overwrite', action='store_true', help='replace the file')
     return parser
 

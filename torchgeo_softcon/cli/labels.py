@@ -65,16 +65,12 @@ def parser() -> CommandParser:
         'reads them where they are',
     )
     group.add_argument(
-        '--download',
-        action='store_true',
-        help='download the tiles under the archive that are not in the folder',
+        '--download', action='store_true', help='download the tiles that are missing'
     )
     group.add_argument(
         '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
     )
-    group.add_argument(
-        '--year', type=int, metavar='YEAR', help='2020 or 2021, default: 2021'
-    )
+    group.add_argument('--year', type=int, help='2020 or 2021, default: 2021')
     group.add_argument(
         '--classes',
         metavar='NAME',
@@ -84,7 +80,7 @@ def parser() -> CommandParser:
     group.add_argument(
         '--product',
         metavar='NAME',
-        help='another land-cover product: its name, or the .yaml file that describes it',
+        help='another land-cover product: its name or .yaml file',
     )
 
     group = parser.add_argument_group('output')
@@ -142,10 +138,8 @@ def main(args: Sequence[str]) -> int:
     except (ImportError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     before = labelled.rows - labelled.new
-    print(
-        f'{labelled.path} has {labelled.rows} labels'
-        + (f', {before} from before' if before else '')
-    )
+    text = f', {before} from before' if before else ''
+    print(f'{labelled.path} has {labelled.rows} labels{text}')
     if labelled.partial:
         print(
             f'{labelled.partial} of them have land cover for a part of their pixels only, '

@@ -5,7 +5,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .parsers import CommandParser
@@ -60,10 +60,13 @@ def parser() -> CommandParser:
     return parser
 
 
-def print_failures(failures: Iterable[Any]) -> None:
-    """Print the first failures with their reasons."""
-    for failure in list(failures)[:_NAMED]:
+def print_failures(failures: Sequence[Any], what: str) -> int:
+    """Print the first failures with their reasons, and return the exit status."""
+    for failure in failures[:_NAMED]:
         print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
+    if failures:
+        print(f'{len(failures)} {what}', file=sys.stderr)
+    return int(bool(failures))
 
 
 def main(args: Sequence[str]) -> int:
@@ -73,18 +76,12 @@ def main(args: Sequence[str]) -> int:
     # Not before: help must not wait for it
     from ..ssl4eo.pack import pack, verify
 
-    failures = pack(**options, progress=True)
-    print_failures(failures)
-    if failures:
-        print(
-            f'{len(failures)} images could not be read. They are in failures.csv beside '
-            'the index, and are tried again by the next run',
-            file=sys.stderr,
-        )
-    damaged = (
-        verify(options['out'], options.get('split'), progress=True) if check else []
+    status = print_failures(
+        pack(**options, progress=True),
+        'images could not be read. They are in failures.csv beside the index, and are '
+        'tried again by the next run',
     )
-    print_failures(damaged)
-    if damaged:
-        print(f'{len(damaged)} records have changed', file=sys.stderr)
-    return int(bool(failures or damaged))
+    if check:
+        damaged = verify(options['out'], options.get('split'), progress=True)
+        status |= print_failures(damaged, 'records have changed')
+    return status

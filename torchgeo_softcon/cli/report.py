@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import data_parser, open_data, open_named_encoder, parse_options
-from .parsers import CommandParser, optional
+from .parsers import CommandParser
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,22 +25,11 @@ def parser() -> CommandParser:
         'logs/version_0 --samples 100',
     )
     parser.usage = '%(prog)s [RUN_DIR] [OPTIONS]'
-    parser.add_argument(
-        'run_dir',
-        type=optional(str),
-        nargs='?',
-        metavar='RUN_DIR',
-        help='folder of a run',
-    )
+    parser.add_argument('run_dir', nargs='?', metavar='RUN_DIR', help='folder of a run')
     group = parser.add_argument_group('page')
-    group.add_argument(
-        '--out',
-        type=optional(str),
-        help='folder to write to, RUN_DIR/report by default',
-    )
+    group.add_argument('--out', help='folder to write to, RUN_DIR/report by default')
     group.add_argument(
         '--split',
-        type=optional(str),
         help='val, predict, test or train, by default the first that the data have',
     )
     group.add_argument(
@@ -60,13 +49,14 @@ def main(args: Sequence[str]) -> int:
     logs = None if options.run_dir is None else find_logs(Path(options.run_dir))
     run = None if logs is None else logs[0].parent
     datamodule, _ = open_data(options, run)
-    given = options.checkpoint is not None or options.weights is not None
+    given = options.checkpoint or options.weights
     if run is None and not given:
         raise ValueError(
             'a report needs the folder of a run, or --checkpoint or --weights, and --data'
         )
     if run is not None and not given:
         options.checkpoint = _last_checkpoint(run)
+    source = options.checkpoint or options.weights
 
     facts: dict[str, str] = {}
     sections: list[Section] = []
@@ -74,11 +64,13 @@ def main(args: Sequence[str]) -> int:
         log = read_logs(logs)
         facts |= {'run': str(run), **_last_values(log)}
         sections += curve_sections(log)
-    encoder, text = None, ''
-    if options.checkpoint is None and options.weights is None:
-        text = f'{run} has no checkpoint: give --checkpoint for pictures of images.'
+    reason = ''
+    if source is None:
+        reason = f'{run} has no checkpoint: give --checkpoint for pictures of images.'
     elif datamodule is None:
-        text = 'The data are not known: give --data or --config for pictures of images.'
+        reason = (
+            'The data are not known: give --data or --config for pictures of images.'
+        )
     else:
         try:
             encoder = open_named_encoder(options)
@@ -86,20 +78,17 @@ def main(args: Sequence[str]) -> int:
             if given:
                 raise
             # Of a checkpoint that nobody has asked for
-            text = f'{error}.'
-    if encoder is None or datamodule is None:
-        sections.append(Section('pictures', 'Pictures', text))
-    else:
-        facts |= {
-            'encoder': f'{encoder.name}, {encoder.in_channels} bands',
-            'weights': str(options.checkpoint or options.weights),
-        }
-        sections += picture_sections(
-            encoder, datamodule, options.checkpoint, options.split, options.samples
-        )
+            reason = f'{error}.'
+        else:
+            facts['encoder'] = f'{encoder.name}, {encoder.in_channels} bands'
+            facts['weights'] = source
+            sections += picture_sections(
+                encoder, datamodule, options.checkpoint, options.split, options.samples
+            )
+    if reason:
+        sections.append(Section('pictures', 'Pictures', reason))
     out = options.out or (run or Path()) / 'report'
-    title = f'Report of {run or options.checkpoint or options.weights}'
-    page = write_page(Path(out), title, facts, sections)
+    page = write_page(Path(out), f'Report of {run or source}', facts, sections)
     print(f'The report is in {page}')
     return 0
 

@@ -3,7 +3,6 @@
 
 """The GeoTIFFs of a packed SSL4EO-S12: ``torchgeo-softcon unpack``."""
 
-import sys
 from collections.abc import Sequence
 
 from .pack import archive_parser, print_failures
@@ -24,11 +23,9 @@ def main(args: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
     # Not before: help must not wait for it
-    from ..ssl4eo.unpack import unpack
+    from ..ssl4eo.pack import unpack
 
     done = unpack(**options, progress=True)
-    print_failures(done.failures)
-    if done.failures:
-        print(f'{len(done.failures)} records are damaged', file=sys.stderr)
+    status = print_failures(done.failures, 'records are damaged')
     print(f'{done.written} images written, {done.there} were there')
-    return int(bool(done.failures))
+    return status

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._compat import NonGeoDataModule, NonGeoDataset, Sample
+from .._cores import count_cores
 from ..datasets.scaling import softcon_range
 from ..landcover import LandCoverProduct, find_product
 from ..landcover.products import ProductLike
 from ..transforms.worldcover import WorldCoverMultiLabel, check_values
-from .loading import DrawSampler, ResumableDataLoader, choose_num_workers, uses_cuda
+from .loading import DrawSampler, ResumableDataLoader, uses_cuda
 from .protocol import dataset_bands
 
 #: What a datamodule can give next to the image.
 Target = Literal['label', 'mask']
+
+#: More processes than this rarely read faster, and each takes memory.
+_MAX_WORKERS = 8
 
 
 class _LongLabel(nn.Module):
@@ -55,20 +59,7 @@ def target_transform(
     fractions: bool,
     product: ProductLike = 'worldcover',
 ) -> nn.Module:
-    """Turn a mask of codes into what a task expects.
-
-    Args:
-        target: What a sample has next to the image.
-        min_fraction: Smallest share of a class in a label.
-        fractions: Whether labels are shares.
-        product: Land-cover product that the codes are of.
-
-    Returns:
-        A transform of samples.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
+    """Turn a mask of codes into what a task expects."""
     if target not in ('label', 'mask'):
         raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
     product = find_product(product)
@@ -113,24 +104,9 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         num_workers: int | None,
         val_fraction: float,
         seed: int,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any],
     ) -> None:
-        """Initialize a new DrawDataModule instance.
-
-        Args:
-            dataset_class: Class used to instantiate a new dataset.
-            batch_size: Number of samples in a batch on one device.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
-            val_fraction: Part that is kept for validation, and again for testing.
-            seed: Seed of all random choices.
-            options: Keyword arguments of *dataset_class* that are passed to it as they
-                are.
-
-        Raises:
-            TypeError: If *dataset_class* does not have one of *options*.
-            ValueError: If an argument is out of range.
-        """
+        """Initialize a new DrawDataModule instance."""
         if batch_size < 1 or (num_workers or 0) < 0:
             raise ValueError(
                 'batch_size must be at least 1 and num_workers at least 0, got '
@@ -145,7 +121,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             )
 
         # Now, and not when the data are opened
-        inspect.signature(dataset_class).bind_partial(**options or {})
+        inspect.signature(dataset_class).bind_partial(**options)
 
         super().__init__(dataset_class, batch_size, num_workers or 0)
         self._num_workers: int | None = num_workers
@@ -159,10 +135,14 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     @property
     def num_workers(self) -> int:
         """Number of processes that read, per device."""
-        # Not chosen before there is a trainer: it may use the CPU next to a GPU
-        if self._num_workers is None:
-            return choose_num_workers(self.trainer)
-        return self._num_workers
+        if self._num_workers is not None:
+            return self._num_workers
+        # Not chosen before there is a trainer: it may use the CPU next to a GPU. There,
+        # training and reading would share the cores
+        if not uses_cuda(self.trainer):
+            return 0
+        cores = count_cores() // torch.cuda.device_count()
+        return max(1, min(cores, _MAX_WORKERS))
 
     @num_workers.setter
     def num_workers(self, value: int) -> None:
@@ -176,8 +156,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         """
         dataset: Any = self.train_dataset
         bands = dataset_bands(dataset)
-        pairs = self.value_range or getattr(dataset, 'value_range', None)
-        expected = getattr(dataset, 'softcon_range', None)
+        pairs: Any = self.value_range or getattr(dataset, 'value_range', None)
+        expected: Any = getattr(dataset, 'softcon_range', None)
         if expected is None:
             expected = softcon_range(bands, getattr(dataset, 'level', 'L1C'))
         return (
@@ -196,15 +176,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         return self.open_dataset()
 
     def setup(self, stage: str) -> None:
-        """Open the data and divide them.
-
-        Args:
-            stage: Either 'fit', 'validate', 'test', or 'predict'.
-
-        Raises:
-            FileNotFoundError: If there are no images, or a file that belongs to them.
-            ValueError: If there are too few samples to divide.
-        """
+        """Open the data and divide them."""
         train = val = test = self.source
         if self.val_fraction > 0:
             train, val, test = self.source.divide(self.val_fraction)
@@ -218,11 +190,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             self.predict_dataset = self.source.images()
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Return a data loader that can go on in the middle of an epoch.
-
-        Raises:
-            ValueError: If there are fewer samples than one batch needs.
-        """
+        """Return a data loader that can go on in the middle of an epoch."""
         dataset = self._valid_attribute('train_dataset')
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0

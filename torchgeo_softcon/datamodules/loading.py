@@ -13,41 +13,13 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._compat import Sample
-from .._cores import count_cores
-
-#: More processes than this rarely read faster, and each takes memory.
-_MAX_WORKERS = 8
 
 
 def uses_cuda(trainer: Trainer | None) -> bool:
-    """Tell whether batches go to a CUDA device.
-
-    Args:
-        trainer: The trainer, if there is one already.
-
-    Returns:
-        Whether the trainer runs on CUDA devices, or, without a trainer, whether there
-        are any.
-    """
+    """Tell whether batches go to a CUDA device."""
     if trainer is None:
         return torch.cuda.is_available()
     return isinstance(trainer.accelerator, CUDAAccelerator)
-
-
-def choose_num_workers(trainer: Trainer | None = None) -> int:
-    """Choose the number of processes that read for one device.
-
-    Args:
-        trainer: The trainer, if there is one already.
-
-    Returns:
-        The cores there are for each CUDA device, from 1 to 8. Without CUDA, or for a
-        trainer that does not use it, 0: training and reading would share the cores.
-    """
-    if not uses_cuda(trainer):
-        return 0
-    cores = count_cores() // torch.cuda.device_count()
-    return max(1, min(cores, _MAX_WORKERS))
 
 
 class DrawSampler(DistributedSampler[Any]):
@@ -70,15 +42,7 @@ class DrawSampler(DistributedSampler[Any]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        """Initialize a new DrawSampler instance.
-
-        Args:
-            dataset: Anything with a length.
-            shuffle: Whether to permute the draws of a round.
-            seed: Seed of the permutations.
-            num_replicas: Number of devices.
-            rank: Which of them this is.
-        """
+        """Initialize a new DrawSampler instance."""
         super().__init__(
             cast(Any, dataset),
             num_replicas=num_replicas,
@@ -118,12 +82,7 @@ class ResumableDataLoader(DataLoader[Sample]):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Initialize a new ResumableDataLoader instance.
-
-        Args:
-            *args: Passed to :class:`torch.utils.data.DataLoader`.
-            **kwargs: Passed to :class:`torch.utils.data.DataLoader`.
-        """
+        """Initialize a new ResumableDataLoader instance."""
         super().__init__(*args, **kwargs)
         #: How many of the batches handed out are not used yet.
         self.pending: Callable[[], int] = int
@@ -147,18 +106,9 @@ class ResumableDataLoader(DataLoader[Sample]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training is.
-
-        Returns:
-            How many draws of the stream all devices together have used.
-        """
+        """Return how many draws of the stream all devices together have used."""
         return {'samples': self._samples - self.pending() * self._step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next epoch start at a state.
-
-        Args:
-            state_dict: From :meth:`state_dict`, also with another batch size or number
-                of devices.
-        """
+        """Start the next epoch at a state, also of another batch size or world size."""
         self._samples = state_dict['samples']

@@ -4,7 +4,7 @@
 """Bands and values of the images of a datamodule of TorchGeo."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -33,9 +33,6 @@ _LEVEL_2A: dict[str, tuple[str, ...] | None] = {
     'SeasonalContrastS2': None,
     'SSL4EOS12': ('s2a',),
 }
-
-#: A step of a sequence of transforms: its parent, and its name in it.
-_Step = tuple[nn.Module, str]
 
 
 class _UnitRange(K.IntensityAugmentationBase2D):  # type: ignore[misc]
@@ -77,32 +74,27 @@ def use_unit_range(
         level: Processing level of Sentinel-2, see :func:`image_level` for the default.
         statistics: Mean and standard deviation of each band, instead of those of
             SSL4EO-S12.
-
-    Raises:
-        ValueError: If the bands are not known, or the datamodule has no normalization
-            that could be replaced, or one of several steps.
     """
     if _has_unit_range(datamodule):
         return
-    found = _normalizations(datamodule)
+    found, name = _normalizations(datamodule), type(datamodule).__name__
     if not any(found):
         raise ValueError(
-            f'{type(datamodule).__name__} has no normalization (kornia.augmentation.'
-            'Normalize) that could be replaced. Scale its images by transforms of the '
-            'dataset: torchgeo_softcon.ToUnitRange'
+            f'{name} has no normalization (kornia.augmentation.Normalize) that could be '
+            'replaced. Scale its images by transforms of the dataset: '
+            'torchgeo_softcon.ToUnitRange'
         )
     if max(map(len, found)) > 1:
         raise ValueError(
-            f'{type(datamodule).__name__} normalizes images in several steps, so they are '
-            'not digital numbers or dB, which unit_range is for. Leave it out'
+            f'{name} normalizes images in several steps, so they are not digital numbers '
+            'or dB, which unit_range is for. Leave it out'
         )
     bands = bands or image_bands(datamodule)
     if statistics is not None:
         unit = ToUnitRange(*statistics)
     elif bands is None:
         raise ValueError(
-            f'{type(datamodule).__name__} does not tell its bands. Set bands to their '
-            'names, such as [B4, B3, B2]'
+            f'{name} does not tell its bands. Set bands, such as [B4, B3, B2]'
         )
     else:
         unit = ToUnitRange.of(bands, level or image_level(datamodule, bands))
@@ -122,34 +114,38 @@ def _has_unit_range(datamodule: LightningDataModule) -> bool:
     return bool((mean == 0).all() and (std == 1).all())
 
 
-def _normalizations(datamodule: LightningDataModule) -> list[list[_Step]]:
-    """Return the normalizations in each of the sequences of a datamodule."""
+def _normalizations(
+    datamodule: LightningDataModule,
+) -> list[list[tuple[nn.Module, str]]]:
+    """Return the normalizations in each sequence of a datamodule, as parent and name."""
+    offer = offer_of(datamodule)
     names = ('aug', *(f'{split}_aug' for split in SPLITS))
-    sequences = (getattr(offer_of(datamodule), name) for name in names)
-    return [list(_find_steps(sequence)) for sequence in sequences]
+    sequences: list[Any] = [getattr(offer, name) for name in names]
+    return [
+        [
+            (parent, name)
+            for parent in sequence.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, K.Normalize | _UnitRange)
+        ]
+        for sequence in sequences
+        if isinstance(sequence, nn.Module)
+    ]
 
 
-def _find_steps(module: Any) -> Iterator[_Step]:
-    if isinstance(module, nn.Module):
-        for parent in list(module.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, K.Normalize | _UnitRange):
-                    yield parent, name
+def _datasets(datamodule: LightningDataModule) -> list[Any]:
+    offer = offer_of(datamodule)
+    names = (*(f'{split}_dataset' for split in SPLITS), 'dataset')
+    return [getattr(offer, name) for name in names]
 
 
 def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
-    """Return the names of the bands of the images of a datamodule.
+    """Return the names of the bands of the images of a datamodule, in their order.
 
-    Args:
-        datamodule: The datamodule, set up.
-
-    Returns:
-        The names in the order of the channels, None if its dataset does not tell them or
-        if they are of an unknown sensor.
+    None if its dataset does not tell them, or if they are of an unknown sensor.
     """
-    offer = offer_of(datamodule)
-    for name in (*(f'{split}_dataset' for split in SPLITS), 'dataset'):
-        bands = dataset_bands(getattr(offer, name))
+    for dataset in _datasets(datamodule):
+        bands = dataset_bands(dataset)
         if isinstance(bands, str) and bands in _SETS:
             return _SETS[bands]
         if isinstance(bands, list | tuple) and all(isinstance(b, str) for b in bands):
@@ -161,24 +157,15 @@ def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
 def image_level(datamodule: LightningDataModule, bands: Sequence[str]) -> Level:
     """Return the processing level of the Sentinel-2 images of a datamodule.
 
-    Args:
-        datamodule: The datamodule, set up.
-        bands: Names of the bands of its images, in our spelling.
-
-    Returns:
-        L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands
-        of Sentinel-2 but B10, else L1C.
+    L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands of
+    Sentinel-2 but B10, else L1C.
     """
-    offer = offer_of(datamodule)
-    for name in (*(f'{split}_dataset' for split in SPLITS), 'dataset'):
-        dataset: Any = getattr(offer, name)
-        if type(dataset).__name__ in _LEVEL_2A:
-            splits = _LEVEL_2A[type(dataset).__name__]
-            if splits is None or getattr(dataset, 'split', None) in splits:
-                return 'L2A'
-    return (
-        'L2A' if {*bands} >= {*SENTINEL2_SUBSETS[12]} and 'B10' not in bands else 'L1C'
-    )
+    for dataset in _datasets(datamodule):
+        splits = _LEVEL_2A.get(type(dataset).__name__, ())
+        if splits is None or getattr(dataset, 'split', None) in splits:
+            return 'L2A'
+    all_but_b10 = {*bands} >= {*SENTINEL2_SUBSETS[12]} and 'B10' not in bands
+    return 'L2A' if all_but_b10 else 'L1C'
 
 
 def match_images(
@@ -186,19 +173,10 @@ def match_images(
     bands: Sequence[str] | None,
     unit_range: bool | None,
 ) -> None:
-    """Let a datamodule give what an encoder expects.
+    """Let a datamodule, set up, give the *bands* that an encoder expects.
 
-    Args:
-        datamodule: The datamodule, set up.
-        bands: Names of the bands that the encoder expects, if they are known.
-        unit_range: Whether it expects them as :func:`use_unit_range` scales them, None
-            if that is not known.
-
-    Raises:
-        ValueError: If the images have other bands or another order, or cannot be scaled.
-
-    Warns:
-        UserWarning: If *unit_range* is None, and the datamodule normalizes images.
+    If *unit_range*, they are scaled by :func:`use_unit_range`. None is for unknown, with
+    a warning if the datamodule normalizes images.
     """
     found = image_bands(datamodule)
     if found is not None and bands is not None:

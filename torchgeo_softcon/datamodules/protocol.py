@@ -5,8 +5,8 @@
 
 import copy
 import datetime
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import shapely
 from lightning.pytorch import LightningDataModule, Trainer
@@ -24,14 +24,14 @@ _WRAPPERS = ('dataset', 'scenes')
 
 _Transform = Callable[[Sample], Sample] | None
 _Samples = Dataset[Sample] | None
+_Queries = Iterable[Any] | None
 
 
 class DataModuleOffer(Protocol):
     """All that a datamodule may offer beyond Lightning's hooks, with the defaults.
 
-    Datamodules of TorchGeo have some of these attributes, those of this package have
-    more, and others may have none: read them through :func:`offer_of`, which gives the
-    default where an attribute is missing or None.
+    Read it through :func:`offer_of`: datamodules of TorchGeo have some of these
+    attributes, those of this package have more, and others may have none.
     """
 
     #: Samples in a batch on one device.
@@ -51,18 +51,18 @@ class DataModuleOffer(Protocol):
     predict_dataset: _Samples = None
 
     #: Samplers of TorchGeo's geospatial datamodules, which query a dataset by place.
-    sampler: Iterable[Any] | None = None
-    train_sampler: Iterable[Any] | None = None
-    val_sampler: Iterable[Any] | None = None
-    test_sampler: Iterable[Any] | None = None
-    predict_sampler: Iterable[Any] | None = None
+    sampler: _Queries = None
+    train_sampler: _Queries = None
+    val_sampler: _Queries = None
+    test_sampler: _Queries = None
+    predict_sampler: _Queries = None
 
     #: The same, of lists of queries.
-    batch_sampler: Iterable[Sequence[Any]] | None = None
-    train_batch_sampler: Iterable[Sequence[Any]] | None = None
-    val_batch_sampler: Iterable[Sequence[Any]] | None = None
-    test_batch_sampler: Iterable[Sequence[Any]] | None = None
-    predict_batch_sampler: Iterable[Sequence[Any]] | None = None
+    batch_sampler: _Queries = None
+    train_batch_sampler: _Queries = None
+    val_batch_sampler: _Queries = None
+    test_batch_sampler: _Queries = None
+    predict_batch_sampler: _Queries = None
 
     #: Transform of a batch on the device, and the one of a split that replaces it.
     aug: _Transform = None
@@ -101,20 +101,6 @@ class LocatedDataset(Protocol):
         """Return outline, coordinate reference system and day of a sample."""
 
 
-class Split(NamedTuple):
-    """The samples of one split.
-
-    Attributes:
-        dataset: The dataset, None if the datamodule has no such split.
-        sampler: Yields the queries of the dataset, None for all its indices.
-        batch_sampler: Yields lists of them, None for *sampler*.
-    """
-
-    dataset: Dataset[Sample] | None
-    sampler: Iterable[Any] | None
-    batch_sampler: Iterable[Sequence[Any]] | None
-
-
 class _Completed:
     """A datamodule with the defaults of :class:`DataModuleOffer`."""
 
@@ -142,15 +128,17 @@ def trainer_datamodule(trainer: Trainer | None) -> LightningDataModule | None:
     return getattr(trainer, 'datamodule', None)
 
 
-def find_split(datamodule: LightningDataModule, split: str) -> Split:
-    """Return dataset and sampler of one of SPLITS, or those that all splits share."""
+def find_split(
+    datamodule: LightningDataModule, split: str
+) -> tuple[_Samples, _Queries, _Queries]:
+    """Return dataset, sampler and batch sampler of a split, or those that all share."""
     offer = offer_of(datamodule)
 
     def find(kind: str) -> Any:
         own = getattr(offer, f'{split}_{kind}')
         return getattr(offer, kind) if own is None else own
 
-    return Split(find('dataset'), find('sampler'), find('batch_sampler'))
+    return find('dataset'), find('sampler'), find('batch_sampler')
 
 
 def eval_transform(datamodule: LightningDataModule) -> _Transform:

@@ -120,17 +120,12 @@ class WorldCoverScenesDataModule(DrawDataModule):
         return scenes
 
     def setup(self, stage: str) -> None:
-        """Open the rasters and choose the windows.
-
-        Args:
-            stage: Either 'fit', 'validate', 'test', or 'predict'.
-        """
+        """Open the rasters and choose the windows."""
         scenes, part = self.source, self.val_fraction
-        train = val = test = (0.0, 1.0)
-        if part > 0:
-            train, val = (0.0, 1 - 2 * part), (1 - 2 * part, 1 - part)
-            test = (1 - part, 1.0)
-
+        train, val = (0.0, 1 - 2 * part), (1 - 2 * part, 1 - part)
+        test = (1 - part, 1.0)
+        if self.shares_ground:
+            train = val = test = (0.0, 1.0)
         if stage == 'fit':
             dataset = scenes.with_windows(rows=train, length=self.length)
             if self.length is None:

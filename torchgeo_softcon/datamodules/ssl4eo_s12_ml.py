@@ -105,10 +105,6 @@ class SSL4EOS12MLDataModule(DrawDataModule):
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Make images of the bytes that were read, on the device.
 
-        Args:
-            batch: Batch with *records* and *label*.
-            dataloader_idx: Index of the data loader.
-
         Returns:
             Batch with *image* of shape (B, T, C, 264, 264) and *label* of shape (B, T, K),
             without T if it is 1.
@@ -124,14 +120,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Put a batch together.
-
-    Args:
-        samples: What the dataset gives for the indices of a batch.
-
-    Returns:
-        The batch, with *records* instead of *image* where it was read at once.
-    """
+    """Put a batch together."""
     if isinstance(samples, RecordBatch):
         return samples.collate()
     return default_collate(list(samples))

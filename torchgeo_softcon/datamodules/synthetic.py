@@ -73,24 +73,11 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             **kwargs,
         )
         self._patch_size, self._more = patch_size, kwargs
-        self._files: dict[str, Any] = {
-            'root': root,
-            'places': places,
-            'size': size,
-            'seasons': dates,
-            'bands': bands,
-            'seed': seed,
-        }
+        self._files: dict[str, Any] = {'root': root, 'places': places, 'size': size}
+        self._files |= {'seasons': dates, 'bands': bands, 'seed': seed}
 
     def finetune_options(self, size: int | None) -> str:
-        """Return options that fine-tune on this data, see :class:`.DataModuleOffer`.
-
-        Args:
-            size: Image size in pixels that the model needs, None for any.
-
-        Returns:
-            Options for ``torchgeo fit --model Classification``.
-        """
+        """Return options that fine-tune on this data, see :class:`.DataModuleOffer`."""
         options = {
             'model.task': 'multilabel',
             'model.num_labels': len(WORLDCOVER_CODES),

@@ -8,6 +8,7 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -114,6 +115,9 @@ class SSL4EOS12ML(DivisibleImages):
         self.archives = [_open(self.root, name) for name in splits]
         self.bands = tuple(band for name in splits for band in BANDS[name])
         self.softcon_range = split_range(splits)
+        # The split that images are named by: Sentinel-2 where there is a choice
+        self._column = int(splits[0] == 's1' and len(splits) > 1)
+        self._main = self.archives[self._column]
 
         rows = self._align()
         label = self._label(rows, labels, min_fraction, fractions, require_labels)
@@ -122,19 +126,22 @@ class SSL4EOS12ML(DivisibleImages):
         self._group(rows, label)
 
     def _align(self) -> npt.NDArray[np.int64]:
-        """Return the number of each image in every split, (M, S), -1 for none."""
+        """Return the numbers of images that every split has, shape (M, S)."""
         main = self._main
-        rows = np.full((len(main), len(self.archives)), -1)
-        for column, other in enumerate(self.archives):
+        columns: list[npt.NDArray[Any]] = []
+        for other in self.archives:
             if other is main:
-                rows[:, column] = np.arange(len(main))
+                columns.append(np.arange(len(main)))
             elif 's1' in (main.split, other.split):
                 ours, theirs = (days(a.split, a.season) for a in (main, other))
-                rows[:, column] = pair(main.location, ours, other.location, theirs)
+                columns.append(pair(main.location, ours, other.location, theirs))
             else:
-                index = pd.MultiIndex.from_arrays([other.location, other.season])
-                names = pd.MultiIndex.from_arrays([main.location, main.season])
-                rows[:, column] = index.get_indexer(names)
+                names, index = (
+                    pd.MultiIndex.from_arrays([a.location, a.season])
+                    for a in (main, other)
+                )
+                columns.append(index.get_indexer(names))
+        rows = np.stack(columns, 1)
         alone = (rows < 0).any(1)
         if alone.all():
             raise ValueError(
@@ -142,9 +149,8 @@ class SSL4EOS12ML(DivisibleImages):
                 f'none in {self.root}'
             )
         if alone.any():
-            first = ', '.join(
-                '/'.join(main.name(i)) for i in np.flatnonzero(alone)[:_NAMED]
-            )
+            some = np.flatnonzero(alone)[:_NAMED]
+            first = ', '.join('/'.join(main.name(row)) for row in some)
             warnings.warn(
                 f'{alone.sum()} of {len(rows)} images of {main.split} are left out, as '
                 f'other splits have none of their date: {first}',
@@ -152,12 +158,6 @@ class SSL4EOS12ML(DivisibleImages):
                 stacklevel=3,
             )
         return rows[~alone]
-
-    @property
-    def _main(self) -> RecordArchive | TiffArchive:
-        """The split that images are named by: Sentinel-2 where there is a choice."""
-        optical = [a for a in self.archives if a.split != 's1']
-        return (optical or self.archives)[0]
 
     def _label(
         self,
@@ -184,7 +184,7 @@ class SSL4EOS12ML(DivisibleImages):
                 f'fractions needs labels with shares of the classes, {labels.source} tells '
                 'which classes there are only'
             )
-        images = rows[:, self.archives.index(main)]
+        images = rows[:, self._column]
         values = match_labels(
             labels, main.split, main.location[images], main.season[images]
         )
@@ -196,7 +196,7 @@ class SSL4EOS12ML(DivisibleImages):
         label: npt.NDArray[np.float32] | npt.NDArray[np.int64] | None,
     ) -> None:
         """Put the images of each location together."""
-        location = self._main.location[rows[:, self.archives.index(self._main)]]
+        location = self._main.location[rows[:, self._column]]
         # Sorted, as archives are
         names, start, count = np.unique(location, return_index=True, return_counts=True)
         enough = count >= self.seasons
@@ -228,13 +228,6 @@ class SSL4EOS12ML(DivisibleImages):
     def __getitems__(self, indices: Sequence[int]) -> 'RecordBatch':
         """Read a batch of samples at once.
 
-        Args:
-            indices: Numbers of B draws.
-
-        Returns:
-            B samples. They are not made before they are asked for: see
-            :meth:`.RecordBatch.collate` for a faster way.
-
         Raises:
             IndexError: If an index is negative.
             OSError: If a file cannot be read, it is named.
@@ -260,32 +253,23 @@ class SSL4EOS12ML(DivisibleImages):
         return self._start[location] + rng.permutation(count)[: self.seasons]
 
     def names(self, index: int) -> list[str]:
-        """Return the names of the images of a sample, in their order.
+        """Return the T names ``location/image`` of a sample, in the order of its images.
 
-        Args:
-            index: Number of the draw.
-
-        Returns:
-            T names ``location/image``, those of Sentinel-2 where there is a choice.
+        They are those of Sentinel-2 where there is a choice.
         """
-        column = self.archives.index(self._main)
-        return [
-            '/'.join(self._main.name(self._rows[i, column])) for i in self._draw(index)
-        ]
+        rows = self._rows[self._draw(index), self._column]
+        return ['/'.join(self._main.name(row)) for row in rows]
 
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
         """Return where and when the first image of a sample was taken.
 
-        Args:
-            index: Number of the draw.
-
         Returns:
             Outline, its coordinate reference system, and the day if it is the only image.
         """
         main = self._main
-        row = self._rows[self._draw(index)[0], self.archives.index(main)]
+        row = self._rows[self._draw(index)[0], self._column]
         grids = main.georeference(int(row))
         (day,) = days(main.split, main.season[row : row + 1]).tolist()
         return shapely.box(*grids.bounds), grids.crs, day if self.seasons == 1 else None
@@ -299,10 +283,10 @@ class SSL4EOS12ML(DivisibleImages):
         Returns:
             Images of shape (..., C, 264, 264).
         """
-        return torch.cat(
-            [decode(records[a.split], a.dtype, a.bands, SIZE) for a in self.archives],
-            -3,
+        images = (
+            decode(records[a.split], a.dtype, a.bands, SIZE) for a in self.archives
         )
+        return torch.cat([*images], -3)
 
     def images(self) -> 'SSL4EOS12ML':
         """Return every image as a sample of its own, in order."""
@@ -334,26 +318,22 @@ def split_range(splits: Sequence[str]) -> tuple[tuple[float, float], ...]:
     return tuple(pair for pairs in ranges for pair in pairs or ())
 
 
+@dataclass(eq=False)
 class RecordBatch(Sequence[Sample]):
     """A batch of samples whose bands still have their own resolutions.
 
     As a sequence, it gives finished samples one by one, so that it goes through any
     function that collates samples. :meth:`collate` leaves the work to the device.
+
+    Attributes:
+        dataset: The dataset that it is from.
+        records: Bytes of each split, shape (B, T, R).
+        label: Labels of shape (B, T, K), if there are any.
     """
 
-    def __init__(
-        self, dataset: SSL4EOS12ML, records: dict[str, Tensor], label: Tensor | None
-    ) -> None:
-        """Initialize a new RecordBatch instance.
-
-        Args:
-            dataset: The dataset that it is from.
-            records: Bytes of each split, shape (B, T, R).
-            label: Labels of shape (B, T, K), if there are any.
-        """
-        self.dataset = dataset
-        self.records = records
-        self.label = label
+    dataset: SSL4EOS12ML
+    records: dict[str, Tensor]
+    label: Tensor | None
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -23,15 +23,11 @@ _ALIGNMENT = 8
 
 
 def record_dtype(bands: Mapping[str, tuple[npt.DTypeLike, tuple[int, int]]]) -> Any:
-    """Type of the records of an archive.
+    """Return the structured type of the records of an archive, whose fields are the bands.
 
-    Args:
-        bands: Type and height and width in pixels of each band.
-
-    Returns:
-        A structured type, whose fields are the bands. Bands of one type and size lie
-        together, large numbers first, so that every number is where a device can read
-        it.
+    Each band is given by its type and its height and width in pixels. Bands of one type
+    and size lie together, large numbers first, so that every number is where a device
+    can read it.
     """
     names = sorted(
         bands,
@@ -58,7 +54,7 @@ def decode(
     Args:
         records: Bytes of shape (..., R).
         dtype: Type of the records, R bytes each.
-        bands: Bands to take, in this order.
+        bands: The C bands to take, in this order.
         size: Height and width of the result in pixels.
 
     Returns:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,17 +34,16 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class SeasonLabels:
-    """Labels of images.
+    """Labels of N images.
 
     Attributes:
         source: The file that they are from, for messages.
-        split: Split of each image, shape (N,), empty where it is not said.
-        location: Names of locations, shape (N,).
-        season: Names of the images, shape (N,).
-        values: Shares of the classes, or 0 and 1, float32 of shape (N, K). All zeros is
-            unknown.
-        codes: Codes of the K classes.
-        shares: Whether *values* are shares.
+        split: Split of each image, empty where it is not said.
+        location: Name of the location of each image.
+        season: Name of each image.
+        values: Shares of the K classes (if *shares*) or 0 and 1, shape (N, K). All zeros
+            is unknown.
+        codes: Codes of the classes.
     """
 
     source: str
@@ -58,48 +56,46 @@ class SeasonLabels:
 
 
 def read_labels(path: str | os.PathLike[str]) -> SeasonLabels:
-    """Read a file of labels.
+    """Read the JSON file of SSL4EO-S12-ML, or a Parquet file of ``torchgeo-softcon labels``.
 
-    Args:
-        path: The JSON file of SSL4EO-S12-ML, ``{location: {season: [class, ...]}}`` with
-            classes of Dynamic World or codes of WorldCover, where an empty list is
-            unknown. Or a Parquet file of ``torchgeo-softcon labels``.
-
-    Returns:
-        The labels.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is of another kind, or names an image twice.
+    The former is ``{location: {season: [class, ...]}}`` with classes of Dynamic World or
+    codes of WorldCover, where an empty list is unknown.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f'labels must be a file, found none at {path}')
-    suffix = Path(path).suffix.lower()
-    if suffix == '.json':
-        return _read_json(Path(path))
-    if suffix in ('.parquet', '.pq'):
-        return _read_parquet(Path(path))
+    if path.suffix.lower() == '.json':
+        return _read_json(path)
+    if path.suffix.lower() in ('.parquet', '.pq'):
+        return _read_parquet(path)
     raise ValueError(f'labels must be a .json or a .parquet file, got {path}')
 
 
 def _read_json(path: Path) -> SeasonLabels:
     try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file, object_pairs_hook=_unique)
+        text = path.read_text(encoding='utf-8')
+        content = json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
         raise ValueError(f'labels {path} is not a valid JSON file: {error}') from error
-    entries = [
-        (location, season, classes)
-        for location, seasons in _items(content, path)
-        for season, classes in _items(seasons, path, location)
-    ]
-    if not entries:
+
+    def check(valid: bool, what: str) -> None:
+        if not valid:
+            raise ValueError(
+                f'labels {path} must be {{location: {{season: [class, ...]}}}}, {what} '
+                'has something else'
+            )
+
+    check(isinstance(content, dict), 'the file')
+    for location, seasons in content.items():
+        check(isinstance(seasons, dict), location)
+    names = [(location, season) for location in content for season in content[location]]
+    if not names:
         raise ValueError(f'labels {path} has no entries')
-    locations, seasons, classes = zip(*entries, strict=True)
-    codes = [c for one in classes if isinstance(one, list) for c in one]
+    classes = [content[location][season] for location, season in names]
+    check(all(isinstance(one, list) for one in classes), 'an image')
+    codes = [code for one in classes for code in one]
     # A bool is an int to Python, but no class
-    if not all(isinstance(c, list) for c in classes) or {*map(type, codes)} - {int}:
-        raise _wrong_json(path, 'an image')
+    check({*map(type, codes)} <= {int}, 'an image')
 
     known = {*codes}
     # SSL4EO-S12-ML has the former, https://github.com/zhu-xlab/softcon#readme
@@ -111,33 +107,22 @@ def _read_json(path: Path) -> SeasonLabels:
             f'WorldCover ({", ".join(map(str, WORLDCOVER.codes))}), got '
             f'{", ".join(map(str, sorted(known)[:20]))}'
         )
-    values = np.zeros((len(entries), len(legend)), np.float32)
-    rows = np.repeat(np.arange(len(entries)), [len(c) for c in classes])
+    values = np.zeros((len(names), len(legend)), np.float32)
+    rows = np.repeat(np.arange(len(names)), [len(one) for one in classes])
     values[rows, np.searchsorted(legend, codes)] = 1
-    unsaid = np.zeros(len(entries), np.bytes_)
-    location, season = _bytes(locations), _bytes(seasons)
-    return SeasonLabels(str(path), unsaid, location, season, values, legend, False)
+    unsaid = np.zeros(len(names), np.bytes_)
+    location, season = map(_bytes, zip(*names, strict=True))
+    return SeasonLabels(
+        str(path), unsaid, location, season, values, legend, shares=False
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object. Of names that come twice, Python would keep the last."""
-    ((name, count),) = Counter(name for name, _ in pairs).most_common(1) or [('', 0)]
-    if count > 1:
-        raise ValueError(f'{name!r} comes twice')
+    names = [name for name, _ in pairs]
+    if len({*names}) < len(names):
+        raise ValueError(f'{max(names, key=names.count)!r} comes twice')
     return dict(pairs)
-
-
-def _items(content: Any, path: Path, what: str = 'the file') -> Any:
-    if not isinstance(content, dict):
-        raise _wrong_json(path, what)
-    return content.items()
-
-
-def _wrong_json(path: Path, what: str) -> ValueError:
-    return ValueError(
-        f'labels {path} must be {{location: {{season: [class, ...]}}}}, {what} has '
-        'something else'
-    )
 
 
 def _bytes(names: Sequence[str]) -> npt.NDArray[np.bytes_]:
@@ -151,12 +136,9 @@ def _read_parquet(path: Path) -> SeasonLabels:
         raise ValueError(
             f'labels {path} is not a valid Parquet file: {error}'
         ) from error
-    # Counts become shares; a file that has both is not read twice
-    columns: dict[int, str] = {}
-    for name in schema.names:
-        match = _CLASS_COLUMN.fullmatch(name)
-        if match is not None and (match[1] == 'count' or int(match[2]) not in columns):
-            columns[int(match[2])] = name
+    # Counts become shares, and take precedence in a file that has both
+    found = [m for name in schema.names if (m := _CLASS_COLUMN.fullmatch(name))]
+    columns = {int(m[2]): m[0] for m in sorted(found, key=lambda m: m[1], reverse=True)}
     codes = sorted(columns)
     if 'id' not in schema.names or not columns:
         raise ValueError(
@@ -201,28 +183,15 @@ def match_labels(
     season: npt.NDArray[np.bytes_],
     strict: bool = True,
 ) -> npt.NDArray[np.float32]:
-    """Find the label of each image by its name.
+    """Find the label of each of N images by location and name.
 
     Labels that were made for another split are as good: images of both levels of
     Sentinel-2 have the same names, and one of Sentinel-1 takes the label of the image of
     the same location that is nearest in time, see :func:`.pair`.
 
-    Args:
-        labels: The labels.
-        split: Split of the images.
-        location: Their locations, shape (N,).
-        season: Their names, shape (N,).
-        strict: Whether to check that the labels are of these images.
-
     Returns:
-        One label per image, shape (N, K), all zeros where there is none.
-
-    Raises:
-        ValueError: If the labels have an image twice. If *strict*, also if none of the
-            images is in the labels, or most of the locations that are have other images.
-
-    Warns:
-        UserWarning: If *strict*, and some images are not in the labels.
+        One label per image, shape (N, K), all zeros where there is none. If *strict*,
+        labels that are not of these images, or not of all, are an error or a warning.
     """
     labels = _of_split(labels, split)
     index = pd.MultiIndex.from_arrays([labels.location, labels.season])
@@ -256,20 +225,16 @@ def _check_found(
     other_dates = 2 * len({*location[foreign]}) > len({*location[known]})
 
     def name(rows: npt.NDArray[np.bool_]) -> str:
-        return ', '.join(
-            f'{location[row].decode()}/{season[row].decode()}'
-            for row in np.flatnonzero(rows)[:_NAMED]
-        )
+        some = zip(location[rows][:_NAMED], season[rows][:_NAMED], strict=True)
+        return b', '.join(map(b'/'.join, some)).decode()
 
     if missing.all() or other_dates:
         wrong = missing if missing.all() else foreign
-        example = ', which is empty'
-        if len(labels.location):
-            first = labels.location[0].decode(), labels.season[0].decode()
-            example = f', where names are such as {"/".join(first)}'
+        example = b'/'.join([*labels.location[:1], *labels.season[:1]]).decode()
         raise ValueError(
             f'labels must have the names of the images: {wrong.sum()} of {len(location)} '
-            f'images are not in {labels.source}{example}. The first are {name(wrong)}'
+            f'images are not in {labels.source} ({len(labels.location)} names such as '
+            f'{example}). The first are {name(wrong)}'
         )
     if missing.any():
         warnings.warn(

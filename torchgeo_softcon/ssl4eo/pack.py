@@ -1,61 +1,66 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""SSL4EO-S12 in few large files that are mapped into memory: ``torchgeo-softcon pack``."""
+"""SSL4EO-S12 in few large files that are mapped into memory, and back.
 
-import csv
+``torchgeo-softcon pack`` and ``torchgeo-softcon unpack``.
+"""
+
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import rasterio
+from rasterio.crs import CRS
+from rasterio.io import MemoryFile
 from tqdm import tqdm
 
 from ..storage.lock import exclusive
+from ..storage.whole_file import whole_file
 from .labels import SeasonLabels, match_labels, read_labels
 from .record_archive import (
     SCHEMA,
     RecordArchive,
     checksum,
-    find_splits,
     has_records,
     index_path,
+    open_archives,
     read_metadata,
     shard_path,
     write_index,
     write_records,
 )
-from .tiffs import BANDS, TiffArchive, split_names
+from .tiffs import BANDS, Georeference, TiffArchive, split_names
 
 #: Images per file. Those of Sentinel-2 take 200 MB, which is also what a process holds in
 #: memory and what is lost if it is killed.
 SHARD_SIZE = 256
 
-#: Files of one shard: records, their rows, and either of them unfinished.
-_SHARD_FILE = re.compile(r'([0-9]{5,})\.(npy|parquet)(\.tmp)?')
+#: Number of a shard, the name of its two files: records, and their rows of the index.
+_SHARD = re.compile(r'[0-9]{5,}')
+
+#: Files that a killed run has not finished.
+_UNFINISHED = re.compile(r'([0-9]{5,}\.(npy|parquet)|index\.parquet)\.tmp')
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """An image that could not be read: its location, its name, and the reason."""
 
     id: str
     season: str
     reason: str
-
-
-#: The number of a file of records, and the numbers of its images in the archive.
-_Shard = tuple[int, npt.NDArray[np.int64]]
 
 
 def pack(
@@ -69,44 +74,34 @@ def pack(
 ) -> list[Failure]:
     """Write the images of SSL4EO-S12 in a form that is fast to read.
 
-    See :mod:`torchgeo_softcon.ssl4eo.record_archive` for the form. A run that was interrupted
-    goes on when started again, and images that came later are added. Images that cannot
-    be read are left out, listed in ``failures.csv`` and tried again by the next run.
+    A run that was interrupted goes on when started again, and images that came later are
+    added. Images that cannot be read are returned, listed in ``failures.csv`` and tried
+    again by the next run.
 
     Args:
         root: Folder with the folders ``s1``, ``s2c`` or ``s2a``.
-        out: Folder to write.
+        out: Folder to write, see :mod:`torchgeo_softcon.ssl4eo.record_archive`.
         split: Which of them, by default all that there are.
         labels: File of labels to put into the index, see :func:`.read_labels`.
         workers: Number of processes.
         shard_size: Images per file.
         progress: Whether to show a bar.
-
-    Returns:
-        Images that could not be read.
-
-    Raises:
-        BlockingIOError: If another run is writing to *out*.
-        FileNotFoundError: If there are no images, or no file of labels.
-        OSError: If a file cannot be written.
-        ValueError: If an argument is out of range, if labels do not belong to the images,
-            or if *out* holds other data.
     """
     if workers < 1 or shard_size < 1:
         raise ValueError(
             f'workers and shard_size must be at least 1, got {workers} and {shard_size}'
         )
-    if Path(root).resolve() == Path(out).resolve():
-        raise ValueError(f'out must be another folder than root, got {out} for both')
+    _check_out(root, out)
     if split is None:
         split = [name for name in BANDS if (Path(root) / name).is_dir()]
         if not split:
             raise FileNotFoundError(
                 f'root must have a folder {", ".join(BANDS)}, found none of them in {root}'
             )
-    for name in split_names(split):
+    splits = split_names(split)
+    for name in splits:
         _check_ours(Path(out) / name)
-    archives = [TiffArchive(root, name) for name in split_names(split)]
+    archives = [TiffArchive(root, name) for name in splits]
     table = None if labels is None else read_labels(labels)
     if table is not None:
         for archive in archives:
@@ -129,25 +124,61 @@ def verify(
     split: str | Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[Failure]:
-    """Compare all records with the checksums that were taken when they were made.
+    """Return the images whose record is not what it was, by its checksum."""
+    archives = open_archives(out, split)
+    return _for_each(RecordArchive.read_checked, archives, 'verify', progress)
 
-    Args:
-        out: Folder of a packed archive.
-        split: Which of its splits, by default all.
-        progress: Whether to show a bar.
 
-    Returns:
-        Images whose record is not what it was.
+@dataclass
+class Unpacked:
+    """Numbers of images that a run wrote and that were there, and damaged ones."""
 
-    Raises:
-        FileNotFoundError: If there is no packed archive, or a file of it is missing.
+    written: int = 0
+    there: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+
+def unpack(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    split: str | Sequence[str] | None = None,
+    progress: bool = False,
+) -> Unpacked:
+    """Write the images of a packed archive as they were: one GeoTIFF per band.
+
+    Images that are there already are passed over, so that an interrupted run goes on.
     """
+    _check_out(root, out)
+    archives = open_archives(root, split)
+    done = Unpacked()
+
+    def write(archive: RecordArchive, row: int) -> None:
+        folder = Path(out).joinpath(archive.split, *archive.name(row))
+        if folder.exists():
+            done.there += 1
+        else:
+            _write_tiffs(folder, archive.bands, *archive.load(row))
+            done.written += 1
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with exclusive(Path(out, '.unpack.lock'), out):
+        done.failures = _for_each(write, archives, 'unpack', progress)
+    return done
+
+
+def _for_each(
+    function: Callable[[RecordArchive, int], Any],
+    archives: Sequence[RecordArchive],
+    verb: str,
+    progress: bool,
+) -> list[Failure]:
+    """Call a function for each image, and return those whose record is damaged."""
     failures = []
-    for name in find_splits(out) if split is None else split_names(split):
-        archive = RecordArchive(out, name)
-        for row in tqdm(range(len(archive)), f'verify {name}', disable=not progress):
+    for archive in archives:
+        rows = range(len(archive))
+        for row in tqdm(rows, f'{verb} {archive.split}', disable=not progress):
             try:
-                archive.read_checked(row)
+                function(archive, row)
             except ValueError as error:
                 failures.append(Failure(*archive.name(row), str(error)))
     return failures
@@ -163,7 +194,10 @@ def _pack_split(
 ) -> list[Failure]:
     """Write what is missing of a split, and its index."""
     index = index_path(folder.parent, archive.split)
-    before, labels = _read_index(index)
+    before, labels = SCHEMA.empty_table(), None
+    if index.exists():
+        labels = read_metadata(index)['labels']
+        before = _read_rows(index)
     indexed, not_indexed = _resume(archive, folder, before)
     done = pa.concat_tables([indexed, *not_indexed])
     ours = pd.MultiIndex.from_arrays(
@@ -180,13 +214,10 @@ def _pack_split(
     used = {*before['shard'].to_pylist(), *done['shard'].to_pylist()}
     numbers = (n for n in itertools.count() if n not in used)
     cuts = range(0, len(rows), shard_size)
-    shards = [(next(numbers), rows[c : c + shard_size]) for c in cuts]
-    failures = [
-        Failure(location, name, f'its record is gone, and it is not in {archive.root}')
-        for location, name in _names(before)
-        .difference(_names(indexed))
-        .difference(ours)
-    ]
+    shards = {next(numbers): archive.only(rows[c : c + shard_size]) for c in cuts}
+    lost = _names(before).difference(_names(indexed)).difference(ours)
+    reason = f'its record is gone, and it is not in {archive.root}'
+    failures = [Failure(location, name, reason) for location, name in lost]
     with tqdm(
         total=len(ours),
         initial=len(ours) - len(rows),
@@ -194,12 +225,15 @@ def _pack_split(
         unit='image',
         disable=not progress,
     ) as bar:
-        for count, failed in _write_shards(archive, folder, shards, workers):
+        for count, failed in _write_shards(folder, shards, workers):
             failures += failed
             bar.update(count)
 
-    _write_failures(folder / 'failures.csv', failures)
-    paths = _shard_indexes(folder)
+    path = folder / 'failures.csv'
+    path.unlink(missing_ok=True)
+    if failures:
+        pd.DataFrame(failures).to_csv(path, index=False, lineterminator='\r\n')
+    paths = _shard_files(folder, 'parquet')
     if not paths and not len(indexed):
         raise ValueError(
             f'none of the {len(ours)} images of {archive.root} can be read, the first one '
@@ -210,31 +244,27 @@ def _pack_split(
         # The order of the images does not depend on which were packed first
         joined = joined.sort_by([('id', 'ascending'), ('season', 'ascending')])
         if table is not None:
-            joined, labels = _with_labels(joined, table, archive.split)
+            joined = _with_labels(joined, table, archive.split)
+            labels = {'codes': list(table.codes), 'shares': table.shares}
         write_index(index, joined, labels)
     for path in paths:
         path.unlink()
     return failures
 
 
+def _check_out(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Refuse to write into the folder that is read."""
+    if Path(root).resolve() == Path(out).resolve():
+        raise ValueError(f'out must be another folder than root, got {out} for both')
+
+
 def _check_ours(folder: Path) -> None:
     """Refuse a folder that no run has written to, unless it is empty."""
-    ours = [folder / '.lock', folder / 'index.parquet']
-    if any(path.exists() for path in ours) or not folder.exists():
-        return
-    other = next(folder.iterdir(), None)
-    if other is not None:
+    found = [*folder.iterdir()] if folder.exists() else []
+    if found and not {'.lock', 'index.parquet'} & {path.name for path in found}:
         raise ValueError(
-            f'out must be a new folder or a packed archive, but there is {other}'
+            f'out must be a new folder or a packed archive, but there is {found[0]}'
         )
-
-
-def _read_index(index: Path) -> tuple[pa.Table, dict[str, Any] | None]:
-    """Read rows of an index, none if there is no index, and what its labels are."""
-    if not index.exists():
-        return SCHEMA.empty_table(), None
-    labels = read_metadata(index)['labels']
-    return _read_rows(index), labels
 
 
 def _read_rows(path: Path) -> pa.Table:
@@ -248,9 +278,7 @@ def _names(rows: pa.Table) -> pd.MultiIndex:
     )
 
 
-def _with_labels(
-    rows: pa.Table, labels: SeasonLabels, split: str
-) -> tuple[pa.Table, dict[str, Any]]:
+def _with_labels(rows: pa.Table, labels: SeasonLabels, split: str) -> pa.Table:
     """Put labels into rows of an index."""
     location, season = (
         np.array(rows[name].to_pylist(), np.bytes_) for name in ('id', 'season')
@@ -260,24 +288,20 @@ def _with_labels(
     offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     column = pa.ListArray.from_arrays(offsets, values.ravel())
     position = rows.schema.get_field_index('label')
-    return rows.set_column(position, SCHEMA.field('label'), column), {
-        'codes': list(labels.codes),
-        'shares': labels.shares,
-    }
+    return rows.set_column(position, SCHEMA.field('label'), column)
 
 
 def _resume(
     archive: TiffArchive, folder: Path, indexed: pa.Table
 ) -> tuple[pa.Table, list[pa.Table]]:
-    """Find what is packed already, and delete what a killed run left unfinished.
+    """Delete what a killed run left unfinished, and return the rows of complete files.
 
-    Returns:
-        Rows of the index, and of each file that is not yet in it, whose records are there.
+    They are those of the index, and those of each file that is not yet in it.
     """
     known = {*indexed['shard'].to_pylist()}
     indexed = _with_records(folder, indexed)
     not_indexed = []
-    for path in _shard_indexes(folder):
+    for path in _shard_files(folder, 'parquet'):
         rows = _read_rows(path)
         if int(path.stem) not in known and len(_with_records(folder, rows)):
             not_indexed.append(rows)
@@ -285,14 +309,10 @@ def _resume(
             path.unlink()
 
     complete = {n for t in (indexed, *not_indexed) for n in t['shard'].to_pylist()}
-    for path in folder.iterdir():
-        match = _SHARD_FILE.fullmatch(path.name)
-        unfinished = match is not None and (
-            match[3] is not None
-            or (match[2] == 'npy' and int(match[1]) not in complete)
-        )
-        if unfinished or path.name == 'index.parquet.tmp':
-            path.unlink()
+    unfinished = [p for p in folder.iterdir() if _UNFINISHED.fullmatch(p.name)]
+    records = _shard_files(folder, 'npy')
+    for path in (*unfinished, *(p for p in records if int(p.stem) not in complete)):
+        path.unlink()
     if complete:
         dtype = np.load(shard_path(folder, min(complete)), mmap_mode='r').dtype
         if dtype != archive.dtype:
@@ -305,37 +325,33 @@ def _resume(
 
 def _with_records(folder: Path, rows: pa.Table) -> pa.Table:
     """Return the rows of an index whose file of records has all of them."""
-    if not len(rows):
-        return rows
-    shard = rows['shard'].to_numpy()
-    last = pd.Series(rows['offset'].to_numpy()).groupby(shard).max()
-    whole = [
-        n
-        for n, offset in last.items()
-        if has_records(shard_path(folder, n), offset + 1)
+    images = rows.select(['shard', 'offset']).to_pandas()
+    last = images.groupby('shard')['offset'].max()
+    complete = [
+        n for n, end in last.items() if has_records(shard_path(folder, n), end + 1)
     ]
-    return rows.filter(pa.array(np.isin(shard, whole)))
+    return rows.filter(pa.array(images['shard'].isin(complete)))
 
 
-def _shard_indexes(folder: Path) -> list[Path]:
-    """Return the files of rows of an index that belong to one file of records each."""
-    return sorted(
-        path for path in folder.glob('*.parquet') if _SHARD_FILE.fullmatch(path.name)
-    )
+def _shard_files(folder: Path, suffix: str) -> list[Path]:
+    """Return the files of all shards: records (npy), or rows of an index (parquet)."""
+    return sorted(p for p in folder.glob(f'*.{suffix}') if _SHARD.fullmatch(p.stem))
 
 
 def _write_shards(
-    archive: TiffArchive, folder: Path, shards: Sequence[_Shard], workers: int
+    folder: Path, shards: Mapping[int, TiffArchive], workers: int
 ) -> Iterator[tuple[int, list[Failure]]]:
     """Write files of records, and yield how many images each had, and its failures."""
     if workers == 1 or len(shards) < 2:
-        for number, rows in shards:
-            yield len(rows), _write_shard(archive, folder, number, rows)
+        for number, images in shards.items():
+            yield len(images), _write_shard(images, folder, number)
         return
     # Forks of a process with threads may hang
-    context = get_context('spawn')
-    with ProcessPoolExecutor(workers, context, _set_archive, (archive,)) as pool:
-        jobs = {pool.submit(_write_in_worker, folder, *s): len(s[1]) for s in shards}
+    with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
+        jobs = {
+            pool.submit(_write_shard, images, folder, number): len(images)
+            for number, images in shards.items()
+        }
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
@@ -344,27 +360,12 @@ def _write_shards(
             raise
 
 
-#: The archive of a worker, which gets it once and not with every job.
-_archive: TiffArchive
-
-
-def _set_archive(archive: TiffArchive) -> None:
-    global _archive
-    _archive = archive
-
-
-def _write_in_worker(*shard: Any) -> list[Failure]:
-    return _write_shard(_archive, *shard)
-
-
-def _write_shard(
-    archive: TiffArchive, folder: Path, number: int, rows: npt.NDArray[np.int64]
-) -> list[Failure]:
+def _write_shard(archive: TiffArchive, folder: Path, number: int) -> list[Failure]:
     """Write a file of records and then, as a sign that it is complete, its rows."""
-    records = np.empty(len(rows), archive.dtype)
+    records = np.empty(len(archive), archive.dtype)
     entries: list[dict[str, Any]] = []
     failures = []
-    for row in rows.tolist():
+    for row in range(len(archive)):
         location, season = archive.name(row)
         try:
             record, grids = archive.load(row)
@@ -379,12 +380,9 @@ def _write_shard(
                 'season': season,
                 'shard': number,
                 'offset': offset,
-                'crs': grids.crs,
-                'bounds': grids.bounds,
+                **grids._asdict(),
                 'transforms': [x for transform in grids.transforms for x in transform],
-                'nodata': grids.nodata,
                 'checksum': checksum(record),
-                'label': None,
             }
         )
     if entries:
@@ -395,11 +393,31 @@ def _write_shard(
     return failures
 
 
-def _write_failures(path: Path, failures: Sequence[Failure]) -> None:
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerow(['id', 'season', 'reason'])
-        writer.writerows((f.id, f.season, f.reason) for f in failures)
+def _write_tiffs(
+    folder: Path, bands: Sequence[str], record: npt.NDArray[Any], grids: Georeference
+) -> None:
+    """Write the bands of an image to a folder, which is there once it is complete."""
+    unfinished = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    crs = None if grids.crs is None else CRS.from_user_input(grids.crs)
+    for band, transform, nodata in zip(
+        bands, grids.transforms, grids.nodata, strict=True
+    ):
+        # GDAL does not always tell when the disk is full
+        with MemoryFile() as memory:
+            with memory.open(
+                driver='GTiff',
+                height=record[band].shape[0],
+                width=record[band].shape[1],
+                count=1,
+                dtype=record[band].dtype.name,
+                crs=crs,
+                transform=rasterio.Affine(*transform),
+                nodata=nodata,
+                compress='lzw',
+            ) as file:
+                file.write(record[band], 1)
+            with whole_file(unfinished / f'{band}.tif') as path:
+                path.write_bytes(memory.read())
+    os.replace(unfinished, folder)

@@ -13,20 +13,22 @@ are.
 import functools
 import json
 import os
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..storage.whole_file import whole_file
-from .batch_memory import BufferPool
 from .labels import SeasonLabels
-from .tiffs import BANDS, Archive, Georeference, check_names
+from .tiffs import BANDS, Archive, Georeference, check_names, split_names
 
 #: Version of the format.
 FORMAT = 1
@@ -52,6 +54,9 @@ SCHEMA = pa.schema(
 #: Columns that tell where the record of which image is.
 _NAMES = ('id', 'season', 'shard', 'offset')
 
+#: Unused memory that is kept, in batches.
+_KEPT = 4
+
 
 def index_path(root: str | os.PathLike[str], split: str) -> Path:
     """Return the path of the index of a split."""
@@ -63,41 +68,45 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f'{shard:05}.npy'
 
 
-def find_splits(root: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the splits of a packed archive.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    splits = [name for name in BANDS if index_path(root, name).exists()]
-    if not splits:
-        raise FileNotFoundError(
-            f'{root} is not a packed archive: {", ".join(BANDS)} with index.parquet are '
-            'missing'
-        )
-    return splits
-
-
 def checksum(record: npt.NDArray[Any]) -> int:
     """Return the CRC-32 of a record, or of its bytes."""
     return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8).data)
+
+
+class BufferPool:
+    """Gives arrays, and takes their memory back when nobody refers to them any more.
+
+    The kernel clears new memory page by page. For batches of tens of megabytes that takes
+    as long as reading them.
+    """
+
+    def __init__(self) -> None:
+        """Initialize a new BufferPool instance."""
+        self._free: deque[memoryview] = deque(maxlen=_KEPT)
+
+    def __reduce__(self) -> Any:
+        """Another process has its own memory."""
+        return BufferPool, ()
+
+    def empty(self, rows: int, width: int) -> npt.NDArray[np.uint8]:
+        """Return an array of shape (rows, width) whose values are arbitrary."""
+        memory = np.empty(0, np.uint8).data
+        while self._free and len(memory) != rows * width:
+            memory = self._free.popleft()
+        if len(memory) != rows * width:
+            memory = np.empty(rows * width, np.uint8).data
+        # Whatever is made of this array, by slicing or by torch.from_numpy, keeps it: a
+        # view of an array that has its memory from elsewhere refers to that array
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array.reshape(rows, width)
 
 
 class RecordArchive(Archive):
     """Images of one split of a packed archive."""
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
-        """Initialize a new RecordArchive instance.
-
-        Args:
-            root: Folder of a packed archive.
-            split: Name of the split.
-
-        Raises:
-            FileNotFoundError: If there is no index, or a file of records is missing.
-            ValueError: If the files are of another version or do not fit the index, or if
-                the index has names that are not those of images.
-        """
+        """Initialize a new RecordArchive instance."""
         super().__init__(root, split)
         self.index = index_path(root, split)
         self._version = _version(self.index)
@@ -133,20 +142,11 @@ class RecordArchive(Archive):
         )
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with its georeference, see :meth:`.Archive.load`.
-
-        Raises:
-            ValueError: See :meth:`read_checked`, or if more was packed since this was
-                opened, so that rows have moved.
-        """
+        """Read an image with its georeference, see :meth:`.Archive.load`."""
         return self.read_checked(row), self.georeference(row)
 
     def read_checked(self, row: int) -> npt.NDArray[Any]:
-        """Read the record of an image, of shape (), and compare it with its checksum.
-
-        Raises:
-            ValueError: If it is not what was packed.
-        """
+        """Read the record of an image, of shape (), and compare it with its checksum."""
         records = self.read([row])
         if checksum(records) != self._checksums[row]:
             raise ValueError(
@@ -172,12 +172,9 @@ class RecordArchive(Archive):
     def georeference(self, row: int) -> Georeference:
         """Return the pixel grids of an image, see :meth:`load`."""
         (entry,) = self._grids.slice(row, 1).to_pylist()
-        return Georeference(
-            entry['crs'],
-            tuple(zip(*[iter(entry['transforms'])] * 6, strict=True)),
-            tuple(entry['nodata']),
-            tuple(entry['bounds']),
-        )
+        transforms = tuple(zip(*[iter(entry['transforms'])] * 6, strict=True))
+        nodata, bounds = tuple(entry['nodata']), tuple(entry['bounds'])
+        return Georeference(entry['crs'], transforms, nodata, bounds)
 
     @functools.cached_property
     def _checksums(self) -> npt.NDArray[np.uint32]:
@@ -185,7 +182,7 @@ class RecordArchive(Archive):
 
     @functools.cached_property
     def _grids(self) -> pa.Table:
-        return self._columns('crs', 'bounds', 'transforms', 'nodata')
+        return self._columns(*Georeference._fields)
 
     def _columns(self, *names: str) -> pa.Table:
         """Read columns of the index, whose rows must be those of the start."""
@@ -198,16 +195,14 @@ class RecordArchive(Archive):
 
     def _check(self) -> np.dtype[Any]:
         """Return the type of the records, and check the length of all files."""
-        shards, inverse = np.unique(self._shard, return_inverse=True)
-        counts = np.zeros(len(shards), np.int64)
-        np.maximum.at(counts, inverse, self._offset + 1)
-        dtype, start = _read_header(shard_path(self.root, int(shards[0])))
+        counts = pd.Series(self._offset + 1).groupby(self._shard).max()
+        dtype, start = _read_header(shard_path(self.root, counts.index[0]))
         if set(self.bands) != set(dtype.names or ()):
             raise ValueError(
                 f'records of {self.split} must have the bands {", ".join(self.bands)}, '
                 f'those in {self.root} have {", ".join(dtype.names or ())}'
             )
-        for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
+        for shard, count in counts.items():
             path = shard_path(self.root, shard)
             if path.stat().st_size < start + count * dtype.itemsize:
                 raise ValueError(
@@ -215,6 +210,19 @@ class RecordArchive(Archive):
                     f'cut off after {path.stat().st_size} bytes. Delete it, and pack again'
                 )
         return dtype
+
+
+def open_archives(
+    root: str | os.PathLike[str], split: str | Sequence[str] | None
+) -> list[RecordArchive]:
+    """Open splits of a packed archive, None for all that there are."""
+    found = [name for name in BANDS if index_path(root, name).exists()]
+    if split is None and not found:
+        raise FileNotFoundError(
+            f'{root} is not a packed archive: {", ".join(BANDS)} with index.parquet are '
+            'missing'
+        )
+    return [RecordArchive(root, name) for name in split_names(split or found)]
 
 
 def _version(path: Path) -> tuple[int, int]:
@@ -241,11 +249,7 @@ def has_records(path: Path, count: int) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read the version of the *format* of an index, and what its *labels* are, or None.
-
-    Raises:
-        ValueError: If it is of another version, or not the index of a packed archive.
-    """
+    """Read the version of the *format* of an index, and what its *labels* are, or None."""
     try:
         schema = pq.read_schema(path)
         metadata: dict[str, Any] = json.loads(schema.metadata[_METADATA])
@@ -271,15 +275,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_index(path: Path, table: pa.Table, labels: dict[str, Any] | None) -> None:
-    """Write an index, or the part of it that belongs to one file of records.
+    """Write rows of :data:`SCHEMA` to an index or a part of it, see :func:`.whole_file`.
 
-    Args:
-        path: The file, which is there once it is complete.
-        table: Rows of :data:`SCHEMA`.
-        labels: What the labels are, None if there are none.
-
-    Raises:
-        OSError: If the file cannot be written. A partial file is deleted.
+    *labels* are its codes and whether they are *shares*, None if there are none.
     """
     metadata = {_METADATA: json.dumps({'format': FORMAT, 'labels': labels})}
     with whole_file(path) as unfinished:

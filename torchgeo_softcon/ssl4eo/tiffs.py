@@ -4,12 +4,12 @@
 """The folders of SSL4EO-S12: which images are there, and how one is read."""
 
 import abc
+import copy
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -56,13 +56,11 @@ _IMAGE = {
 MAX_DAYS = 45
 
 
-@dataclass(frozen=True)
-class Georeference:
-    """The pixel grids of an image.
+class Georeference(NamedTuple):
+    """The pixel grids of an image, of each of its bands.
 
     Attributes:
-        crs: Coordinate reference system as an authority code or WKT, None if there is
-            none.
+        crs: Coordinate reference system as an authority code or WKT, if there is one.
         transforms: Affine transform of each band, six numbers.
         nodata: Value without data of each band, None if there is none.
         bounds: Left, bottom, right and top of the first band of the finest resolution.
@@ -91,12 +89,7 @@ class Archive(abc.ABC):
     dtype: np.dtype[Any]
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
-        """Initialize a new Archive instance.
-
-        Args:
-            root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
-            split: Name of one of them.
-        """
+        """Initialize a new Archive instance, of a folder in *root*."""
         self.root = Path(root) / split
         self.split = split
         self.bands = BANDS[split]
@@ -111,37 +104,15 @@ class Archive(abc.ABC):
 
     @abc.abstractmethod
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with its georeference.
-
-        Args:
-            row: Number of the image.
-
-        Returns:
-            Its record, of shape (), and its georeference.
-
-        Raises:
-            OSError: If a file is missing or cannot be read, it is named.
-            ValueError: If the image is not as it should be.
-        """
+        """Return the record of an image, of shape (), and its georeference."""
 
     @abc.abstractmethod
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Read images.
+        """Return the records of N images as bytes, shape (N, R)."""
 
-        Args:
-            rows: Numbers of N images.
-
-        Returns:
-            Their records of R bytes, shape (N, R).
-
-        Raises:
-            OSError: If a file is missing or cannot be read, it is named.
-            ValueError: If an image is not as it should be.
-        """
-
-    @abc.abstractmethod
     def georeference(self, row: int) -> Georeference:
         """Return the pixel grids of an image."""
+        return self.load(row)[1]
 
 
 class TiffArchive(Archive):
@@ -152,16 +123,7 @@ class TiffArchive(Archive):
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
-        """Initialize a new TiffArchive instance.
-
-        Args:
-            root: Folder with the folders ``s1``, ``s2c`` and ``s2a``, or some of them.
-            split: Name of one of them.
-
-        Raises:
-            FileNotFoundError: If there is no image.
-            OSError: If none of the first images can be opened.
-        """
+        """Initialize a new TiffArchive instance."""
         super().__init__(root, split)
         found = list_images(root, split)
         if not found:
@@ -176,18 +138,20 @@ class TiffArchive(Archive):
         self.season = np.array(season, dtype=np.bytes_)
         self.dtype = self._first_dtype()
 
-    def _folder(self, row: int) -> Path:
-        """Return the folder with the bands of an image."""
-        return self.root.joinpath(*self.name(row))
+    def only(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Return an archive of some of the images."""
+        other = copy.copy(self)
+        other.location, other.season = self.location[rows], self.season[rows]
+        return other
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with its georeference, see :meth:`Archive.load`."""
+        """Return an image with its georeference, see :meth:`Archive.load`."""
         record = np.zeros((), self.dtype)
         grids = {}
         for band, source, values in self._open(row):
             record[band] = values
             crs = source.crs.to_string() if source.crs else None
-            grids[band] = crs, source.transform[:6], source.nodata, source.bounds
+            grids[band] = crs, tuple(source.transform[:6]), source.nodata, source.bounds
         systems = {crs for crs, *_ in grids.values()}
         if len(systems) > 1:
             raise ValueError(
@@ -197,42 +161,37 @@ class TiffArchive(Archive):
         finest = max(self.bands, key=lambda band: self.dtype[band].shape)
         crs, _, _, bounds = grids[finest]
         _, transforms, nodata, _ = zip(*(grids[b] for b in self.bands), strict=True)
-        return record, Georeference(
-            crs, tuple(map(tuple, transforms)), nodata, tuple(bounds)
-        )
+        return record, Georeference(crs, transforms, nodata, tuple(bounds))
 
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Read images, see :meth:`Archive.read`."""
+        """Return records as bytes, see :meth:`Archive.read`."""
         records = np.zeros(len(rows), self.dtype)
         for record, row in zip(records, rows, strict=True):
             for band, _, values in self._open(row):
                 record[band] = values
         return records.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
 
-    def georeference(self, row: int) -> Georeference:
-        """Return the pixel grids of an image."""
-        return self.load(row)[1]
+    def _folder(self, row: int) -> Path:
+        return self.root.joinpath(*self.name(row))
 
     def _open(self, row: int) -> Iterator[tuple[str, Any, npt.NDArray[Any]]]:
         """Yield each band of an image with its open file and its values."""
-        folder = self._folder(row)
         # GDAL shall not list the folder to look for other files that belong to this one
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
             for band in self.dtype.names or ():
-                path = folder / f'{band}.tif'
+                path, field = self._folder(row) / f'{band}.tif', self.dtype[band]
                 with open_raster(path) as source:
-                    actual = source.dtypes[0], (source.height, source.width)
-                    self._check(path, band, *actual)
+                    if (source.dtypes[0], source.shape) != (
+                        field.base.name,
+                        field.shape,
+                    ):
+                        raise ValueError(
+                            f'the images of an archive must be alike: {path} is '
+                            f'{source.dtypes[0]} of {source.height} x {source.width} '
+                            f'pixels, {self._model / path.name} is {field.base.name} of '
+                            f'{field.shape[0]} x {field.shape[1]}'
+                        )
                     yield band, source, read_raster(source, [1])[0]
-
-    def _check(self, path: Path, band: str, dtype: str, shape: tuple[int, int]) -> None:
-        field = self.dtype[band]
-        if (dtype, shape) != (field.base.name, field.shape):
-            raise ValueError(
-                f'the images of an archive must be alike: {path} is {dtype} of '
-                f'{shape[0]} x {shape[1]} pixels, {self._model / path.name} is '
-                f'{field.base.name} of {field.shape[0]} x {field.shape[1]}'
-            )
 
     def _first_dtype(self) -> np.dtype[Any]:
         """Return the type of the records of the first image that can be opened."""
@@ -243,7 +202,7 @@ class TiffArchive(Archive):
             try:
                 for band in self.bands:
                     with open_raster(self._model / f'{band}.tif') as source:
-                        bands[band] = source.dtypes[0], (source.height, source.width)
+                        bands[band] = source.dtypes[0], source.shape
             except OSError as error:
                 errors.append(error)
             else:
@@ -252,11 +211,7 @@ class TiffArchive(Archive):
 
 
 def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of splits, of which there may be one as text, or several.
-
-    Raises:
-        ValueError: If there is none, or one is unknown or comes twice.
-    """
+    """Return the names of splits, of which there may be one as text, or several."""
     names = (split,) if isinstance(split, str) else tuple(split)
     if not names or len({*names}) < len(names) or not {*names} <= {*BANDS}:
         raise ValueError(
@@ -266,17 +221,7 @@ def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_names(source: Path, split: str, location: pa.Array, season: pa.Array) -> None:
-    """Check names that were read from a file, before a path is made of them.
-
-    Args:
-        source: The file, for the message.
-        split: Name of the split.
-        location: Names of locations, as text.
-        season: Names of images, as text.
-
-    Raises:
-        ValueError: If a name is not one of a folder that :func:`list_images` finds.
-    """
+    """Check names that were read from a file, before a path is made of them."""
     for kind, names, pattern in (
         ('location', location, _LOCATION),
         ('image', season, _IMAGE[split]),
@@ -308,17 +253,12 @@ def _folders(root: Path, pattern: re.Pattern[str]) -> list[str]:
     """Return the names of the folders in a folder, sorted."""
     if not root.is_dir():
         return []
-    with os.scandir(root) as entries:
-        names = [e.name for e in entries if pattern.fullmatch(e.name) and e.is_dir()]
-    return sorted(names)
+    with os.scandir(root) as found:
+        return sorted(e.name for e in found if pattern.fullmatch(e.name) and e.is_dir())
 
 
 def days(split: str, seasons: npt.NDArray[np.bytes_]) -> npt.NDArray[np.datetime64]:
-    """Return the days of N images of a split from their names, shape (N,).
-
-    Raises:
-        ValueError: If a name has no date.
-    """
+    """Return the days of N images of a split from their names, shape (N,)."""
     texts = []
     for name in seasons.tolist():
         match = _IMAGE[split].fullmatch(name.decode())
@@ -338,15 +278,9 @@ def pair(
 
     The two with the least days between them come first, and no image is taken twice.
 
-    Args:
-        locations: Names of locations, shape (N,).
-        dates: Dates of the images, shape (N,).
-        other_locations: The same of the other list, shape (M,).
-        other_dates: The same of the other list, shape (M,).
-
     Returns:
-        Position of the partner of each image in the other list, shape (N,), -1 where
-        there is none within :data:`MAX_DAYS`.
+        Position of the partner of each of N images in the list of M others, shape (N,),
+        -1 where there is none within :data:`MAX_DAYS`.
     """
     images, partners = (
         pd.Series(range(len(names))).groupby(names.tolist()).indices
