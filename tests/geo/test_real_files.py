@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.control
 from affine import Affine
 
 from torchgeo_softcon.datasets import ImageMaskFolder, WorldCoverScenes
@@ -229,3 +230,36 @@ def test_bands_without_statistics_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ANGLE: choose bands .*bands=\['VV', 'VH'\]"):
         scenes(tmp_path)
     assert scenes(tmp_path, bands=['VV', 'VH']).bands == ('VV', 'VH')
+
+
+class TestNoPlaceOnEarth:
+    def test_local_crs(self, tmp_path: Path) -> None:
+        path = write(tmp_path / 'odd.tif', numbers(1))
+        crs = 'LOCAL_CS["here",UNIT["metre",1],AXIS["E",EAST],AXIS["N",NORTH]]'
+        with rasterio.open(path, 'r+') as out:
+            out.crs = rasterio.CRS.from_wkt(crs)
+        with pytest.raises(ValueError, match=r'odd.tif has a CRS that is nowhere'):
+            scenes(path)
+
+    def test_ground_control_points(self, tmp_path: Path) -> None:
+        path = tmp_path / 's1.tif'
+        points = [
+            rasterio.control.GroundControlPoint(row, col, 10 + col, 50 - row)
+            for row in (0, 32)
+            for col in (0, 32)
+        ]
+        options: dict[str, Any] = {'width': 32, 'height': 32, 'count': 1}
+        with rasterio.open(path, 'w', 'GTiff', dtype='uint16', **options) as out:
+            out.write(numbers(1))
+            out.gcps = points, rasterio.CRS.from_epsg(4326)
+        with pytest.raises(
+            ValueError, match=r's1.tif has ground control points .*warp'
+        ):
+            scenes(path)
+
+    def test_pixels_without_a_size(self, tmp_path: Path) -> None:
+        path = write(tmp_path / 'flat.tif', numbers(1))
+        with rasterio.open(path, 'r+') as out:
+            out.transform = Affine(10, 0, 600000, 0, 0, 5600000)
+        with pytest.raises(ValueError, match=r'flat.tif has a georeference'):
+            scenes(path)

@@ -29,6 +29,7 @@ from .rasters import (
     RGB_COLORS,
     Layer,
     Scene,
+    check_place,
     find_alpha,
     nodata_of,
     open_raster,
@@ -166,11 +167,7 @@ def _open_layer(
 ) -> tuple[Layer, tuple[str, ...] | None, bool]:
     """Read what is known of a file: its bands, their names, whether these are sure."""
     with open_raster(path) as source:
-        if source.crs is None:
-            raise ValueError(
-                f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
-                'images that come with masks of their own'
-            )
+        check_place(source)
         alpha = find_alpha(source)
         if all_bands is not None and len(all_bands) == source.count:
             alpha = None

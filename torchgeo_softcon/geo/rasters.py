@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from pyproj.exceptions import CRSError, ProjError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from .grid import Grid
+from .grid import LONLAT, Grid, parse_crs, projection
 from .open_files import OpenFiles
 
 Values = npt.NDArray[np.float32]
@@ -103,6 +104,35 @@ def read_raster(
         raise OSError(
             f'cannot read {source.name}, is it truncated or damaged? {reason}'
         ) from error
+
+
+def check_place(source: Any) -> None:
+    """Check that an open raster tells where on Earth its pixels are."""
+    path = source.name
+    if source.crs is None and source.gcps[0]:
+        raise ValueError(
+            f'{path} has ground control points ({len(source.gcps[0])}) instead of a grid: '
+            'warp it first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the '
+            'terrain (SNAP: Range-Doppler Terrain Correction)'
+        )
+    if source.crs is None:
+        raise ValueError(
+            f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
+            'images that come with masks of their own'
+        )
+    try:
+        projection(parse_crs(source.crs.to_wkt()), parse_crs(LONLAT))
+    except (CRSError, ProjError) as error:
+        raise ValueError(
+            f'{path} has a CRS that is nowhere on Earth, {source.crs.to_wkt()[:60]!r}: '
+            'set the one it is in, `gdal_edit.py -a_srs EPSG:CODE FILE`'
+        ) from error
+    numbers = source.transform[:6]
+    if not np.isfinite(numbers).all() or source.transform.determinant == 0:
+        raise ValueError(
+            f'{path} has a georeference whose pixels have no size, {tuple(numbers)}: '
+            'write it again with the transform of its grid'
+        )
 
 
 def find_alpha(source: Any) -> int | None:
