@@ -71,7 +71,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         self.shuffled = shuffled
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Return the number of windows."""
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch with *image* and *label*."""
+    """Return a batch with *image* and *label*."""
     return WorldCoverMultiLabel()(default_collate(samples))
 
 
@@ -105,7 +105,7 @@ class Stream(Sampler[int]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        """Number of windows per epoch."""
+        """Return the number of windows per epoch."""
         return self.length
 
     def __iter__(self) -> Iterator[int]:

@@ -56,7 +56,7 @@ class DrawSampler(DistributedSampler[Any]):
         self.start = 0
 
     def __len__(self) -> int:
-        """Number of draws of this device in an epoch."""
+        """Return the number of draws of this device in an epoch."""
         return self.length // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:

@@ -294,7 +294,7 @@ class ImageMaskFolder(DivisibleImages):
         return other
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:

@@ -42,7 +42,7 @@ class SceneGrid(Dataset[Sample]):
         ]
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Return the number of windows."""
         return len(self.windows)
 
     def __getitem__(self, index: int) -> Sample:

@@ -338,7 +338,7 @@ class WorldCoverScenes(DrawnImages):
         return other
 
     def __len__(self) -> int:
-        """Number of samples per epoch."""
+        """Return the number of samples per epoch."""
         return self.length
 
     def __getitem__(self, index: int) -> Sample:

@@ -218,7 +218,7 @@ class SSL4EOS12ML(DivisibleImages):
         self._start, self._count = start[enough], count[enough]
 
     def __len__(self) -> int:
-        """Number of locations."""
+        """Return the number of locations."""
         return len(self._start)
 
     def __getitem__(self, index: int) -> Sample:
@@ -336,7 +336,7 @@ class RecordBatch(Sequence[Sample]):
     label: Tensor | None
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(next(iter(self.records.values())))
 
     def __getitem__(self, index: Any) -> Any:

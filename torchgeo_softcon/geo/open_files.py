@@ -40,7 +40,7 @@ class OpenFiles:
         return type(self), (self.opener, self.max_open)
 
     def __len__(self) -> int:
-        """Number of files that are open."""
+        """Return the number of files that are open."""
         return len(self._files)
 
     @contextmanager

@@ -112,7 +112,7 @@ def feature_size(
     size: int,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> int:
-    """Number of features of an encoder, found out by using it once.
+    """Find the number of features of an encoder, by using it once.
 
     timm's ``num_features`` is not the width of the output for models with layers between
     pooling and classifier.

@@ -95,7 +95,7 @@ class Archive(abc.ABC):
         self.bands = BANDS[split]
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.location)
 
     def name(self, row: int) -> tuple[str, str]:

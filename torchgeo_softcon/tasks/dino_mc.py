@@ -269,7 +269,7 @@ class DINOMCTask(PretrainingTask):
         ][-1]
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Encoder and head, each with its teacher."""
+        """Return encoder and head, each with its teacher."""
         return [(self.student, self.model), (self.head, self.teacher_head)]
 
     def weight_decay_at(self, step: int) -> float:
