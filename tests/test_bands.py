@@ -49,10 +49,10 @@ def test_statistics_are_those_of_the_hosts_weights() -> None:
 
 def test_statistics_of_level_2a() -> None:
     # Figures of SoftCon's authors, in the order of the bands without B10
-    mean = (752.40, 884.30, 1144.16, 1297.47, 1624.91, 2194.64, 2422.21, 2517.76)
-    mean += (2581.65, 2645.52, 2368.51, 1805.07)
-    std = (1108.03, 1155.15, 1183.63, 1368.11, 1370.27, 1355.55, 1416.51, 1474.79)
-    std += (1439.31, 1582.28, 1455.52, 1343.48)
+    mean = [752.40, 884.30, 1144.16, 1297.47, 1624.91, 2194.64, 2422.21, 2517.76]
+    mean += [2581.65, 2645.52, 2368.51, 1805.07]
+    std = [1108.03, 1155.15, 1183.63, 1368.11, 1370.27, 1355.55, 1416.51, 1474.79]
+    std += [1439.31, 1582.28, 1455.52, 1343.48]
     bands = SENTINEL2_SUBSETS[12]
     assert band_statistics(bands, 'L2A') == tuple(zip(mean, std, strict=True))
 

@@ -43,6 +43,7 @@ class NumbersDataModule(DrawDataModule):
             num_workers,
             val_fraction=0,
             seed=0,
+            options={},
         )
 
     def setup(self, stage: str) -> None:

@@ -377,7 +377,7 @@ class TestBands:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         for name in 'ab':
-            values = np.ones((2, 4, 4), np.float32)
+            values = np.full((2, 4, 4), -12, np.float32)
             path = write_raster(tmp_path / f'{name}.tif', values)
         with caplog.at_level(logging.INFO):
             unlabelled(path.parent)
@@ -389,7 +389,7 @@ class TestBands:
     def test_named_by_number(self, tmp_path: Path) -> None:
         write_raster(tmp_path / '13' / 'a.tif', np.ones((13, 4, 4), np.uint16))
         write_raster(tmp_path / '12' / 'a.tif', np.ones((12, 4, 4), np.uint16))
-        write_raster(tmp_path / '2' / 'a.tif', np.ones((2, 4, 4), np.float32))
+        write_raster(tmp_path / '2' / 'a.tif', -np.ones((2, 4, 4), np.float32))
         assert unlabelled(tmp_path / '13').bands == SENTINEL2_BANDS
         l2a = unlabelled(tmp_path / '12').bands
         assert l2a == tuple(band for band in SENTINEL2_BANDS if band != 'B10')

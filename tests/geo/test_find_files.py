@@ -36,7 +36,11 @@ class TestFindFiles:
         touch(tmp_path, 'b.TIF', 'a/c.jp2', 'a/d.txt', 'a-b/e.tiff')
         assert names(tmp_path) == ['a/c.jp2', 'a-b/e.tiff', 'b.TIF']
         assert names(tmp_path, suffixes=('.txt',)) == ['a/d.txt']
-        named = [tmp_path / 'a/d.txt', '/vsizip/x.zip/a.tif', 's3://bucket/b.tif']
+        named: list[Any] = [
+            tmp_path / 'a/d.txt',
+            '/vsizip/x.zip/a.tif',
+            's3://bucket/b.tif',
+        ]
         assert find_files([*named, tmp_path / 'a/d.txt']) == [str(p) for p in named]
 
     def test_paths_are_relative_if_they_were(

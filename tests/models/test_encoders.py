@@ -193,3 +193,27 @@ class TestOpenEncoder:
         assert encoder.bands is not None
         assert (encoder.in_channels, len(encoder.bands)) == (bands, bands)
         assert (encoder.size, encoder.unit_range) == (224, unit)
+
+
+@pytest.mark.parametrize(
+    'prefix', ['module.base_encoder.', 'base_encoder.', 'module.encoder_q.', 'module.']
+)
+def test_files_of_moco(tmp_path: Path, prefix: str) -> None:
+    state = create_encoder('test_vit', 4).state_dict()
+    other = {f'module.encoder_k.{key}': value + 1 for key, value in state.items()}
+    mine = {f'{prefix}{key}': value for key, value in state.items()}
+    content = {
+        'epoch': 1,
+        'state_dict': mine | (other if 'encoder_q' in prefix else {}),
+    }
+    torch.save(content, tmp_path / 'a.pth')
+    found = read_weights(str(tmp_path / 'a.pth'))
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+def test_file_of_mae(tmp_path: Path) -> None:
+    state = create_encoder('test_vit', 4).state_dict()
+    beside = {'mask_token': torch.zeros(1), 'decoder_embed.weight': torch.zeros(1)}
+    torch.save({'model': state | beside, 'epoch': 1}, tmp_path / 'a.pth')
+    found = read_weights(str(tmp_path / 'a.pth'))
+    assert found.keys() == state.keys()

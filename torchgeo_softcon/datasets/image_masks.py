@@ -24,6 +24,7 @@ from ..geo.rasters import (
     Values,
     drop_empty,
     find_alpha,
+    has_mask,
     nodata_of,
     open_raster,
     read_raster,
@@ -304,10 +305,13 @@ class ImageMaskFolder(DivisibleImages):
         window = self._crop(place[0], rng)
 
         images = [self._image(place[date], window) for date in dates]
-        image = images[0] if self.seasons == 1 else np.stack(images)
+        pixels, masked = zip(*images, strict=True)
+        image = pixels[0] if self.seasons == 1 else np.stack(pixels)
         mask = self._mask(place[dates[0]], window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
+            # What a mask of an image leaves out has no label, as in WorldCoverScenes
+            mask[np.any(masked, 0)] = 0
         # The transform says what is wrong with floats, if anything is
         sample: Sample = {
             'image': torch.from_numpy(image),
@@ -324,14 +328,21 @@ class ImageMaskFolder(DivisibleImages):
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
         return Window(left, top, self.size, self.size)
 
-    def _image(self, patch: Patch, window: Window | None) -> Values:
+    def _image(
+        self, patch: Patch, window: Window | None
+    ) -> tuple[Values, npt.NDArray[np.bool_]]:
+        """Read an image in [0, 1], and where its own mask says that it has no data."""
         with open_raster(patch.image) as source:
             alpha = find_alpha(source)
             if alpha in (*self.image_bands, self.mask_band):
                 alpha = None
             nodata = nodata_of(source, self.image_bands, self.nodata)
             values, zero = read_values(source, self.image_bands, nodata, alpha, window)
-        return to_unit_range(drop_empty(values, zero), self.value_range)
+            empty = np.zeros(values.shape[1:], np.bool_)
+            if has_mask(source):
+                empty = source.dataset_mask(window=window) == 0
+        values = drop_empty(values, zero)
+        return to_unit_range(values, self.value_range), empty
 
     def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
         band = self.mask_band or 1

@@ -23,6 +23,9 @@ ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]
 _DEVIATIONS = 2
 
 
+#: Bands that have statistics.
+_STATISTICS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
+
 #: The level in the names of products (S2B_MSIL2A_...), of their granules (L2A_T32UNE_...)
 #: and of items of STAC catalogues (S2B_32UNE_20200101_0_L2A).
 _LEVEL = re.compile(r'(?:MSI|(?<![A-Za-z0-9]))(L1C|L2A)(?![A-Za-z0-9])')
@@ -56,7 +59,7 @@ def choose_level(
         return level or 'L1C'
     found: dict[str, str] = {}
     for name in names:
-        for match in _LEVEL.findall(os.path.abspath(name)):
+        for match in _LEVEL.findall(os.path.realpath(name)):
             found.setdefault(match, os.fspath(name))
     if len(found) > 1:
         raise ValueError(
@@ -105,6 +108,14 @@ def resolve_value_range(
     if value_range is None:
         if kinds == {'uint8'}:
             return ((0.0, 255.0),) * count
+        known = softcon_range([b for b in bands or () if b in _STATISTICS])
+        if bands and known and len(known) < len(bands):
+            others = [band for band in bands if band not in _STATISTICS]
+            raise ValueError(
+                f'bands have no statistics of {", ".join(others)}: choose bands without '
+                f'them, bands={[b for b in bands if b in _STATISTICS]}, or give '
+                'value_range, one pair (low, high) per band'
+            )
         optical = any(band not in SENTINEL1_BANDS for band in bands or ())
         if 'uint8' in kinds or (optical and any(k.startswith('float') for k in kinds)):
             # Reflectance in [0, 1] and digital numbers look the same from here, and
@@ -137,6 +148,41 @@ def resolve_value_range(
             f'{count} such pairs, one per band, got {value_range!r}'
         )
     return tuple((float(low), float(high)) for low, high in values)
+
+
+def check_radar(
+    values: npt.NDArray[np.float32],
+    bands: Sequence[str] | None,
+    value_range: Sequence[tuple[float, float]],
+    name: str,
+) -> None:
+    """Check that radar bands which are scaled as dB are in dB.
+
+    Args:
+        values: A window of an image, shape (C, H, W), NaN without data.
+        bands: Names of its bands.
+        value_range: Pairs ``(low, high)``, one per band.
+        name: The image, for the message.
+
+    Raises:
+        ValueError: If no pixel of a band is negative, as of linear power or amplitude,
+            or all are below its range, as of dB that are stored times 100.
+    """
+    for band, pixels, pair in zip(bands or (), values, value_range, strict=False):
+        pixels = pixels[np.isfinite(pixels)]
+        if band not in SENTINEL1_BANDS or pair not in (softcon_range([band]) or ()):
+            continue
+        if not pixels.size or (pixels.min() < 0 and pixels.max() >= pair[0]):
+            continue
+        remedy = (
+            'convert it by 10 * log10(power), 20 * log10(amplitude)'
+            if pixels.min() >= 0
+            else 'divide it by its factor'
+        )
+        raise ValueError(
+            f'{name} has values of {band} from {pixels.min():.4g} to {pixels.max():.4g}, '
+            f'which is not radar backscatter in dB: {remedy}, or give value_range'
+        )
 
 
 def softcon_range(

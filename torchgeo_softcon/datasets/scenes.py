@@ -16,14 +16,20 @@ from torch import Tensor
 
 from .._checks import check_counts, check_fractions
 from .._compat import Sample
-from ..bands import Level
+from ..bands import SENTINEL1_BANDS, Level
 from ..geo.discovery import find_rasters, find_scenes
 from ..geo.grid import Bounds, Grid, group_by_grid
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
-from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
+from .scaling import (
+    ValueRange,
+    check_radar,
+    choose_level,
+    resolve_value_range,
+    to_unit_range,
+)
 from .worldcover import ESAWorldCover
 
 #: One or more folders or files.
@@ -33,6 +39,9 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: is empty, one window in a thousand gets here, and all of an empty one. Most of their
 #: mask is no data, so their label is unknown.
 _MAX_TRIES = 10
+
+#: Side of the window that is looked at before the training, in pixels.
+_SAMPLE = 256
 
 #: Files that an error message lists.
 _MAX_NAMED = 3
@@ -153,9 +162,10 @@ class WorldCoverScenes(DrawnImages):
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of the windows, from 0 to 2**32 - 1.
             allow_unlabelled: Accept images without a tile, their mask is 0 everywhere.
-            offset: What is added to the values before *value_range*. None for -1000 if
-                the path of digital numbers (uint16) of Sentinel-2 bands has a baseline
-                of ESA from 04.00 on (``_N0400_``), which have 1000 added, else 0.
+            offset: What is added to the numbers as they are stored, before *value_range*.
+                None for what files tell: their own scale and offset, or the offset in a
+                product's metadata (``MTD_MSIL2A.xml``), or -1000 for digital numbers
+                (uint16) of Sentinel-2 bands in a product of baseline 04.00 or later.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. Not used if *worldcover*
                 is a dataset, which has its own.
@@ -192,7 +202,14 @@ class WorldCoverScenes(DrawnImages):
             transforms = WorldCoverMultiLabel(product=self.product)
         self.transforms = transforms
 
-        scenes = find_scenes(find_rasters(images), bands, all_bands, nodata, offset)
+        scenes = find_scenes(
+            find_rasters(images),
+            bands,
+            all_bands,
+            nodata,
+            offset,
+            to_digital=value_range in (None, 'softcon'),
+        )
         self.bands = scenes[0].bands
         self.places = _stack(scenes)
         _warn_single_bands(self.places)
@@ -216,6 +233,12 @@ class WorldCoverScenes(DrawnImages):
             self._check_tiles()
 
         self._reader = RasterReader()
+        if {*(self.bands or ())} & {*SENTINEL1_BANDS}:
+            scene = self.places[0].scenes[0]
+            side = min(_SAMPLE, scene.grid.height, scene.grid.width)
+            top, left = (scene.grid.height - side) // 2, (scene.grid.width - side) // 2
+            values = self._reader.read(scene, top, left, side, side)
+            check_radar(values, self.bands, self.value_range, scene.name)
 
     def _check_dates(self) -> None:
         for place in self.places:

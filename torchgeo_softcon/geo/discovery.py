@@ -29,11 +29,13 @@ from .rasters import (
     RGB_COLORS,
     Layer,
     Scene,
+    check_place,
     find_alpha,
     nodata_of,
     open_raster,
     read_raster,
 )
+from .sentinel2 import Offset, product_offset, tell_offsets
 
 #: A band at the end of a file name, as Sentinel products, SSL4EO-S12 and BigEarthNet
 #: write it: B2, B02, B8A, B08A, VV, with or without a resolution.
@@ -42,18 +44,26 @@ _BAND_TOKEN = re.compile(
     re.IGNORECASE,
 )
 
-#: Files of a Sentinel-2 product that are not bands, and WorldCover itself.
+#: Files beside bands that are not bands themselves: of Sentinel-2 products, of items of
+#: STAC catalogues, of Major-TOM, Planet and BigEarthNet, and WorldCover itself.
 _NOT_A_BAND = re.compile(
-    r'(?:_(?:TCI|AOT|WVP|SCL|PVI)(?:_(?:10|20|60)m)?$)|^MSK_|^ESA_WorldCover_'
+    r'(?:^|_)(?:TCI|AOT|WVP|SCL|PVI|QA60)(?:_(?:10|20|60)m)?$'
+    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|_udm2?(?:_clip)?$'
+    r'|_reference_map$|^MSK_|^ESA_WorldCover_',
+    re.IGNORECASE,
 )
 
 #: Files of Landsat, whose B1 to B12 are not those of Sentinel-2.
 _LANDSAT = re.compile(r'(?<![A-Za-z0-9])L[CET]0\d_|HLS\.L30')
 
-#: Sentinel-2 products since baseline 04.00 (January 2022) have 1000 added, which their
-#: metadata call RADIO_ADD_OFFSET or BOA_ADD_OFFSET.
-_WITH_OFFSET = re.compile(r'_N(?:0[4-9]|[1-9]\d)\d\d_')
-_OFFSET = -1000.0
+#: A band within a description, such as 0_B2, B2_median or Sigma0_VH_db.
+_BAND_WORD = re.compile(
+    r'(?<![A-Za-z0-9])(B(?:0?8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?![A-Za-z0-9])',
+    re.IGNORECASE,
+)
+
+#: Digital numbers of Sentinel-2 per unit of reflectance.
+_PER_REFLECTANCE = 10_000
 
 #: Folders of a Level-2A product that hold bands of one scene.
 _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
@@ -82,16 +92,19 @@ def find_scenes(
     all_bands: Sequence[str] | None = None,
     nodata: float | None = None,
     offset: float | None = None,
+    to_digital: bool = True,
 ) -> list[Scene]:
     """Open files, and put those together that hold bands of one scene.
 
-    The options are those of :class:`.WorldCoverScenes`.
+    The options are those of :class:`.WorldCoverScenes`. *to_digital* brings reflectance of
+    Sentinel-2 that a file declares by its scale to digital numbers.
     """
     named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
-    scenes: list[Scene] = []
+    numbers = _Numbers(offset, to_digital)
+    whole: list[tuple[Layer, tuple[str, ...] | None]] = []
     guessed: dict[tuple[str, ...], str] = {}
     single: dict[tuple[str, str], dict[str, Layer]] = {}
     for path in files:
@@ -101,7 +114,7 @@ def find_scenes(
         name = PurePath(path)
         match = _BAND_TOKEN.search(name.stem)
         if match is None or len(layer.indexes) > 1:
-            scenes.append(_from_file(layer, names, wanted, offset))
+            whole.append((layer, names))
             continue
         (band,) = normalize_band_names([match['band']])
         folder = name.parent
@@ -111,11 +124,19 @@ def find_scenes(
         # Level-2A has the same band at several resolutions, only the finest counts
         if band not in group or layer.grid.pixel_area < group[band].grid.pixel_area:
             group[band] = layer
+    if wanted is not None:
+        # What has none of the bands lies beside a scene, such as a mask of clouds
+        some = [
+            x for x in whole if set(wanted) & set(x[1] or ()) or _is_landsat(x[0].path)
+        ]
+        whole = some or ([] if single else whole)
+    scenes = [_from_file(layer, names, wanted, numbers) for layer, names in whole]
     scenes += [
-        _from_bands(os.path.join(folder, stem), group, wanted, offset)
+        _from_bands(os.path.join(folder, stem), group, wanted, numbers)
         for (folder, stem), group in single.items()
     ]
-    layers = (layer for scene in scenes for layer in scene.layers)
+    layers = [layer for scene in scenes for layer in scene.layers]
+    numbers.tell()
     if with_alpha := next((layer for layer in layers if layer.alpha is not None), None):
         rank_zero_info(
             f'band {with_alpha.alpha} of {with_alpha.path} is alpha, it tells where the '
@@ -146,17 +167,15 @@ def _open_layer(
 ) -> tuple[Layer, tuple[str, ...] | None, bool]:
     """Read what is known of a file: its bands, their names, whether these are sure."""
     with open_raster(path) as source:
-        if source.crs is None:
-            raise ValueError(
-                f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
-                'images that come with masks of their own'
-            )
+        check_place(source)
         alpha = find_alpha(source)
         if all_bands is not None and len(all_bands) == source.count:
             alpha = None
         indexes = tuple(i for i in source.indexes if i != alpha)
         grid, dtype = Grid.of(source), str(source.dtypes[0])
         values = nodata_of(source, indexes, nodata)
+        scale = tuple(source.scales[i - 1] for i in indexes)
+        shift = tuple(source.offsets[i - 1] for i in indexes)
         names, sure = all_bands, True
         if all_bands is None:
             names, sure = _name_bands(source, indexes)
@@ -171,7 +190,8 @@ def _open_layer(
         )
     if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
         names = None
-    return Layer(path, indexes, grid, values, dtype, alpha), names, sure
+    layer = Layer(path, indexes, grid, values, dtype, alpha, scale, shift)
+    return layer, names, sure
 
 
 def _is_landsat(path: str) -> bool:
@@ -183,7 +203,7 @@ def _name_bands(
     source: Any, indexes: Sequence[int]
 ) -> tuple[tuple[str, ...] | None, bool]:
     """Name the bands of a file, and tell whether it does so itself or they are guessed."""
-    texts = [spell_band_name(source.descriptions[i - 1] or '') for i in indexes]
+    texts = [_find_name(source.descriptions[i - 1] or '') for i in indexes]
     known = [text for text in texts if text in KNOWN_BANDS]
     if known and len(set(known)) == len(known):
         # Earth Engine adds masks such as QA60, only all_bands can make use of them
@@ -191,6 +211,9 @@ def _name_bands(
         return tuple(names), True
     if tuple(source.colorinterp[i - 1] for i in indexes) == RGB_COLORS:
         return RGB_BANDS, True
+    if any(texts):
+        # Bands that have other names are other bands, whatever their number
+        return None, True
     if len(indexes) in (12, 13):
         return SENTINEL2_SUBSETS[len(indexes)], False
     if len(indexes) == 2 and source.dtypes[0].startswith('float'):
@@ -198,23 +221,57 @@ def _name_bands(
     return None, False
 
 
-def _as_sentinel2(
-    layer: Layer, names: tuple[str, ...] | None, offset: float | None
-) -> Layer:
-    """Add the nodata value and the offset that Sentinel-2 products do not declare."""
-    # Bytes and floats were scaled by someone, who knows what became of 0 and 1000
-    digital_numbers = (
-        layer.dtype in ('uint16', 'uint32', 'uint64')
-        and names is not None
-        and set(names) <= set(SENTINEL2_BANDS)
-    )
-    nodata = layer.nodata
-    if digital_numbers and all(value is None for value in nodata):
-        nodata = (0.0,) * len(nodata)
-    if offset is None:
-        shifted = digital_numbers and _WITH_OFFSET.search(layer.path)
-        offset = _OFFSET if shifted else 0.0
-    return replace(layer, nodata=nodata, offset=offset)
+def _find_name(description: str) -> str:
+    """Return the band that a description names, else the description."""
+    name = spell_band_name(description)
+    words = {spell_band_name(word) for word in _BAND_WORD.findall(description)}
+    return words.pop() if name not in KNOWN_BANDS and len(words) == 1 else name
+
+
+class _Numbers:
+    """What becomes of the numbers in files, and what has to be said about it."""
+
+    def __init__(self, offset: float | None, to_digital: bool) -> None:
+        self.offset, self.to_digital = offset, to_digital
+        self.products: dict[str, Offset] = {}
+        self.declared: list[Layer] = []
+
+    def apply(self, layer: Layer, names: tuple[str, ...] | None) -> Layer:
+        """Complete the nodata value, scale and offset of some bands."""
+        count = len(layer.indexes)
+        sentinel2 = names is not None and set(names) <= set(SENTINEL2_BANDS)
+        # Bytes and floats were scaled by someone, who knows what became of 0 and 1000
+        whole = layer.dtype in ('uint16', 'uint32', 'uint64')
+        if sentinel2 and whole and all(value is None for value in layer.nodata):
+            layer = replace(layer, nodata=(0.0,) * count)
+        if self.offset is not None:
+            return replace(layer, scale=(1.0,) * count, offset=(self.offset,) * count)
+        if any(scale != 1 for scale in layer.scale) or any(layer.offset):
+            self.declared.append(layer)
+            reflectance = sentinel2 and max(map(abs, layer.scale)) < 0.01
+            if reflectance and self.to_digital:
+                # The statistics of bands are those of digital numbers
+                scale, offset = (
+                    tuple(round(value * _PER_REFLECTANCE, 6) for value in values)
+                    for values in (layer.scale, layer.offset)
+                )
+                layer = replace(layer, scale=scale, offset=offset)
+            return layer
+        if sentinel2 and whole:
+            found = self.products[layer.path] = product_offset(layer.path)
+            layer = replace(layer, offset=(found.value,) * count)
+        return layer
+
+    def tell(self) -> None:
+        """Say once for each kind of file what is applied, and how to choose otherwise."""
+        if self.declared:
+            first = self.declared[0]
+            rank_zero_info(
+                f'The scale and offset that {len(self.declared)} files such as '
+                f'{first.path} declare are applied: {first.scale[0]:g} times the number, '
+                f'{first.offset[0]:+g}. To read numbers as stored, give offset=0'
+            )
+        tell_offsets(self.products)
 
 
 def _check_bands(
@@ -238,7 +295,7 @@ def _from_file(
     layer: Layer,
     names: tuple[str, ...] | None,
     wanted: tuple[str, ...] | None,
-    offset: float | None,
+    numbers: _Numbers,
 ) -> Scene:
     """Make a scene of one file."""
     if wanted is not None:
@@ -255,16 +312,18 @@ def _from_file(
             layer,
             indexes=tuple(layer.indexes[position] for position in positions),
             nodata=tuple(layer.nodata[position] for position in positions),
+            scale=tuple(layer.scale[position] for position in positions),
+            offset=tuple(layer.offset[position] for position in positions),
         )
         names = wanted
-    return Scene(layer.path, names, (_as_sentinel2(layer, names, offset),), layer.grid)
+    return Scene(layer.path, names, (numbers.apply(layer, names),), layer.grid)
 
 
 def _from_bands(
     name: str,
     group: dict[str, Layer],
     wanted: tuple[str, ...] | None,
-    offset: float | None,
+    numbers: _Numbers,
 ) -> Scene:
     """Make a scene of one file per band."""
     order = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
@@ -276,8 +335,7 @@ def _from_bands(
         _check_bands(name, wanted, present, landsat)
     names = wanted or tuple(present)
     layers = tuple(
-        _as_sentinel2(group[band], None if landsat else (band,), offset)
-        for band in names
+        numbers.apply(group[band], None if landsat else (band,)) for band in names
     )
     finest = min((layer.grid for layer in layers), key=lambda grid: grid.pixel_area)
     for layer in layers:

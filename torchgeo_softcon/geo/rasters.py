@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-from rasterio.enums import ColorInterp
+from pyproj.exceptions import CRSError, ProjError
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from .grid import Grid
+from .grid import LONLAT, Grid, parse_crs, projection
 from .open_files import OpenFiles
 
 Values = npt.NDArray[np.float32]
@@ -40,7 +41,8 @@ class Layer:
         nodata: Value without data of each band, None if there is none.
         dtype: Type of the file.
         alpha: Position of a band that is 0 where all others have no data.
-        offset: What is added to the values of the file.
+        scale: Factor of the values of the file, one for each band.
+        offset: What is added to the values then, one for each band.
     """
 
     path: str
@@ -49,7 +51,8 @@ class Layer:
     nodata: tuple[float | None, ...]
     dtype: str
     alpha: int | None = None
-    offset: float = 0.0
+    scale: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,35 @@ def read_raster(
         ) from error
 
 
+def check_place(source: Any) -> None:
+    """Check that an open raster tells where on Earth its pixels are."""
+    path = source.name
+    if source.crs is None and source.gcps[0]:
+        raise ValueError(
+            f'{path} has ground control points ({len(source.gcps[0])}) instead of a grid: '
+            'warp it first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the '
+            'terrain (SNAP: Range-Doppler Terrain Correction)'
+        )
+    if source.crs is None:
+        raise ValueError(
+            f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
+            'images that come with masks of their own'
+        )
+    try:
+        projection(parse_crs(source.crs.to_wkt()), parse_crs(LONLAT))
+    except (CRSError, ProjError) as error:
+        raise ValueError(
+            f'{path} has a CRS that is nowhere on Earth, {source.crs.to_wkt()[:60]!r}: '
+            'set the one it is in, `gdal_edit.py -a_srs EPSG:CODE FILE`'
+        ) from error
+    numbers = source.transform[:6]
+    if not np.isfinite(numbers).all() or source.transform.determinant == 0:
+        raise ValueError(
+            f'{path} has a georeference whose pixels have no size, {tuple(numbers)}: '
+            'write it again with the transform of its grid'
+        )
+
+
 def find_alpha(source: Any) -> int | None:
     """Return the position of the band that tells where an open raster has data.
 
@@ -113,6 +145,12 @@ def find_alpha(source: Any) -> int | None:
         return None
     index = source.colorinterp.index(ColorInterp.alpha)
     return None if source.descriptions[index] else index + 1
+
+
+def has_mask(source: Any) -> bool:
+    """Tell whether a file has a mask of its own, inside or beside it (.msk)."""
+    flags = source.mask_flag_enums[0]
+    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
 
 
 def nodata_of(
@@ -147,6 +185,8 @@ def read_values(
             values[band][raw[band] == value] = np.nan
     if alpha is not None:
         values[:, raw[-1] == 0] = np.nan
+    elif has_mask(source):
+        values[:, source.dataset_mask(window=window) == 0] = np.nan
     return values, zero
 
 
@@ -194,8 +234,10 @@ class RasterReader:
             values, zero = read_values(
                 source, layer.indexes, layer.nodata, layer.alpha, window
             )
-        if layer.offset:
-            values += layer.offset
+        if any(factor != 1 for factor in layer.scale):
+            values *= np.array(layer.scale, np.float32)[:, None, None]
+        if any(layer.offset):
+            values += np.array(layer.offset, np.float32)[:, None, None]
         return values, zero
 
     def _resample(

@@ -23,8 +23,16 @@ from .loading import create_encoder, is_vit, load_encoder
 from .weights import EncoderWeights
 
 #: Where the encoder is in checkpoints of tasks: in BYOL and segmentation of TorchGeo, in
-#: MAE, in MoCo and SimCLR, in others, and in a plain state dict.
-_PREFIXES = ('model.backbone.model.', 'backbone.vit.', 'backbone.', 'model.', '')
+#: MAE, in MoCo and SimCLR, in others; in files of MoCo v3 and v2 as their authors (and
+#: SSL4EO-S12) write them, with and without data parallelism; and in a plain state dict.
+_PREFIXES = (
+    *('model.backbone.model.', 'backbone.vit.', 'backbone.', 'model.'),
+    *('module.base_encoder.', 'module.encoder_q.', 'base_encoder.', 'encoder_q.'),
+    *('module.encoder.', 'module.', ''),
+)
+
+#: What files of MAE have beside the encoder.
+_OF_MAE = ('decoder_', 'mask_token')
 
 #: Entry of a checkpoint in which a pretraining task notes its class, its method, and which
 #: of its attributes hold the branches.
@@ -131,6 +139,9 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         state_dict = dino_mc_encoder(checkpoint, branch)
     else:
         state = checkpoint.get('state_dict', checkpoint)
+        if state is checkpoint and _mapping(checkpoint, 'model'):
+            inner = _mapping(checkpoint, 'model')
+            state = {k: v for k, v in inner.items() if not k.startswith(_OF_MAE)}
         attributes = {str(key).partition('.')[0] for key in state}
         note = note or _guess_note(attributes, hparams)
         if note:
