@@ -25,7 +25,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
@@ -88,7 +89,9 @@ class _Loader:
         self._loader.exec_module(module)
         _executed.add(name)
 
-        _want(name)
+        if name in _TRIGGERS:
+            with _changed:
+                _wanted.add(_TRIGGERS[name])
         _settle()
 
 
@@ -174,34 +177,29 @@ def install() -> None:
             if _finder in sys.meta_path:
                 return
             sys.meta_path.insert(0, cast(Any, _finder))
-            for name in _TRIGGERS:
-                if name in sys.modules:
-                    _want(name)
+            _wanted.update(_TRIGGERS[name] for name in _TRIGGERS if name in sys.modules)
         _settle()
     except Exception as error:  # noqa: BLE001, `import torch` must not fail
         _report(error)
 
 
 def install_unless_silenced() -> None:
-    """Activate the plugin, because the package is being imported.
-
-    Not so if it is torch that imports the package, in order to call :func:`autoload`,
-    and the user has opted out of that.
-    """
+    """Activate the plugin, because the package is being imported."""
+    # Not if torch imports the package to call autoload(), and the user has opted out
     silenced = os.environ.get(AUTOLOAD_VARIABLE) == '0'
     if not (silenced and _is_half_imported('torch')):
         install()
 
 
 def callbacks() -> list[Any]:
-    """Return callbacks for each trainer of TorchGeo's tasks. Lightning calls this.
+    """Return callbacks for each trainer of TorchGeo's tasks. Never raises.
 
     Lightning, unlike TorchGeo, reads entry points of its own: those of the group
     ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
 
     Returns:
         One callback, for TorchGeo's tasks with weights of this package. None if there
-        are no such tasks, or the user has opted out of the plugin. Never raises.
+        are no such tasks, or the user has opted out of the plugin.
     """
     tasks = [name for name, group in _TRIGGERS.items() if group == 'torchgeo.tasks']
     if os.environ.get(AUTOLOAD_VARIABLE) == '0' or sys.modules.keys().isdisjoint(tasks):
@@ -214,11 +212,10 @@ def callbacks() -> list[Any]:
 
 
 def declared() -> 'list[tuple[EntryPoint, str | None]]':
-    """Load the entry points of this distribution.
+    """Load all entry points of this distribution, sorted by group and name.
 
     Returns:
-        Each entry point, sorted by group and name, with the reason why it does not load,
-        or None. Empty if the package is not installed.
+        Each entry point with the reason why it does not load, or None.
     """
     result: list[tuple[EntryPoint, str | None]] = []
     for entry_point in sorted(_entry_points(), key=lambda e: (e.group, e.name)):
@@ -232,19 +229,13 @@ def declared() -> 'list[tuple[EntryPoint, str | None]]':
 
 
 def why_inactive() -> str | None:
-    """Tell why ``import torch`` does not activate the plugin.
-
-    Returns:
-        The reason, or None if it does activate the plugin.
-    """
-    for variable, on in (
-        (AUTOLOAD_VARIABLE, False),
-        ('TORCH_DEVICE_BACKEND_AUTOLOAD', True),
-    ):
-        value = os.environ.get(variable, '1')
-        # torch takes nothing but 1 for a yes, we take nothing but 0 for a no
-        if value == '0' or (on and value != '1'):
-            return f'{variable}={value}'
+    """Tell why ``import torch`` does not activate the plugin, None if it does."""
+    # We take nothing but 0 for a no, torch takes nothing but 1 for a yes
+    if os.environ.get(AUTOLOAD_VARIABLE) == '0':
+        return f'{AUTOLOAD_VARIABLE}=0'
+    value = os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1')
+    if value != '1':
+        return f'TORCH_DEVICE_BACKEND_AUTOLOAD={value}'
     if not any(e.group == 'torch.backends' for e in _entry_points()):
         return 'the package is not installed'
     return None
@@ -262,19 +253,8 @@ def _entry_points(group: str | None = None) -> 'list[EntryPoint]':
     return [e for e in entry_points if group in (None, e.group)]
 
 
-def _want(name: str) -> None:
-    """Ask for the action that a host module is waiting for, if it is one."""
-    if name in _TRIGGERS:
-        with _changed:
-            _wanted.add(_TRIGGERS[name])
-
-
 def _settle(wait: bool = False) -> None:
-    """Act upon what is wanted, if the state of the imports allows it.
-
-    Args:
-        wait: Whether to wait for the other threads that act or import, if need be.
-    """
+    """Act upon what is wanted, if imports allow it, or *wait* for other threads first."""
     global _owner
     me = threading.get_ident()
     with _changed:
@@ -293,9 +273,8 @@ def _settle(wait: bool = False) -> None:
         _owner = me
 
     try:
-        while (group := _next()) is not None:
-            if not _act(group):
-                break
+        while (group := _next()) and _act(group):
+            pass
     finally:
         with _changed:
             _owner = None
@@ -312,12 +291,9 @@ def _next() -> str | None:
 
 
 def _act(group: str) -> bool:
-    """Load and register the entry points of a group.
+    """Load and register the entry points of a group, and tell whether that is over.
 
     Doing it again does no harm, and is necessary after a reload of a host module.
-
-    Returns:
-        Whether it is done, for better or worse.
     """
     failure: Exception | None = None
     try:
@@ -354,7 +330,7 @@ def _register(name: str, weights: Any) -> None:
     registry = sys.modules['torchgeo.models.api']._model_weights
     key = f'{_PACKAGE}/{name}'
     # Callables are keys as well, but are not searched by name
-    others = [e for k, e in registry.items() if isinstance(k, str) and k != key]
+    others = (e for k, e in registry.items() if isinstance(k, str) and k != key)
     known = {str(member) for enum in others for member in enum}
     hidden = [str(member) for member in weights if str(member) in known]
     # TorchGeo takes the first member that matches, which is its own
@@ -389,12 +365,9 @@ def _yield(host: str, names: list[str]) -> None:
 def _watch() -> None:
     """Watch the host modules that have not been acted upon yet, and no others."""
     for name, group in _TRIGGERS.items():
-        old, new = (
-            (ModuleType, _Watched) if group in _wanted else (_Watched, ModuleType)
-        )
         module = sys.modules.get(name)
-        if module is not None and type(module) is old:
-            module.__class__ = new
+        if module is not None and type(module) in (ModuleType, _Watched):
+            module.__class__ = _Watched if group in _wanted else ModuleType
 
 
 def _is_ready() -> bool:
@@ -415,15 +388,10 @@ def _is_half_imported(name: str) -> bool:
 
 def _is_importing() -> bool:
     """Tell whether this thread is in the middle of an import."""
-    return any(frame.f_code.co_name == '_find_and_load' for frame in _stack())
-
-
-def _stack() -> Iterator[FrameType]:
-    """Yield the frames of this thread, the newest first."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        yield frame
+    while frame is not None and frame.f_code.co_name != '_find_and_load':
         frame = frame.f_back
+    return frame is not None
 
 
 def _report(error: Exception) -> None:
@@ -439,7 +407,5 @@ def _report(error: Exception) -> None:
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Exception:  # noqa: BLE001, the user's filter or display of warnings raises
-        from contextlib import suppress
-
         with suppress(Exception):
             print(message, file=sys.stderr)
