@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 from torchgeo_softcon.datasets import SyntheticScenes
 
@@ -17,6 +18,19 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     # variable is for the processes that tests start.
     os.environ['OMP_NUM_THREADS'] = '1'
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def plain_loaders() -> Iterator[None]:
+    """Undo what Lightning does to data loaders, which it leaves if making one fails."""
+    yield
+    kinds = [DataLoader, BatchSampler]
+    for kind in kinds:
+        kinds += kind.__subclasses__()  # type: ignore[arg-type]
+        for name in ('__init__', '__setattr__', '__delattr__'):
+            if f'__old{name}' in kind.__dict__:
+                setattr(kind, name, kind.__dict__[f'__old{name}'])
+                delattr(kind, f'__old{name}')
 
 
 @pytest.fixture(scope='session')

@@ -74,10 +74,18 @@ class Scene:
         return sum(len(layer.indexes) for layer in self.layers)
 
 
-def open_raster(path: str | os.PathLike[str]) -> Any:
-    """Open a raster with rasterio."""
+def open_raster(path: str | os.PathLike[str], alone: bool = False) -> Any:
+    """Open a raster with rasterio.
+
+    Files beside it, such as its mask, are looked for unless it is *alone*, whatever the
+    environment of the process says.
+    """
+    siblings = 'EMPTY_DIR' if alone else 'FALSE'
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN=siblings),
+        ):
             # The caller looks at the CRS, and images in a folder have none
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             return rasterio.open(path)

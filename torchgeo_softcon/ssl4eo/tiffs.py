@@ -180,7 +180,7 @@ class TiffArchive(Archive):
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
             for band in self.dtype.names or ():
                 path, field = self._folder(row) / f'{band}.tif', self.dtype[band]
-                with open_raster(path) as source:
+                with open_raster(path, alone=True) as source:
                     if (source.dtypes[0], source.shape) != (
                         field.base.name,
                         field.shape,

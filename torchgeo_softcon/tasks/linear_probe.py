@@ -137,8 +137,9 @@ class LinearProbeTask(ClassificationTask):
             if name in state_dict and state_dict[name].shape[1] != channels:
                 raise ValueError(
                     f'in_channels must be {state_dict[name].shape[1]}, the number of bands '
-                    f'of weights, got {channels}. Name the bands of the images (for '
-                    'weights of this package), or choose a model with weights for them'
+                    f'of weights, got {channels}: the input layer of a frozen encoder '
+                    'cannot be a random one. Name the bands of the images (for weights '
+                    'of this package), or choose a model with weights for them'
                 )
             load_encoder(self.model, state_dict)
         self.model.requires_grad_(False).eval()

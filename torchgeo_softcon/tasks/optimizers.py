@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightly.utils.lars import LARS
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._checks import check_counts, check_not_negative
+from .._checks import check_choice, check_counts, check_not_negative
 
 OptimizerName = Literal['adamw', 'sgd', 'lars']
 
@@ -47,6 +47,7 @@ def create_optimizer(
     name: OptimizerName, groups: list[dict[str, Any]], lr: float, fused: bool
 ) -> Optimizer:
     """Create an optimizer: *fused* AdamW with betas 0.9 and 0.999, others momentum 0.9."""
+    check_choice('optimizer', name, get_args(OptimizerName))
     if name == 'adamw':
         return AdamW(groups, lr=lr, fused=fused)
     return {'sgd': SGD, 'lars': LARS}[name](groups, lr=lr, momentum=0.9)
