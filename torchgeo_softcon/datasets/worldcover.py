@@ -155,7 +155,7 @@ class ESAWorldCover(RasterDataset):
         if product is not WORLDCOVER:
             self.url = f'{product.url}/{product.path}'
             self.names, self.colors = product.names, product.colors
-            self.cmap = _colormap(product)
+            self.cmap = _colormap(product)  # type: ignore[misc]
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
         self.ordinal = ordinal
         codes = (product.fill, *classes)
