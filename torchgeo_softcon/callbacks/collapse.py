@@ -84,8 +84,6 @@ class CollapseMonitor(EncoderWatch):
 
     For the tasks of this package and TorchGeo's own. The training is the same to the
     bit with and without it.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

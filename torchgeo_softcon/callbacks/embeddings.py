@@ -38,8 +38,6 @@ class EmbeddingWriter(BasePredictionWriter):
             - class_path: torchgeo_softcon.callbacks.EmbeddingWriter
               init_args:
                 path: embeddings.parquet
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

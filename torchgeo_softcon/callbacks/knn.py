@@ -52,8 +52,6 @@ class KNNProbe(EncoderWatch):
 
     The images come as the datamodule gives them for validation, and must be of the
     range that the encoder is trained with.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

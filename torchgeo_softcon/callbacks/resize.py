@@ -33,8 +33,6 @@ class ResizeInput(Callback):
             - class_path: torchgeo_softcon.callbacks.ResizeInput
               init_args:
                 size: 224
-
-    .. versionadded:: 0.1
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -113,8 +111,6 @@ class ResizeForWeights(ResizeInput):
     The plugin adds it to every trainer of TorchGeo's tasks. It acts on tasks that start
     from weights of this package, in a model that refuses the size of the images, and
     says so.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(self) -> None:

@@ -28,8 +28,6 @@ class TrainSubset(Callback):
             - class_path: torchgeo_softcon.callbacks.TrainSubset
               init_args:
                 fraction: 0.1
-
-    .. versionadded:: 0.1
     """
 
     def __init__(self, fraction: float, seed: int = 42) -> None:

@@ -25,8 +25,6 @@ class UnitRange(Callback):
         trainer:
           callbacks:
             - class_path: torchgeo_softcon.callbacks.UnitRange
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

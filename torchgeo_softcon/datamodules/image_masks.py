@@ -18,8 +18,6 @@ class ImageMaskFolderDataModule(DrawDataModule):
     Without *val_fraction*, all images are used for training, validation and testing
     alike. With it, images of one place (see *places*) are never in two of them.
     Predictions are of single images, of their middle if they are cropped to *size*.
-
-    .. versionadded:: 0.1
     """
 
     shuffle = True

@@ -30,8 +30,6 @@ class WorldCoverScenesDataModule(DrawDataModule):
     raster is divided on its own: where rasters of different places overlap, as
     neighbouring Sentinel-2 tiles do by 10 km, the splits still share ground, and there
     is a warning.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

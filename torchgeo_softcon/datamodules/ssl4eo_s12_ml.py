@@ -40,8 +40,6 @@ class SSL4EOS12MLDataModule(DrawDataModule):
     Without *val_fraction*, all locations are used for training, validation and testing
     alike. With it, images of one location are never in two of them. Predictions are of
     single images.
-
-    .. versionadded:: 0.1
     """
 
     shuffle = True

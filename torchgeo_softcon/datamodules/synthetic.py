@@ -25,8 +25,6 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
     The whole way from rasters to a trained model, without a download: see
     :class:`.SyntheticScenes` for the files and :class:`.WorldCoverScenesDataModule` for
     how they are read.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

@@ -71,8 +71,6 @@ class ImageMaskFolder(DivisibleImages):
     * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. Masks of floats stay
       floats. The default *transforms* replace it by a multi-hot *label* of shape
       (K,)
-
-    .. versionadded:: 0.1
     """
 
     _where = 'places'

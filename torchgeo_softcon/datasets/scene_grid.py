@@ -25,8 +25,6 @@ class SceneGrid(Dataset[Sample]):
 
     For prediction: the order is place, date, row, column. The last row and column of
     windows are moved inwards to end with the raster.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(self, scenes: WorldCoverScenes) -> None:

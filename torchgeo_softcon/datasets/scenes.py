@@ -100,8 +100,6 @@ class WorldCoverScenes(DrawnImages):
     * *mask*: WorldCover codes, long of shape (H, W), 0 is no data, also where one of
       the dates has none in all of its bands. The default
       *transforms* replace it by a multi-hot *label* of shape (K,)
-
-    .. versionadded:: 0.1
     """
 
     #: Whether there are samples beyond the length.

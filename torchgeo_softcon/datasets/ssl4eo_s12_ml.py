@@ -57,8 +57,6 @@ class SSL4EOS12ML(DivisibleImages):
 
     * https://arxiv.org/abs/2211.07044
     * https://arxiv.org/abs/2405.20462
-
-    .. versionadded:: 0.1
     """
 
     _where = 'locations'

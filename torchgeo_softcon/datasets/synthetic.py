@@ -44,8 +44,6 @@ class SyntheticScenes:
     The same arguments always give the same files, which are written only once: several
     processes may start at the same time, and an interrupted one leaves nothing behind
     that is taken for complete.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

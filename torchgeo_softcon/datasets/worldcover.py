@@ -84,8 +84,6 @@ class ESAWorldCover(RasterDataset):
 
     * https://doi.org/10.5281/zenodo.5571936 (2020)
     * https://doi.org/10.5281/zenodo.7254221 (2021)
-
-    .. versionadded:: 0.1
     """
 
     filename_glob = '*'

@@ -229,7 +229,7 @@ def _find_name(description: str) -> str:
 
 
 class _Numbers:
-    """What becomes of the numbers in files, and what has to be said about it."""
+    """Scale and offset of the numbers in files, and the line that tells about them."""
 
     def __init__(self, offset: float | None, to_digital: bool) -> None:
         self.offset, self.to_digital = offset, to_digital

@@ -34,7 +34,7 @@ _LEVELS_UP = 5
 
 
 class Offset(NamedTuple):
-    """What is added to digital numbers, and the file or name that tells it."""
+    """The offset of digital numbers, and the file or name that tells it."""
 
     value: float
     source: str | None

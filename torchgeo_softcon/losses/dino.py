@@ -119,8 +119,6 @@ class DINOLoss(nn.Module):
 
     * https://arxiv.org/abs/2104.14294
     * https://arxiv.org/abs/2303.06670
-
-    .. versionadded:: 0.1
     """
 
     center: Tensor

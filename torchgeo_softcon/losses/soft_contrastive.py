@@ -317,8 +317,6 @@ class SoftContrastiveLoss(nn.Module):
     If you use this loss in your research, please cite the following paper:
 
     * https://arxiv.org/abs/2405.20462
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

@@ -39,10 +39,7 @@ _PATCH_SIZES = {
 
 
 class EncoderWeights(WeightsEnum):
-    """Weights that are brought into the layout of the model they are for.
-
-    .. versionadded:: 0.1
-    """
+    """Weights that are brought into the layout of the model they are for."""
 
     def get_state_dict(
         self,
@@ -223,8 +220,6 @@ class ResNet50_Weights(EncoderWeights):
 
     * https://arxiv.org/abs/2405.20462 (SoftCon)
     * https://arxiv.org/abs/2303.06670 (DINO-MC, DINO-TP)
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ResNet50_Weights')
@@ -239,8 +234,6 @@ class WideResNet50_2_Weights(EncoderWeights):
     """Wide ResNet-50-2 weights of DINO-MC and DINO-TP.
 
     For timm's *wide_resnet50_2*. See :class:`ResNet50_Weights`.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
@@ -256,8 +249,6 @@ class Swin_T_Weights(EncoderWeights):
     For torchvision's *swin_t*, which TorchGeo's model of this name is, and with
     ``get_state_dict(layout='timm')`` for timm's *swin_tiny_patch4_window7_224*, which is
     equal at 224 pixels only. See :class:`ResNet50_Weights`.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
@@ -271,8 +262,6 @@ class ViTSmall8_Weights(EncoderWeights):
     """ViT-S/8 weights of DINO-MC and DINO-TP.
 
     For timm's *vit_small_patch8_224*. See :class:`ResNet50_Weights`.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
@@ -288,8 +277,6 @@ class ViTSmall14_DINOv2_Weights(EncoderWeights):
     For timm's *vit_small_patch14_dinov2* with ``img_size=224``, and for
     *softcon_vit_small_patch14_224* where no size can be given. See
     :class:`ResNet50_Weights`.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights')
@@ -299,8 +286,6 @@ class ViTBase14_DINOv2_Weights(EncoderWeights):
     """ViT-B/14 weights of SoftCon, see :class:`ViTSmall14_DINOv2_Weights`.
 
     For timm's *vit_base_patch14_dinov2* and for *softcon_vit_base_patch14_224*.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTBase14_DINOv2_Weights')
@@ -316,8 +301,6 @@ class ViTSmall16_Weights(EncoderWeights):
     ``get_state_dict(img_size=256)`` and a model that is built with ``img_size=256``.
 
     See :class:`ResNet50_Weights`.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
@@ -329,8 +312,6 @@ class ViTBase16_Weights(EncoderWeights):
     """ViT-B/16 weights, converted from SoftCon's ViT-B/14 while they are loaded.
 
     For timm's *vit_base_patch16_224*. See :class:`ViTSmall16_Weights`.
-
-    .. versionadded:: 0.1
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(

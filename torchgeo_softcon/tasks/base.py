@@ -75,8 +75,6 @@ class PretrainingTask(BaseTask):
     :meth:`configure_models` by :meth:`create_encoder`, and computes its loss in
     :meth:`training_step`. Checkpoints note what it declares, so that ``export``,
     ``embed``, ``evaluate`` and ``report`` know them.
-
-    .. versionadded:: 0.1
     """
 
     #: Name of the method. A task of several may choose by its hyperparameters.

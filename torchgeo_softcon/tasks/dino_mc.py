@@ -58,8 +58,6 @@ class DINOMCTask(PretrainingTask):
 
     * https://arxiv.org/abs/2303.06670
     * https://arxiv.org/abs/2104.14294
-
-    .. versionadded:: 0.1
     """
 
     reference = 'arXiv 2303.06670'

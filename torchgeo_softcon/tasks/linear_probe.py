@@ -47,8 +47,6 @@ class LinearProbeTask(ClassificationTask):
     If you use this task in your research, please cite the following paper:
 
     * https://arxiv.org/abs/2104.14294
-
-    .. versionadded:: 0.1
     """
 
     model: nn.Module

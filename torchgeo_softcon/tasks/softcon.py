@@ -52,8 +52,6 @@ class SoftConTask(PretrainingTask):
     If you use this task in your research, please cite the following paper:
 
     * https://arxiv.org/abs/2405.20462
-
-    .. versionadded:: 0.1
     """
 
     method = 'SoftCon'

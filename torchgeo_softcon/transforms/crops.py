@@ -56,8 +56,6 @@ class MultiCropView(ViewModule):
         num_global: Number of global views.
         boxes: Boxes of the views of the last call as of :func:`random_boxes`, each of
             shape (B, 4).
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

@@ -23,8 +23,6 @@ class ToUnitRange(nn.Module):
     The two differ by :math:`u = \operatorname{clip}((z + 2) / 4, 0, 1)`. The authors round
     to 8 bit in between, which neither does.
     https://github.com/zhu-xlab/softcon#readme
-
-    .. versionadded:: 0.1
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:

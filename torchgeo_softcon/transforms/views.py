@@ -57,8 +57,6 @@ class RandomView(ViewModule):
     Attributes:
         boxes: Left, top, right and bottom of the views of the last call in pixels of the
             image, shape (B, 4). None before the first call.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(

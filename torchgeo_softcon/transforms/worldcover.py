@@ -132,8 +132,6 @@ class WorldCoverMultiLabel(nn.Module):
     classes are left per patch.
 
     An all-zero label means *unknown*, never *nothing there*.
-
-    .. versionadded:: 0.1
     """
 
     def __init__(
