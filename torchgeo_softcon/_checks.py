@@ -4,7 +4,7 @@
 """Checks of options. None, which stands for a default, passes, NaN never does."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -116,7 +116,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (tuple, Sequence, Iterable):
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
             return False
-        if origin is Iterable or not hasattr(value, '__len__'):
+        if origin is Iterable or not isinstance(value, Sized):
             return origin is Iterable
         types = args if origin is tuple else args[:1] * len(value)
         return len(types) == len(value) and all(map(_fits, value, types))
@@ -135,4 +135,4 @@ def _describe(hint: Any) -> str:
         return f'a list of {_describe(args[0])}'
     if origin is Literal:
         return ', '.join(map(repr, args))
-    return simple.get(hint) or getattr(origin or hint, '__name__', str(hint))
+    return simple.get(hint, getattr(origin or hint, '__name__', str(hint)))
