@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What a folder holds, and the configuration that ``pretrain`` makes of it.
+"""The data in a folder, and the configuration that ``pretrain`` makes of them.
 
 Without a CUDA device, the recipes of the quick start are run for some hundred steps, with
 one, those of real runs:
