@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from .._checks import check_types
 from ..models.encoders import find_weights
 
 
@@ -43,6 +44,7 @@ class LoadBackbone(Callback):
             bands: Names of the bands of the images, chosen from those of weights of this
                 package. Defaults to all.
         """
+        check_types(LoadBackbone.__init__, locals())
         self.weights, self.bands = os.fspath(weights), bands
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

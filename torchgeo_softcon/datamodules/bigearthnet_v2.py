@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_choice
+from .._checks import check_choice, check_types
 from .._compat import BigEarthNetV2, NonGeoDataModule, Sample
 from ..transforms.unit_range import ToUnitRange
 from .normalization import BAND_SETS
@@ -42,8 +42,10 @@ class BigEarthNetV2DataModule(NonGeoDataModule):
                 *bands* (``'all'``, ``'s1'`` or ``'s2'``), *download*, ...
 
         Raises:
+            TypeError: If an argument is of another type.
             ValueError: If *bands* are others.
         """
+        check_types(BigEarthNetV2DataModule.__init__, locals())
         bands = kwargs.setdefault('bands', 'all')
         check_choice('bands', bands, [*BAND_SETS])
         super().__init__(BigEarthNetV2, batch_size, num_workers, **kwargs)
