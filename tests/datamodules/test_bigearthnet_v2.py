@@ -50,5 +50,5 @@ def test_batches(bands: str, names: tuple[str, ...], root: Path) -> None:
 
 
 def test_other_bands(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"bands must be one of .*got 'rgb'"):
+    with pytest.raises(ValueError, match=r"bands must be 's1', .*got 'rgb'"):
         BigEarthNetV2DataModule(root=root, bands='rgb')

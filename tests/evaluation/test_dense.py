@@ -51,7 +51,7 @@ def write_scene(path: Path, values: Any, left: float = 0) -> Path:
 
 def data(folder: Path) -> WorldCoverScenesDataModule:
     return WorldCoverScenesDataModule(
-        images=folder, worldcover=None, allow_unlabelled=True, patch_size=64
+        images=str(folder), worldcover=None, allow_unlabelled=True, patch_size=64
     )
 
 

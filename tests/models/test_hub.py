@@ -155,7 +155,7 @@ class Endless(BaseHTTPRequestHandler):
         try:
             self.wfile.write(start)
             while 'silent' not in self.path:
-                self.wfile.write(bytes(2**16))
+                self.wfile.write((b' ' if 'page' in self.path else b'\0') * 2**16)
             stop.wait(30)
         except OSError:  # the client has gone
             pass

@@ -30,7 +30,6 @@ from ..geo.rasters import Scene
 from ..models.encoders import Encoder
 from ..storage.whole_file import whole_file
 from .embedding_file import describe
-from .samples import set_up
 
 #: Windows side by side share this part of their side: each place is in four windows, and
 #: in the middle of one.
@@ -68,7 +67,8 @@ def embed_dense(
         FileExistsError: If a file exists, and is not to be replaced.
         ValueError: If *datamodule* has no whole scenes, or a scene is too small.
     """
-    set_up(datamodule, 'predict')
+    datamodule.prepare_data()
+    datamodule.setup('predict')
     match_images(datamodule, encoder.bands, encoder.unit_range)
     grid = offer_of(datamodule).predict_dataset
     if not isinstance(grid, SceneGrid):
@@ -143,6 +143,7 @@ def _features(
     for top, left in itertools.product(_starts(rows, tall), _starts(columns, wide)):
         window = top * patch, left * patch, tall * patch, wide * patch
         values = grid.scenes._reader.read(scene, *window)
+        valid = np.isfinite(values).any(0)  # before it is scaled in place
         image = torch.from_numpy(to_unit_range(values, grid.scenes.value_range))
         with torch.inference_mode():
             found = feature_map(model, image[None].to(device))[0].float().cpu().numpy()
@@ -151,8 +152,7 @@ def _features(
         place = slice(top, top + tall), slice(left, left + wide)
         summed[:, *place] += weight * found
         total[place] += weight
-        cells = np.isfinite(values).any(0).reshape(tall, patch, wide, patch)
-        empty[place] = ~cells.any((1, 3))
+        empty[place] = ~valid.reshape(tall, patch, wide, patch).any((1, 3))
     assert summed is not None  # a scene has a window at least
     summed /= total
     summed[:, empty] = np.nan
@@ -193,7 +193,7 @@ def _write(
             dataset.update_tags(emb=json.dumps(about))
         rasterio.shutil.copy(
             memory.name,
-            unfinished,
+            os.fspath(unfinished),
             driver='COG',
             compress='DEFLATE',
             predictor='YES',

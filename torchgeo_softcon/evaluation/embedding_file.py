@@ -111,7 +111,7 @@ def describe(
     level = level or dataset_level(dataset, bands)
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict.items()):
-        digest.update(name.encode() + value.float().numpy().tobytes())
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
     weights = encoder.source
     if os.path.exists(weights):
         weights = os.path.basename(weights)
@@ -187,7 +187,7 @@ def write_stac_item(path: Path) -> Path:
             'datetime': None if first < last else f'{first:%Y-%m-%dT%H:%M:%SZ}',
             'start_datetime': f'{first:%Y-%m-%dT%H:%M:%SZ}',
             'end_datetime': f'{last:%Y-%m-%dT%H:%M:%SZ}',
-            'processing:datetime': f'{now:%Y-%m-%dT%H:%M:%SZ}',
+            'created': f'{now:%Y-%m-%dT%H:%M:%SZ}',
             **about,
         },
         'links': links,

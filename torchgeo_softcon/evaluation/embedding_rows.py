@@ -34,7 +34,7 @@ class EmbeddingRows:
         """Start after *position* samples, of a *rank* whose turn is every *world_size*."""
         self.position = position
         self._file = file
-        self._dataset = dataset
+        self.dataset = dataset
         self._rank, self._world_size = rank, world_size
         self._kind = f'part-{rank:05d}'
         self._written = file.count_rows(self._kind)
@@ -57,7 +57,7 @@ class EmbeddingRows:
             label.ndim not in (1, 2) or len(label) != len(embedding)
         ):
             label = None
-        found = footprints(batch, queries, self._dataset)
+        found = footprints(batch, queries, self.dataset)
         table = make_table(index, embedding, found, label)
         self._held.append(table.slice(max(self._written - start, 0)))
         rows = sum(table.num_rows for table in self._held)

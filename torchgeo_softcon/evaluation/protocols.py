@@ -179,6 +179,8 @@ def logistic_scores(
     """
     multi = labels.ndim == 2
     classes = labels.shape[1] if multi else int(labels.max()) + 1
+    # Features may come from inference mode, and gradients need others
+    bank, labels = bank.clone(), labels.clone()
     with torch.enable_grad():
         linear = torch.nn.Linear(bank.shape[1], classes)
         torch.nn.init.zeros_(linear.weight)
@@ -205,7 +207,8 @@ def logistic_scores(
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    logits = linear(queries).detach()
+    with torch.no_grad():
+        logits = linear(queries)
     return logits.sigmoid() if multi else logits.softmax(1)
 
 

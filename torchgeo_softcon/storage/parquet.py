@@ -4,7 +4,6 @@
 """Parquet files, which are GeoParquet files if they have geometries."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,19 +33,13 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
     """Write a Parquet file, all or nothing.
 
     With a column *geometry* (WKB in longitude and latitude) it becomes a GeoParquet file,
-    which has a further column *bbox*, and whose rows follow a Hilbert curve: neighbours
+    which has further columns of boxes, and whose rows follow a Hilbert curve: neighbours
     on Earth are in the same row groups. Rows without a geometry come last.
     """
     table = pa.concat_tables([schema.empty_table(), *tables])
     if GEOMETRY in schema.names:
-        shapes = shapely.from_wkb(table[GEOMETRY].to_numpy())
-        order = _hilbert_order(shapes)
-        table, boxes = table.take(order), shapely.bounds(shapes[order])
-        sides = [pa.array(side) for side in boxes.T]
-        table = table.append_column(
-            'bbox', pa.StructArray.from_arrays(sides, fields=list(_BOX))
-        )
-        geo = json.dumps(_geo_metadata(table))
+        order = _hilbert_order(shapely.from_wkb(table[GEOMETRY].to_numpy()))
+        table, geo = _with_boxes(table.take(order))
         table = table.replace_schema_metadata({**(schema.metadata or {}), 'geo': geo})
     row_bytes = max(1, table.nbytes // max(1, len(table)))
     rows = max(1, min(_GROUP_ROWS, _GROUP_BYTES // row_bytes))
@@ -66,27 +59,30 @@ def _hilbert_order(shapes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.argsort(key, kind='stable')
 
 
-def _geo_metadata(table: pa.Table) -> dict[str, Any]:
-    """Describe the geometries of a file.
+def _with_boxes(table: pa.Table) -> tuple[pa.Table, str]:
+    """Append the boxes around geometries, and describe the geometries.
 
     https://geoparquet.org/releases/v1.1.0/
     """
-    columns = {}
-    for name in (GEOMETRY, FOOTPRINT):
-        if name not in table.column_names:
-            continue
+    columns: dict[str, Any] = {}
+    for name in [name for name in (GEOMETRY, FOOTPRINT) if name in table.column_names]:
         shapes = shapely.from_wkb(table[name].to_numpy())
+        boxes = shapely.bounds(shapes)
+        sides = [pa.array(side) for side in boxes.T]
+        # Readers that filter by boxes would keep those of NaN
+        nowhere = pa.array(np.isnan(boxes).any(1))
+        box = 'bbox' if name == GEOMETRY else f'{name}_bbox'
+        column = pa.StructArray.from_arrays(sides, fields=list(_BOX), mask=nowhere)
+        table = table.append_column(box, column)
         columns[name] = {
             'encoding': 'WKB',
             'geometry_types': sorted(
                 {shape.geom_type for shape in shapes if shape is not None}
             ),
             'crs': CRS.from_user_input('OGC:CRS84').to_json_dict(),
+            'covering': {'bbox': {side.name: [box, side.name] for side in _BOX}},
         }
-        box = shapely.total_bounds(shapes).tolist()
-        if not any(map(math.isnan, box)):  # as without rows
-            columns[name]['bbox'] = box
-    columns[GEOMETRY]['covering'] = {
-        'bbox': {side.name: ['bbox', side.name] for side in _BOX}
-    }
-    return {'version': '1.1.0', 'primary_column': GEOMETRY, 'columns': columns}
+        if not np.isnan(boxes).all():  # as without rows
+            columns[name]['bbox'] = shapely.total_bounds(shapes).tolist()
+    geo = {'version': '1.1.0', 'primary_column': GEOMETRY, 'columns': columns}
+    return table, json.dumps(geo)
