@@ -30,8 +30,9 @@ def archive_parser(command: str, description: str, root: str) -> CommandParser:
     parser.add_argument(
         '--split',
         nargs='+',
-        choices=('s1', 's2c', 's2a'),
-        help='default: all that the archive has',
+        metavar='NAME',
+        help='s1, s2c, s2a, or S1GRD, S2L1C, S2L2A, S2RGB, S1RTC of v1.1 and TerraMesh; '
+        'default: all that the archive has',
     )
     return parser
 
@@ -41,10 +42,15 @@ def parser() -> CommandParser:
     parser = archive_parser(
         'pack',
         'Write the images of SSL4EO-S12 in few large files, which are read a hundred times\n'
-        'faster. Nothing is lost: `torchgeo-softcon unpack` gives the GeoTIFFs back.',
-        'folder with s1, s2c or s2a',
+        'faster. Nothing is lost: `torchgeo-softcon unpack` gives the GeoTIFFs back.\n'
+        'SSL4EO-S12 v1.1 (shards or Zarr chunk files) and TerraMesh are packed as well.',
+        'folder with s1, s2c or s2a, or with the modalities of v1.1',
     )
-    parser.add_argument('--labels', metavar='FILE', help='to put into the index')
+    parser.add_argument(
+        '--labels',
+        metavar='FILE',
+        help='to put into the index, or lulc for the layer of v1.1',
+    )
     parser.add_argument(
         '--workers', type=int, metavar='N', help='processes (default: 1)'
     )
