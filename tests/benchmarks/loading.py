@@ -3,6 +3,9 @@
 
 """Images of SSL4EO-S12 per second: TorchGeo's reader, ours, and the packed form.
 
+Those of v1.1 are compared with the loader that its authors publish (webdataset and zarr,
+which must be installed): it decodes all four dates of a location, of which one is used.
+
     python -m tests.benchmarks.loading
 
 Makes an archive of patches with the published sizes (264, 132 and 44 pixels), so that
@@ -11,6 +14,7 @@ are medians and their ratio to TorchGeo. Without workers, seconds are those of t
 """
 
 import argparse
+import io
 import statistics
 import tempfile
 import time
@@ -23,6 +27,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchgeo.datasets import SSL4EOS12
 
 from tests.ssl4eo.archives import write_archive
+from tests.ssl4eo.zarr_archives import write_shards
 from torchgeo_softcon.datamodules.ssl4eo_s12_ml import collate
 from torchgeo_softcon.datasets import SSL4EOS12ML
 from torchgeo_softcon.ssl4eo.pack import pack
@@ -78,6 +83,59 @@ def main() -> None:
         seconds = time.process_time() - start
         print(f'{args.images} images, packed at {args.images / seconds:.0f} images/s')
         run(args, root, packed)
+        run_shards(args, root, Path(folder))
+
+
+def run_shards(args: argparse.Namespace, tiff: Path, folder: Path) -> None:
+    """Read SSL4EO-S12 v1.1: one random date of each location."""
+    import numcodecs
+    import webdataset
+    import zarr
+    from fsspec import filesystem
+
+    numcodecs.blosc.set_nthreads(1)
+    root, packed = folder / 'v1.1', folder / 'v1.1 packed'
+    root.mkdir()
+    locations = [f'{i:07}' for i in range(max(args.images // 8, 4))]
+    write_shards(root, ['S2L1C'], [locations], size=264, smooth=True)
+    start = time.process_time()
+    pack(root, packed)
+    seconds = time.process_time() - start
+    count = 4 * len(locations)
+    print(f'\n{count} images of v1.1, packed at {count / seconds:.0f} images/s')
+    (shard,) = root.rglob('*.tar')
+
+    def decode(key: str, value: bytes) -> Any:
+        mapper = filesystem('zip', fo=io.BytesIO(value)).get_mapper('')
+        return zarr.open_consolidated(mapper, mode='r', zarr_format=2)['bands'][...]
+
+    def published() -> int:
+        dataset = webdataset.WebDataset(str(shard), shardshuffle=False)
+        batches = dataset.decode(decode).batched(8)
+        return sum(len(torch.from_numpy(one['zarr.zip'])[:, 0]) for one in batches)
+
+    def at_once(dataset: Any, epochs: int) -> Callable[[], int]:
+        order = torch.randperm(len(dataset) * epochs).tolist()
+        batches = [order[i : i + 8] for i in range(0, len(order), 8)]
+        return lambda: sum(
+            len(dataset.__getitems__(b).collate()['records']['s2c']) for b in batches
+        )
+
+    theirs: Any = SSL4EOS12(tiff, 's2c')
+    few = range(min(args.images, 32))
+    compare(
+        'v1.1, one of four dates of each location, batch 8',
+        {
+            "TorchGeo's SSL4EOS12 of 2022, 13 files": lambda: len(
+                [theirs[i] for i in few]
+            ),
+            'webdataset and zarr, as published': published,
+            'ours, shards in place': at_once(SSL4EOS12ML(root), 1),
+            'ours, packed': at_once(SSL4EOS12ML(packed), 8 * args.epochs),
+        },
+        args.rounds,
+        time.process_time,
+    )
 
 
 def run(args: argparse.Namespace, root: Path, packed: Path) -> None:

@@ -28,8 +28,20 @@ NAMES = {
 DATES = ('2020-03-01', '2020-06-04', '2020-09-02', '2020-12-01')
 
 
-def pixels(modality: str, shape: Sequence[int], rng: np.random.Generator) -> Any:
-    """Numbers like those of a modality, without an offset, shape (..., C, H, W)."""
+def pixels(
+    modality: str, shape: Sequence[int], rng: np.random.Generator, smooth: bool = False
+) -> Any:
+    """Numbers like those of a modality, without an offset, shape (..., C, H, W).
+
+    If they are *smooth*, they are compressed about as well as real ones.
+    """
+    if smooth:
+        *_, height, width = shape
+        waves = np.sin(np.arange(height) / 20)[:, None] + np.sin(np.arange(width) / 30)
+        noise = rng.integers(0, 200, shape)
+        values = (1500 + 500 * waves + noise).astype(np.int16)
+        values[..., 10, :, :] //= 100
+        return values
     if modality == 'LULC':
         return rng.choice([1, 2, 4, 5, 7, 11], shape).astype(np.uint8)
     if modality == 'S2RGB':
@@ -48,6 +60,7 @@ def sample(
     rng: np.random.Generator,
     steps: int = 4,
     size: int = 24,
+    smooth: bool = False,
 ) -> xr.Dataset:
     """A location, as a member of a shard holds it."""
     names = NAMES[modality]
@@ -64,7 +77,7 @@ def sample(
     left, top = 500000 + 10 * int(location[-4:]), 5400000
     return xr.Dataset(
         {
-            'bands': (('time', 'band', 'y', 'x'), pixels(modality, shape, rng)),
+            'bands': (('time', 'band', 'y', 'x'), pixels(modality, shape, rng, smooth)),
             'center_lat': ((), 48.7),
             'center_lon': ((), 9.0),
             'crs': ((), np.int64(32632)),
