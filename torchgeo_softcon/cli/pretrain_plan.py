@@ -35,6 +35,7 @@ from ..geo.grid import outline
 from ..landcover.download import TileDownload, download_tiles, tiles_of
 from ..landcover.files import find_map_files
 from ..landcover.products import WORLDCOVER
+from ..ssl4eo.lulc import LULC
 from ..ssl4eo.record_archive import index_path
 from ..ssl4eo.shards import modality_folder
 from .recipe import recipes
@@ -114,13 +115,15 @@ def _find_archive(root: Path, split: str) -> Found:
     labels = sorted({*root.glob('*multilabel*.json'), *root.glob('*label*.parquet')})
     options = {'root': str(root), 'split': split, 'val_fraction': 0.05}
     packed = index_path(root, split).exists()
-    if labels:
-        options['labels'] = str(labels[0])
+    layer = None if packed else modality_folder(root, LULC.upper())
+    source = labels[0] if labels else layer
+    if source is not None:
+        options['labels'] = str(source) if labels else LULC
     return Found(
         f'SSL4EO-S12, split {split}, {"packed" if packed else "as published"}'
-        + (f', with the labels of {labels[0].name}' if labels else ''),
+        + (f', with the labels of {source.name}' if source else ''),
         'SSL4EOS12MLDataModule',
-        bool(labels),
+        source is not None,
         264,
         264,
         options,
