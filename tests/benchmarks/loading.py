@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--epochs', type=int, default=4, help='of packed forms')
-    parser.add_argument('--workers', type=int, nargs='+', default=(0, 1))
+    parser.add_argument('--workers', type=int, nargs='*', default=(0, 1))
     parser.add_argument('--folder', help='for the files, by default a temporary one')
     args = parser.parse_args()
 
