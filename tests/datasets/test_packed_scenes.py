@@ -131,7 +131,7 @@ class TestPackedScenes:
     def test_errors(
         self, scenes: SyntheticScenes, packed: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(ValueError, match='year must be 2021, which .* got 2020'):
+        with pytest.raises(ValueError, match=r'year must be 2021, which .* got 2020'):
             WorldCoverScenes(packed, year=2020, patch_size=32)
         pack_scenes(scenes.images, tmp_path / 'bare')
         with pytest.raises(FileNotFoundError, match='has no land cover: pack it again'):
