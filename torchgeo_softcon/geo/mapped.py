@@ -53,7 +53,7 @@ def open_mapped(path: str | os.PathLike[str]) -> Any:
     return MappedRaster(source) if _TAG in source.tags() else source
 
 
-def map_bands(source: Any, mode: Any) -> list[npt.NDArray[Any]]:
+def map_bands(source: Any, mode: Any) -> list[Any]:
     """Map the bands of an open raster of :func:`create_mapped`, each of shape (H, W)."""
     shape, dtype = source.shape, np.dtype(source.dtypes[0])
     places = [
@@ -66,7 +66,7 @@ def map_bands(source: Any, mode: Any) -> list[npt.NDArray[Any]]:
 @contextmanager
 def create_mapped(
     path: Path, like: Any | None = None, **profile: Any
-) -> Iterator[list[npt.NDArray[Any]]]:
+) -> Iterator[list[Any]]:
     """Write a raster by its bands, which are there once it is complete.
 
     Args:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .._checks import require
-from ..bands import band_statistics
+from ..bands import Level, band_statistics
 
 #: What ESA adds since processing baseline 04.00, and the authors of SSL4EO-S12 v1.1 to
 #: the Zarr chunk files, but not to the shards.
@@ -73,7 +73,7 @@ def _look(archive: Any, rows: npt.NDArray[np.int64], group: str) -> tuple[int, s
     # From all over the files
     rows = rows[np.argsort(archive.order[rows])]
     tried = rows[np.unique(np.linspace(0, len(rows) - 1, _TRIED).astype(int))]
-    level = 'L2A' if archive.split == 's2a' else 'L1C'
+    level: Level = 'L2A' if archive.split == 's2a' else 'L1C'
     bands = archive.stored_bands
     expected = np.mean([mean for mean, _ in band_statistics(bands, level)])
     dark, means = [], []

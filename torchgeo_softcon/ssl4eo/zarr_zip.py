@@ -124,14 +124,13 @@ class Layout:
         n = len(index)
         inside = tuple(i % c for i, c in zip(index, self.chunks, strict=False))
         for number, chunk in zip(self._numbers(index), chunks, strict=True):
-            starts = [i * c for i, c in zip(number[n:], self.chunks[n:], strict=True)]
-            here = tuple(
-                slice(start, start + c)
-                for start, c in zip(starts, self.chunks[n:], strict=True)
-            )
-            part = out[(*here, ...)]
+            sizes = self.chunks[n:]
+            starts = (i * c for i, c in zip(number[n:], sizes, strict=True))
+            here = [slice(i, i + c) for i, c in zip(starts, sizes, strict=True)]
+            part: Any = out[(*here, ...)]  # type: ignore[arg-type]
             # Chunks are whole, also at the edges of the array
-            part[...] = chunk[(*inside, *map(slice, part.shape))]
+            inner: Any = (*inside, *map(slice, part.shape))
+            part[...] = chunk[inner]
 
 
 class ZarrZip:
@@ -168,8 +167,8 @@ class ZarrZip:
             texts = {n.removeprefix(self._prefix) for n in names}
             ends = ('.zarray', '.zattrs', '.zgroup')
             self._metadata = {n: self._json(n) for n in texts if n.endswith(ends)}
-        version = 3 if kind == 'zarr.json' else self._metadata.get('.zgroup', {})
-        version = version if kind == 'zarr.json' else version.get('zarr_format')
+        about = self._json(kind) if kind == 'zarr.json' else self._metadata['.zgroup']
+        version = about.get('zarr_format')
         require(
             version == 2,
             f'{where} is of Zarr format {version}, and only format 2 is known here: '
