@@ -167,7 +167,11 @@ class ZarrZip:
             texts = {n.removeprefix(self._prefix) for n in names}
             ends = ('.zarray', '.zattrs', '.zgroup')
             self._metadata = {n: self._json(n) for n in texts if n.endswith(ends)}
-        about = self._json(kind) if kind == 'zarr.json' else self._metadata['.zgroup']
+        about: dict[str, Any] = (
+            self._json(kind)
+            if kind == 'zarr.json'
+            else self._metadata.get('.zgroup', {})
+        )
         version = about.get('zarr_format')
         require(
             version == 2,
