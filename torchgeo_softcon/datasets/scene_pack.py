@@ -137,7 +137,8 @@ def _write_cover(path: Path, grid: Grid, cover: ESAWorldCover) -> None:
 def _note(index: IO[str], root: Path, path: Path, **line: Any) -> None:
     """Add a line about a file, once it is complete."""
     line |= {'format': FORMAT, 'file': str(path.relative_to(root))}
-    index.write(json.dumps({**line, 'checksum': _checksum(path)}) + '\n')
+    # Apart from a line that a killed run has not finished
+    index.write(f'\n{json.dumps({**line, "checksum": _checksum(path)})}\n')
     index.flush()
 
 

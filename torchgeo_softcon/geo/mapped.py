@@ -28,12 +28,14 @@ _ROWS = 512
 
 
 class MappedRaster:
-    """An open raster of :func:`write_mapped`, with the attributes that rasterio gives it."""
+    """An open raster of :func:`create_mapped`, with all attributes that rasterio gives."""
 
-    def __init__(self, source: Any) -> None:
-        """Map the pixels of an open raster."""
+    def __init__(self, source: Any, places: list[int], mode: Any = 'r') -> None:
+        """Map the pixels of an open raster, of which each band is at a place."""
         self._source = source
-        self._bands = map_bands(source, 'r')
+        shape, dtype = source.shape, np.dtype(source.dtypes[0])
+        #: Bands, each of shape (H, W).
+        self.bands = [np.memmap(source.name, dtype, mode, p, shape) for p in places]
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the raster as it was opened."""
@@ -44,23 +46,40 @@ class MappedRaster:
     ) -> npt.NDArray[Any]:
         """Copy a window of bands, by position from 1, shape (C, H, W)."""
         rows, columns = (slice(None),) * 2 if window is None else window.toslices()
-        return np.stack([self._bands[index - 1][rows, columns] for index in indexes])
+        return np.stack([self.bands[index - 1][rows, columns] for index in indexes])
 
 
 def open_mapped(path: str | os.PathLike[str]) -> Any:
     """Open a raster as :func:`.open_raster` does, mapped into memory if it can be."""
     source = open_raster(path)
-    return MappedRaster(source) if _TAG in source.tags() else source
+    places = _find_bands(source) if _TAG in source.tags() else None
+    try:
+        return source if places is None else MappedRaster(source, places)
+    except ValueError as error:
+        raise OSError(
+            f'cannot open {path}, it is cut off: delete it, and pack again'
+        ) from error
 
 
-def map_bands(source: Any, mode: Any) -> list[Any]:
-    """Map the bands of an open raster of :func:`create_mapped`, each of shape (H, W)."""
-    shape, dtype = source.shape, np.dtype(source.dtypes[0])
-    places = [
-        int(source.get_tag_item('BLOCK_OFFSET_0_0', 'TIFF', bidx=index))
-        for index in source.indexes
+def _find_bands(source: Any) -> list[int] | None:
+    """Return where each band begins, None if one is not in one piece as it is.
+
+    A copy by another program has the tag, too.
+    """
+    rows, columns = source.block_shapes[0]
+    if source.compression is not None or columns != source.width:
+        return None
+    last = (source.height - 1) // rows
+    ends = [
+        [source.get_tag_item(f'BLOCK_OFFSET_0_{n}', 'TIFF', bidx=b) for n in (0, last)]
+        for b in source.indexes
     ]
-    return [np.memmap(source.name, dtype, mode, place, shape) for place in places]
+    size = last * rows * columns * np.dtype(source.dtypes[0]).itemsize
+    if any(end is None for pair in ends for end in pair):
+        return None
+    places = [int(first) for first, _ in ends]
+    whole = all(int(end) - int(first) == size for first, end in ends)
+    return places if whole and len({*places}) == len(places) else None
 
 
 @contextmanager
@@ -98,7 +117,10 @@ def create_mapped(
             if like is not None and has_mask(like):
                 file.write_mask(like.dataset_mask())
         with rasterio.open(unfinished) as source:
-            bands = map_bands(source, 'r+')
+            places = _find_bands(source)
+            if places is None:
+                raise OSError(f'cannot write {path} in one piece: remove it, try again')
+            bands = MappedRaster(source, places, 'r+').bands
         yield bands
         for band in bands:
             band.flush()
