@@ -22,14 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import rasterio
 import torch
+from rasterio.transform import from_origin
 from torch.utils.data import DataLoader, Subset, default_collate
 from torchgeo.datasets import SSL4EOS12
 
 from tests.ssl4eo.archives import write_archive
 from tests.ssl4eo.zarr_archives import write_shards
 from torchgeo_softcon.datamodules.ssl4eo_s12_ml import collate
-from torchgeo_softcon.datasets import SSL4EOS12ML
+from torchgeo_softcon.datasets import SSL4EOS12ML, WorldCoverScenes
+from torchgeo_softcon.datasets.scene_pack import pack_scenes
 from torchgeo_softcon.ssl4eo.pack import pack
 
 
@@ -84,6 +88,7 @@ def main() -> None:
         print(f'{args.images} images, packed at {args.images / seconds:.0f} images/s')
         run(args, root, packed)
         run_shards(args, root, Path(folder))
+        run_scenes(args, Path(folder, 'scenes'))
 
 
 def run_shards(args: argparse.Namespace, tiff: Path, folder: Path) -> None:
@@ -136,6 +141,52 @@ def run_shards(args: argparse.Namespace, tiff: Path, folder: Path) -> None:
         args.rounds,
         time.process_time,
     )
+
+
+def run_scenes(args: argparse.Namespace, folder: Path) -> None:
+    """Read windows of own scenes with a cold cache of GDAL."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    side, corner = 1320, (500000, 5400000)
+    waves = np.sin(np.arange(side) / 20)[:, None] + np.sin(np.arange(side) / 30)
+    profile: Any = {'driver': 'GTiff', 'crs': 'EPSG:32632', 'compress': 'deflate'}
+    profile |= {
+        'width': side,
+        'height': side,
+        'transform': from_origin(*corner, 10, 10),
+    }
+    profile |= {'tiled': True, 'blockxsize': 512, 'blockysize': 512}
+    for number in range(4):
+        noise = rng.integers(0, 200, (13, side, side))
+        values = (1500 + 400 * waves + noise).astype(np.uint16)
+        path = folder / f'2021060{number + 1}.tif'
+        with rasterio.open(path, 'w', count=13, dtype='uint16', **profile) as file:
+            file.write(values)
+    name = 'ESA_WorldCover_10m_2021_v200_N48E009_Map.tif'
+    codes = rng.choice([10, 30, 40, 50, 80], (400, 600)).astype(np.uint8)
+    grid: Any = {'crs': 'EPSG:4326', 'transform': from_origin(8.9, 48.8, 5e-4, 5e-4)}
+    with rasterio.open(
+        folder / name, 'w', 'GTiff', 600, 400, 1, dtype='uint8', **grid
+    ) as file:
+        file.write(codes, 1)
+    start = time.process_time()
+    pack_scenes(folder, folder.with_name('scenes packed'), folder / name)
+    print(
+        f'\n4 scenes of 13 x {side} x {side}, packed in {time.process_time() - start:.1f} s'
+    )
+    with rasterio.Env(GDAL_CACHEMAX=8 * 2**20):
+        direct = WorldCoverScenes(folder, folder / name)
+        packed = WorldCoverScenes(folder.with_name('scenes packed'))
+        assert torch.equal(direct[0]['image'], packed[0]['image'])
+        compare(
+            'own scenes, windows of 13 x 264 x 264, GDAL cache of 8 MB',
+            {
+                'rasters': lambda: len([direct[i] for i in range(32)]),
+                'packed': lambda: len([packed[i] for i in range(128)]),
+            },
+            args.rounds,
+            time.process_time,
+        )
 
 
 def run(args: argparse.Namespace, root: Path, packed: Path) -> None:
