@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What is added to the digital numbers of Sentinel-2, found in the data."""
+"""The offset of Sentinel-2's digital numbers, found in the data."""
 
 import os
 from typing import Any

@@ -94,7 +94,7 @@ def _describe(group: ZarrZip, key: str, path: str) -> Iterator[dict[str, Any]]:
     masks = 'cloud_mask' in group
     for index in np.ndindex(*shape):
         at = dict(zip(leading, index, strict=True))
-        # Without a dimension, what there is holds for all samples
+        # Without a dimension, one value holds for all samples
         sample, center, system, grid = (
             [values[min(at.get('sample', 0), len(values) - 1)] for values in lists]
             for lists in ([samples], centers, [systems], axes)

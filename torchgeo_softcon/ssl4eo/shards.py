@@ -12,7 +12,6 @@ import copy
 import json
 import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
@@ -25,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .._checks import require
 from ..bands import spell_band_name
+from ..geo.open_files import OpenFiles
 from ..storage.user_cache import describe_files, file_stamp
 from .image_records import record_dtype
 from .offsets import find_offsets
@@ -69,6 +69,11 @@ def _files(folder: Path) -> list[str]:
     """Return the shards or chunk files in a folder."""
     with os.scandir(folder) as found:
         return sorted(e.path for e in found if e.name.endswith(('.tar', SUFFIX)))
+
+
+def _open_file(path: str) -> IO[bytes]:
+    """Open a file to read parts of it."""
+    return open(path, 'rb', buffering=0)
 
 
 class _Chunks(NamedTuple):
@@ -196,7 +201,7 @@ class ShardArchive(Archive):
         #: Whether every image has a cloud mask.
         self.has_masks = not table['cloud_mask'].null_count
         self._masks = _Chunks.of(table['cloud_mask']) if self.has_masks else None
-        self._opened: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self._opened = OpenFiles(_open_file, _OPEN)
         self._decoded: dict[str, dict[Any, npt.NDArray[Any]]] = {}
         self._buffers = BufferPool()
 
@@ -210,8 +215,8 @@ class ShardArchive(Archive):
         return kinds[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open files: each process opens its own."""
-        return {**self.__dict__, '_opened': OrderedDict(), '_decoded': {}}
+        """Leave out what was decoded."""
+        return {**self.__dict__, '_decoded': {}}
 
     def only(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an archive of some of the images."""
@@ -284,40 +289,35 @@ class ShardArchive(Archive):
         number = int(self.file[row])
         index = [int(n[row]) for n in self._leading if n[row] >= 0]
         layout, places = chunks.find(row)
-        file = self._open(number)
-        try:
-            if layout.one_piece(index) and places[0].size:
-                read_chunk(file, places[0], layout, out)
-                return
-            # A chunk may hold several images: the last ones are kept
-            names = [(number, place) for place in places]
-            kept = self._decoded.get(kind, {})
-            if names[0] not in kept:
-                kept = {n: read_chunk(file, n[1], layout) for n in names}
-                self._decoded[kind] = kept
-            shape = layout.shape[len(index) :]
-            layout.place(out.reshape(shape), index, map(kept.__getitem__, names))
-        except (OSError, RuntimeError, ValueError, zlib.error) as error:
-            raise OSError(
-                f'{"/".join(self.name(row))} in {self.files[number]} cannot be read '
-                f'({error}): download the file again'
-            ) from error
+        with self._opened.use(self.files[number]) as opened:
+            file = opened.fileno()
+            self._check_unchanged(number, file)
+            try:
+                if layout.one_piece(index) and places[0].size:
+                    read_chunk(file, places[0], layout, out)
+                    return
+                # A chunk may hold several images: the last ones are kept
+                names = [(number, place) for place in places]
+                kept = self._decoded.get(kind, {})
+                if names[0] not in kept:
+                    kept = {n: read_chunk(file, n[1], layout) for n in names}
+                    self._decoded[kind] = kept
+                shape = layout.shape[len(index) :]
+                layout.place(out.reshape(shape), index, map(kept.__getitem__, names))
+            except (OSError, RuntimeError, ValueError, zlib.error) as error:
+                raise OSError(
+                    f'{"/".join(self.name(row))} in {self.files[number]} cannot be read '
+                    f'({error}): download the file again'
+                ) from error
 
-    def _open(self, number: int) -> int:
-        """Return an open file, which must be as it was when it was indexed."""
-        path = self.files[number]
-        if number not in self._opened:
-            if len(self._opened) >= _OPEN:
-                self._opened.popitem(last=False)[1].close()
-            self._opened[number] = open(path, 'rb', buffering=0)  # noqa: SIM115
-        self._opened.move_to_end(number)
-        opened = self._opened[number].fileno()
-        status = os.fstat(opened)
+    def _check_unchanged(self, number: int, file: int) -> None:
+        """Refuse an open file that is not as it was when it was indexed."""
+        status = os.fstat(file)
         require(
             (status.st_size, status.st_mtime_ns) == self._stamps[number][1:],
-            f'{path} has changed since it was indexed: open the archive again',
+            f'{self.files[number]} has changed since it was indexed: open the archive '
+            'again',
         )
-        return opened
 
     def clouds(self) -> npt.NDArray[np.float32] | None:
         """Return the share of thin and thick clouds, see :meth:`.Archive.clouds`."""

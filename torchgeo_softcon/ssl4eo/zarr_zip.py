@@ -76,7 +76,7 @@ class Layout:
 
     @cached_property
     def codecs(self) -> list[Any]:
-        """What decodes a chunk, in this order."""
+        """The codecs that decode a chunk, in this order."""
         compressor, filters = self._values['compressor'], self._values['filters']
         stored = [*(filters or ()), *([compressor] if compressor else ())]
         return [get_codec(config) for config in reversed(stored)]
