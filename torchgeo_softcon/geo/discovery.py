@@ -23,6 +23,7 @@ from ..bands import (
     normalize_band_names,
     spell_band_name,
 )
+from .file_index import open_each
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
 from .rasters import (
@@ -107,8 +108,9 @@ def find_scenes(
     whole: list[tuple[Layer, tuple[str, ...] | None]] = []
     guessed: dict[tuple[str, ...], str] = {}
     single: dict[tuple[str, str], dict[str, Layer]] = {}
-    for path in files:
-        layer, names, sure = _open_layer(path, named, nodata)
+    files = list(files)
+    opened = open_each(_open_layer, files, named, nodata)
+    for path, (layer, names, sure) in zip(files, opened, strict=True):
         if names is not None and not sure:
             guessed.setdefault(names, path)
         name = PurePath(path)

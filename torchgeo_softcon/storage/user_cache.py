@@ -44,7 +44,10 @@ def file_stamp(path: str) -> Stamp:
 
 
 def describe_files(
-    kind: str, files: Sequence[str], describe: Callable[[str], pa.Table]
+    kind: str,
+    files: Sequence[str],
+    describe: Callable[[str], pa.Table],
+    threads: int = _THREADS,
 ) -> pa.Table:
     """Describe files, each of them only once as long as its size and time are the same.
 
@@ -55,6 +58,7 @@ def describe_files(
         kind: Name and version of what *describe* makes.
         files: Their paths, at least one.
         describe: Makes rows of a file, always of one schema.
+        threads: Number of files that are read at once.
 
     Returns:
         The rows of all files in their order, with the position of the file as *file*.
@@ -70,7 +74,7 @@ def describe_files(
     if not known.keys() >= {*stamps}:
         with _alone(index):
             known, rows = _load(index)
-            known, rows = _add(index, known, rows, stamps, describe)
+            known, rows = _add(index, known, rows, stamps, describe, threads)
     assert rows is not None
     position = np.full(len(known), -1)
     position[[known[stamp] for stamp in stamps]] = np.arange(len(stamps))
@@ -106,11 +110,12 @@ def _add(
     index: Path,
     known: dict[Stamp, int],
     rows: pa.Table | None,
-    stamps: Sequence[Stamp],
+    asked: Sequence[Stamp],
     describe: Callable[[str], pa.Table],
+    threads: int,
 ) -> tuple[dict[Stamp, int], pa.Table]:
     """Read files that are not in a cached table, and write it again with their rows."""
-    new = [stamp for stamp in stamps if stamp not in known]
+    new = [stamp for stamp in asked if stamp not in known]
     replaced = {path for path, *_ in new}
     kept = [stamp for stamp in known if stamp[0] not in replaced]
     tables = []
@@ -121,18 +126,20 @@ def _add(
         column = rows.column_names.index('file')
         rows = rows.set_column(column, 'file', pa.array(numbers, pa.int32()))
         tables.append(rows.filter(pa.array(numbers >= 0)).replace_schema_metadata())
-    with ThreadPoolExecutor(_THREADS) as pool:
+    stamps = kept[:]
+    with ThreadPoolExecutor(threads) as pool:
         described = pool.map(describe, [path for path, *_ in new])
-        progress = tqdm(
-            described, f'index {index.stem}', len(new), disable=len(new) < _MANY
-        )
-        for number, table in enumerate(progress, len(kept)):
-            file = pa.array(np.full(len(table), number), pa.int32())
-            tables.append(table.append_column('file', file))
-    everything = pa.concat_tables(tables).combine_chunks()
-    # As a list, and not by path: two files may have the same rows
-    metadata = {_METADATA: json.dumps([*kept, *new])}
-    everything = everything.replace_schema_metadata(metadata)
-    with contextlib.suppress(OSError), whole_file(index) as unfinished:
-        pq.write_table(everything, unfinished, compression='zstd')
-    return {stamp: number for number, stamp in enumerate([*kept, *new])}, everything
+        bar = tqdm(described, f'index {index.stem}', len(new), disable=len(new) < _MANY)
+        try:
+            for stamp, table in zip(new, bar, strict=True):
+                file = pa.array(np.full(len(table), len(stamps)), pa.int32())
+                tables.append(table.append_column('file', file))
+                stamps.append(stamp)
+        finally:  # a file that cannot be read must not cost the others
+            everything = pa.concat_tables(tables).combine_chunks() if tables else rows
+            if everything is not None:
+                metadata = {_METADATA: json.dumps(stamps)}
+                everything = everything.replace_schema_metadata(metadata)
+                with contextlib.suppress(OSError), whole_file(index) as unfinished:
+                    pq.write_table(everything, unfinished, compression='zstd')
+    return {stamp: number for number, stamp in enumerate(stamps)}, everything
