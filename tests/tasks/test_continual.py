@@ -2,7 +2,6 @@
 # Licensed under the MIT License.
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,15 +184,16 @@ class TestLayerDecay:
         trainer.fit(task, make_loader())
         scales = layer_scales(task.trained_encoder, 0.5)
         groups = trainer.optimizers[0].param_groups
-        lr = task.hparams['lr'] * 4 / 256 * (1 + math.cos(math.pi / 2)) / 2
+        lr = task.hparams['lr'] * 4 / 256
         assert len(set(scales.values())) > 3
         for i, group in enumerate(groups):
             for parameter in group['params']:
                 expected = lr * scales.get(parameter, 1)
-                assert group['initial_lr'] == pytest.approx(2 * expected)
-                assert i % 2 == (parameter.ndim == 1) or parameter.ndim > 1
+                assert group['initial_lr'] == pytest.approx(expected)
             assert (group['weight_decay'] == 0) == bool(i % 2)
-        assert trainer.callback_metrics['schedule/lr'] == groups[0]['initial_lr']
+        # That of the heads
+        logged = trainer.callback_metrics['schedule/lr']
+        assert logged == pytest.approx(lr / 2, rel=1e-3)
 
     def test_new_input_layer_has_the_full_rate(
         self, start: Callable[[int], str], tmp_path: Path

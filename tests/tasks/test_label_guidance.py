@@ -49,7 +49,7 @@ class TestDINOMC:
             for query, key in zip(student, teacher[::-1], strict=True)
         )
         torch.testing.assert_close(
-            more, torch.as_tensor(expected), atol=2e-6, rtol=1e-5
+            more, torch.as_tensor(expected), atol=1e-5, rtol=1e-5
         )
 
     @pytest.mark.parametrize('views', ['multi_crop', 'temporal'])
@@ -168,8 +168,9 @@ class TestSoftProjector:
         head = task.soft_predictor(task.soft_projector(features))
         torch.testing.assert_close(soft[0], head)
         terms[1].backward()
-        assert next(task.projector.parameters()).grad is None
-        assert next(task.soft_projector.parameters()).grad is not None
+        for head, learns in ((task.projector, False), (task.soft_projector, True)):
+            (weight, *_) = head.parameters()
+            assert bool(weight.grad.any()) == learns
 
     def test_has_a_teacher(self, tmp_path: Path) -> None:
         assert_resumes(lambda: make_task(soft_projector=True), tmp_path, 4)
@@ -237,7 +238,7 @@ class TestLabelControl:
             task: Any = Given(query, label)
             values: Any = LabelControl().look(trainer, task, {})
             differences.append(values['label_control/difference'])
-            assert values['label_control/spread'] < 0.05
+            assert values['label_control/spread'] < 0.1
         assert differences[0] > 0.3
         assert abs(differences[1]) < 0.05
 

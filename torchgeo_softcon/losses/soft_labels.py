@@ -324,7 +324,8 @@ def _pearson(
         total = _add_up(stacked, distributed)
         return total[:-1] / total[-1].clamp_min(1)
 
-    a, b = mean(first, second)
+    # Moments about the means do not change with these, so they need no gradient
+    a, b = mean(first, second).detach()
     x, y = first - a, second - b
     both, square, other = mean(x * y, x.square(), y.square())
     return both / (square * other).clamp_min(torch.finfo(first.dtype).eps ** 2).sqrt()

@@ -189,8 +189,10 @@ class LabelGuidedTask(PretrainingTask):
         return main + weight * soft
 
     def watch_step(self, loss: Tensor, batch: Sample) -> None:
-        """Let the guard see a loss, its images, and the labels if they are used."""
-        label = batch.get('label') if self.uses_labels else None
+        """Let the guard see a loss, its images, and the multi-labels if they are used."""
+        # Class indices may be negative
+        used = self.uses_labels and self.hparams['num_classes'] is None
+        label = batch.get('label') if used else None
         self.guard.watch(self.global_step, loss, batch['image'], label)
 
     def label_values(
