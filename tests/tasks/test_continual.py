@@ -169,11 +169,12 @@ class TestLayerDecay:
         encoder: Any = make_task().model
         scales = layer_scales(encoder, 0.5)
         depth = len(encoder.blocks)
+        # The last norm belongs to the last block
         assert scales[encoder.norm.weight] == 1
         for i, block in enumerate(encoder.blocks):
-            assert scales[block.attn.qkv.weight] == 0.5 ** (depth - i)
+            assert scales[block.attn.qkv.weight] == 0.5 ** (depth - 1 - i)
         for parameter in (encoder.pos_embed, encoder.patch_embed.proj.weight):
-            assert scales[parameter] == 0.5 ** (depth + 1)
+            assert scales[parameter] == 0.5**depth
         assert scales.keys() == set(encoder.parameters())
 
     @TASKS
@@ -193,7 +194,7 @@ class TestLayerDecay:
             assert (group['weight_decay'] == 0) == bool(i % 2)
         # That of the heads
         logged = trainer.callback_metrics['schedule/lr']
-        assert logged == pytest.approx(lr / 2, rel=1e-3)
+        assert logged == pytest.approx(lr / 2, rel=0.02)
 
     def test_new_input_layer_has_the_full_rate(
         self, start: Callable[[int], str], tmp_path: Path
