@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from .._checks import check_counts, require
+from .._checks import check_counts, check_types, require
 from .watch import EncoderWatch, gather, quietly
 
 
@@ -42,6 +42,7 @@ class LabelControl(EncoderWatch):
         Raises:
             ValueError: If an argument is out of range.
         """
+        check_types(LabelControl.__init__, locals())
         check_counts(every_n_steps=every_n_steps)
         require(
             permutations >= 2, f'permutations must be at least 2, got {permutations}'

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_fractions, check_not_negative, check_positive
+from .._checks import check_fractions, check_not_negative, check_positive, check_types
 from .soft_labels import (
     LabelSimilarity,
     SoftBias,
@@ -237,6 +237,7 @@ class SoftContrastiveLoss(nn.Module):
         Raises:
             ValueError: If an option is out of range or unknown.
         """
+        check_types(SoftContrastiveLoss.__init__, locals())
         check_positive(temperature=temperature, soft_temperature=soft_temperature)
         check_not_negative(soft_weight=soft_weight)
         check_fractions(same_label_weight=same_label_weight)

@@ -5,14 +5,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from lightly.utils import dist
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_positive, require
+from .._checks import check_positive, check_types, require
 
 #: Maps labels of shape (B, K) and (N, K) to similarities in [0, 1] of shape (B, N).
 LabelSimilarity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -97,21 +97,16 @@ _SIMILARITIES: dict[str, LabelSimilarity] = {
 
 def _check_options(
     soft_loss: SoftLoss = 'bce',
-    label_similarity: str | LabelSimilarity = 'cosine',
+    label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
     soft_bias: SoftBias | Tensor = 'none',
     soft_reduction: SoftReduction = 'pairs',
     target_temperature: float | None = None,
     gather_distributed: bool = False,
 ) -> None:
-    """Check options that are names, and whether they fit each other."""
-    check_choice('soft_loss', soft_loss, get_args(SoftLoss))
-    if isinstance(label_similarity, str):
-        names = list(_SIMILARITIES)
-        check_choice('label_similarity', label_similarity, names, 'a function')
-    check_choice('soft_reduction', soft_reduction, get_args(SoftReduction))
+    """Check options, and whether they fit each other."""
+    check_types(_check_options, locals())
     check_positive(target_temperature=target_temperature)
     if isinstance(soft_bias, str):
-        check_choice('soft_bias', soft_bias, get_args(SoftBias))
         forms = {'batch': ('bce', 'mse'), 'learned': ('bce',)}.get(soft_bias)
         require(
             forms is None or soft_loss in forms,
@@ -405,6 +400,19 @@ def soft_label_loss(
         ValueError: If shapes disagree, or options are unknown or do not fit each other.
     """
     _check_options(**options)
+    return _compare(query, key, label, key_label, temperature, options)
+
+
+def _compare(
+    query: Tensor,
+    key: Tensor,
+    label: Tensor,
+    key_label: Tensor | None,
+    temperature: float | Tensor,
+    options: SoftOptions,
+) -> Tensor:
+    """Compute :func:`soft_label_loss` with options that were checked."""
+    options = options.copy()
     distributed = options.pop('gather_distributed', False) and dist.world_size() > 1
     similarity = options.pop('label_similarity', 'cosine')
     with torch.autocast(query.device.type, enabled=False):
@@ -472,21 +480,23 @@ class SoftLabelLoss(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
             self.bias = nn.Parameter(torch.zeros(()))
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> tuple[float | Tensor, SoftOptions]:
         """Return temperature and options, those that are learned as they are."""
         if self.options.get('soft_bias') != 'learned':
-            return {'temperature': self.temperature, **self.options}
-        scale = {'temperature': (-self.log_scale).exp(), 'soft_bias': self.bias}
-        return {**self.options, **scale}
+            return self.temperature, self.options
+        return (-self.log_scale).exp(), {**self.options, 'soft_bias': self.bias}
 
     def forward(
         self, query: Tensor, key: Tensor, label: Tensor, key_label: Tensor | None = None
     ) -> Tensor:
         """Compute the loss, see :func:`soft_label_loss`."""
-        return soft_label_loss(query, key, label, key_label, **self._arguments())
+        return _compare(query, key, label, key_label, *self._arguments())
 
     def agreement(
         self, query: Tensor, key: Tensor, label: Tensor, key_label: Tensor | None = None
     ) -> LabelAgreement:
         """Measure the agreement, see :func:`label_agreement`."""
-        return label_agreement(query, key, label, key_label, **self._arguments())
+        temperature, options = self._arguments()
+        return label_agreement(
+            query, key, label, key_label, temperature=temperature, **options
+        )

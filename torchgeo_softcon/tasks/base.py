@@ -5,20 +5,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from .._checks import (
-    check_choice,
-    check_counts,
-    check_fractions,
-    check_not_negative,
-    check_positive,
-)
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import Sample, WeightsEnum
 from ..bands import normalize_band_names
 from ..models import (
@@ -29,11 +23,11 @@ from ..models import (
     read_weights,
 )
 from ..models.encoders import PRETRAINING
-from ..models.input_layer import InputLayerInit, input_layer
+from ..models.input_layer import input_layer
 from ..models.loading import check_patches
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
-from .continual import BatchNorm, ContinualTask
+from .continual import ContinualTask
 from .guard import NonFiniteGuard
 from .memory import (
     checkpoint_activations,
@@ -44,7 +38,6 @@ from .memory import (
 )
 from .next_step import tell_next_step
 from .optimizers import (
-    OptimizerName,
     cosine_warmup,
     create_optimizer,
     parameter_groups,
@@ -61,11 +54,6 @@ _CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
     check_not_negative: (
         *('weight_decay', 'warmup_epochs', 'lr_final', 'head_warmup_epochs'),
     ),
-}
-_CHOICES = {
-    'optimizer': get_args(OptimizerName),
-    'in_layer_init': get_args(InputLayerInit),
-    'batch_norm': (*get_args(BatchNorm), None),
 }
 
 #: What the progress bar shows of a step.
@@ -139,8 +127,6 @@ class PretrainingTask(ContinualTask):
         """
         for check, names in _CHECKS.items():
             check(**{name: self.option(name) for name in names})
-        for option, choices in _CHOICES.items():
-            check_choice(option, self.option(option), choices)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         name, channels = self.hparams['model'], self.hparams['in_channels']

@@ -75,7 +75,7 @@ class LabelGuidedTask(PretrainingTask):
         """Check the weight of the soft term, and make room for one that is found."""
         weight = self.hparams['soft_weight']
         require(
-            weight == 'auto' or (not isinstance(weight, str) and weight >= 0),
+            weight == 'auto' or weight >= 0,
             f"soft_weight must be >= 0 or 'auto', got {weight!r}",
         )
         check_positive(soft_ratio=self.hparams['soft_ratio'])

@@ -13,7 +13,7 @@ from lightly.utils import dist
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_counts
+from .._checks import check_counts, check_types, require
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..losses.soft_labels import SoftBias, SoftLoss, SoftReduction
@@ -209,12 +209,14 @@ class SoftConTask(LabelGuidedTask):
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
         """
+        check_types(SoftConTask.__init__, locals())
         check_counts(
             mask_patch_size=mask_patch_size,
             projector_layers=projector_layers,
             predictor_layers=predictor_layers,
         )
-        check_choice('seasons', seasons, ('same', 'different'))
+
+        require(0 <= mask_ratio < 1, f'mask_ratio must be in [0, 1), got {mask_ratio}')
 
         if augmentations is None:
             augmentations = RandomView(size)
