@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Losses: a pure function and a thin module each."""
+"""Losses, each as a module and as a function."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .soft_labels import SoftLabelLoss as SoftLabelLoss
     from .soft_labels import cosine_similarity as cosine_similarity
     from .soft_labels import jaccard_similarity as jaccard_similarity
-    from .soft_labels import label_agreement as label_agreement
     from .soft_labels import soft_label_loss as soft_label_loss
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -37,7 +36,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         'SoftLabelLoss',
         'cosine_similarity',
         'jaccard_similarity',
-        'label_agreement',
         'soft_label_loss',
     ),
 )

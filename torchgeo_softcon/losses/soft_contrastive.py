@@ -6,7 +6,7 @@
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,9 @@ from .soft_labels import (
     SoftBias,
     SoftLabelLoss,
     SoftLoss,
-    SoftOptions,
     SoftReduction,
     compare_embeddings,
     compare_labels,
-    soft_label_loss,
 )
 
 #: Options of known forms of the loss, for :class:`SoftContrastiveLoss` and
@@ -51,75 +49,12 @@ class SoftContrastiveTerms(NamedTuple):
     soft: Tensor
 
 
-def _contrast(
-    query: Tensor,
-    key: Tensor,
-    label: Tensor | None,
-    key_label: Tensor | None,
-    temperature: float,
-    same_label_weight: float,
-    options: SoftOptions,
-) -> Tensor:
-    """Compute InfoNCE, in which keys with the labels of the query may weigh less."""
-    with torch.autocast(query.device.type, enabled=False):
-        gathered = options.get('gather_distributed', False)
-        cosine, own = compare_embeddings(query, key, gathered)
-        logits = cosine / temperature
-        if same_label_weight < 1 and label is not None:
-            target, _ = compare_labels(
-                label, key_label, cosine, options.get('label_similarity', 'cosine')
-            )
-            # Up to rounding. Not those of the own key, nor unknown ones, which are 0
-            same = (target > 1 - 1e-5).scatter(1, own[:, None], False)
-            log = math.log(same_label_weight) if same_label_weight else -math.inf
-            logits = (logits + log).where(same, logits)
-        return F.cross_entropy(logits, own)
-
-
-def soft_contrastive_terms(
-    query: Tensor,
-    key: Tensor,
-    label: Tensor | None,
-    key_label: Tensor | None = None,
-    *,
-    temperature: float = 0.2,
-    soft_temperature: float | None = None,
-    same_label_weight: float = 1.0,
-    **options: Unpack[SoftOptions],
-) -> SoftContrastiveTerms:
-    r"""Compute both terms of :func:`soft_contrastive_loss`, to weight or log them apart.
-
-    Takes the arguments of that function but the weight.
-
-    Returns:
-        The contrastive and the soft term, which is 0 if *label* is None.
-
-    Raises:
-        ValueError: If shapes disagree or an option is unknown.
-    """
-    contrast = _contrast(
-        query, key, label, key_label, temperature, same_label_weight, options
-    )
-    soft = contrast.new_zeros(())
-    if label is not None:
-        soft_temperature = temperature if soft_temperature is None else soft_temperature
-        soft = soft_label_loss(
-            query, key, label, key_label, temperature=soft_temperature, **options
-        )
-    return SoftContrastiveTerms(contrast, soft)
-
-
 def soft_contrastive_loss(
     query: Tensor,
     key: Tensor,
     label: Tensor | None,
     key_label: Tensor | None = None,
-    *,
-    temperature: float = 0.2,
-    soft_temperature: float | None = None,
-    soft_weight: float = 1.0,
-    same_label_weight: float = 1.0,
-    **options: Unpack[SoftOptions],
+    **options: Any,
 ) -> Tensor:
     r"""Compute SoftCon's loss: contrastive, with soft targets from multi-labels.
 
@@ -150,7 +85,7 @@ def soft_contrastive_loss(
     :class:`~torchgeo_softcon.SoftConTask` has a default of 30.
 
     The forms of :math:`\ell`, and options that change what it can learn from, are those of
-    :func:`soft_label_loss`.
+    :class:`SoftLabelLoss`.
 
     Under distributed training with ``gather_distributed=True``, the average of the
     losses (and gradients) of all ranks is that of the whole batch. All ranks must have
@@ -167,15 +102,9 @@ def soft_contrastive_loss(
             (B, K). May be None if *soft_weight* is 0.
         key_label: Labels of the keys, shape (B, K), if those are other images, such as
             another season. Defaults to *label*.
-        temperature: Temperature :math:`\tau` of the contrastive term.
-        soft_temperature: Temperature :math:`\tau_s` of the soft term. Defaults to
-            *temperature*.
-        soft_weight: Weight :math:`\lambda` of the soft term. With 0, this is InfoNCE.
-        same_label_weight: Weight of other images with exactly the labels of the query
-            among the keys of the contrastive term, whose sum of exponentials they enter:
-            1 as in InfoNCE, 0 leaves them out. Around Delhi, 9 % of all pairs are such,
-            which the two terms pull in opposite directions.
-        **options: Options of :func:`soft_label_loss`.
+        **options: Arguments of :class:`SoftContrastiveLoss`: *temperature* :math:`\tau`,
+            *soft_temperature* :math:`\tau_s`, *soft_weight* :math:`\lambda` (with 0, this
+            is InfoNCE), *same_label_weight*, and those of :class:`SoftLabelLoss`.
 
     Returns:
         Scalar loss, computed in float32 (float64 for float64 input) with autocast off.
@@ -183,20 +112,23 @@ def soft_contrastive_loss(
     Raises:
         ValueError: If shapes disagree, an option is unknown, or *label* is missing.
     """
-    if label is None and soft_weight > 0:
-        raise ValueError(f'label must be given if soft_weight > 0, got {soft_weight}')
+    loss: Tensor = SoftContrastiveLoss(**options)(query, key, label, key_label)
+    return loss
 
-    terms = soft_contrastive_terms(
-        query,
-        key,
-        label if soft_weight or same_label_weight < 1 else None,
-        key_label,
-        temperature=temperature,
-        soft_temperature=soft_temperature,
-        same_label_weight=same_label_weight,
-        **options,
-    )
-    return terms.contrast + soft_weight * terms.soft
+
+def soft_contrastive_terms(
+    query: Tensor,
+    key: Tensor,
+    label: Tensor | None,
+    key_label: Tensor | None = None,
+    **options: Any,
+) -> SoftContrastiveTerms:
+    """Compute both terms of :func:`soft_contrastive_loss`, to weight or log them apart.
+
+    Takes the arguments of that function but the weight. The soft term is 0 if *label* is
+    None.
+    """
+    return SoftContrastiveLoss(**options).terms(query, key, label, key_label)
 
 
 class SoftContrastiveLoss(nn.Module):
@@ -229,10 +161,13 @@ class SoftContrastiveLoss(nn.Module):
             soft_loss: Form of the soft term.
             label_similarity: Similarity of two labels, a name or a function.
             gather_distributed: Compare with the keys of all ranks.
-            soft_bias: Bias of similarities, see :func:`soft_label_loss`.
+            soft_bias: Bias of similarities, see :class:`SoftLabelLoss`.
             soft_reduction: Mean over pairs, or sum over keys.
             target_temperature: Temperature of the targets of ``'cross_entropy'``.
-            same_label_weight: Weight of keys with the labels of the query in contrast.
+            same_label_weight: Weight of other images with exactly the labels of the query
+                among the keys of the contrastive term, whose sum of exponentials they
+                enter: 1 as in InfoNCE, 0 leaves them out. Around Delhi, 9 % of all pairs are
+                such, which the two terms pull in opposite directions.
 
         Raises:
             ValueError: If an option is out of range or unknown.
@@ -273,20 +208,30 @@ class SoftContrastiveLoss(nn.Module):
 
         The soft term compares *soft_embeddings* instead of *query* and *key*, if given.
         """
-        contrast = _contrast(
-            query,
-            key,
-            label,
-            key_label,
-            self.temperature,
-            self.same_label_weight,
-            self.soft.options,
-        )
+        contrast = self._contrast(query, key, label, key_label)
         soft = contrast.new_zeros(())
         if label is not None and self.soft_weight:
             pair = (query, key) if soft_embeddings is None else soft_embeddings
             soft = self.soft(*pair, label, key_label)
         return SoftContrastiveTerms(contrast, soft)
+
+    def _contrast(
+        self, query: Tensor, key: Tensor, label: Tensor | None, key_label: Tensor | None
+    ) -> Tensor:
+        """Compute InfoNCE, in which keys with the labels of the query may weigh less."""
+        with torch.autocast(query.device.type, enabled=False):
+            cosine, own = compare_embeddings(query, key, self.gather_distributed)
+            logits = cosine / self.temperature
+            weight = self.same_label_weight
+            if weight < 1 and label is not None:
+                target, _ = compare_labels(
+                    label, key_label, cosine, self.label_similarity
+                )
+                # Up to rounding. Not those of the own key, nor unknown ones, which are 0
+                same = (target > 1 - 1e-5).scatter(1, own[:, None], False)
+                log = math.log(weight) if weight else -math.inf
+                logits = (logits + log).where(same, logits)
+            return F.cross_entropy(logits, own)
 
     def forward(
         self,

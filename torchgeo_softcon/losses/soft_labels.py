@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +20,15 @@ SoftLoss: TypeAlias = Literal['bce', 'cross_entropy', 'mse', 'correlation']
 SoftBias: TypeAlias = Literal['none', 'batch', 'learned']
 SoftReduction: TypeAlias = Literal['pairs', 'rows']
 
+#: Forms of the soft term that a bias, or a temperature of the targets, is for.
+_BIASED = {'batch': ('bce', 'mse'), 'learned': ('bce',)}
+
 #: Images of a batch whose similarities are ranked: sorting all pairs of 4,096 would take
 #: longer than what it tells is worth.
 _RANKED = 256
 
 #: Steps of Newton's method towards the bias of a batch. It doubles its digits in each.
 _NEWTON_STEPS = 10
-
-
-class SoftOptions(TypedDict, total=False):
-    """Options of :func:`soft_label_loss` beside its temperature."""
-
-    soft_loss: SoftLoss
-    label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity
-    soft_bias: SoftBias | Tensor
-    soft_reduction: SoftReduction
-    target_temperature: float | None
-    gather_distributed: bool
 
 
 class LabelAgreement(NamedTuple):
@@ -93,29 +85,6 @@ _SIMILARITIES: dict[str, LabelSimilarity] = {
     'cosine': cosine_similarity,
     'jaccard': jaccard_similarity,
 }
-
-
-def _check_options(
-    soft_loss: SoftLoss = 'bce',
-    label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
-    soft_bias: SoftBias | Tensor = 'none',
-    soft_reduction: SoftReduction = 'pairs',
-    target_temperature: float | None = None,
-    gather_distributed: bool = False,
-) -> None:
-    """Check options, and whether they fit each other."""
-    check_types(_check_options, locals())
-    check_positive(target_temperature=target_temperature)
-    if isinstance(soft_bias, str):
-        forms = {'batch': ('bce', 'mse'), 'learned': ('bce',)}.get(soft_bias)
-        require(
-            forms is None or soft_loss in forms,
-            f'soft_bias = {soft_bias!r} is for soft_loss = {forms}, got {soft_loss!r}',
-        )
-    require(
-        target_temperature is None or soft_loss == 'cross_entropy',
-        f"target_temperature is for soft_loss = 'cross_entropy', got {soft_loss!r}",
-    )
 
 
 def gather(x: Tensor) -> Tensor:
@@ -244,70 +213,6 @@ class _Terms(NamedTuple):
     floor: Tensor
 
 
-def _soft_terms(
-    cosine: Tensor,
-    target: Tensor,
-    known: Tensor,
-    own: Tensor,
-    temperature: float | Tensor,
-    soft_loss: SoftLoss = 'bce',
-    soft_bias: SoftBias | Tensor = 'none',
-    soft_reduction: SoftReduction = 'pairs',
-    target_temperature: float | None = None,
-    distributed: bool = False,
-) -> _Terms:
-    """Compute the soft term over known pairs, or rows, and what it can be compared with."""
-    if soft_loss == 'correlation':
-        keys = torch.arange(cosine.shape[1], device=own.device)
-        others = known & (own[:, None] != keys)
-        loss = 1 - _pearson(cosine, target, others, distributed)
-        # Without a single pair, there is nothing to agree with
-        loss = loss * _add_up(others.any().to(loss), distributed).clamp(max=1)
-        return _Terms(loss, torch.ones_like(loss), torch.zeros_like(loss))
-
-    counted = known
-    mean = target.sum() / known.sum().clamp_min(1)
-    if soft_loss == 'bce':
-        logits = cosine / temperature
-        bias = soft_bias
-        if isinstance(bias, str):
-            bias = (
-                _batch_bias(logits, target, known, distributed)
-                if bias == 'batch'
-                else logits.new_zeros(())
-            )
-        losses = F.binary_cross_entropy_with_logits(
-            logits + bias, target, reduction='none'
-        )
-        chance, floor = _entropy(mean).expand_as(target), _entropy(target)
-    elif soft_loss == 'mse':
-        gap = cosine - target
-        if soft_bias == 'batch':
-            sums = torch.stack([gap.where(known, 0).sum(), known.sum().to(gap)])
-            total, count = _add_up(sums.detach(), distributed)
-            gap = gap - total / count.clamp_min(1)
-        losses, chance = gap.square(), (target - mean).square()
-        floor = torch.zeros_like(target)
-    else:
-        # The lowest finite number, because the softmax of a row of -inf is NaN
-        lowest = torch.finfo(cosine.dtype).min
-        logits = (cosine / temperature).where(known, lowest)
-        if target_temperature is None:
-            shares = target / target.sum(1, keepdim=True).clamp_min(1e-12)
-        else:
-            shares = (target / target_temperature).where(known, lowest).softmax(1)
-        losses = -shares * F.log_softmax(logits, dim=1)
-        chance = shares * known.sum(1, keepdim=True).clamp_min(1).log()
-        floor = -torch.special.xlogy(shares, shares)
-    if soft_loss == 'cross_entropy' or soft_reduction == 'rows':
-        counted = known.any(1)
-
-    sums = [x.where(known, 0).sum() for x in (losses, chance, floor)]
-    # Ranks may know different numbers of labels
-    *sums, count = _add_up(torch.stack([*sums, counted.sum().to(losses)]), distributed)
-    return _Terms(*(total / count.clamp_min(1e-12) for total in sums))
-
-
 def _pearson(
     first: Tensor, second: Tensor, counted: Tensor, distributed: bool = False
 ) -> Tensor:
@@ -332,19 +237,11 @@ def _ranks(values: Tensor, counted: Tensor) -> Tensor:
     ordered = flat.sort().values
     low = torch.searchsorted(ordered, flat)
     high = torch.searchsorted(ordered, flat, right=True)
-    return ((low + high).to(torch.float64) / 2).view_as(values)
+    return ((low + high).to(values.dtype) / 2).view_as(values)
 
 
-def soft_label_loss(
-    query: Tensor,
-    key: Tensor,
-    label: Tensor,
-    key_label: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.2,
-    **options: Unpack[SoftOptions],
-) -> Tensor:
-    r"""Compute how far similarities of embeddings are from those of labels.
+class SoftLabelLoss(nn.Module):
+    r"""Disagreement of similarities of embeddings with those of labels.
 
     With :math:`c_{ij}` the cosine of query :math:`i` and key :math:`j`, and
     :math:`s_{ij} \in [0, 1]` the similarity of their labels, over all pairs whose labels
@@ -365,7 +262,7 @@ def soft_label_loss(
     at the start pulls all images towards one level. With ``'batch'``, it is the bias of
     least loss for the batch, so that the gradient sums to zero over pairs and knows
     nothing but differences of labels (``'mse'``: both similarities minus their means).
-    ``'learned'``, for the module, makes scale and bias parameters, as in SigLIP
+    ``'learned'`` makes scale and bias parameters, as in SigLIP
     (https://arxiv.org/abs/2303.15343); they move with the learning rate, by about that
     much per step of AdamW.
 
@@ -377,126 +274,175 @@ def soft_label_loss(
     All cost the same beside an encoder, two products of (B, D) embeddings and passes over
     (B, N) numbers.
 
-    Args:
-        query: Embeddings of the trainable branch, shape (B, D), of any length.
-        key: Embeddings of the EMA branch, shape (B, D), usually detached.
-        label: Non-negative multi-hot labels or class fractions, shape (B, K). Fractions
-            spread the similarities more (standard deviation .38 instead of .28 for ESA
-            WorldCover around Delhi).
-        key_label: Labels of the keys, shape (B, K). Defaults to *label*.
-        temperature: Temperature :math:`\tau_s`.
-        **options: *soft_loss* (``'bce'``); *label_similarity*, ``'cosine'``,
-            ``'jaccard'``, or a function from labels (B, K) and (N, K) to similarities
-            (B, N) (``'cosine'``); *soft_bias* (``'none'``), here also a number in a
-            tensor; *soft_reduction* (``'pairs'``); *target_temperature* (None);
-            *gather_distributed*, whether to compare with the keys of all ranks (False).
-
-    Returns:
-        Scalar loss, computed in float32 (float64 for float64 input) with autocast off.
-        With *gather_distributed*, that of the whole batch, and gradients whose average
-        over ranks are those of the whole batch.
-
-    Raises:
-        ValueError: If shapes disagree, or options are unknown or do not fit each other.
     """
-    _check_options(**options)
-    return _compare(query, key, label, key_label, temperature, options)
-
-
-def _compare(
-    query: Tensor,
-    key: Tensor,
-    label: Tensor,
-    key_label: Tensor | None,
-    temperature: float | Tensor,
-    options: SoftOptions,
-) -> Tensor:
-    """Compute :func:`soft_label_loss` with options that were checked."""
-    options = options.copy()
-    distributed = options.pop('gather_distributed', False) and dist.world_size() > 1
-    similarity = options.pop('label_similarity', 'cosine')
-    with torch.autocast(query.device.type, enabled=False):
-        cosine, own = compare_embeddings(query, key, distributed)
-        pairs = compare_labels(label, key_label, cosine, similarity)
-        terms = _soft_terms(
-            cosine, *pairs, own, temperature, distributed=distributed, **options
-        )
-    return terms.loss
-
-
-@torch.no_grad()
-def label_agreement(
-    query: Tensor,
-    key: Tensor,
-    label: Tensor,
-    key_label: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.2,
-    **options: Unpack[SoftOptions],
-) -> LabelAgreement:
-    """Measure how far embeddings agree with labels, on the first 256 images of a rank.
-
-    Does not wait for the device. Takes the arguments of :func:`soft_label_loss`.
-    """
-    options.pop('gather_distributed', None)
-    similarity = options.pop('label_similarity', 'cosine')
-    part = slice(_RANKED)
-    other = None if key_label is None else key_label[part]
-    with torch.autocast(query.device.type, enabled=False):
-        cosine, own = compare_embeddings(query[part], key[part], False)
-        target, known = compare_labels(label[part], other, cosine, similarity)
-        terms = _soft_terms(cosine, target, known, own, temperature, **options)
-        # Contrast alone makes an image similar to itself
-        counted = known & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
-        # Equal labels are equal, whatever rounding says
-        ranks = [_ranks(x, counted) for x in (cosine, target.round(decimals=4))]
-        correlation = _pearson(ranks[0], ranks[1], counted).to(cosine.dtype)
-    reach = terms.chance - terms.floor
-    explained = ((terms.chance - terms.loss) / reach).where(reach > 1e-6, 0)
-    return LabelAgreement(correlation, explained, terms.chance, terms.floor)
-
-
-class SoftLabelLoss(nn.Module):
-    """Module form of :func:`soft_label_loss`, with options checked once."""
 
     def __init__(
-        self, temperature: float = 0.2, **options: Unpack[SoftOptions]
+        self,
+        temperature: float = 0.2,
+        soft_loss: SoftLoss = 'bce',
+        label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
+        soft_bias: SoftBias = 'none',
+        soft_reduction: SoftReduction = 'pairs',
+        target_temperature: float | None = None,
+        gather_distributed: bool = False,
     ) -> None:
         """Initialize a new SoftLabelLoss instance.
 
         Args:
-            temperature: Temperature, at the start with ``soft_bias='learned'``.
-            **options: Options of :func:`soft_label_loss`.
+            temperature: Temperature of the similarities of embeddings, at the start if it
+                is learned.
+            soft_loss: Form of the term.
+            label_similarity: ``'cosine'``, ``'jaccard'``, or a function from labels (B, K)
+                and (N, K) to similarities (B, N).
+            soft_bias: Bias of the similarities of embeddings.
+            soft_reduction: Mean over pairs, or over rows of sums.
+            target_temperature: Temperature of the targets of ``'cross_entropy'``.
+            gather_distributed: Whether to compare with the keys of all ranks. Losses are
+                then those of the whole batch, and so are averages of gradients over ranks.
 
         Raises:
             ValueError: If options are unknown, out of range or do not fit each other.
         """
-        check_positive(temperature=temperature)
-        _check_options(**options)
+        check_types(SoftLabelLoss.__init__, locals())
+        check_positive(temperature=temperature, target_temperature=target_temperature)
+        forms = _BIASED.get(soft_bias, (soft_loss,))
+        require(
+            soft_loss in forms,
+            f'soft_bias = {soft_bias!r} is for soft_loss = {forms}, got {soft_loss!r}',
+        )
+        require(
+            target_temperature is None or soft_loss == 'cross_entropy',
+            f"target_temperature is for soft_loss = 'cross_entropy', got {soft_loss!r}",
+        )
         super().__init__()
         self.temperature = temperature
-        self.options = options
-        if options.get('soft_bias') == 'learned':
+        self.soft_loss = soft_loss
+        self.label_similarity = label_similarity
+        self.soft_bias = soft_bias
+        self.soft_reduction = soft_reduction
+        self.target_temperature = target_temperature
+        self.gather_distributed = gather_distributed
+        if soft_bias == 'learned':
             self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
             self.bias = nn.Parameter(torch.zeros(()))
-
-    def _arguments(self) -> tuple[float | Tensor, SoftOptions]:
-        """Return temperature and options, those that are learned as they are."""
-        if self.options.get('soft_bias') != 'learned':
-            return self.temperature, self.options
-        return (-self.log_scale).exp(), {**self.options, 'soft_bias': self.bias}
 
     def forward(
         self, query: Tensor, key: Tensor, label: Tensor, key_label: Tensor | None = None
     ) -> Tensor:
-        """Compute the loss, see :func:`soft_label_loss`."""
-        return _compare(query, key, label, key_label, *self._arguments())
+        """Compute the loss.
 
+        Args:
+            query: Embeddings of the trainable branch, shape (B, D), of any length.
+            key: Embeddings of the EMA branch, shape (B, D), usually detached.
+            label: Non-negative multi-hot labels or class fractions, shape (B, K). Fractions
+                spread the similarities more (standard deviation .38 instead of .28 for ESA
+                WorldCover around Delhi).
+            key_label: Labels of the keys, shape (B, K). Defaults to *label*.
+
+        Returns:
+            Scalar loss, in float32 (float64 for float64 input) with autocast off.
+
+        Raises:
+            ValueError: If shapes disagree.
+        """
+        distributed = self.gather_distributed and dist.world_size() > 1
+        with torch.autocast(query.device.type, enabled=False):
+            cosine, own = compare_embeddings(query, key, distributed)
+            pairs = compare_labels(label, key_label, cosine, self.label_similarity)
+            return self._terms(cosine, *pairs, own, distributed).loss
+
+    @torch.no_grad()
     def agreement(
         self, query: Tensor, key: Tensor, label: Tensor, key_label: Tensor | None = None
     ) -> LabelAgreement:
-        """Measure the agreement, see :func:`label_agreement`."""
-        temperature, options = self._arguments()
-        return label_agreement(
-            query, key, label, key_label, temperature=temperature, **options
-        )
+        """Measure the agreement on the first 256 images of a rank.
+
+        Takes the arguments of :meth:`forward`. Does not wait for the device.
+        """
+        part = slice(_RANKED)
+        other = None if key_label is None else key_label[part]
+        with torch.autocast(query.device.type, enabled=False):
+            cosine, own = compare_embeddings(query[part], key[part], False)
+            target, known = compare_labels(
+                label[part], other, cosine, self.label_similarity
+            )
+            terms = self._terms(cosine, target, known, own)
+            # Contrast alone makes an image similar to itself
+            counted = known & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
+            # Equal labels are equal, whatever rounding says
+            ranks = [_ranks(x, counted) for x in (cosine, target.round(decimals=4))]
+            correlation = _pearson(ranks[0], ranks[1], counted)
+        reach = terms.chance - terms.floor
+        explained = ((terms.chance - terms.loss) / reach).where(reach > 1e-6, 0)
+        return LabelAgreement(correlation, explained, terms.chance, terms.floor)
+
+    def _terms(
+        self,
+        cosine: Tensor,
+        target: Tensor,
+        known: Tensor,
+        own: Tensor,
+        distributed: bool = False,
+    ) -> _Terms:
+        """Compute the term over known pairs, or rows, and what it can be compared with."""
+        if self.soft_loss == 'correlation':
+            keys = torch.arange(cosine.shape[1], device=own.device)
+            others = known & (own[:, None] != keys)
+            loss = 1 - _pearson(cosine, target, others, distributed)
+            # Without a single pair, there is nothing to agree with
+            loss = loss * _add_up(others.any().to(loss), distributed).clamp(max=1)
+            return _Terms(loss, torch.ones_like(loss), torch.zeros_like(loss))
+
+        counted = known
+        mean = target.sum() / known.sum().clamp_min(1)
+        if self.soft_loss == 'bce':
+            if self.soft_bias == 'learned':
+                logits = cosine * self.log_scale.exp() + self.bias
+            else:
+                logits = cosine / self.temperature
+            if self.soft_bias == 'batch':
+                logits = logits + _batch_bias(logits, target, known, distributed)
+            losses = F.binary_cross_entropy_with_logits(
+                logits, target, reduction='none'
+            )
+            chance, floor = _entropy(mean).expand_as(target), _entropy(target)
+        elif self.soft_loss == 'mse':
+            gap = cosine - target
+            if self.soft_bias == 'batch':
+                parts = torch.stack([gap.where(known, 0).sum(), known.sum().to(gap)])
+                total, count = _add_up(parts.detach(), distributed)
+                gap = gap - total / count.clamp_min(1)
+            losses, chance = gap.square(), (target - mean).square()
+            floor = torch.zeros_like(target)
+        else:
+            # The lowest finite number, because the softmax of a row of -inf is NaN
+            lowest = torch.finfo(cosine.dtype).min
+            logits = (cosine / self.temperature).where(known, lowest)
+            if self.target_temperature is None:
+                shares = target / target.sum(1, keepdim=True).clamp_min(1e-12)
+            else:
+                scaled = target / self.target_temperature
+                shares = scaled.where(known, lowest).softmax(1)
+            losses = -shares * F.log_softmax(logits, dim=1)
+            chance = shares * known.sum(1, keepdim=True).clamp_min(1).log()
+            floor = -torch.special.xlogy(shares, shares)
+        if self.soft_loss == 'cross_entropy' or self.soft_reduction == 'rows':
+            counted = known.any(1)
+
+        sums = [x.where(known, 0).sum() for x in (losses, chance, floor)]
+        # Ranks may know different numbers of labels
+        parts = torch.stack([*sums, counted.sum().to(losses)])
+        *sums, count = _add_up(parts, distributed)
+        return _Terms(*(total / count.clamp_min(1e-12) for total in sums))
+
+
+def soft_label_loss(
+    query: Tensor,
+    key: Tensor,
+    label: Tensor,
+    key_label: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Compute :class:`SoftLabelLoss`, whose arguments are the *options*."""
+    loss: Tensor = SoftLabelLoss(**options)(query, key, label, key_label)
+    return loss

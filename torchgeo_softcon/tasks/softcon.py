@@ -151,7 +151,7 @@ class SoftConTask(LabelGuidedTask):
                 every 10 steps, a backward pass through the heads.
             soft_ratio: Ratio of the gradients for ``soft_weight='auto'``.
             soft_loss: Form of the soft term, see
-                :func:`~torchgeo_softcon.losses.soft_label_loss`, as for the next two.
+                :class:`~torchgeo_softcon.losses.SoftLabelLoss`, as for the next two.
                 :data:`~torchgeo_softcon.losses.PRESETS` has the options of known forms.
             soft_bias: Bias of similarities. With ``'batch'``, only differences of labels
                 have a gradient, at no cost.
