@@ -199,14 +199,16 @@ def callbacks() -> list[Any]:
     ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
 
     Returns:
-        One callback, for TorchGeo's tasks with weights of this package. None if there
-        are no such tasks, or the user has opted out of the plugin.
+        A callback for TorchGeo's tasks with weights of this package, and one for what
+        our own tasks say in the terminal. None if TorchGeo's tasks are not imported, or
+        the user has opted out of the plugin.
     """
     tasks = [name for name, group in _TRIGGERS.items() if group == 'torchgeo.tasks']
     if os.environ.get(AUTOLOAD_VARIABLE) == '0' or sys.modules.keys().isdisjoint(tasks):
         return []
     try:
-        return [import_module(f'{_PACKAGE}.callbacks').ResizeForWeights()]
+        ours = import_module(f'{_PACKAGE}.callbacks')
+        return [ours.ResizeForWeights(), ours.Terminal()]
     except Exception as error:  # noqa: BLE001, trainers must not fail because of this
         _report(error)
         return []

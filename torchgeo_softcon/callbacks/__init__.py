@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .resize import ResizeForWeights as ResizeForWeights
     from .resize import ResizeInput as ResizeInput
     from .subset import TrainSubset as TrainSubset
+    from .terminal import Terminal as Terminal
     from .unit_range import UnitRange as UnitRange
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -26,5 +27,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     knn=('KNNProbe', 'knn_scores'),
     resize=('ResizeForWeights', 'ResizeInput'),
     subset=('TrainSubset',),
+    terminal=('Terminal',),
     unit_range=('UnitRange',),
 )

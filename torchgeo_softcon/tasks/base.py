@@ -88,6 +88,9 @@ class PretrainingTask(BaseTask):
     #: opens safely and without this package.
     ignore: tuple[str, ...] = ('weights', 'augmentations')
 
+    #: Whether there is, or was, a task of this package in the process.
+    created = False
+
     weights: WeightsEnum | bool | str | None
     augmentations: nn.Module
     rng_seed: Tensor
@@ -130,6 +133,7 @@ class PretrainingTask(BaseTask):
             augmentations: Module that draws views of images, None to take them as they
                 are.
         """
+        PretrainingTask.created = True
         self.weights = weights
         super().__init__()
         self.augmentations = nn.Identity() if augmentations is None else augmentations

@@ -125,7 +125,7 @@ class SoftConTask(PretrainingTask):
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
                 gradients start at about the same size for 128 images, and features tell
                 land cover of unseen ground better in ``examples/study.py``, but not with
-                144 images to train on (README).
+                144 images to train on (``examples/README.md``).
             soft_loss: Form of the soft term, see
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`.
             label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
