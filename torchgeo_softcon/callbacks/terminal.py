@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What a pretraining run says in the terminal: what users need, and nothing else."""
+"""The terminal of a pretraining run: what users need to see, and nothing else."""
 
 import logging
 import re
