@@ -19,9 +19,9 @@ from ..evaluation.verdict import Finding, summarize
 #: Class and sign of findings.
 _MARKS = {True: ('good', '✓'), False: ('bad', '✗ No.'), None: ('unknown', '?')}
 
-#: Qualities of pictures to try, and bytes of all of them that are few enough: base64 adds a
-#: third, and a page shall have at most 1 MB.
-_QUALITIES, _FEW = (80, 60, 40, 20), 600_000
+#: Qualities and scales of pictures to try, and bytes of all of them that are few enough:
+#: base64 adds a third, and a page shall have at most 1 MB.
+_QUALITIES, _FEW = ((80, 1), (60, 1), (40, 1), (40, 2), (40, 4)), 600_000
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def _encode(figures: Mapping[str, Figure]) -> dict[str, bytes]:
         figure.savefig(buffer, format='png', dpi=110)
         drawn[name] = Image.open(buffer).convert('RGB')
     result: dict[str, bytes] = {}
-    for quality in _QUALITIES:
+    for quality, shrink in _QUALITIES:
         for name, image in drawn.items():
             buffer = io.BytesIO()
-            image.save(buffer, 'WEBP', quality=quality)
+            image.reduce(shrink).save(buffer, 'WEBP', quality=quality)
             result[name] = buffer.getvalue()
         if sum(map(len, result.values())) <= _FEW:
             break
