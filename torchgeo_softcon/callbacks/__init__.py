@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .resize import ResizeForWeights as ResizeForWeights
     from .resize import ResizeInput as ResizeInput
     from .subset import TrainSubset as TrainSubset
+    from .terminal import Terminal as Terminal
     from .unit_range import UnitRange as UnitRange
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -28,5 +29,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     label_control=('LabelControl',),
     resize=('ResizeForWeights', 'ResizeInput'),
     subset=('TrainSubset',),
+    terminal=('Terminal',),
     unit_range=('UnitRange',),
 )

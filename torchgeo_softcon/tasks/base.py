@@ -77,6 +77,9 @@ class PretrainingTask(ContinualTask):
     #: opens safely and without this package.
     ignore: tuple[str, ...] = ('weights', 'augmentations')
 
+    #: Whether there is, or was, a task of this package in the process.
+    created = False
+
     weights: WeightsEnum | bool | str | None
     augmentations: nn.Module
     rng_seed: Tensor
@@ -104,6 +107,7 @@ class PretrainingTask(ContinualTask):
             augmentations: Module that draws views of images, None to take them as they
                 are.
         """
+        PretrainingTask.created = True
         self.weights = weights
         super().__init__()
         self.augmentations = nn.Identity() if augmentations is None else augmentations

@@ -145,7 +145,7 @@ class SoftConTask(LabelGuidedTask):
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
                 gradients start at about the same size for 128 images, and features tell
                 land cover of unseen ground better in ``examples/study.py``, but not with
-                144 images to train on (README). ``'auto'`` finds it while training, for
+                144 images to train on (``examples/README.md``). ``'auto'`` finds it while training, for
                 any batch size: the gradient of the soft term at the features is kept
                 *soft_ratio* times as long as that of the contrastive one, as measured
                 every 10 steps, a backward pass through the heads.
