@@ -55,7 +55,7 @@ _BAND_TOKEN = re.compile(
 #: STAC catalogues, of Major-TOM, Planet, BigEarthNet and HLS, and WorldCover itself.
 _NOT_A_BAND = re.compile(
     r'(?:^|[_.])(?:TCI|AOT|WVP|SCL|PVI|QA60|Fmask|[SV][AZ]A)(?:_(?:10|20|60)m)?$'
-    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|_udm2?(?:_clip)?$'
+    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|(?:^|_)udm2?(?:_clip)?$'
     r'|_reference_map$|^MSK_|^ESA_WorldCover_',
     re.IGNORECASE,
 )
@@ -77,6 +77,14 @@ _NO_VALUES = re.compile(
     r'(?![a-z])',
     re.IGNORECASE,
 )
+
+#: Sentinel-2 in a path, and the names of its bands as assets of STAC catalogues.
+_SENTINEL2 = re.compile(r'(?<![A-Za-z0-9])(?:S2[A-D]?_|sentinel-?2)', re.IGNORECASE)
+_ASSET_NAMES = (
+    *('coastal', 'blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3', 'nir'),
+    *('nir08', 'nir09', 'cirrus', 'swir16', 'swir22'),
+)
+_ASSETS = dict(zip(_ASSET_NAMES, SENTINEL2_BANDS, strict=True))
 
 #: Folders of a Level-2A product that hold bands of one scene.
 _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
@@ -200,7 +208,8 @@ def _group(
         name = PurePath(file.layer.path)
         words = [*_BAND_WORD.finditer(name.stem)]
         end = _BAND_TOKEN.search(name.stem)
-        if len(file.layer.indexes) > 1 or not (end or len(words) == 1):
+        asset = _ASSETS.get(name.stem) if _SENTINEL2.search(str(name)) else None
+        if len(file.layer.indexes) > 1 or not (end or asset or len(words) == 1):
             whole.append(file)
             continue
         folder = name.parent
@@ -208,10 +217,13 @@ def _group(
             folder = folder.parent
         if end is not None:
             word, stem = end['band'], name.stem[: end.start()]
+        elif asset is not None:
+            word, stem = asset, ''
         else:
             word, (start, stop) = words[0][1], words[0].span()
             stem = f'{name.stem[:start]}*{name.stem[stop:]}'
-        group = (middles if end is None else ends).setdefault((str(folder), stem), {})
+        sure = ends if end or asset else middles
+        group = sure.setdefault((str(folder), stem), {})
         band = spell_band_name(word)
         known = group.setdefault(band, file)
         if known is not file:
