@@ -25,7 +25,12 @@ from torchgeo_softcon.callbacks.subset import choose_subset
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
 
-from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
+from .datamodules.host_data import (
+    make_bigearthnet,
+    make_bigearthnet_v2,
+    make_eurosat,
+    make_ssl4eo_s12,
+)
 from .ssl4eo.archives import season, write_archive
 
 pytestmark = pytest.mark.usefixtures('own_folder')
@@ -46,6 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         'eurosat': str(make_eurosat(root / 'eurosat', 2, 1)),
         'bigearthnet': str(make_bigearthnet(root / 'bigearthnet', 20, 2)),
+        'bigearthnet_v2': str(make_bigearthnet_v2(root / 'bigearthnet_v2')),
         'ssl4eo': str(make_ssl4eo_s12(root / 'ssl4eo', 's2c', 2)),
     }
 
@@ -166,6 +172,14 @@ class TestBigEarthNet:
         fit('bigearthnet_finetune', '--data.dict_kwargs.root', data['bigearthnet'])
         assert {x.shape for x in seen} == {(2, 12, 224, 224)}
         assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
+
+    def test_version_2(self, data: dict[str, str], seen: list[Tensor]) -> None:
+        fit(
+            'bigearthnet_v2',
+            *('--data.dict_kwargs.root', data['bigearthnet_v2'], '--model.size', '28'),
+        )
+        images = [x for x in seen if x.any()]
+        assert all(x.min() >= 0 and x.max() <= 1 for x in images)
 
     def test_radar(self, data: dict[str, str]) -> None:
         """As the header says."""

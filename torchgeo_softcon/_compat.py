@@ -35,6 +35,7 @@ _TASKS = 'torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers'
 _LAZY = {
     'BaseDataModule': 'torchgeo.datamodules',
     'BaseTask': _TASKS,
+    'BigEarthNetV2': 'torchgeo.datasets',
     'ClassificationTask': _TASKS,
     'DatasetNotFoundError': 'torchgeo.datasets',
     'MisconfigurationException': 'torchgeo.datamodules.utils',
@@ -47,7 +48,12 @@ _LAZY = {
 if TYPE_CHECKING:
     from torchgeo.datamodules import BaseDataModule, NonGeoDataModule
     from torchgeo.datamodules.utils import MisconfigurationException
-    from torchgeo.datasets import DatasetNotFoundError, NonGeoDataset, RasterDataset
+    from torchgeo.datasets import (
+        BigEarthNetV2,
+        DatasetNotFoundError,
+        NonGeoDataset,
+        RasterDataset,
+    )
     from torchgeo.models import get_weight
     from torchgeo.trainers import BaseTask, ClassificationTask
 

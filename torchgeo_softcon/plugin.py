@@ -330,7 +330,7 @@ class _Joint(EnumType):
     """Type of enums whose members are those of others, each the same object."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return any(instance is member for member in cls)
+        return any(instance is member for member in cls._member_map_.values())
 
 
 def _join(first: type[Enum], members: Iterable[Enum]) -> type[Enum]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .backbone import LoadBackbone as LoadBackbone
     from .collapse import CollapseMonitor as CollapseMonitor
     from .collapse import effective_rank as effective_rank
     from .collapse import uniformity as uniformity
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
+    backbone=('LoadBackbone',),
     collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
     embeddings=('EmbeddingWriter',),
     knn=('KNNProbe', 'knn_scores'),
