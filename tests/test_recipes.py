@@ -23,6 +23,7 @@ from torchgeo_softcon.callbacks import KNNProbe
 from torchgeo_softcon.callbacks.subset import choose_subset
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
+from torchgeo_softcon.models.encoders import Encoder
 
 from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
 from .ssl4eo.archives import season, write_archive
@@ -269,7 +270,8 @@ def test_continual(
     state = ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON.get_state_dict()
     published = {**state, 'patch_embed.proj.weight': torch.ones(384, 3, 14, 14)}
     monkeypatch.setattr(
-        'torchgeo_softcon.tasks.base.read_pretrained', lambda *args: dict(published)
+        'torchgeo_softcon.tasks.base.initial_weights',
+        lambda *args: Encoder(dict(published)),
     )
     fit(
         'continual_dinov2',

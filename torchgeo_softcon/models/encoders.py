@@ -11,15 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._compat import WeightsEnum, get_weight
-from ..bands import spell_band_name
+from ..bands import SENTINEL2_SUBSETS, normalize_band_names, spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
-from .input_layer import input_layer
+from .input_layer import COLOURS, Normalization, input_layer
 from .loading import create_encoder, is_vit, load_encoder
+from .timm_models import timm_name
 from .weights import EncoderWeights
 
 #: Where the encoder is in checkpoints of tasks: in BYOL and segmentation of TorchGeo, in
@@ -50,6 +53,8 @@ class Encoder:
         bands: Names of its bands, if they are known.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
             if that is not known.
+        normalization: Mean and standard deviation of its bands by which images in [0, 1]
+            were normalized, None if they were not, or that is not known.
         method: Name of the method that trained it, if it is known.
         reference: Paper of the method, if it is known.
         branch: Which of the encoders of its task it is, None if that is not known.
@@ -63,6 +68,7 @@ class Encoder:
     size: int | None = None
     bands: tuple[str, ...] | None = None
     unit_range: bool | None = None
+    normalization: Normalization | None = None
     method: str | None = None
     reference: str | None = None
     branch: Branch | None = None
@@ -101,6 +107,10 @@ class Encoder:
         load_encoder(encoder, self.state_dict)
         return encoder.eval()
 
+    def has_bands(self, bands: Sequence[str]) -> bool:
+        """Whether it has these bands, in any spelling and in this order."""
+        return self.bands is not None and _spelled(self.bands) == _spelled(bands)
+
     def _known_name(self) -> str:
         if not self.name:
             raise ValueError(
@@ -133,9 +143,11 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
     checkpoint = read_checkpoint(str(path))
     hparams = _mapping(checkpoint, 'hyper_parameters')
     note = _mapping(checkpoint, PRETRAINING)
-    name = hparams.get('model')
+    name, normalization = hparams.get('model'), None
     if 'state_dict' not in checkpoint and {'student', 'teacher'} <= checkpoint.keys():
         branch = branch or 'teacher'
+        # In the code of DINO-MC and of DINO
+        normalization = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         state_dict = dino_mc_encoder(checkpoint, branch)
     else:
         state = checkpoint.get('state_dict', checkpoint)
@@ -172,6 +184,7 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         hparams.get('size') or None,
         None if bands is None else tuple(bands),
         True if in_unit_range else None,
+        normalization,
         note.get('method'),
         note.get('reference'),
         branch,
@@ -234,6 +247,47 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
     return find_weights(weights).state_dict
 
 
+def read_pretrained(
+    model: str, in_channels: int, bands: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Read the weights that the name of a timm model stands for.
+
+    Those of this package's models are for *in_channels* bands called *bands*, those of
+    timm's own for RGB.
+    """
+    return initial_weights(True, model, in_channels, bands).state_dict
+
+
+def initial_weights(
+    weights: WeightsEnum | str | bool,
+    model: str,
+    in_channels: int,
+    bands: Sequence[str] | None = None,
+) -> Encoder:
+    """Read the encoder that a task starts from: True is what *model* stands for."""
+    if not isinstance(weights, bool):
+        return find_weights(weights)
+    own = timm_name(model) != model.split('/')[-1].split('.')[0]
+    if own:
+        created: Any = timm.create_model(
+            model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
+        )
+    else:
+        created = create_encoder(model, pretrained=True)
+    mean, std = (created.pretrained_cfg[key] for key in ('mean', 'std'))
+    if own and bands is not None and any(mean):
+        names = [COLOURS.get(name, name) for name in normalize_band_names(bands)]
+        order = [SENTINEL2_SUBSETS[3].index(name) for name in names]
+        mean, std = ([values[i] for i in order] for values in (mean, std))
+    return Encoder(
+        dict(created.state_dict()),
+        model,
+        bands=tuple(bands) if own and bands is not None else None,
+        normalization=(mean, std) if any(mean) else None,
+        source=model,
+    )
+
+
 def find_weights(
     weights: WeightsEnum | str, bands: Sequence[str] | None = None
 ) -> Encoder:
@@ -261,6 +315,7 @@ def find_weights(
         None if names is None else tuple(names),
         # Those of DINO-MC are standardized after that
         meta.get('value_range') == (0, 1) and 'mean' not in meta,
+        (meta['mean'], meta['std']) if 'mean' in meta else None,
         meta.get('ssl_method'),
         source=str(weights),
     )
@@ -301,10 +356,10 @@ def open_encoder(
             raise OSError(str(error)) from error
     elif checkpoint is not None and weights is None:
         encoder = read_encoder(checkpoint)
-        known = encoder.bands
-        if bands and known and _spelled(bands) != _spelled(known):
+        if bands and encoder.bands and not encoder.has_bands(bands):
             raise ValueError(
-                f'bands must be those that {checkpoint} was trained with, {known}, got '
+                f'bands must be those that {checkpoint} was trained with, '
+                f'{encoder.bands}, got '
                 f'{tuple(bands)}. Leave bands out, and choose and order those of the '
                 'dataset'
             )

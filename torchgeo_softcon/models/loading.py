@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from .checkpoints import require_shapes
 from .convert import drop_head
-from .input_layer import InputLayerInit, adapt_input_weight, input_layer
+from .input_layer import (
+    InputLayerInit,
+    Normalization,
+    adapt_input_weight,
+    fold_normalization,
+    input_layer,
+)
 from .timm_models import timm_name
 
 #: Modules of timm with Vision Transformers, and with Swin Transformers.
@@ -149,40 +155,27 @@ def feature_size(
     return int(out.shape[1])
 
 
-def read_pretrained(
-    model: str, in_channels: int, bands: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Read the weights that the name of a timm model stands for.
-
-    Those of this package's models are for *in_channels* bands called *bands*, those of
-    timm's own for RGB.
-    """
-    if timm_name(model) == model.split('/')[-1].split('.')[0]:
-        created = create_encoder(model, pretrained=True)
-    else:
-        created = timm.create_model(
-            model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
-        )
-    return dict(created.state_dict())
-
-
 def load_encoder(
     encoder: nn.Module,
     state_dict: Mapping[str, Tensor],
     in_layer_init: InputLayerInit = 'random',
     bands: Sequence[str] | None = None,
+    normalization: Normalization | None = None,
 ) -> None:
     """Load pretrained parameters into an encoder, strictly.
 
     Classifiers are left out. The position embedding of a Vision Transformer is
     resampled to the encoder's grid. If the number of bands differs, the input layer is
-    adapted by :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
+    adapted by :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`; by its
+    ``'rgb'``, RGB weights with a *normalization* always are.
 
     Args:
         encoder: A model made by :func:`create_encoder`.
         state_dict: Parameters in timm's layout.
         in_layer_init: Rule for an input layer with another number of bands.
         bands: Names of the encoder's bands.
+        normalization: Mean and standard deviation that the parameters are for, None if
+            they are for images as they are, or that is not known.
 
     Raises:
         ValueError: If the parameters belong to another architecture, or the input layer
@@ -193,10 +186,16 @@ def load_encoder(
     loaded = {k: v for k, v in state_dict.items() if k in own or k in encoder_only}
     name, layer = input_layer(encoder)
     key = f'{name}.weight'
-    if key in loaded and loaded[key].shape[1] != layer.in_channels:
-        loaded[key] = adapt_input_weight(
-            loaded[key], layer.in_channels, in_layer_init, bands
-        )
+    if key in loaded:
+        normalized = in_layer_init == 'rgb' and normalization is not None
+        if normalized:
+            mean_std = cast(Normalization, normalization)
+            loaded = fold_normalization(encoder, loaded, mean_std)
+        named = normalized and bands is not None
+        if loaded[key].shape[1] != layer.in_channels or named:
+            loaded[key] = adapt_input_weight(
+                loaded[key], layer.in_channels, in_layer_init, bands
+            )
     key = 'pos_embed'
     if key in own and key in loaded and loaded[key].shape != own[key].shape:
         vit = cast(VisionTransformer, encoder)

@@ -23,16 +23,9 @@ from .._checks import (
 )
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
-from ..models import (
-    create_encoder,
-    feature_size,
-    is_vit,
-    load_encoder,
-    read_pretrained,
-    read_weights,
-)
+from ..models import create_encoder, feature_size, is_vit, load_encoder
 from ..models.checkpoints import Branch
-from ..models.encoders import PRETRAINING
+from ..models.encoders import PRETRAINING, initial_weights
 from ..models.input_layer import InputLayerInit, input_layer
 from ..models.loading import check_patches
 from ..modules.ema import make_teacher, update_ema
@@ -171,11 +164,22 @@ class PretrainingTask(BaseTask):
         #: Number of features F of the encoder.
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
-            if self.weights is True:
-                state_dict = read_pretrained(name, channels, bands)
-            else:
-                state_dict = read_weights(self.weights)
-            load_encoder(encoder, state_dict, self.option('in_layer_init'), bands)
+            init = self.option('in_layer_init')
+            source = initial_weights(self.weights, name, channels, bands)
+            if init == 'rgb' and source.normalization is None and not source.unit_range:
+                rank_zero_info(
+                    f"in_layer_init='rgb' leaves the values of images as they are: {source.source} "
+                    'does not tell a mean and standard deviation for images in [0, 1]. '
+                    'Those of timm (weights: true) and of DINO-MC do'
+                )
+            same = bands is not None and source.has_bands(bands)
+            load_encoder(
+                encoder,
+                source.state_dict,
+                init,
+                None if same else bands,
+                source.normalization,
+            )
         if self.option('freeze_patch_embed'):
             input_layer(encoder)[1].requires_grad_(False)
         set_memory_format(encoder, self.option('channels_last'))

@@ -15,9 +15,9 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum
-from ..models import create_encoder, load_encoder, read_pretrained
+from ..models import create_encoder, load_encoder
 from ..models.convert import choose_bands
-from ..models.encoders import find_weights
+from ..models.encoders import initial_weights
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
 from ..models.loading import has_class_token
@@ -159,11 +159,14 @@ class LinearProbeTask(ClassificationTask):
 
     def _read_weights(self) -> dict[str, Tensor]:
         """Read the parameters of the encoder, for the bands of the images."""
-        channels, bands = self.hparams['in_channels'], self.hparams['bands']
-        if self.weights is True:
-            return read_pretrained(self.hparams['model'], channels, bands)
-        encoder = find_weights(cast(WeightsEnum | str, self.weights))
-        if bands is None:
+        weights, bands = (
+            cast(WeightsEnum | str | bool, self.weights),
+            self.hparams['bands'],
+        )
+        encoder = initial_weights(
+            weights, self.hparams['model'], self.hparams['in_channels'], bands
+        )
+        if weights is True or bands is None:
             return encoder.state_dict
         if not encoder.bands:
             raise ValueError(
