@@ -64,7 +64,7 @@ def test_weight_is_not_modified() -> None:
 
 
 NORMALIZATION = (0.43, 0.411, 0.296), (0.213, 0.156, 0.143)
-MEAN, STD = (torch.tensor(values)[:, None, None] for values in NORMALIZATION)
+MEAN, STD = (torch.tensor(v).double()[:, None, None] for v in NORMALIZATION)
 TINY: dict[str, Any] = {'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'img_size': 32}
 TINY |= {'num_classes': 0, 'patch_size': 8}
 
@@ -112,7 +112,7 @@ def test_rgb_of_a_convolution_differs_at_the_border_only(name: str) -> None:
     norm = next(m for m in model.modules() if hasattr(m, 'running_mean'))
     norm.register_forward_hook(lambda module, inputs, out: maps.append(out.detach()))
     image = torch.rand(2, 3, 64, 64)
-    model((image - MEAN) / STD)
+    model(((image - MEAN) / STD).float())
     load_encoder(model, dict(model.state_dict()), 'rgb', None, NORMALIZATION)
     model(image)
     theirs, ours = maps
@@ -125,7 +125,7 @@ def test_grey_photographs_keep_their_features_in_all_bands() -> None:
     model, encoder = make_model('test_vit'), create_encoder('test_vit', 13).eval()
     grey = torch.rand(2, 1, 160, 160)
     load_encoder(encoder, model.state_dict(), 'rgb', SENTINEL2_BANDS, NORMALIZATION)
-    expected = model((grey - MEAN) / STD)
+    expected = model(((grey - MEAN) / STD).float())
     # All other bands weigh the mean of colours, which a grey image does not tell apart
     torch.testing.assert_close(
         encoder(grey.expand(-1, 13, -1, -1)), expected, rtol=1e-4, atol=1e-4

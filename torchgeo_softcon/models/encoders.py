@@ -4,7 +4,6 @@
 """Encoders that were read from checkpoints or from published weights."""
 
 import functools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from ..bands import SENTINEL2_SUBSETS, normalize_band_names, spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
 from .input_layer import COLOURS, Normalization, input_layer
-from .loading import create_encoder, is_vit, load_encoder
+from .loading import create_encoder, load_encoder, match_grid
 from .timm_models import timm_name
 from .weights import EncoderWeights
 
@@ -40,6 +39,10 @@ _OF_MAE = ('decoder_', 'mask_token')
 #: Entry of a checkpoint in which a pretraining task notes its class, its method, and which
 #: of its attributes hold the branches.
 PRETRAINING = 'pretraining'
+
+#: Entry of a checkpoint with the positions of the encoder as they are, if those in its
+#: state dict were resampled to the grid that timm, and so TorchGeo, builds the model for.
+POSITIONS = 'positions'
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +100,8 @@ class Encoder:
     def model(self) -> nn.Module:
         """A timm model that pools its features, in evaluation mode."""
         encoder: Any = create_encoder(self._known_name(), self.in_channels)
-        positions = self.state_dict.get('pos_embed')
-        if is_vit(encoder) and positions is not None:
-            prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-            side = math.isqrt(positions.shape[1] - prefix)
-            if side != encoder.patch_embed.grid_size[0]:
-                # Not resampled to timm's native size and back
-                encoder.set_input_size(side * encoder.patch_embed.patch_size[0])
+        # Not resampled to timm's native size and back
+        match_grid(encoder, self.state_dict.get('pos_embed'))
         load_encoder(encoder, self.state_dict)
         return encoder.eval()
 
@@ -172,6 +170,8 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
             for key, value in state.items()
             if key.startswith(prefix)
         }
+        if prefix == 'model.' and POSITIONS in checkpoint:
+            state_dict['pos_embed'] = checkpoint[POSITIONS]
     if is_torchvision_swin(state_dict):
         state_dict = swin_to_timm(state_dict)
         name = None if name == 'swin_t' else name

@@ -4,6 +4,8 @@
 """Encoders from timm, for any number of bands and any image size."""
 
 import difflib
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import require_shapes
+from .checkpoints import on_meta, require_shapes
 from .convert import drop_head
 from .input_layer import (
     InputLayerInit,
@@ -35,18 +37,20 @@ def create_encoder(
     in_channels: int = 3,
     pretrained: bool = False,
     drop_path_rate: float = 0.0,
+    size: int | None = None,
 ) -> nn.Module:
     """Create a timm model that pools its features and takes images of any size.
 
-    Vision Transformers resample their position embedding in every forward pass, so that
-    the parameters are those of timm's own model of that name and size, and other tools
-    can load them.
+    Vision Transformers have the position embedding of one size, and resample it in the
+    forward pass for images of another.
 
     Args:
         model: Name of a timm model.
         in_channels: Number of bands.
         pretrained: Whether to load timm's weights.
         drop_path_rate: Stochastic depth rate of the last block.
+        size: Side of the images in pixels that the position embedding of a Vision
+            Transformer is for. Defaults to that of timm's model of the name.
 
     Returns:
         A model from (B, C, H, W) to (B, F).
@@ -66,6 +70,8 @@ def create_encoder(
         kwargs['drop_path_rate'] = drop_path_rate
     if is_model_in_modules(name, _VITS):
         kwargs['dynamic_img_size'] = True
+        if size is not None:
+            kwargs['img_size'] = size
     elif swin:
         kwargs['strict_img_size'] = False
     return timm.create_model(
@@ -86,6 +92,33 @@ def is_vit(model: nn.Module) -> bool:
 def has_class_token(model: nn.Module) -> bool:
     """Whether a timm model is a Vision Transformer with a class token."""
     return isinstance(model, VisionTransformer) and model.cls_token is not None
+
+
+@functools.cache
+def native_grid(model: str) -> tuple[int, int]:
+    """Return the rows and columns of patches that timm builds a model of a name for."""
+    created: Any = on_meta(lambda: timm.create_model(model, num_classes=0))
+    rows, columns = created.patch_embed.grid_size
+    return rows, columns
+
+
+def match_grid(encoder: nn.Module, positions: Tensor | None) -> None:
+    """Build a Vision Transformer for the grid that a position embedding has."""
+    if is_vit(encoder) and positions is not None:
+        vit: Any = encoder
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        side = math.isqrt(positions.shape[1] - prefix)
+        if side != vit.patch_embed.grid_size[0]:
+            vit.set_input_size(side * vit.patch_embed.patch_size[0])
+
+
+def resample_grid(vit: nn.Module, positions: Tensor, grid: Sequence[int]) -> Tensor:
+    """Resample a position embedding of a Vision Transformer to other rows and columns."""
+    model = cast(VisionTransformer, vit)
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    return resample_abs_pos_embed(
+        positions, new_size=list(grid), num_prefix_tokens=prefix
+    )
 
 
 def default_drop_path_rate(model: str) -> float:
@@ -198,12 +231,8 @@ def load_encoder(
             )
     key = 'pos_embed'
     if key in own and key in loaded and loaded[key].shape != own[key].shape:
-        vit = cast(VisionTransformer, encoder)
-        loaded[key] = resample_abs_pos_embed(
-            loaded[key],
-            new_size=list(vit.patch_embed.grid_size),
-            num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
-        )
+        grid = cast(VisionTransformer, encoder).patch_embed.grid_size
+        loaded[key] = resample_grid(encoder, loaded[key], grid)
     require_shapes(
         loaded,
         {k: tuple(v.shape) for k, v in own.items()},

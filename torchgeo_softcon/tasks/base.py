@@ -25,9 +25,9 @@ from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
 from ..models import create_encoder, feature_size, is_vit, load_encoder
 from ..models.checkpoints import Branch
-from ..models.encoders import PRETRAINING, initial_weights
+from ..models.encoders import POSITIONS, PRETRAINING, initial_weights
 from ..models.input_layer import InputLayerInit, input_layer
-from ..models.loading import check_patches
+from ..models.loading import check_patches, match_grid, native_grid, resample_grid
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .guard import NonFiniteGuard
@@ -160,7 +160,8 @@ class PretrainingTask(BaseTask):
                 f'{tuple(bands)}'
             )
 
-        encoder = create_encoder(name, channels, False, drop_path_rate)
+        size = self.hparams['size']
+        encoder = create_encoder(name, channels, False, drop_path_rate, size)
         #: Number of features F of the encoder.
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
@@ -260,6 +261,14 @@ class PretrainingTask(BaseTask):
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
         contiguous(state)
+        positions, name = state.get('model.pos_embed'), self.hparams['model']
+        if is_vit(self.model) and positions is not None:
+            grid = native_grid(name)
+            if grid != self.model.patch_embed.grid_size:
+                # As the host builds the model of this name; the others are for us
+                checkpoint[POSITIONS] = positions
+                positions = resample_grid(self.model, positions, grid)
+                state['model.pos_embed'] = positions
         checkpoint['unsaved'] = self.unsaved()
         checkpoint[PRETRAINING] = {
             'task': class_path(type(self)),
@@ -273,9 +282,15 @@ class PretrainingTask(BaseTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint does not hold from this task, and warn if it differs."""
+        state = checkpoint['state_dict']
+        if POSITIONS in checkpoint:
+            state['model.pos_embed'] = checkpoint[POSITIONS]
+        for branch in self.branches.values():
+            # Of an older run, the grid is timm's, and the run goes on with it
+            match_grid(getattr(self, branch), state.get(f'{branch}.pos_embed'))
         for key, value in self.state_dict().items():
             if key.startswith('augmentations.'):
-                checkpoint['state_dict'][key] = value
+                state[key] = value
         for name, value in checkpoint.get('unsaved', {}).items():
             own = self.unsaved().get(name)
             if value != own:
@@ -411,10 +426,11 @@ class PretrainingTask(BaseTask):
             return
         datamodule = getattr(self.trainer, 'datamodule', None)
         options = getattr(datamodule, 'finetune_options', None)
-        # The host builds Vision Transformers for one image size
-        size = self.model.patch_embed.img_size[0] if is_vit(self.model) else None
+        name, size = self.hparams['model'], None
+        if is_vit(self.model):  # which the host builds for one image size
+            size = native_grid(name)[0] * self.model.patch_embed.patch_size[0]
         command = finetune_command(
-            self.hparams['model'],
+            name,
             path,
             self.hparams['in_channels'],
             None if options is None else options(size),

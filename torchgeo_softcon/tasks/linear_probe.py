@@ -20,7 +20,7 @@ from ..models.convert import choose_bands
 from ..models.encoders import initial_weights
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
-from ..models.loading import has_class_token
+from ..models.loading import check_patches, has_class_token
 from ..transforms import RandomView
 from ..transforms.center_view import center_view
 from .optimizers import peak_lr, run_length, with_schedule
@@ -128,7 +128,8 @@ class LinearProbeTask(ClassificationTask):
         # For several labels, the same as MultiLabelSoftMarginLoss of the papers
         hparams['loss'] = 'ce' if hparams['task'] == 'multiclass' else 'bce'
         channels, size = hparams['in_channels'], hparams['size']
-        self.model = create_encoder(hparams['model'], channels)
+        self.model = create_encoder(hparams['model'], channels, size=size)
+        check_patches(self.model, (size, size), 'size')
         if self.weights:
             state_dict = self._read_weights()
             name = f'{input_layer(self.model)[0]}.weight'
