@@ -6,6 +6,7 @@
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import is_model_in_modules
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -29,7 +31,9 @@ from .timm_models import timm_name
 
 #: Modules of timm with Vision Transformers, and with Swin Transformers.
 _VITS = ('vision_transformer', 'deit', 'eva')
-_SWIN = ('swin_transformer',)
+#: Vision Transformers in these modules that are not plain.
+_HYBRID = re.compile(r'_r\d*_|_resnet|distilled|_resmlp')
+_SWIN = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')
 
 
 def create_encoder(
@@ -82,16 +86,26 @@ def create_encoder(
 def is_vit(model: nn.Module) -> bool:
     """Whether a timm model is a plain Vision Transformer: patches that can be dropped.
 
-    Such as ViT, DeiT and DINOv2, but not hybrids with a convolutional stem.
+    Such as ViT, DeiT and DINOv2, and with rotary positions DINOv3, EVA-02 and Perception
+    Encoder, but not hybrids with a convolutional stem.
     """
-    return isinstance(model, VisionTransformer) and isinstance(
+    return isinstance(model, VisionTransformer | Eva) and isinstance(
         model.patch_embed, PatchEmbed
     )
 
 
+def nearest_vit(model: str) -> str:
+    """Return the name of the plain Vision Transformer of timm that is most like a model's."""
+    name = timm_name(model)
+    known = [
+        n for m in _VITS for n in timm.list_models(module=m) if not _HYBRID.search(n)
+    ]
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
 def has_class_token(model: nn.Module) -> bool:
     """Whether a timm model is a Vision Transformer with a class token."""
-    return isinstance(model, VisionTransformer) and model.cls_token is not None
+    return isinstance(model, VisionTransformer | Eva) and model.cls_token is not None
 
 
 @functools.cache
@@ -174,9 +188,12 @@ def feature_size(
         with torch.no_grad():
             out = (encode or encoder)(torch.zeros(1, in_channels, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
+        cfg = cast(Any, encoder).pretrained_cfg
+        name, native = cfg['architecture'], cfg['input_size'][-1]
         raise ValueError(
-            f'model {type(encoder).__name__} does not take images of {size} x {size} '
-            f'pixels: {error}. Change the sizes, or choose another model'
+            f'model {name} does not take images of {size} x {size} pixels: timm builds it '
+            f'for {native}, and it takes no other size, or not every other. Make all sizes '
+            f'{native}, or choose a model for any size, such as {nearest_vit(name)}'
         ) from error
     finally:
         encoder.train(training)

@@ -19,7 +19,7 @@ from .._checks import check_choice, check_counts, check_not_negative, check_posi
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
-from ..models.loading import default_drop_path_rate, feature_size
+from ..models.loading import default_drop_path_rate, feature_size, nearest_vit
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, can_pack, encode_crops
@@ -243,7 +243,8 @@ class DINOMCTask(PretrainingTask):
             if asked and not can_pack(self.student):
                 raise ValueError(
                     f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes '
-                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out'
+                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out, or use '
+                    f'a model such as {nearest_vit(self.hparams["model"])}'
                 )
         if compiled and batching == 'by_size':
             raise ValueError(
