@@ -34,6 +34,7 @@ from .packed_blocks import (
 )
 
 CropBatching: TypeAlias = Literal['auto', 'packed', 'by_size']
+PositionRule: TypeAlias = Literal['timm', 'dino']
 
 
 def can_pack(encoder: nn.Module) -> bool:
@@ -78,6 +79,7 @@ def encode_crops(
     crops: Sequence[Tensor],
     compiled: bool = False,
     batching: CropBatching = 'auto',
+    position_rule: PositionRule = 'timm',
 ) -> Tensor:
     """Encode crops of several sizes, equal to one forward pass per crop.
 
@@ -102,6 +104,8 @@ def encode_crops(
         batching: ``'auto'`` as above, which was the fastest wherever it was measured,
             ``'packed'`` the same with attention once per size everywhere, ``'by_size'``
             one batch per size for all encoders.
+        position_rule: How learned positions are resampled for crops of another size, see
+            :func:`position_matrix`. ``'dino'`` needs packed tokens.
 
     Returns:
         Features of shape (S, B, F), in the order of the crops.
@@ -111,6 +115,11 @@ def encode_crops(
             encoder that cannot be packed was asked to.
     """
     packed = batching != 'by_size' and can_pack(encoder)
+    if position_rule == 'dino' and not packed:
+        raise ValueError(
+            "position_rule='dino' needs a Vision Transformer whose crops are packed, got "
+            f"{type(encoder).__name__} and batching={batching!r}. Use 'timm'"
+        )
     if batching == 'packed' and not packed:
         raise ValueError(
             "batching='packed' needs a Vision Transformer of timm's standard blocks that "
@@ -141,7 +150,8 @@ def encode_crops(
             # Of one length, there is nothing to win
             batching == 'auto' and len(grids) > 1 and can_use_varlen(vit, device),
         )
-        matrix = _position_matrices(vit.patch_embed.grid_size, grids, device)
+        old = vit.patch_embed.grid_size
+        matrix = _position_matrices(old, grids, device, position_rule)
         run = _compiled() if compiled else _encode_packed
         drop_paths = draw_drop_paths(vit, len(layout.first))
         tables = [rotation_table(vit, grid) for grid in grids]
@@ -236,28 +246,47 @@ def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
 
 
 def position_matrix(
-    old: tuple[int, int], new: tuple[int, int], device: torch.device
+    old: tuple[int, int],
+    new: tuple[int, int],
+    device: torch.device,
+    rule: PositionRule = 'timm',
 ) -> Tensor:
     """Make the matrix (new, old) that resamples position embeddings between grids.
 
-    Resampling is linear, so it is what timm's function makes of unit vectors. A matrix
+    Resampling is linear, so it is what a function makes of unit vectors. A matrix
     serves all sizes with one product, and its backward pass is deterministic on a GPU,
     where that of bicubic interpolation is not.
+
+    Args:
+        old: Rows and columns of the positions.
+        new: Rows and columns of the patches.
+        device: Where to make it.
+        rule: ``'timm'`` is timm's function, bicubic with antialiasing. ``'dino'`` is that
+            of DINO and DINO-MC: bicubic without, and with 0.1 cells more than there are,
+            so that all positions are a little shifted. See ``interpolate_pos_encoding`` in
+            https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
     """
-    unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)[None]
-    return resample_abs_pos_embed(
-        unit, new_size=list(new), old_size=list(old), num_prefix_tokens=0
-    )[0]
+    unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)
+    if rule == 'timm' or old == new:
+        return resample_abs_pos_embed(
+            unit[None], new_size=list(new), old_size=list(old), num_prefix_tokens=0
+        )[0]
+    factors = [(size + 0.1) / before for size, before in zip(new, old, strict=True)]
+    grid = unit.unflatten(1, (1, *old))
+    return F.interpolate(grid, scale_factor=factors, mode='bicubic').flatten(1).T
 
 
 @functools.lru_cache(maxsize=32)
 def _position_matrices(
-    old: tuple[int, int], grids: tuple[tuple[int, int], ...], device: torch.device
+    old: tuple[int, int],
+    grids: tuple[tuple[int, int], ...],
+    device: torch.device,
+    rule: PositionRule,
 ) -> Tensor:
     """Stack matrices of :func:`position_matrix`, one for each grid, made once."""
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        return torch.cat([position_matrix(old, grid, device) for grid in grids])
+        return torch.cat([position_matrix(old, grid, device, rule) for grid in grids])
 
 
 @functools.cache

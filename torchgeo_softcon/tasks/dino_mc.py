@@ -22,7 +22,7 @@ from ..models.input_layer import InputLayerInit
 from ..models.loading import default_drop_path_rate, feature_size, nearest_vit
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
-from ..modules.packing import CropBatching, can_pack, encode_crops
+from ..modules.packing import CropBatching, PositionRule, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .base import PretrainingTask
 from .guard import is_chance, plateau_message
@@ -106,6 +106,7 @@ class DINOMCTask(PretrainingTask):
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
         crop_batching: CropBatching = 'auto',
+        position_rule: PositionRule = 'timm',
         grad_checkpointing: bool = False,
         channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
@@ -165,6 +166,10 @@ class DINOMCTask(PretrainingTask):
             crop_batching: How the crops of several sizes become batches, ``'auto'``,
                 ``'packed'`` or ``'by_size'``, see
                 :func:`~torchgeo_softcon.modules.encode_crops`.
+            position_rule: How learned positions of Vision Transformers are resampled for
+                crops of other sizes: ``'timm'``, as the exported encoder does, or
+                ``'dino'``, the rule of the paper's code, see
+                :func:`~torchgeo_softcon.modules.packing.position_matrix`.
             grad_checkpointing: Whether to save memory, see :class:`.SoftConTask`.
             channels_last: How parameters lie in memory, see :class:`.SoftConTask`.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
@@ -188,6 +193,7 @@ class DINOMCTask(PretrainingTask):
         )
         check_choice('teacher_statistics', teacher_statistics, ('own', 'student'))
         check_choice('crop_batching', crop_batching, get_args(CropBatching))
+        check_choice('position_rule', position_rule, get_args(PositionRule))
 
         if augmentations is None:
             augmentations = MultiCropView(
@@ -238,7 +244,12 @@ class DINOMCTask(PretrainingTask):
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
-        at_once = {'crop_batching': batching == 'packed', 'compile_encoder': compiled}
+        rule = self.hparams['position_rule']
+        at_once = {
+            'crop_batching': batching == 'packed',
+            'compile_encoder': compiled,
+            'position_rule': rule == 'dino',
+        }
         for name, asked in at_once.items():
             if asked and not can_pack(self.student):
                 raise ValueError(
@@ -246,13 +257,14 @@ class DINOMCTask(PretrainingTask):
                     f'all crops at once, got {self.hparams["model"]!r}. Leave it out, or use '
                     f'a model such as {nearest_vit(self.hparams["model"])}'
                 )
-        if compiled and batching == 'by_size':
+        if batching == 'by_size' and any(at_once.values()):
+            first = next(name for name, value in at_once.items() if value)
             raise ValueError(
-                "compile_encoder needs all crops at once, got crop_batching = 'by_size'. "
-                "Set that to 'auto'"
+                f"{first} needs all crops at once, got crop_batching = 'by_size'. Set that "
+                "to 'auto'"
             )
         self.encode = functools.partial(
-            encode_crops, compiled=compiled, batching=batching
+            encode_crops, compiled=compiled, batching=batching, position_rule=rule
         )
 
     def try_sizes(self, encoder: nn.Module) -> int:
