@@ -21,7 +21,7 @@ from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
 from .input_layer import COLOURS, Normalization, input_layer
 from .loading import create_encoder, load_encoder, match_grid
-from .timm_models import timm_name
+from .timm_models import model_for, timm_name
 from .weights import EncoderWeights
 
 #: Where the encoder is in checkpoints of tasks: in BYOL and segmentation of TorchGeo, in
@@ -318,6 +318,30 @@ def find_weights(
         (meta['mean'], meta['std']) if 'mean' in meta else None,
         meta.get('ssl_method'),
         source=str(weights),
+    )
+
+
+def own_weights(weights: Any) -> EncoderWeights | None:
+    """Return weights of this package, given as they are or by name, None for others."""
+    if isinstance(weights, str):
+        try:
+            weights = get_weight(weights)
+        except ValueError:  # a path
+            return None
+    return weights if isinstance(weights, EncoderWeights) else None
+
+
+def explain_misfit(task: Any) -> str | None:
+    """Tell which model to use with the weights of a task that does not take them."""
+    weights = own_weights(getattr(task, 'weights', None))
+    if weights is None:
+        return None
+    given = {k: task.hparams[k] for k in ('model', 'backbone') if task.hparams.get(k)}
+    fitting = model_for(type(weights).__name__, weights.name.lower())
+    return (
+        f'weights = {weights} do not fit {" and ".join(f"{k} = {v!r}" for k, v in given.items())}. '
+        f'Set model to {fitting!r} (or backbone to {"tu-" + fitting!r}) and weights to '
+        'true: that is the model with these weights, for images of any size'
     )
 
 

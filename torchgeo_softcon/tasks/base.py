@@ -21,11 +21,11 @@ from .._checks import (
     check_not_negative,
     check_positive,
 )
-from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
+from .._compat import BaseTask, Sample, WeightsEnum, extend_host_tasks, finetune_command
 from ..bands import normalize_band_names
 from ..models import create_encoder, feature_size, is_vit, load_encoder
 from ..models.checkpoints import Branch
-from ..models.encoders import POSITIONS, PRETRAINING, initial_weights
+from ..models.encoders import POSITIONS, PRETRAINING, explain_misfit, initial_weights
 from ..models.input_layer import InputLayerInit, input_layer
 from ..models.loading import check_patches, match_grid, native_grid, resample_grid
 from ..modules.ema import make_teacher, update_ema
@@ -47,6 +47,8 @@ from .optimizers import (
     run_length,
     with_schedule,
 )
+
+extend_host_tasks(explain_misfit)
 
 #: How the hyperparameters that tasks share are checked.
 _CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
