@@ -27,6 +27,12 @@ from ..transforms import MultiCropView
 from .base import PretrainingTask
 from .guard import is_chance, plateau_message
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
+from .training_file import (
+    load_branches,
+    load_optimizer,
+    read_training_file,
+    skip_epochs,
+)
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
@@ -72,6 +78,7 @@ class DINOMCTask(PretrainingTask):
         self,
         model: str = 'vit_small_patch8_224',
         weights: WeightsEnum | bool | str | None = None,
+        continue_training: bool = False,
         in_channels: int = 3,
         bands: Sequence[str] | None = None,
         in_layer_init: InputLayerInit = 'random',
@@ -119,6 +126,10 @@ class DINOMCTask(PretrainingTask):
             weights: Initial weights of student and teacher: a weight enum or its name,
                 True for timm's own, None or False for random ones, or the path of a
                 checkpoint of a TorchGeo task or of a state dict.
+            continue_training: Whether to go on where the training file of the authors of
+                DINO-MC (or DINO) in *weights* stopped: with both encoders, heads, centre,
+                optimizer and epoch. The data and the batch size should be those of then.
+                Checkpoints of this task go on with Lightning's ``--ckpt_path`` instead.
             in_channels: Number of bands of one image.
             bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
@@ -223,6 +234,9 @@ class DINOMCTask(PretrainingTask):
             self.hparams['student_temperature'],
             self.hparams['center_momentum'],
         )
+        if self.hparams['continue_training'] and self.weights:
+            content = read_training_file(self.weights)
+            self.criterion.center.copy_(content['dino_loss']['center'])
         # Optimizer steps in a row in which the loss was that of no opinion
         self.register_buffer('plateau', torch.zeros((), dtype=torch.long))
 
@@ -242,6 +256,12 @@ class DINOMCTask(PretrainingTask):
         self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
+        if self.hparams['continue_training'] and self.weights:
+            load_branches(
+                read_training_file(self.weights),
+                (self.student, self.head),
+                (self.model, self.teacher_head),
+            )
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
         rule = self.hparams['position_rule']
@@ -308,6 +328,12 @@ class DINOMCTask(PretrainingTask):
         optimizers = super().configure_optimizers()
         self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
         self._frozen_steps = self.warmup_steps('freeze_last_layer')
+        # A run that is resumed has all of it in its own checkpoint
+        if self.hparams['continue_training'] and self.trainer.ckpt_path is None:
+            content = read_training_file(self.weights)
+            load_optimizer(content, self, optimizers['optimizer'])
+            scheduler, epoch = optimizers['lr_scheduler']['scheduler'], content['epoch']
+            skip_epochs(self.trainer, scheduler, int(epoch), self.epoch_steps)
         return optimizers
 
     def configure_gradient_clipping(
