@@ -131,8 +131,10 @@ def _accepts(name: str, encoder: nn.Module, sizes: tuple[int, ...]) -> bool:
         for size in sizes:
             feature_size(encoder, 3, size, lambda x: encode_crops(encoder, [x])[0])
     except ValueError as error:
-        assert name in str(error), 'a refusal names the model'
-        assert nearest_vit(name) in str(error), 'and one that works'
+        if not (name in str(error) and nearest_vit(name) in str(error)):
+            raise RuntimeError(
+                'a refusal names the model and one that works'
+            ) from error
         return False
     return True
 
