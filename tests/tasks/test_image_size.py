@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchgeo_softcon import DINOMCTask, LinearProbeTask, SoftConTask
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
-from torchgeo_softcon.export import export
+from torchgeo_softcon.export.files import export
 from torchgeo_softcon.models.encoders import read_encoder
 
 from ..models.helpers import randomize, vit_shapes, vit_tokens
