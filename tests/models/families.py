@@ -131,6 +131,8 @@ def _accepts(name: str, encoder: nn.Module, sizes: tuple[int, ...]) -> bool:
         for size in sizes:
             feature_size(encoder, 3, size, lambda x: encode_crops(encoder, [x])[0])
     except ValueError as error:
+        if 'meta' in str(error.__cause__):  # the device is what is refused
+            raise NotImplementedError from error
         if not (name in str(error) and nearest_vit(name) in str(error)):
             raise RuntimeError(
                 'a refusal names the model and one that works'
@@ -158,8 +160,6 @@ def abilities_of_all() -> dict[str, tuple[str, str, str]]:
         try:
             found[family] = abilities(name, meta=True)
         except (NotImplementedError, RuntimeError):
-            found[family] = ('no', 'no', 'no')
-        if 'no' in found[family][1:]:  # or is it the device?
             found[family] = abilities(name)
         print(family, *found[family], file=sys.stderr, flush=True)
     return found
