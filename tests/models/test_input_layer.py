@@ -64,7 +64,7 @@ def test_weight_is_not_modified() -> None:
 
 
 NORMALIZATION = (0.43, 0.411, 0.296), (0.213, 0.156, 0.143)
-MEAN, STD = (torch.tensor(v).double()[:, None, None] for v in NORMALIZATION)
+MEAN, STD = (torch.tensor(v, dtype=torch.double)[:, None, None] for v in NORMALIZATION)
 TINY: dict[str, Any] = {'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'img_size': 32}
 TINY |= {'num_classes': 0, 'patch_size': 8}
 

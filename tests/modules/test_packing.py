@@ -53,7 +53,6 @@ def one_by_one(encoder: nn.Module, crops: list[Tensor], patch: int) -> Tensor:
         ('test_vit3', 16, None),
         ('deit3_small_patch16_224', 16, True),  # class token without position
         ('eva02_tiny_patch14_224', 14, True),
-        ('vit_tiny_r_s16_p8_224', 32, False),
     ],
 )
 def test_equals_one_forward_pass_per_crop(

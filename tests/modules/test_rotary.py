@@ -64,9 +64,11 @@ def images(vit: Any, *cells: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)).double()
 
 
-def assert_same(vit: Any, actual: Tensor, expected: Tensor) -> None:
-    """The same features to 1e-12, and the same gradients."""
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+def assert_same(
+    vit: Any, actual: Tensor, expected: Tensor, tolerance: float = 1e-12
+) -> None:
+    """The same features, and the same gradients."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     direction = torch.randn_like(expected)
     parameters = [*vit.parameters()]
     ours, theirs = (
@@ -75,7 +77,7 @@ def assert_same(vit: Any, actual: Tensor, expected: Tensor) -> None:
     )
     for mine, other in zip(ours, theirs, strict=True):
         if other is not None:
-            assert (mine - other).norm() <= 1e-10 * other.norm() + 1e-10
+            assert (mine - other).norm() <= 100 * tolerance * (other.norm() + 1)
 
 
 @pytest.mark.parametrize('hooked', [False, True], ids=['packed', 'called'])
@@ -119,7 +121,10 @@ def test_packed_crops_are_one_forward_pass_per_crop(name: str) -> None:
     vit = make(name)
     crops = [images(vit, *cells) for cells in ((4, 4), (4, 4), (3, 3), (2, 2), (1, 1))]
     expected = torch.stack([vit(crop) for crop in crops])
-    assert_same(vit, encode_crops(vit, crops), expected)
+    # timm resamples learned positions, and learned rotations, in single precision
+    learned = vit.pos_embed is not None or 'mixed' in name
+    tolerance = 1e-6 if learned else 1e-12
+    assert_same(vit, encode_crops(vit, crops), expected, tolerance)
 
 
 def test_activation_checkpointing() -> None:
@@ -127,7 +132,7 @@ def test_activation_checkpointing() -> None:
     crops = [images(vit, 4, 4), images(vit, 2, 2)]
     expected = encode_crops(vit, crops)
     vit.set_grad_checkpointing()
-    assert_same(vit, encode_crops(vit, crops), expected)
+    assert_same(vit, encode_crops(vit, crops), expected, 1e-9)
 
 
 def test_rotations_of_another_device_or_precision_are_made_anew() -> None:

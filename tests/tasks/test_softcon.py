@@ -95,7 +95,8 @@ class TestConstructor:
                 model='vit_small_patch16_224', in_channels=13, weights=weights
             )
             for key, value in task.model.state_dict().items():
-                assert torch.equal(value, state[key])
+                if key != 'pos_embed':  # resampled
+                    assert torch.equal(value, state[key])
 
     def test_weights_of_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(3)

@@ -40,7 +40,8 @@ def write_file(
         if parameter.requires_grad:
             groups[name.endswith('.bias') or parameter.ndim == 1].append(parameter)
     theirs = torch.optim.AdamW([{'params': group} for group in groups])
-    for parameter in [*groups[0], *groups[1]]:
+    # The prototypes, which are frozen for an epoch, have no moments yet
+    for parameter in filter(optimizer.state.get, [*groups[0], *groups[1]]):
         theirs.state[parameter] = {**optimizer.state[parameter]}
         theirs.state[parameter]['step'] = int(optimizer.state[parameter]['step'])
     content = {

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,7 +20,14 @@ from ..bands import SENTINEL2_SUBSETS, normalize_band_names, spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
 from .input_layer import COLOURS, Normalization, input_layer
-from .loading import create_encoder, load_encoder, match_grid
+from .loading import (
+    create_encoder,
+    is_vit,
+    load_encoder,
+    match_grid,
+    native_grid,
+    resample_grid,
+)
 from .timm_models import model_for, timm_name
 from .weights import EncoderWeights
 
@@ -40,8 +47,7 @@ _OF_MAE = ('decoder_', 'mask_token')
 #: of its attributes hold the branches.
 PRETRAINING = 'pretraining'
 
-#: Entry of a checkpoint with the positions of the encoder as they are, if those in its
-#: state dict were resampled to the grid that timm, and so TorchGeo, builds the model for.
+#: Entry of a checkpoint, see :func:`save_positions`.
 POSITIONS = 'positions'
 
 
@@ -319,6 +325,36 @@ def find_weights(
         meta.get('ssl_method'),
         source=str(weights),
     )
+
+
+def save_positions(checkpoint: dict[str, Any], vit: nn.Module, model: str) -> None:
+    """Let TorchGeo open a checkpoint of an encoder that was built for another size.
+
+    The position embedding in the state dict becomes that of the size that timm, and so
+    TorchGeo, builds *model* for. An entry has it as it is, for :func:`load_positions` and
+    :func:`read_encoder`.
+    """
+    positions = checkpoint['state_dict'].get('model.pos_embed')
+    if is_vit(vit) and positions is not None:
+        grid = native_grid(model)
+        if grid != cast(Any, vit).patch_embed.grid_size:
+            checkpoint[POSITIONS] = positions
+            resampled = resample_grid(vit, positions, grid)
+            checkpoint['state_dict']['model.pos_embed'] = resampled
+
+
+def load_positions(
+    checkpoint: Mapping[str, Any], encoders: Mapping[str, nn.Module]
+) -> None:
+    """Take positions as they are from a checkpoint, and build encoders for their size.
+
+    *encoders* are attributes of the task. Older checkpoints have the size of timm.
+    """
+    state = checkpoint['state_dict']
+    if POSITIONS in checkpoint:
+        state['model.pos_embed'] = checkpoint[POSITIONS]
+    for name, encoder in encoders.items():
+        match_grid(encoder, state.get(f'{name}.pos_embed'))
 
 
 def own_weights(weights: Any) -> EncoderWeights | None:

@@ -25,9 +25,15 @@ from .._compat import BaseTask, Sample, WeightsEnum, extend_host_tasks, finetune
 from ..bands import normalize_band_names
 from ..models import create_encoder, feature_size, is_vit, load_encoder
 from ..models.checkpoints import Branch
-from ..models.encoders import POSITIONS, PRETRAINING, explain_misfit, initial_weights
+from ..models.encoders import (
+    PRETRAINING,
+    explain_misfit,
+    initial_weights,
+    load_positions,
+    save_positions,
+)
 from ..models.input_layer import InputLayerInit, input_layer
-from ..models.loading import check_patches, match_grid, native_grid, resample_grid
+from ..models.loading import check_patches, native_grid
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .guard import NonFiniteGuard
@@ -263,14 +269,7 @@ class PretrainingTask(BaseTask):
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
         contiguous(state)
-        positions, name = state.get('model.pos_embed'), self.hparams['model']
-        if is_vit(self.model) and positions is not None:
-            grid = native_grid(name)
-            if grid != self.model.patch_embed.grid_size:
-                # As the host builds the model of this name; the others are for us
-                checkpoint[POSITIONS] = positions
-                positions = resample_grid(self.model, positions, grid)
-                state['model.pos_embed'] = positions
+        save_positions(checkpoint, self.model, self.hparams['model'])
         checkpoint['unsaved'] = self.unsaved()
         checkpoint[PRETRAINING] = {
             'task': class_path(type(self)),
@@ -285,11 +284,9 @@ class PretrainingTask(BaseTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint does not hold from this task, and warn if it differs."""
         state = checkpoint['state_dict']
-        if POSITIONS in checkpoint:
-            state['model.pos_embed'] = checkpoint[POSITIONS]
-        for branch in self.branches.values():
-            # Of an older run, the grid is timm's, and the run goes on with it
-            match_grid(getattr(self, branch), state.get(f'{branch}.pos_embed'))
+        load_positions(
+            checkpoint, {n: getattr(self, n) for n in self.branches.values()}
+        )
         for key, value in self.state_dict().items():
             if key.startswith('augmentations.'):
                 state[key] = value

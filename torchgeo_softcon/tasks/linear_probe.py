@@ -17,7 +17,7 @@ from .._checks import check_counts, check_positive
 from .._compat import ClassificationTask, Sample, WeightsEnum
 from ..models import create_encoder, load_encoder
 from ..models.convert import choose_bands
-from ..models.encoders import initial_weights
+from ..models.encoders import initial_weights, load_positions, save_positions
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
 from ..models.loading import check_patches, has_class_token
@@ -176,6 +176,14 @@ class LinearProbeTask(ClassificationTask):
                 'weights in their order'
             )
         return choose_bands(encoder.state_dict, encoder.bands, bands)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let TorchGeo open the encoder, see :func:`.save_positions`."""
+        save_positions(checkpoint, self.model, self.hparams['model'])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take positions as they are, see :func:`.load_positions`."""
+        load_positions(checkpoint, {'model': self.model})
 
     def configure_metrics(self) -> None:
         """Initialize the performance metrics."""
