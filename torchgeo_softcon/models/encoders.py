@@ -8,9 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import timm
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -19,15 +20,9 @@ from .._compat import WeightsEnum, get_weight
 from ..bands import SENTINEL2_SUBSETS, normalize_band_names, spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
-from .input_layer import COLOURS, Normalization, input_layer
-from .loading import (
-    create_encoder,
-    is_vit,
-    load_encoder,
-    match_grid,
-    native_grid,
-    resample_grid,
-)
+from .input_layer import COLOURS, InputLayerInit, Normalization, input_layer
+from .loading import create_encoder, load_encoder
+from .positions import POSITIONS, match_grid
 from .timm_models import model_for, timm_name
 from .weights import EncoderWeights
 
@@ -46,9 +41,6 @@ _OF_MAE = ('decoder_', 'mask_token')
 #: Entry of a checkpoint in which a pretraining task notes its class, its method, and which
 #: of its attributes hold the branches.
 PRETRAINING = 'pretraining'
-
-#: Entry of a checkpoint, see :func:`save_positions`.
-POSITIONS = 'positions'
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +106,19 @@ class Encoder:
     def has_bands(self, bands: Sequence[str]) -> bool:
         """Whether it has these bands, in any spelling and in this order."""
         return self.bands is not None and _spelled(self.bands) == _spelled(bands)
+
+    def load_into(
+        self, encoder: nn.Module, init: InputLayerInit, bands: Sequence[str] | None
+    ) -> None:
+        """Load it into an encoder for *bands*, see :func:`.load_encoder`."""
+        if init == 'rgb' and self.normalization is None and not self.unit_range:
+            rank_zero_info(
+                f"in_layer_init='rgb' takes the values of images as they are: {self.source} "
+                'does not tell a mean and standard deviation for images in [0, 1]. Those '
+                'of timm (weights: true) and of DINO-MC do'
+            )
+        named = None if bands is not None and self.has_bands(bands) else bands
+        load_encoder(encoder, self.state_dict, init, named, self.normalization)
 
     def _known_name(self) -> str:
         if not self.name:
@@ -325,36 +330,6 @@ def find_weights(
         meta.get('ssl_method'),
         source=str(weights),
     )
-
-
-def save_positions(checkpoint: dict[str, Any], vit: nn.Module, model: str) -> None:
-    """Let TorchGeo open a checkpoint of an encoder that was built for another size.
-
-    The position embedding in the state dict becomes that of the size that timm, and so
-    TorchGeo, builds *model* for. An entry has it as it is, for :func:`load_positions` and
-    :func:`read_encoder`.
-    """
-    positions = checkpoint['state_dict'].get('model.pos_embed')
-    if is_vit(vit) and positions is not None:
-        grid = native_grid(model)
-        if grid != cast(Any, vit).patch_embed.grid_size:
-            checkpoint[POSITIONS] = positions
-            resampled = resample_grid(vit, positions, grid)
-            checkpoint['state_dict']['model.pos_embed'] = resampled
-
-
-def load_positions(
-    checkpoint: Mapping[str, Any], encoders: Mapping[str, nn.Module]
-) -> None:
-    """Take positions as they are from a checkpoint, and build encoders for their size.
-
-    *encoders* are attributes of the task. Older checkpoints have the size of timm.
-    """
-    state = checkpoint['state_dict']
-    if POSITIONS in checkpoint:
-        state['model.pos_embed'] = checkpoint[POSITIONS]
-    for name, encoder in encoders.items():
-        match_grid(encoder, state.get(f'{name}.pos_embed'))
 
 
 def own_weights(weights: Any) -> EncoderWeights | None:

@@ -4,8 +4,6 @@
 """Encoders from timm, for any number of bands and any image size."""
 
 import difflib
-import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -18,7 +16,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import on_meta, require_shapes
+from .checkpoints import require_shapes
 from .convert import drop_head
 from .input_layer import (
     InputLayerInit,
@@ -106,24 +104,6 @@ def nearest_vit(model: str) -> str:
 def has_class_token(model: nn.Module) -> bool:
     """Whether a timm model is a Vision Transformer with a class token."""
     return isinstance(model, VisionTransformer | Eva) and model.cls_token is not None
-
-
-@functools.cache
-def native_grid(model: str) -> tuple[int, int]:
-    """Return the rows and columns of patches that timm builds a model of a name for."""
-    created: Any = on_meta(lambda: timm.create_model(model, num_classes=0))
-    rows, columns = created.patch_embed.grid_size
-    return rows, columns
-
-
-def match_grid(encoder: nn.Module, positions: Tensor | None) -> None:
-    """Build a Vision Transformer for the grid that a position embedding has."""
-    if is_vit(encoder) and positions is not None:
-        vit: Any = encoder
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        side = math.isqrt(positions.shape[1] - prefix)
-        if side != vit.patch_embed.grid_size[0]:
-            vit.set_input_size(side * vit.patch_embed.patch_size[0])
 
 
 def resample_grid(vit: nn.Module, positions: Tensor, grid: Sequence[int]) -> Tensor:

@@ -23,17 +23,12 @@ from .._checks import (
 )
 from .._compat import BaseTask, Sample, WeightsEnum, extend_host_tasks, finetune_command
 from ..bands import normalize_band_names
-from ..models import create_encoder, feature_size, is_vit, load_encoder
+from ..models import create_encoder, feature_size, is_vit
 from ..models.checkpoints import Branch
-from ..models.encoders import (
-    PRETRAINING,
-    explain_misfit,
-    initial_weights,
-    load_positions,
-    save_positions,
-)
+from ..models.encoders import PRETRAINING, explain_misfit, initial_weights
 from ..models.input_layer import InputLayerInit, input_layer
-from ..models.loading import check_patches, native_grid
+from ..models.loading import check_patches
+from ..models.positions import load_positions, native_grid, save_positions
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .guard import NonFiniteGuard
@@ -173,22 +168,8 @@ class PretrainingTask(BaseTask):
         #: Number of features F of the encoder.
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
-            init = self.option('in_layer_init')
             source = initial_weights(self.weights, name, channels, bands)
-            if init == 'rgb' and source.normalization is None and not source.unit_range:
-                rank_zero_info(
-                    f"in_layer_init='rgb' leaves the values of images as they are: {source.source} "
-                    'does not tell a mean and standard deviation for images in [0, 1]. '
-                    'Those of timm (weights: true) and of DINO-MC do'
-                )
-            same = bands is not None and source.has_bands(bands)
-            load_encoder(
-                encoder,
-                source.state_dict,
-                init,
-                None if same else bands,
-                source.normalization,
-            )
+            source.load_into(encoder, self.option('in_layer_init'), bands)
         if self.option('freeze_patch_embed'):
             input_layer(encoder)[1].requires_grad_(False)
         set_memory_format(encoder, self.option('channels_last'))

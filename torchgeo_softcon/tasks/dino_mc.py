@@ -27,12 +27,7 @@ from ..transforms import MultiCropView
 from .base import PretrainingTask
 from .guard import is_chance, plateau_message
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
-from .training_file import (
-    load_branches,
-    load_optimizer,
-    read_training_file,
-    skip_epochs,
-)
+from .training_file import go_on, load_networks
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
@@ -235,8 +230,7 @@ class DINOMCTask(PretrainingTask):
             self.hparams['center_momentum'],
         )
         if self.hparams['continue_training'] and self.weights:
-            content = read_training_file(self.weights)
-            self.criterion.center.copy_(content['dino_loss']['center'])
+            load_networks(self, self.weights)
         # Optimizer steps in a row in which the loss was that of no opinion
         self.register_buffer('plateau', torch.zeros((), dtype=torch.long))
 
@@ -256,12 +250,6 @@ class DINOMCTask(PretrainingTask):
         self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
-        if self.hparams['continue_training'] and self.weights:
-            load_branches(
-                read_training_file(self.weights),
-                (self.student, self.head),
-                (self.model, self.teacher_head),
-            )
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
         rule = self.hparams['position_rule']
@@ -330,10 +318,7 @@ class DINOMCTask(PretrainingTask):
         self._frozen_steps = self.warmup_steps('freeze_last_layer')
         # A run that is resumed has all of it in its own checkpoint
         if self.hparams['continue_training'] and self.trainer.ckpt_path is None:
-            content = read_training_file(self.weights)
-            load_optimizer(content, self, optimizers['optimizer'])
-            scheduler, epoch = optimizers['lr_scheduler']['scheduler'], content['epoch']
-            skip_epochs(self.trainer, scheduler, int(epoch), self.epoch_steps)
+            go_on(self, self.weights, optimizers)
         return optimizers
 
     def configure_gradient_clipping(

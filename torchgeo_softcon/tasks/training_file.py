@@ -22,7 +22,7 @@ _PARTS = ('student', 'teacher', 'optimizer', 'epoch', 'dino_loss')
 _BUFFER = re.compile(r'\.(running_mean|running_var|num_batches_tracked|\w+_index)$')
 
 
-def read_training_file(path: Any) -> Mapping[str, Any]:
+def _read(path: Any) -> Mapping[str, Any]:
     """Read a training file.
 
     Raises:
@@ -61,17 +61,18 @@ def _head(content: Mapping[str, Any], branch: str) -> dict[str, Tensor]:
     return {k[5:]: v for k, v in named.items() if k.startswith('head.')}
 
 
-def load_branches(
-    content: Mapping[str, Any],
-    student: tuple[nn.Module, nn.Module],
-    teacher: tuple[nn.Module, nn.Module],
-) -> None:
-    """Load the encoders and heads of both branches.
+def load_networks(task: Any, path: Any) -> None:
+    """Load the encoders and heads of both branches, and the centre, into a DINOMCTask.
 
     Raises:
-        ValueError: If encoders have other bands, or heads other sizes.
+        ValueError: If the file is another, encoders have other bands, or heads other sizes.
     """
-    for branch, (encoder, head) in (('student', student), ('teacher', teacher)):
+    content = _read(path)
+    pairs: list[tuple[str, nn.Module, nn.Module]] = [
+        ('student', task.student, task.head),
+        ('teacher', task.model, task.teacher_head),
+    ]
+    for branch, encoder, head in pairs:
         state = _encoder(content, branch)
         name, layer = input_layer(encoder)
         channels = state[f'{name}.weight'].shape[1] if f'{name}.weight' in state else 0
@@ -90,9 +91,18 @@ def load_branches(
             'Set hidden_dim, bottleneck_dim and output_dim to those of the file',
         )
         head.load_state_dict(found)
+    task.criterion.center.copy_(content['dino_loss']['center'])
 
 
-def load_optimizer(
+def go_on(task: Any, path: Any, optimizers: Mapping[str, Any]) -> None:
+    """Go on with the optimizer, the epoch and the schedules of a training file."""
+    content = _read(path)
+    _load_optimizer(content, task, optimizers['optimizer'])
+    scheduler, epoch = optimizers['lr_scheduler']['scheduler'], content['epoch']
+    _skip_epochs(task.trainer, scheduler, int(epoch), task.epoch_steps)
+
+
+def _load_optimizer(
     content: Mapping[str, Any], task: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load the state of the optimizer, such as the moments of AdamW.
@@ -133,7 +143,7 @@ def load_optimizer(
     optimizer.load_state_dict(state)
 
 
-def skip_epochs(trainer: Any, scheduler: Any, epochs: int, epoch_steps: int) -> None:
+def _skip_epochs(trainer: Any, scheduler: Any, epochs: int, epoch_steps: int) -> None:
     """Let a run start after some epochs of it, with its schedules.
 
     Raises:
