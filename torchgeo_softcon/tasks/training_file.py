@@ -119,14 +119,13 @@ def _load_optimizer(
             order[value.ndim <= 1 or key.endswith('.bias')].append(name)
     numbers = [n for group in saved['param_groups'] for n in group['params']]
     names = [*order[0], *order[1]]
-    wanted = {'exp_avg'} if isinstance(optimizer, torch.optim.AdamW) else set()
-    if len(names) != len(numbers) or not all(
-        wanted <= state.keys() for state in saved['state'].values()
-    ):
+    kinds = sorted({key for state in saved['state'].values() for key in state})
+    adam = isinstance(optimizer, torch.optim.AdamW)
+    if len(names) != len(numbers) or adam != ('exp_avg' in kinds):
         raise ValueError(
-            f'the optimizer of the training file has {len(numbers)} parameters and '
-            f'{sorted(next(iter(saved["state"].values()), {}))}, the {len(names)} of this '
-            'task do not fit. Set optimizer and norm_last_layer as in the file'
+            f'the optimizer of the training file has {kinds} of {len(numbers)} parameters, '
+            f'and this task has {len(names)} and optimizer = {type(optimizer).__name__}. Set '
+            'optimizer and norm_last_layer as in the file'
         )
     states = {
         own[name]: saved['state'][number]
