@@ -119,10 +119,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ('options', 'match'),
         [
-            (
-                {'optimizer': 'sgd', 'norm_last_layer': False},
-                'Set optimizer and norm_last',
-            ),
+            ({'optimizer': 'sgd'}, 'Set optimizer and norm_last_layer as'),
+            ({'norm_last_layer': False}, 'Set optimizer and norm_last_layer as'),
             ({}, 'max_epochs must be more than the 1 epochs'),
             ({'weights': None}, 'needs weights = the path of a training file'),
         ],
