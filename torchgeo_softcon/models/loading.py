@@ -172,8 +172,8 @@ def feature_size(
         name, native = cfg['architecture'], cfg['input_size'][-1]
         raise ValueError(
             f'model {name} does not take images of {size} x {size} pixels: timm builds it '
-            f'for {native}, and it takes no other size, or not every other. Make all sizes '
-            f'{native}, or choose a model for any size, such as {nearest_vit(name)}'
+            f'for {native}, and other sizes do not fit its layers. Make all sizes {native}, '
+            f'or choose a model for any size, such as {nearest_vit(name)}'
         ) from error
     finally:
         encoder.train(training)
