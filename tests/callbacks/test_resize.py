@@ -121,7 +121,11 @@ def test_positions_are_refused(key: str) -> None:
 class TestAutomatic:
     @pytest.mark.parametrize(
         'weights',
-        [ViTSmall16_Weights.SENTINEL2_SOFTCON, 'ViTSmall16_Weights.SENTINEL2_SOFTCON'],
+        [
+            ViTSmall16_Weights.SENTINEL2_SOFTCON,
+            'ViTSmall16_Weights.SENTINEL2_SOFTCON',
+            __file__,  # any checkpoint
+        ],
     )
     def test_our_weights(self, weights: Any, monkeypatch: Any) -> None:
         said: list[str] = []
