@@ -244,10 +244,10 @@ class TestSoftContrastiveLoss:
         ('kwargs', 'match'),
         [
             ({'temperature': 0}, 'temperature must be > 0, got 0'),
-            ({'temperature': math.nan}, 'temperature must be > 0, got nan'),
+            ({'temperature': math.nan}, 'temperature must be finite, got nan'),
             ({'soft_temperature': -1}, 'soft_temperature must be > 0, got -1'),
             ({'soft_weight': -1}, 'soft_weight must be >= 0, got -1'),
-            ({'soft_weight': math.nan}, 'soft_weight must be >= 0, got nan'),
+            ({'soft_weight': math.nan}, 'soft_weight must be finite, got nan'),
             ({'soft_loss': 'kl'}, "soft_loss must be .* got 'kl'"),
             ({'label_similarity': 'dice'}, "label_similarity must be .* got 'dice'"),
             ({'soft_bias': 'x'}, "soft_bias must be .* got 'x'"),
