@@ -17,7 +17,7 @@ from ..models.loading import has_class_token
 from ..transforms.center_view import center_view
 from .features import encode, pool
 from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
-from .samples import LabelledSamples, choose_subset, set_up
+from .samples import LabelledSamples, choose_subset, find_places, set_up
 
 #: Blocks of a Vision Transformer whose class tokens are used side by side, as in DINO.
 _BLOCKS = 4
@@ -47,7 +47,7 @@ def extract_features(
         view=view,
         encode=_encode,
     )
-    return collect_labelled(encoded, samples.name, 'cpu')
+    return collect_labelled(encoded, samples.name, 'cpu', places=samples.places)
 
 
 def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -122,6 +122,7 @@ def evaluate_encoder(
             'k must be from 1 to the number of training images that are used, '
             f'{len(chosen)}, got {tuple(k)}'
         )
+    find_places(bank, queries)
     size = size or encoder.size or 224
     encoder.model.to(device)
     bank_features = extract_features(encoder, bank, size, device)

@@ -32,7 +32,7 @@ _RESAMPLES = 200
 
 
 class _Steps(NamedTuple):
-    """What a protocol does."""
+    """Steps of a protocol."""
 
     #: Features in the order of preference, those of the encoder itself without any.
     features: tuple[str, ...]

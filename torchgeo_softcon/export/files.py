@@ -26,7 +26,7 @@ from ..models.encoders import Encoder, read_encoder
 from ..models.timm_models import timm_name
 from ..storage.whole_file import whole_file
 from .card import model_card
-from .encoder import convert_encoder
+from .encoder import at_native_size, convert_encoder
 
 Format = Literal['torchgeo', 'timm', 'safetensors', 'smp', 'hf', 'onnx']
 
@@ -234,6 +234,8 @@ def export(
         )
     pretrained_as = encoder.name
     encoder = convert_encoder(encoder, patch_size, img_size)
+    if encoder.options and not any_size and img_size is None:
+        encoder = at_native_size(encoder)
     if encoder.options and not any_size:
         raise ValueError(
             f'img_size must be one that a model of timm is built for, but {encoder.name} '
