@@ -36,7 +36,7 @@ from ..landcover.download import TileDownload, download_tiles, tiles_of
 from ..landcover.files import find_map_files
 from ..landcover.products import WORLDCOVER
 from ..ssl4eo.lulc import LULC
-from ..ssl4eo.record_archive import index_path
+from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.shards import modality_folder
 from .recipe import recipes
 
@@ -119,11 +119,12 @@ def _find_archive(root: Path, split: str) -> Found:
     source = labels[0] if labels else layer
     if source is not None:
         options['labels'] = str(source) if labels else LULC
+    kept = packed and RecordArchive(root, split).labels is not None
     return Found(
         f'SSL4EO-S12, split {split}, {"packed" if packed else "as published"}'
-        + (f', with the labels of {source.name}' if source else ''),
+        + (f', with the labels of {source.name}' if source else ', with labels' * kept),
         'SSL4EOS12MLDataModule',
-        source is not None,
+        source is not None or kept,
         264,
         264,
         options,
