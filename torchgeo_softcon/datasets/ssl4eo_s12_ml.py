@@ -303,6 +303,10 @@ class SSL4EOS12ML(DivisibleImages):
         rows = self._rows[self._draw(index), self._column]
         return ['/'.join(self._main.name(row)) for row in rows]
 
+    def place(self, index: int) -> str:
+        """Return the location of a sample."""
+        return self.names(index)[0].partition('/')[0]
+
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""What was found in a hundred thousand files, kept for the next start."""
+"""Contents of a hundred thousand files, kept for the next start."""
 
 import hashlib
 import io

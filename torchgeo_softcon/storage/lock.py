@@ -16,8 +16,10 @@ def exclusive(
 ) -> Iterator[None]:
     """Hold the lock of something that one process writes at a time.
 
-    With *wait*, others wait for it instead of giving up. The system drops the lock when
-    its process ends, however it ends, so a file that is left behind locks nothing.
+    If another one holds it, *wait* for that, or raise a BlockingIOError.
+
+    The system drops the lock when its process ends, however it ends, so a file that is
+    left behind locks nothing.
     """
     with path.open('a') as file:
         try:
