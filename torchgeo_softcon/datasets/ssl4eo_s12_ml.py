@@ -211,9 +211,8 @@ class SSL4EOS12ML(DivisibleImages):
         main = self._main
         packed = main.labels if isinstance(main, RecordArchive) else None
         if path == LULC:
-            labels = lulc_labels(self.root, main)
-        else:
-            labels = packed if path is None else read_labels(path)
+            packed = lulc_labels(self.root, main)
+        labels = packed if path in (None, LULC) else read_labels(str(path))
         self.codes = None if labels is None else tuple(labels.codes)
         if labels is None:
             if required or fractions:

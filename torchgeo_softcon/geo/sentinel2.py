@@ -153,10 +153,22 @@ class Products:
     ) -> Iterable[tuple[str, dict[str, str]]]:
         """Yield what tags of a file and STAC items beside it say, after who says so."""
         yield 'tags', _plain_tags(tags or {})
-        folder, name = os.path.split(real)
-        stem = os.path.splitext(name)[0]
-        for item in ('item', os.path.basename(folder), stem):
-            yield 'the STAC item', self._item(os.path.join(folder, f'{item}.json'))
+        for item in _items(real):
+            yield 'the STAC item', self._item(item)
+
+    def files(self, path: str) -> list[str]:
+        """Return the metadata of its product and the STAC items of a file."""
+        real = os.path.realpath(path)
+        metadata = self._metadata(os.path.dirname(real))
+        items = [item for item in _items(real) if os.path.isfile(item)]
+        return [*items, *([] if metadata is None else [metadata])]
+
+
+def _items(real: str) -> list[str]:
+    """Return where STAC items of a file may be."""
+    folder, name = os.path.split(real)
+    names = ('item', os.path.basename(folder), os.path.splitext(name)[0])
+    return [os.path.join(folder, f'{item}.json') for item in names]
 
 
 def _plain_tags(tags: Mapping[str, Any]) -> dict[str, str]:

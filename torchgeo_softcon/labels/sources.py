@@ -207,7 +207,7 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
 def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
     """Return the footprints of archives that know them."""
     tables, ids = [], []
-    failures = {}
+    failures: dict[str, str] = {}
     for archive in archives:
         crs, transforms, size = archive.grids()
         names = ['/'.join((archive.split, *archive.name(n))) for n in range(len(crs))]
@@ -219,7 +219,7 @@ def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
         tables.append(
             make_footprints(
                 [names[n] for n in there],
-                [crs[n] for n in there],
+                [str(crs[n]) for n in there],
                 transforms[there],
                 np.tile(np.array(size, np.int32), (len(there), 1)),
             )
