@@ -205,8 +205,8 @@ def _open_scenes(
     )
     dataset.left_out = {**left_out, **dataset.left_out}
     if size is None:
-        sides = [(place.grid.height, place.grid.width) for place in dataset.places]
-        dataset.patch_size = min(_PATCH_SIZE, *map(min, sides))
+        sides = [min(p.grid.height, p.grid.width) for p in dataset.places]
+        dataset.patch_size = min(_PATCH_SIZE, *sides)
         dataset = dataset.with_windows()
     return dataset
 

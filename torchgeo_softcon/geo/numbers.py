@@ -55,7 +55,7 @@ class OpenedFile(NamedTuple):
     def choose(self, positions: Sequence[int]) -> 'OpenedFile':
         """Return the same with some of the bands."""
         layer = self.layer
-        chosen = {
+        chosen: dict[str, Any] = {
             key: tuple(getattr(layer, key)[i] for i in positions)
             for key in ('indexes', 'nodata', 'scale', 'offset')
         }
@@ -254,16 +254,14 @@ class Numbers:
             # Exactly 0 in all bands is the frame around an image
             layer = replace(layer, nodata=(0.0,) * count)
         if self.to_digital and 'reflectance' in units:
-            layer = replace(
-                layer,
-                **{
-                    key: tuple(
-                        round(value * _PER_REFLECTANCE, 6) if i in positions else value
-                        for i, value in enumerate(getattr(layer, key))
-                    )
-                    for key in ('scale', 'offset')
-                },
+            factors = [_PER_REFLECTANCE if i in positions else 1 for i in range(count)]
+            scale, offset = (
+                tuple(
+                    float(f'{f * v:.12g}') for f, v in zip(factors, values, strict=True)
+                )
+                for values in (layer.scale, layer.offset)
             )
+            layer = replace(layer, scale=scale, offset=offset)
         return layer, ', '.join(dict.fromkeys(units)) * known, text
 
     def _add_offset(
