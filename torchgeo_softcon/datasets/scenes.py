@@ -18,10 +18,12 @@ from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
 from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
+from ..geo.mapped import open_mapped
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
+from .packed_scenes import PackedCover, is_packed
 from .scaling import (
     ValueRange,
     check_sample,
@@ -85,7 +87,7 @@ class WorldCoverScenes(DrawnImages):
     def __init__(
         self,
         images: Paths,
-        worldcover: Paths | ESAWorldCover | None,
+        worldcover: Paths | ESAWorldCover | PackedCover | None = None,
         year: int | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
@@ -107,10 +109,11 @@ class WorldCoverScenes(DrawnImages):
         """Initialize a new WorldCoverScenes instance.
 
         Args:
-            images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
+            images: Folders, searched recursively for .tif, .tiff and .jp2, or files. Or a
+                folder of ``torchgeo-softcon pack``, which has the land cover as well.
             worldcover: Folders or files of WorldCover tiles (or of rasters of *product*),
-                or a dataset of them. None for no labels at all, together with
-                *allow_unlabelled*.
+                or a dataset of them. None for what is packed, or for no labels at all,
+                together with *allow_unlabelled*.
             year: Year of the map, 2020 (v100) or by default 2021 (v200).
             bands: Names of the bands to use, None for all bands of the files.
             patch_size: Height and width of a window in pixels. SSL4EO-S12, which
@@ -176,7 +179,11 @@ class WorldCoverScenes(DrawnImages):
         self.seed = seed
         self.stream = 0
         self._warned: set[str] = set()
-        if isinstance(worldcover, ESAWorldCover):
+        if is_packed(images):
+            if worldcover is None and not allow_unlabelled:
+                worldcover = PackedCover(images)  # type: ignore[arg-type]
+            images = os.path.join(images, 'images')  # type: ignore[arg-type]
+        if isinstance(worldcover, ESAWorldCover | PackedCover):
             product = worldcover.product
         self.product = find_product(product)
         if transforms is None:
@@ -201,7 +208,7 @@ class WorldCoverScenes(DrawnImages):
         self.level = scene_level(scenes[0])
         self.value_range = self._ranges[self.level]
         self.radar_quantiles = radar_quantiles
-        self._reader = RasterReader()
+        self._reader = RasterReader(open_mapped)
         self.kinds = describe_scenes(scenes, value_range)
         for line, scene in self.kinds:
             rank_zero_info(line)
@@ -213,10 +220,17 @@ class WorldCoverScenes(DrawnImages):
         self._check_dates()
         self._set_rows(rows, length)
 
-        if not (worldcover is None or isinstance(worldcover, ESAWorldCover)):
+        self._covers = {}
+        if isinstance(worldcover, PackedCover):
+            worldcover.check_year(year)
+            self._covers = {
+                place.name: worldcover.find(place.grid, place.name)
+                for place in self.places
+            }
+        elif worldcover is not None and not isinstance(worldcover, ESAWorldCover):
             worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
         self.worldcover = worldcover
-        if not allow_unlabelled:
+        if not (allow_unlabelled or self._covers):
             self._check_tiles()
 
     def _check_dates(self) -> None:
@@ -251,7 +265,7 @@ class WorldCoverScenes(DrawnImages):
     def _check_tiles(self) -> None:
         """Check that every place touches a tile, and warn of those partly without."""
         worldcover = self.worldcover
-        if worldcover is None:
+        if worldcover is None or isinstance(worldcover, PackedCover):
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
         partly = [p for p in self.places if not worldcover.covers(*p.box, wholly=True)]
@@ -306,7 +320,7 @@ class WorldCoverScenes(DrawnImages):
                 argument is out of range.
         """
         other = copy.copy(self)
-        other._reader = RasterReader()
+        other._reader = RasterReader(open_mapped)
         other.seed = self.seed if seed is None else seed
         other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
@@ -395,5 +409,7 @@ class WorldCoverScenes(DrawnImages):
         size = self.patch_size
         if self.worldcover is None:
             return torch.full((size, size), self.product.fill)
+        if isinstance(self.worldcover, PackedCover):
+            return self.worldcover.read(self._covers[place.name], top, left, size)
         window = place.grid.window(top, left, size, size)
         return self.worldcover.read_window(window.crs, window.transform, size, size)

@@ -21,6 +21,7 @@ from ..bands import (
     normalize_band_names,
     spell_band_name,
 )
+from .file_index import open_each
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
 from .numbers import (
@@ -138,7 +139,7 @@ def find_scenes(
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
-    opened = [_open_file(path, named, nodata) for path in files]
+    opened = open_each(_open_file, [*files], named, nodata)
     # A dark image alone does not tell its unit, others beside it do
     clear = {optical_unit(f) for f in opened if f.sample is not None} - {''}
     numbers = Numbers(offset, to_digital, clear.pop() if len(clear) == 1 else '')

@@ -5,7 +5,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,9 +230,9 @@ class RasterReader:
     Every process opens files on first use and keeps the last ones open.
     """
 
-    def __init__(self) -> None:
-        """Initialize a new RasterReader instance."""
-        self.files = OpenFiles(open_raster, _MAX_OPEN)
+    def __init__(self, opener: Callable[..., Any] = open_raster) -> None:
+        """Initialize a new RasterReader instance, see also :func:`.open_mapped`."""
+        self.files = OpenFiles(opener, _MAX_OPEN)
 
     def read(
         self, scene: Scene, top: int, left: int, height: int, width: int

@@ -17,23 +17,25 @@ from torch.optim import Optimizer
 
 from .._checks import check_counts, check_not_negative, check_positive, check_types
 from .._compat import Sample, WeightsEnum
-from ..losses import DINOLoss
+from ..losses import DINOLoss, SoftLabelLoss
 from ..models.input_layer import InputLayerInit
-from ..models.loading import default_drop_path_rate, feature_size
+from ..models.loading import default_drop_path_rate, nearest_vit
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
-from ..modules.packing import CropBatching, can_pack, encode_crops
+from ..modules.packing import CropBatching, PositionRule, can_pack, encode_crops
 from ..transforms import MultiCropView
-from .base import PretrainingTask
+from .continual import BatchNorm
 from .guard import is_chance, plateau_message
+from .multi_crop import MultiCropTask
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
+from .training_file import go_on, load_networks
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
 _PLATEAU_STEPS, _PLATEAU_WIDTH = 200, 1e-3
 
 
-class DINOMCTask(PretrainingTask):
+class DINOMCTask(MultiCropTask):
     """DINO-MC and DINO-TP: self-distillation with local crops of several sizes.
 
     A student encodes two global and several local crops of every image, each local crop
@@ -54,6 +56,9 @@ class DINOMCTask(PretrainingTask):
     average to arrive anywhere. ``examples/dino_mc_small.yaml`` is a recipe for small data
     and short runs: fewer prototypes (*output_dim*), a lower *momentum*, a higher *lr*.
 
+    With *soft_weight*, labels guide it as they guide SoftCon: the similarities of student
+    and teacher, global crops in the bottleneck of the head, agree with those of labels.
+
     If you use this task in your research, please cite the following papers:
 
     * https://arxiv.org/abs/2303.06670
@@ -72,10 +77,12 @@ class DINOMCTask(PretrainingTask):
         self,
         model: str = 'vit_small_patch8_224',
         weights: WeightsEnum | bool | str | None = None,
+        continue_training: bool = False,
         in_channels: int = 3,
         bands: Sequence[str] | None = None,
         in_layer_init: InputLayerInit = 'random',
         freeze_patch_embed: bool = False,
+        batch_norm: BatchNorm | None = None,
         size: int = 224,
         local_sizes: Sequence[int] = (184, 164, 144, 124, 104, 84),
         num_local_crops: int | None = None,
@@ -97,15 +104,22 @@ class DINOMCTask(PretrainingTask):
         momentum: float = 0.996,
         momentum_final: float = 1.0,
         teacher_statistics: Literal['own', 'student'] = 'own',
+        soft_weight: float | Literal['auto'] = 0.0,
+        soft_ratio: float = 1.0,
+        soft_options: dict[str, Any] | None = None,
+        num_classes: int | None = None,
         optimizer: OptimizerName = 'adamw',
         lr: float = 5e-4,
         lr_final: float = 1e-6,
         weight_decay: float = 0.04,
         weight_decay_final: float = 0.4,
         warmup_epochs: float = 10,
+        layer_decay: float = 1.0,
+        head_warmup_epochs: float = 0,
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
         crop_batching: CropBatching = 'auto',
+        position_rule: PositionRule = 'timm',
         grad_checkpointing: bool = False,
         channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
@@ -115,14 +129,18 @@ class DINOMCTask(PretrainingTask):
         Args:
             model: Name of a timm model that pools its features and takes images of any
                 size.
-            weights: Initial weights of student and teacher: a weight enum or its name,
-                True for timm's own, None or False for random ones, or the path of a
-                checkpoint of a TorchGeo task or of a state dict.
+            weights: Initial weights of both encoders, see :class:`.SoftConTask`.
+            continue_training: Whether to go on where the training file of the authors of
+                DINO-MC (or DINO) in *weights* stopped: with both encoders, heads, centre,
+                optimizer and epoch. The data and the batch size should be those of then.
+                Checkpoints of this task go on with Lightning's ``--ckpt_path`` instead.
             in_channels: Number of bands of one image.
             bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
                 :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
             freeze_patch_embed: Whether to keep the input layer as it is.
+            batch_norm: Whether batch norm learns running statistics (``'train'``) or keeps
+                those of *weights* (``'frozen'``), see :class:`.SoftConTask`.
             size: Side of the global crops in pixels.
             local_sizes: Sides of the local crops in pixels. What patches do not cover is
                 cut off. Crops larger than the images magnify them.
@@ -151,6 +169,13 @@ class DINOMCTask(PretrainingTask):
             momentum_final: EMA momentum at the end, of a cosine.
             teacher_statistics: Running statistics of the teacher's batch norm: its own, of
                 global crops (the paper's code), or those of the student, of all crops.
+            soft_weight: Weight of the soft term. With 0, labels are not needed; else they
+                are the mean over seasons of a place. ``'auto'``: see :class:`.SoftConTask`,
+                also for the options that follow.
+            soft_ratio: Ratio of the gradients for ``soft_weight='auto'``.
+            soft_options: Arguments of :class:`~torchgeo_softcon.losses.SoftLabelLoss`, such
+                as *soft_loss* or *temperature*. Images of all ranks are compared.
+            num_classes: Number of classes if labels are class indices.
             optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``.
             lr: Peak learning rate per 256 images of an optimizer step, over all ranks and
                 accumulated batches.
@@ -158,13 +183,17 @@ class DINOMCTask(PretrainingTask):
             weight_decay: Weight decay at the start, but of one-dimensional parameters.
             weight_decay_final: Weight decay at the end, of a cosine.
             warmup_epochs: Epochs of linear warm-up of the learning rate.
+            layer_decay: Decay of the learning rate per layer, see :class:`.SoftConTask`.
+            head_warmup_epochs: First epochs of the heads alone, see there.
             clip_grad: Largest norm of each gradient, parameter by parameter. Not used if
                 the trainer clips (*gradient_clip_val*, the norm of all together).
-            compile_encoder: Whether to compile the encoding of the crops with
-                ``torch.compile``. Vision Transformers only.
-            crop_batching: How the crops of several sizes become batches, ``'auto'``,
-                ``'packed'`` or ``'by_size'``, see
+            compile_encoder: Whether to use ``torch.compile`` (Vision Transformers only).
+            crop_batching: ``'auto'``, ``'packed'`` or ``'by_size'``, see
                 :func:`~torchgeo_softcon.modules.encode_crops`.
+            position_rule: How learned positions of Vision Transformers are resampled for
+                crops of other sizes: ``'timm'``, as the exported encoder does, or
+                ``'dino'``, the rule of the paper's code, see
+                :func:`~torchgeo_softcon.modules.packing.position_matrix`.
             grad_checkpointing: Whether to save memory, see :class:`.SoftConTask`.
             channels_last: How parameters lie in memory, see :class:`.SoftConTask`.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
@@ -211,11 +240,18 @@ class DINOMCTask(PretrainingTask):
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""
+        super().configure_losses()
         self.criterion = DINOLoss(
             self.hparams['output_dim'],
             self.hparams['student_temperature'],
             self.hparams['center_momentum'],
         )
+        if self.uses_labels:
+            options = self.hparams['soft_options'] or {}
+            soft = SoftLabelLoss(**{'gather_distributed': True, **options})
+            self.criterion.add_module('soft', soft)
+        if self.hparams['continue_training'] and self.weights:
+            load_networks(self, self.weights)
         # Optimizer steps in a row in which the loss was that of no opinion
         self.register_buffer('plateau', torch.zeros((), dtype=torch.long))
 
@@ -237,33 +273,28 @@ class DINOMCTask(PretrainingTask):
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
-        at_once = {'crop_batching': batching == 'packed', 'compile_encoder': compiled}
+        rule = self.hparams['position_rule']
+        at_once = {
+            'crop_batching': batching == 'packed',
+            'compile_encoder': compiled,
+            'position_rule': rule == 'dino',
+        }
         for name, asked in at_once.items():
             if asked and not can_pack(self.student):
                 raise ValueError(
                     f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes '
-                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out'
+                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out, or use '
+                    f'a model such as {nearest_vit(self.hparams["model"])}'
                 )
-        if compiled and batching == 'by_size':
+        if batching == 'by_size' and any(at_once.values()):
+            first = next(name for name, value in at_once.items() if value)
             raise ValueError(
-                "compile_encoder needs all crops at once, got crop_batching = 'by_size'. "
-                "Set that to 'auto'"
+                f"{first} needs all crops at once, got crop_batching = 'by_size'. Set that "
+                "to 'auto'"
             )
         self.encode = functools.partial(
-            encode_crops, compiled=compiled, batching=batching
+            encode_crops, compiled=compiled, batching=batching, position_rule=rule
         )
-
-    def try_sizes(self, encoder: nn.Module) -> int:
-        """Return the number of features of an encoder, if it takes the sizes of all crops."""
-        return [
-            feature_size(
-                encoder,
-                self.hparams['in_channels'],
-                size,
-                lambda image: encode_crops(encoder, [image])[0],
-            )
-            for size in sorted(set(self._sizes))
-        ][-1]
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return encoder and head, each with its teacher."""
@@ -294,6 +325,9 @@ class DINOMCTask(PretrainingTask):
         optimizers = super().configure_optimizers()
         self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
         self._frozen_steps = self.warmup_steps('freeze_last_layer')
+        # A run that is resumed has all of it in its own checkpoint
+        if self.hparams['continue_training'] and self.trainer.ckpt_path is None:
+            go_on(self, self.weights, optimizers)
         return optimizers
 
     def configure_gradient_clipping(
@@ -303,6 +337,7 @@ class DINOMCTask(PretrainingTask):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Leave the prototypes alone in the first steps, and clip by trainer or task."""
+        self.hold_encoder()
         # Both: an epoch may be of unknown length, or the run of one epoch
         epochs = self.hparams['freeze_last_layer']
         if self.global_step < self._frozen_steps and self.current_epoch < epochs:
@@ -316,46 +351,14 @@ class DINOMCTask(PretrainingTask):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then move the teacher and its centre."""
-        # The first group: the second is not decayed
-        group = self.trainer.optimizers[0].param_groups[0]
-        group['weight_decay'] = self.weight_decay_at(self.global_step)
+        # The others are not decayed
+        for group in self.trainer.optimizers[0].param_groups[::2]:
+            group['weight_decay'] = self.weight_decay_at(self.global_step)
         super().optimizer_step(*args, **kwargs)
         if self.hparams['teacher_statistics'] == 'student':
             copy_buffers(self.student, self.model)
         self.criterion.update_center()
         self.plateau = torch.where(self._idle, self.plateau + 1, 0)
-
-    def draw_crops(self, batch: Sample) -> list[Tensor]:
-        """Draw the crops (B, C, h, w) of every image, those that the teacher sees first."""
-        temporal = self.hparams['views'] == 'temporal'
-        image = self.read_image(batch, temporal)
-        if image.shape[1] == 1 and temporal:
-            raise ValueError(
-                "views='temporal' needs at least two seasons of every place, got "
-                f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels "
-                f"= {self.hparams['in_channels']}. Choose views='multi_crop' for it"
-            )
-        crops = self.augmentations(image[:, 0] if image.shape[1] == 1 else image)
-        listed = isinstance(crops, Sequence)
-        if not listed or len(crops) < self.num_global:
-            got = len(crops) if listed else type(crops).__name__
-            raise ValueError(
-                f'augmentations must give a list of at least {self.num_global} crops, '
-                f'got {got}'
-            )
-        return [crop.to(self.dtype) for crop in crops]
-
-    def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
-        """Return all crops, see the base class."""
-        return [
-            (f'{"global" if i < self.num_global else "local"}, {x.shape[-1]} px', x)
-            for i, x in enumerate(self.draw_crops(batch))
-        ]
-
-    @property
-    def num_global(self) -> int:
-        """Number of crops that the teacher sees."""
-        return 3 if self.hparams['views'] == 'temporal' else 2
 
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
@@ -368,29 +371,25 @@ class DINOMCTask(PretrainingTask):
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)
             features = self.encode(self.student, crops)  # (S, B, F)
-        logits = self.assign(self.head, features)
+        logits, student = self.assign(self.head, features)
         with torch.no_grad():
             teacher_features = self.encode(self.model, crops[: self.num_global])
-            targets = self.assign(self.teacher_head, teacher_features)
+            targets, teacher = self.assign(self.teacher_head, teacher_features)
         temperature = self.teacher_temperature_at(self.global_step)
         loss = cast(Tensor, self.criterion(logits, targets, temperature))
-        self.guard.watch(self.global_step, loss, batch['image'])
-
         prototypes = self.hparams['output_dim']
         self._idle = is_chance(loss.detach(), prototypes, _PLATEAU_WIDTH)
         values = {
-            'train_loss': loss,
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder
-            'train_feature_std': std_of_l2_normalized(teacher_features[0].float()),
+            'train_feature_std': std_of_l2_normalized(teacher_features[0].float())
         }
-        self.log_step(values, len(crops[0]))
+        if self.uses_labels:
+            pairs = self.pair_crops(batch, student, teacher)
+            values |= self.beside_chance('train_loss_dino', loss, prototypes)
+            loss = self.add_soft(loss, pairs, features, values)
+        self.watch_step(loss, batch)
+        self.log_step({'train_loss': loss, **values}, len(crops[0]))
         return loss
-
-    @staticmethod
-    def assign(head: nn.Module, features: Tensor) -> Tensor:
-        """Compare features (S, B, F) with the prototypes: logits (S, B, K)."""
-        logits: Tensor = head(features.flatten(0, 1))
-        return logits.unflatten(0, features.shape[:2])
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch, and warn once if they have stayed at log(K)."""
