@@ -67,7 +67,7 @@ def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     )
     content = bytearray(bad.read_bytes())
     middle = len(content) // 2
-    content[middle : middle + 200] = bytes(200)
+    content[middle : middle + 200] = b'\xff' * 200
     bad.write_bytes(content)
     (tmp_path / 'empty.tif').touch()
     assert main(['inspect', str(tmp_path), '--check']) == 1

@@ -266,6 +266,11 @@ def _open_file(
             tuple(source.offsets[i - 1] for i in indexes),
         )
         tags = source.tags()
+        if layer.dtype.startswith('complex'):
+            raise ValueError(
+                f'{path} has complex numbers: make backscatter of them (SNAP: Calibration, '
+                'Multilook and Terrain Correction)'
+            )
         names, sure = all_bands, True
         if all_bands is None:
             names, sure = _name_bands(source, indexes)
