@@ -212,11 +212,10 @@ def scored(path: str) -> Scored:
         with Image.open(root / 'images' / row['file']) as image:
             pixels = torch.from_numpy(np.array(image.convert('RGB')))
         images.append(resize(pixels.permute(2, 0, 1)[None] / 255, SIZE))
-    if classes:
-        labels = [[int(row[name]) for name in classes] for row in rows]
-    else:
-        labels = [int(row['label']) for row in rows]
-    return Scored(root.name, torch.cat(images), torch.tensor(labels))
+    labels = torch.tensor([[int(row[n]) for n in classes or ['label']] for row in rows])
+    if not classes:
+        labels = labels[:, 0]
+    return Scored(root.name, torch.cat(images), labels)
 
 
 class Statistics(nn.Module):
@@ -237,10 +236,10 @@ class ClassifierTask(SoftConTask):
 
     def compare_views(self, views: Any, labels: Any) -> Any:
         """Replace the soft term."""
-        terms, features, *rest = super().compare_views(views, labels)
+        terms, features = super().compare_views(views, labels)
         logits = self.classifier(features)
         found = F.binary_cross_entropy_with_logits(logits, labels[0])
-        return torch.stack([terms[0], found]), features, *rest
+        return torch.stack([terms[0], found]), features
 
 
 def alike(label: Tensor, key_label: Tensor) -> Tensor:
@@ -380,7 +379,9 @@ def cross_validate(features: Tensor, labels: Tensor) -> tuple[float, float]:
     return evaluate(knn, labels), evaluate(linear, labels)
 
 
-def execute(run: Run, grounds: Sequence[Ground], others: Sequence[Scored]) -> dict:
+def execute(
+    run: Run, grounds: Sequence[Ground], others: Sequence[Scored]
+) -> dict[str, Any]:
     """Train with one method and seed, and probe the encoder: a line of the results."""
     for name in ('lightning.pytorch', 'lightning.fabric'):
         logging.getLogger(name).setLevel(logging.ERROR)
