@@ -64,6 +64,7 @@ ROWS = (
     'classifier',
     'MoCo',
     'DINO-MC',
+    'DINO-MC soft_weight=30',
 )
 CONTINUAL_ROWS = (
     'start',
@@ -236,10 +237,10 @@ class ClassifierTask(SoftConTask):
 
     def compare_views(self, views: Any, labels: Any) -> Any:
         """Replace the soft term."""
-        terms, features = super().compare_views(views, labels)
+        terms, features, compared = super().compare_views(views, labels)
         logits = self.classifier(features)
         found = F.binary_cross_entropy_with_logits(logits, labels[0])
-        return torch.stack([terms[0], found]), features
+        return torch.stack([terms[0], found]), features, compared
 
 
 def alike(label: Tensor, key_label: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 import functools
 from typing import Any
 
+from .._checks import check_types
 from ..datasets.image_masks import ImageMaskFolder
 from .base import DrawDataModule, Target, target_transform
 
@@ -59,6 +60,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
             TypeError: If the dataset has no such option.
             ValueError: If an argument is out of range.
         """
+        check_types(ImageMaskFolderDataModule.__init__, locals())
         self._options = kwargs
         if val_root is not None and val_fraction:
             raise ValueError(

@@ -17,7 +17,7 @@ from rasterio.windows import Window
 from torch import nn
 from torch.utils.data import default_collate
 
-from .._checks import check_counts
+from .._checks import check_counts, check_types
 from .._compat import Sample
 from ..bands import RGB_BANDS, Level, normalize_band_names
 from ..geo.find_files import find_files
@@ -134,6 +134,7 @@ class ImageMaskFolder(DivisibleImages):
             ValueError: If an image and its mask, or the images among themselves, do not
                 have the same size, if a band is missing, or if an argument does not fit.
         """
+        check_types(ImageMaskFolder.__init__, locals())
         if root is None and (images is None or (masks is None and mask_band is None)):
             raise ValueError(
                 'root must be given, or images together with masks or mask_band'

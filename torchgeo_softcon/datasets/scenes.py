@@ -14,7 +14,7 @@ import torch
 from pyproj import CRS
 from torch import Tensor
 
-from .._checks import check_counts, check_fractions
+from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
 from ..bands import SENTINEL1_BANDS, Level
 from ..geo.discovery import find_rasters, find_scenes
@@ -183,6 +183,7 @@ class WorldCoverScenes(DrawnImages):
                 band without a name are taken for dates of one place, or later, if no
                 window with enough data is found.
         """
+        check_types(WorldCoverScenes.__init__, locals())
         check_seed(seed)
         check_counts(patch_size=patch_size, seasons=seasons, length=length)
         check_fractions(min_valid=min_valid)

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .._checks import check_counts
+from .._checks import check_counts, check_types
 from .._compat import Sample
 from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
@@ -99,6 +99,7 @@ class SSL4EOS12ML(DivisibleImages):
         Warns:
             UserWarning: If images are not in the labels, or locations are left out.
         """
+        check_types(SSL4EOS12ML.__init__, locals())
         splits = split_names(split)
         check_counts(seasons=seasons)
         check_seed(seed)
