@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rasterio.windows import Window
-from torch import nn
 from torch.utils.data import default_collate
 
 from .._checks import check_counts, check_types
@@ -32,7 +31,7 @@ from ..geo.rasters import (
     read_values,
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DivisibleImages, check_seed
+from .base import DivisibleImages, check_seed, is_batched
 from .image_cache import Decoded, ImageCache
 from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
@@ -397,13 +396,6 @@ class ImageMaskFolder(DivisibleImages):
         if nodata is not None:
             mask[mask == nodata] = 0
         return mask
-
-
-def is_batched(transform: Any) -> bool:
-    """Tell whether a transform gives for a batch what it gives for its samples."""
-    if isinstance(transform, nn.Sequential):
-        return all(is_batched(part) for part in transform)
-    return bool(getattr(transform, 'batched', False))
 
 
 def _find(folder: Path, what: str) -> dict[str, Path]:
