@@ -3,7 +3,7 @@
 
 """k-NN and linear evaluation of frozen features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,13 @@ _BLOCKS = 4
 
 @torch.inference_mode()
 def extract_features(
-    encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
+    encoder: Encoder,
+    samples: LabelledSamples,
+    size: int,
+    device: torch.device,
+    view: Callable[[Tensor, int], Tensor] = center_view,
 ) -> LabelledFeatures:
-    """Encode the centre of labelled images, *size* pixels wide, on *device*.
+    """Encode a view of labelled images, *size* pixels wide, on *device*.
 
     Returns:
         Features by the names of :func:`.encode`, and *blocks*, the class tokens of the
@@ -40,7 +44,7 @@ def extract_features(
         encoder.in_channels,
         size,
         device,
-        view=center_view,
+        view=view,
         encode=_encode,
     )
     return collect_labelled(encoded, samples.name, 'cpu', places=samples.places)
