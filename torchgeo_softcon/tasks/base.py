@@ -22,6 +22,7 @@ from ..models.loading import check_patches
 from ..models.positions import load_positions, save_positions
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
+from .accumulation import save_once, warn_of_lost_gradients
 from .continual import ContinualTask
 from .guard import NonFiniteGuard
 from .memory import (
@@ -261,6 +262,7 @@ class PretrainingTask(ContinualTask):
                 )
         # The seed is the checkpoint's
         self.__dict__.pop('_seed', None)
+        warn_of_lost_gradients(checkpoint, self._trainer)
         self.keep_as_before(checkpoint)
 
     def on_train_start(self) -> None:
@@ -273,6 +275,7 @@ class PretrainingTask(ContinualTask):
         self.tell_frozen()
         for optimizer in self.trainer.optimizers:
             follow_parameters(optimizer)
+        save_once(self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch, see :class:`.NonFiniteGuard`."""
