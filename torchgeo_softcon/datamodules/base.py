@@ -32,6 +32,8 @@ _MAX_WORKERS = 8
 class _LongLabel(nn.Module):
     """Make a multi-hot label whole numbers, as the metrics of the host want it."""
 
+    batched = True
+
     def forward(self, sample: Sample) -> Sample:
         return {**sample, 'label': sample['label'].long()}
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._compat import NonGeoDataset, Sample
 from ..bands import shown_channels
@@ -105,6 +105,13 @@ class DivisibleImages(DrawnImages):
         cuts = np.split(names[order], [len(names) - 2 * count, len(names) - count])
         first, second, third = (self._only(np.sort(cut)) for cut in cuts)
         return first, second, third
+
+
+def is_batched(transform: Any) -> bool:
+    """Tell whether a transform gives for a batch what it gives for its samples."""
+    if isinstance(transform, nn.Sequential):
+        return all(is_batched(part) for part in transform)
+    return bool(getattr(transform, 'batched', False))
 
 
 def check_seed(seed: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rasterio.windows import Window
+from torch.utils.data import default_collate
 
 from .._checks import check_counts, check_types
 from .._compat import Sample
@@ -30,7 +31,7 @@ from ..geo.rasters import (
     read_values,
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DivisibleImages, check_seed
+from .base import DivisibleImages, check_seed, is_batched
 from .image_cache import Decoded, ImageCache
 from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
@@ -202,6 +203,7 @@ class ImageMaskFolder(DivisibleImages):
                 str(np.result_type(*dtypes)),
                 lambda number: self._decode(patches[number]),
                 len(patches),
+                self.value_range,
             )
 
         groups: dict[str, list[Patch]] = {}
@@ -322,6 +324,21 @@ class ImageMaskFolder(DivisibleImages):
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample."""
+        # The transform says what is wrong with masks of floats, if anything is
+        return self.transforms(self._draw(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Read samples; transforms that say they are *batched* see them together."""
+        samples = [self._draw(index) for index in indices]
+        types = {sample['mask'].dtype for sample in samples}
+        if len(samples) < 2 or len(types) > 1 or not is_batched(self.transforms):
+            return [self.transforms(sample) for sample in samples]
+        batch = self.transforms(default_collate(samples))
+        keys, columns = batch.keys(), batch.values()
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _draw(self, index: int) -> Sample:
+        """Read a sample as it is before the transforms."""
         rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
@@ -329,19 +346,14 @@ class ImageMaskFolder(DivisibleImages):
 
         # The mask is that of the first date
         images = [self._read(place[date], window, date == dates[0]) for date in dates]
-        pixels = [to_unit_range(image, self.value_range) for image, _, _ in images]
-        image = pixels[0] if self.seasons == 1 else np.stack(pixels)
-        mask = images[0].mask
+        image, _, mask = images[0]
+        if self.seasons > 1:
+            image = np.stack([image for image, _, _ in images])
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
             # What a mask of an image leaves out has no label, as in WorldCoverScenes
             mask[np.any([empty for _, empty, _ in images], 0)] = 0
-        # The transform says what is wrong with floats, if anything is
-        sample: Sample = {
-            'image': torch.from_numpy(image),
-            'mask': torch.from_numpy(mask),
-        }
-        return self.transforms(sample)
+        return {'image': torch.from_numpy(image), 'mask': torch.from_numpy(mask)}
 
     def _crop(self, patch: Patch, rng: np.random.Generator) -> Window | None:
         if self.size is None:
@@ -353,16 +365,17 @@ class ImageMaskFolder(DivisibleImages):
         return Window(left, top, self.size, self.size)
 
     def _read(self, patch: Patch, window: Window | None, masked: bool) -> Decoded:
-        """Read an image and, if *masked*, its mask, from the cache if there is one."""
+        """Read an image in [0, 1] and, if *masked*, its mask, from the cache or files."""
         if self._cache is None:
-            return self._decode(patch, window, masked)
+            found = self._decode(patch, window, masked)
+            return found._replace(image=to_unit_range(found.image, self.value_range))
         rows, columns = (slice(None),) * 2 if window is None else window.toslices()
         return self._cache.read(patch.number, rows, columns)
 
     def _decode(
         self, patch: Patch, window: Window | None = None, masked: bool = True
     ) -> Decoded:
-        """Read an image and, if *masked*, its mask from their files."""
+        """Read an image, NaN without data, and, if *masked*, its mask from files."""
         with open_raster(patch.image) as source:
             alpha = find_alpha(source)
             if alpha in (*self.image_bands, self.mask_band):
