@@ -289,6 +289,7 @@ class PretrainingTask(BaseTask):
         before, in evaluation mode, would never learn its statistics.
         """
         self.train()
+        self.guard.value_range = getattr(self.augmentations, 'value_range', None)
         for optimizer in self.trainer.optimizers:
             follow_parameters(optimizer)
 
