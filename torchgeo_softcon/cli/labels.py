@@ -70,7 +70,12 @@ def parser() -> CommandParser:
     group.add_argument(
         '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
     )
-    group.add_argument('--year', type=int, help='2020 or 2021, default: 2021')
+    group.add_argument(
+        '--year',
+        type=_year,
+        help='2020 or 2021, default: 2021. nearest takes for each patch the year it was '
+        'taken in, as names of files or a column date tell, or the nearest one',
+    )
     group.add_argument(
         '--classes',
         metavar='NAME',
@@ -123,6 +128,13 @@ def parser() -> CommandParser:
         help='no progress bar',
     )
     return parser
+
+
+def _year(text: str) -> int | str:
+    """Return a year, or the word that stands for that of each patch."""
+    if text == 'nearest' or text.isdecimal():
+        return int(text) if text.isdecimal() else text
+    raise argparse.ArgumentTypeError(f'must be a year or nearest, got {text!r}')
 
 
 def main(args: Sequence[str]) -> int:

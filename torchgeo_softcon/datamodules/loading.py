@@ -86,6 +86,8 @@ class ResumableDataLoader(DataLoader[Sample]):
         super().__init__(*args, **kwargs)
         #: How many of the batches handed out are not used yet.
         self.pending: Callable[[], int] = int
+        #: What to do at the end of each epoch.
+        self.ended: Callable[[], object] = int
         self._samples = 0
 
     @property
@@ -100,10 +102,13 @@ class ResumableDataLoader(DataLoader[Sample]):
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         """Batches of the next epoch."""
         self._draws.start = self._samples
-        for batch in super().__iter__():
-            # Counted here and not in the sampler: workers are ahead of the training
-            self._samples += self._step
-            yield batch
+        try:
+            for batch in super().__iter__():
+                # Counted here and not in the sampler: workers are ahead of the training
+                self._samples += self._step
+                yield batch
+        finally:
+            self.ended()
 
     def state_dict(self) -> dict[str, int]:
         """Return how many draws of the stream all devices together have used."""

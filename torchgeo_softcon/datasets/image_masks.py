@@ -6,33 +6,44 @@
 import copy
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from affine import Affine
 from rasterio.windows import Window
 
-from .._checks import check_counts
+from .._checks import check_choice, check_counts
 from .._compat import Sample
-from ..bands import RGB_BANDS, Level, normalize_band_names
+from ..bands import SENTINEL1_BANDS, Level, normalize_band_names
+from ..geo.discovery import Numbers, name_bands
 from ..geo.find_files import find_files
+from ..geo.grid import LONLAT, Grid, parse_crs
+from ..geo.mosaic import scale_codes
 from ..geo.rasters import (
-    RGB_COLORS,
-    Values,
-    drop_empty,
+    DamagedFileError,
+    Layer,
+    RasterReader,
+    Scene,
+    describe_layer,
     find_alpha,
-    has_mask,
-    nodata_of,
     open_raster,
+    read_mask,
     read_raster,
-    read_values,
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DivisibleImages, check_seed
-from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
+from .damage import Damage, OnError
+from .scaling import (
+    ValueRange,
+    check_radar,
+    choose_level,
+    resolve_value_range,
+    to_unit_range,
+)
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
@@ -42,11 +53,24 @@ _MAX_NAMED = 5
 
 
 class Patch(NamedTuple):
-    """Files of an image and its mask, one if the mask is a band, and rows and columns."""
+    """An image, whose place is unknown, and the file of its mask."""
 
-    image: Path
+    scene: Scene
     mask: Path
-    shape: tuple[int, int]
+
+    @property
+    def image(self) -> Path:
+        """File of the image, that of the mask, too, if it is one of the bands."""
+        return Path(self.scene.name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.scene.grid.height, self.scene.grid.width
+
+
+#: A file, the names of its bands if it has any, and its mask.
+_Described = tuple[Layer, tuple[str, ...] | None, Path]
 
 
 class ImageMaskFolder(DivisibleImages):
@@ -66,11 +90,15 @@ class ImageMaskFolder(DivisibleImages):
     Dataset features:
 
     * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
-      Pixels without data (nodata value, NaN, infinity, transparent) are 0. A nodata
-      value of 0 in integers counts only where all bands have it
-    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. Masks of floats stay
-      floats. The default *transforms* replace it by a multi-hot *label* of shape
-      (K,)
+      Pixels without data (nodata value, NaN, infinity, masked, transparent) are 0. A
+      nodata value of 0 in integers counts only where all bands have it
+    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data, also where one of the
+      dates has none in all of its bands. Masks of floats stay floats. The default
+      *transforms* replace it by a multi-hot *label* of shape (K,)
+
+    Images are read as by :class:`.WorldCoverScenes`: scale and offset that a file declares
+    are applied, and a colour table becomes red, green and blue. A mask with a colour table
+    keeps its codes.
     """
 
     _where = 'places'
@@ -91,6 +119,8 @@ class ImageMaskFolder(DivisibleImages):
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
         level: Level | None = None,
+        offset: float | None = None,
+        on_error: OnError = 'raise',
     ) -> None:
         """Initialize a new ImageMaskFolder instance.
 
@@ -102,7 +132,9 @@ class ImageMaskFolder(DivisibleImages):
             image_bands: Positions of the bands to use, from 1. All by default, without
                 the mask and an alpha band, which tells where the others have data.
             mask_band: Position of the mask in the image file, from 1, if it is there.
-            bands: Names of the bands in *image_bands*.
+            bands: Names of the bands in *image_bands*. Without these, bands that files
+                name in their descriptions are chosen by name, in each file on its own.
+                By default the names that the first file has.
             value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per
                 band, with the defaults of :class:`.WorldCoverScenes`.
             nodata: Value of pixels without data, None for what each file says.
@@ -118,6 +150,12 @@ class ImageMaskFolder(DivisibleImages):
             level: Processing level of Sentinel-2, whose statistics scale the images,
                 ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
                 :func:`.choose_level`.
+            offset: What is added to the numbers as they are stored, None for what files
+                and the names of their products tell, see :class:`.WorldCoverScenes`.
+            on_error: ``'skip'`` leaves images out whose files, or those of their masks, are
+                damaged. A sample that would show one is another one, always the same.
+                :class:`.ImageMaskFolderDataModule` counts these draws per epoch and names
+                the files at the end. By default a damaged file is an error.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -136,6 +174,7 @@ class ImageMaskFolder(DivisibleImages):
             )
         check_counts(seasons=seasons, size=size)
         check_seed(seed)
+        check_choice('on_error', on_error, get_args(OnError))
 
         self.seasons = seasons
         self.size = size
@@ -152,28 +191,33 @@ class ImageMaskFolder(DivisibleImages):
             mask_root = Path(root or '', 'masks') if masks is None else Path(masks)
             mask_files = _match(files, _find(mask_root, 'masks'), image_root, mask_root)
 
-        first = next(iter(files.values()))
-        with open_raster(first) as source:
-            needed = source.count
-            self.image_bands, self.bands = self._choose_bands(
-                source, image_bands, bands
+        described: dict[str, _Described] = {}
+        damaged: dict[str, str] = {}
+        for (stem, path), mask in zip(files.items(), mask_files, strict=True):
+            try:
+                layer, names = self._describe(path, image_bands)
+                if mask != path:
+                    _check_mask(layer, mask)
+                described[stem] = layer, names, mask
+            except DamagedFileError as error:
+                if on_error == 'raise':
+                    raise
+                damaged[stem] = error.path
+        if not described:
+            raise OSError(
+                f'all {len(damaged)} images or masks are damaged, such as '
+                f'{next(iter(damaged.values()))}'
             )
-        if image_bands is not None:
-            needed = max(*self.image_bands, mask_band or 1)
-        patches = []
-        dtypes = set()
-        for path, mask in zip(files.values(), mask_files, strict=True):
-            with open_raster(path) as source:
-                dtypes.add(str(source.dtypes[0]))
-                patches.append(Patch(path, mask, source.shape))
-                more = source.count > needed and image_bands is None
-                if source.count < needed or more:
-                    raise ValueError(
-                        f'{path} must have {needed} bands as {first}, got {source.count}'
-                    )
-            if mask != path:
-                _check_mask(patches[-1])
-        self._check_sizes(patches)
+        patches = self._choose_bands(
+            described,
+            None if bands is None else normalize_band_names(bands),
+            image_bands is None,
+            Numbers(offset, value_range in (None, 'softcon')),
+        )
+        dtypes = {patch.scene.layers[0].dtype for patch in patches.values()}
+        # Not kept open: there may be any number of files, each read once in an epoch
+        self._reader = RasterReader(max_open=0)
+        self._check_sizes([*patches.values()])
         self.level = choose_level(
             level,
             self.bands,
@@ -184,9 +228,20 @@ class ImageMaskFolder(DivisibleImages):
             value_range, self.bands, len(self.image_bands), dtypes, self.level
         )
 
+        if {*(self.bands or ())} & {*SENTINEL1_BANDS}:
+            first = next(iter(patches.values()))
+            values = self._reader.read(first.scene, 0, 0, *first.shape)
+            check_radar(values, self.bands, self.value_range, first.scene.name)
+
         groups: dict[str, list[Patch]] = {}
-        for stem, patch in zip(files, patches, strict=True):
+        for stem, patch in patches.items():
             groups.setdefault(self._place(stem, places), []).append(patch)
+        if on_error == 'skip':
+            self.damage = Damage(damaged.values())
+            # Places that have too few dates because of damage
+            lost = {self._place(stem, places) for stem in damaged}
+            few = {name for name in lost if len(groups.get(name, ())) < seasons}
+            groups = {k: v for k, v in groups.items() if k not in few} or groups
         self.samples, self.places = list(groups.values()), list(groups)
         if seasons == 1:
             # Every image is a sample, places only matter for what is kept apart
@@ -196,31 +251,62 @@ class ImageMaskFolder(DivisibleImages):
 
     def _choose_bands(
         self,
-        source: Any,
-        image_bands: Sequence[int] | None,
-        bands: Sequence[str] | None,
-    ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
-        """Return positions and names of the bands of the first image."""
-        if image_bands is None:
-            without = (self.mask_band, find_alpha(source))
-            image_bands = [i for i in source.indexes if i not in without]
-        indexes = tuple(image_bands)
-        mask_band = (1 if self.mask_band is None else self.mask_band,)
-        for option, chosen in ('mask_band', mask_band), ('image_bands', indexes):
-            if not chosen or not {*chosen} <= {*source.indexes}:
+        described: Mapping[str, _Described],
+        given: tuple[str, ...] | None,
+        by_name: bool,
+        numbers: Numbers,
+    ) -> dict[str, Patch]:
+        """Bring the bands of all images, *given* or of the first one, into one order."""
+        bands, first = given, None
+        patches = {}
+        for stem, (layer, names, mask) in described.items():
+            if first is None and bands is None:
+                bands = names
+            if bands and names and by_name and {*bands} <= {*names}:
+                layer = layer.select([names.index(band) for band in bands])
+            elif bands and names and given is None and bands != names:
                 raise ValueError(
-                    f'{option} must be from 1 to {source.count}, the number of bands of '
-                    f'{source.name}, got {", ".join(map(str, chosen)) or "none"}'
+                    f'{layer.path} must have the bands {", ".join(bands)} as '
+                    f'{first and first.path}, it has {", ".join(names)}: choose common '
+                    'ones with bands'
                 )
-        if bands is not None:
-            names = normalize_band_names(bands)
-            if len(names) != len(indexes):
+            if first is None:
+                first, self.bands, self.image_bands = layer, bands, layer.indexes
+                if bands is not None and len(bands) != len(layer.indexes):
+                    raise ValueError(
+                        f'bands must name the {len(layer.indexes)} image_bands, got '
+                        f'{bands}'
+                    )
+            if len(layer.indexes) != len(first.indexes):
                 raise ValueError(
-                    f'bands must name the {len(indexes)} image_bands, got {names}'
+                    f'{layer.path} must have {len(first.indexes)} bands as '
+                    f'{first.path}, got {len(layer.indexes)}'
                 )
-            return indexes, names
-        colors = tuple(source.colorinterp[i - 1] for i in indexes)
-        return indexes, RGB_BANDS if colors == RGB_COLORS else None
+            layer = numbers.apply(layer, bands)
+            patches[stem] = Patch(Scene(layer.path, bands, (layer,), layer.grid), mask)
+        numbers.tell()
+        return patches
+
+    def _describe(
+        self, path: Path, image_bands: Sequence[int] | None
+    ) -> tuple[Layer, tuple[str, ...] | None]:
+        """Describe an image, and name its bands if it does so itself."""
+        with open_raster(path) as source:
+            mask_band = (1 if self.mask_band is None else self.mask_band,)
+            chosen = (1,) if image_bands is None else tuple(image_bands)
+            for option, positions in ('mask_band', mask_band), ('image_bands', chosen):
+                if not positions or not {*positions} <= {*source.indexes}:
+                    raise ValueError(
+                        f'{option} must be from 1 to {source.count}, the number of bands '
+                        f'of {path}, got {", ".join(map(str, positions)) or "none"}'
+                    )
+            # Nobody asks for its place
+            grid = Grid(parse_crs(LONLAT), Affine.identity(), *source.shape)
+            layer = describe_layer(
+                source, grid, self.nodata, image_bands, self.mask_band
+            )
+            names, sure = name_bands(source, layer)
+        return layer, names if sure else None
 
     def _check_sizes(self, patches: Sequence[Patch]) -> None:
         """Check that crops, or whole images, make a batch."""
@@ -279,6 +365,8 @@ class ImageMaskFolder(DivisibleImages):
         other = copy.copy(self)
         other._separate()
         other.seasons, other._random = 1, False
+        # Another image would stand for one that is damaged
+        other.damage = None
         return other
 
     def _wheres(self) -> list[str]:
@@ -295,21 +383,20 @@ class ImageMaskFolder(DivisibleImages):
         """Return the number of samples."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read a sample."""
+    def _draw_sample(self, index: int) -> Sample:
         rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
 
-        images = [self._image(place[date], window) for date in dates]
-        pixels, masked = zip(*images, strict=True)
-        image = pixels[0] if self.seasons == 1 else np.stack(pixels)
+        values = [self._reader.read(place[date].scene, *window) for date in dates]
         mask = self._mask(place[dates[0]], window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
-            # What a mask of an image leaves out has no label, as in WorldCoverScenes
-            mask[np.any(masked, 0)] = 0
+            # A label must not speak of what the image does not show
+            mask[~np.logical_and.reduce([np.isfinite(v).any(0) for v in values])] = 0
+        images = [to_unit_range(one, self.value_range) for one in values]
+        image = images[0] if self.seasons == 1 else np.stack(images)
         # The transform says what is wrong with floats, if anything is
         sample: Sample = {
             'image': torch.from_numpy(image),
@@ -317,38 +404,32 @@ class ImageMaskFolder(DivisibleImages):
         }
         return self.transforms(sample)
 
-    def _crop(self, patch: Patch, rng: np.random.Generator) -> Window | None:
+    def _crop(
+        self, patch: Patch, rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Return top, left, height and width of a part of an image."""
         if self.size is None:
-            return None
+            return 0, 0, *patch.shape
         down, right = (length - self.size for length in patch.shape)
         top, left = down // 2, right // 2
         if self._random:
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
-        return Window(left, top, self.size, self.size)
+        return top, left, self.size, self.size
 
-    def _image(
-        self, patch: Patch, window: Window | None
-    ) -> tuple[Values, npt.NDArray[np.bool_]]:
-        """Read an image in [0, 1], and where its own mask says that it has no data."""
-        with open_raster(patch.image) as source:
-            alpha = find_alpha(source)
-            if alpha in (*self.image_bands, self.mask_band):
-                alpha = None
-            nodata = nodata_of(source, self.image_bands, self.nodata)
-            values, zero = read_values(source, self.image_bands, nodata, alpha, window)
-            empty = np.zeros(values.shape[1:], np.bool_)
-            if has_mask(source):
-                empty = source.dataset_mask(window=window) == 0
-        values = drop_empty(values, zero)
-        return to_unit_range(values, self.value_range), empty
-
-    def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
+    def _mask(
+        self, patch: Patch, window: tuple[int, int, int, int]
+    ) -> npt.NDArray[Any]:
+        """Read the codes of a mask, 0 where it has no data."""
         band = self.mask_band or 1
+        top, left, height, width = window
+        part = Window(left, top, width, height)
         with open_raster(patch.mask) as source:
-            mask: npt.NDArray[Any] = read_raster(source, [band], window)[0]
-            nodata = source.nodatavals[band - 1]
-        if nodata is not None:
-            mask[mask == nodata] = 0
+            stored = read_raster(source, [band], part)[0]
+            empty = stored == source.nodatavals[band - 1]
+            empty |= ~read_mask(source, part, band)
+            scale, offset = source.scales[band - 1], source.offsets[band - 1]
+        mask = scale_codes(stored, scale, offset)
+        mask[empty] = 0
         return mask
 
 
@@ -385,18 +466,19 @@ def _match(
     return [mask for mask in found if mask is not None]
 
 
-def _check_mask(patch: Patch) -> None:
+def _check_mask(image: Layer, path: Path) -> None:
     """Check that a mask has one band, and as many pixels as its image."""
-    with open_raster(patch.mask) as source:
-        count, shape = source.count, source.shape
+    with open_raster(path) as source:
+        count = source.count - (find_alpha(source) is not None)
+        shape, expected = source.shape, (image.grid.height, image.grid.width)
     if count != 1:
         raise ValueError(
-            f'a mask must have one band of WorldCover codes, {patch.mask} has {count}'
+            f'a mask must have one band of WorldCover codes, {path} has {count}'
         )
-    if shape != patch.shape:
+    if shape != expected:
         raise ValueError(
-            f'an image and its mask must have one size, {patch.image} has '
-            f'{_pixels(patch.shape)} and {patch.mask} {_pixels(shape)} pixels'
+            f'an image and its mask must have one size, {image.path} has '
+            f'{_pixels(expected)} and {path} {_pixels(shape)} pixels'
         )
 
 

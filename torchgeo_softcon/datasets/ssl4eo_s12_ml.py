@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .._checks import check_counts
+from .._checks import check_choice, check_counts
 from .._compat import Sample
+from ..geo.rasters import DamagedFileError
 from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
 from ..ssl4eo.record_archive import RecordArchive, index_path
 from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
 from .base import DivisibleImages, check_seed
+from .damage import Damage, OnError
 from .scaling import softcon_range
 
 #: Locations that a message names.
@@ -72,6 +74,7 @@ class SSL4EOS12ML(DivisibleImages):
         fractions: bool = False,
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
+        on_error: OnError = 'raise',
     ) -> None:
         """Initialize a new SSL4EOS12ML instance.
 
@@ -89,6 +92,8 @@ class SSL4EOS12ML(DivisibleImages):
             fractions: Give the share of every class instead of 0 and 1.
             transforms: Function of a sample.
             seed: Seed of the choice of seasons.
+            on_error: ``'skip'`` takes another sample for one whose files are damaged, see
+                :class:`.ImageMaskFolder`. By default a damaged file is an error.
 
         Raises:
             FileNotFoundError: If there are no images, or no file of labels.
@@ -102,6 +107,7 @@ class SSL4EOS12ML(DivisibleImages):
         splits = split_names(split)
         check_counts(seasons=seasons)
         check_seed(seed)
+        check_choice('on_error', on_error, get_args(OnError))
         if not 0 < min_fraction <= 1:
             raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
 
@@ -110,6 +116,7 @@ class SSL4EOS12ML(DivisibleImages):
         self.seasons = seasons
         self.transforms = transforms
         self.seed = seed
+        self.damage = Damage() if on_error == 'skip' else None
         self.archives = [_open(self.root, name) for name in splits]
         self.bands = tuple(band for name in splits for band in BANDS[name])
         self.softcon_range = split_range(splits)
@@ -231,15 +238,35 @@ class SSL4EOS12ML(DivisibleImages):
             OSError: If a file cannot be read, it is named.
         """
         images = np.concatenate([self._draw(index) for index in indices])
+        try:
+            read = self._read(images)
+        except DamagedFileError:
+            if self.damage is None:
+                raise
+            intact = [self._read_intact(self._draw_readable, i) for i in indices]
+            images = np.concatenate(intact)
+            read = self._read(images)
         shape = len(indices), self.seasons
-        records = {}
-        for column, archive in enumerate(self.archives):
-            read = archive.read(self._rows[images, column])
-            records[archive.split] = torch.from_numpy(read).view(*shape, -1)
+        records = {
+            name: torch.from_numpy(r).view(*shape, -1) for name, r in read.items()
+        }
         label = None
         if self._labels is not None:
             label = torch.from_numpy(self._labels[images]).view(*shape, -1)
         return RecordBatch(self, records, label)
+
+    def _read(self, images: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.uint8]]:
+        """Read the records of N images, of each split."""
+        return {
+            archive.split: archive.read(self._rows[images, column])
+            for column, archive in enumerate(self.archives)
+        }
+
+    def _draw_readable(self, index: int) -> npt.NDArray[np.int64]:
+        """Draw the images of a sample, an error if they cannot be read."""
+        images = self._draw(index)
+        self._read(images)
+        return images
 
     def _draw(self, index: int) -> npt.NDArray[np.int64]:
         """Draw the numbers of the images of a sample, shape (T,)."""
@@ -292,7 +319,7 @@ class SSL4EOS12ML(DivisibleImages):
         locations = zip(self._start, self._count, strict=True)
         other._start = np.concatenate([np.arange(s, s + n) for s, n in locations])
         other._count = np.ones_like(other._start)
-        other.seasons = 1
+        other.seasons, other.damage = 1, None
         return other
 
     def _wheres(self) -> npt.NDArray[np.int64]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import shapely
 import torch
 from affine import Affine
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -30,7 +31,7 @@ from .._compat import (
 from ..geo.find_files import AnyPath as Path
 from ..geo.grid import Bounds, Grid, outline
 from ..geo.mosaic import Mosaic, open_tile
-from ..landcover.files import find_map_files, warn_of_resampled
+from ..landcover.files import assumed_year, find_map_files, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
 
@@ -162,6 +163,8 @@ class ESAWorldCover(RasterDataset):
         self._map[list(classes)] = [*self._code_of][1:]
 
         rasters = [open_tile(path) for path in self.files]
+        if text := assumed_year((r.path for r in rasters), product, self.year):
+            rank_zero_info(text)
         for raster in rasters:
             # Of the caller of this class
             warn_of_resampled(raster, product, stacklevel=2)

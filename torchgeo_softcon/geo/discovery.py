@@ -30,8 +30,7 @@ from .rasters import (
     Layer,
     Scene,
     check_place,
-    find_alpha,
-    nodata_of,
+    describe_layer,
     open_raster,
     read_raster,
 )
@@ -103,7 +102,7 @@ def find_scenes(
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
-    numbers = _Numbers(offset, to_digital)
+    numbers = Numbers(offset, to_digital)
     whole: list[tuple[Layer, tuple[str, ...] | None]] = []
     guessed: dict[tuple[str, ...], str] = {}
     single: dict[tuple[str, str], dict[str, Layer]] = {}
@@ -168,29 +167,21 @@ def _open_layer(
     """Read what is known of a file: its bands, their names, whether these are sure."""
     with open_raster(path) as source:
         check_place(source)
-        alpha = find_alpha(source)
-        if all_bands is not None and len(all_bands) == source.count:
-            alpha = None
-        indexes = tuple(i for i in source.indexes if i != alpha)
-        grid, dtype = Grid.of(source), str(source.dtypes[0])
-        values = nodata_of(source, indexes, nodata)
-        scale = tuple(source.scales[i - 1] for i in indexes)
-        shift = tuple(source.offsets[i - 1] for i in indexes)
+        grid = Grid.of(source)
+        count = None if all_bands is None else len(all_bands)
+        layer = describe_layer(source, grid, nodata, bands=count)
         names, sure = all_bands, True
         if all_bands is None:
-            names, sure = _name_bands(source, indexes)
+            names, sure = name_bands(source, layer)
         # The last pixel of the last band is where a truncated file usually ends
         corner = Window(grid.width - 1, grid.height - 1, 1, 1)
         read_raster(source, [source.count], corner)
 
-    if all_bands is not None and len(all_bands) != len(indexes) > 1:
+    if all_bands is not None and len(all_bands) != len(layer.indexes) > 1:
         raise ValueError(
-            f'all_bands must name the {len(indexes)} bands of {path}, got '
+            f'all_bands must name the {len(layer.indexes)} bands of {path}, got '
             f'{len(all_bands)}: {", ".join(all_bands)}'
         )
-    if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
-        names = None
-    layer = Layer(path, indexes, grid, values, dtype, alpha, scale, shift)
     return layer, names, sure
 
 
@@ -199,19 +190,21 @@ def _is_landsat(path: str) -> bool:
     return _LANDSAT.search(f'{name.parent.name}/{name.name}') is not None
 
 
-def _name_bands(
-    source: Any, indexes: Sequence[int]
-) -> tuple[tuple[str, ...] | None, bool]:
+def name_bands(source: Any, layer: Layer) -> tuple[tuple[str, ...] | None, bool]:
     """Name the bands of a file, and tell whether it does so itself or they are guessed."""
+    indexes = layer.indexes
+    # Landsat has other bands of the same names
+    landsat = _is_landsat(layer.path)
     texts = [_find_name(source.descriptions[i - 1] or '') for i in indexes]
     known = [text for text in texts if text in KNOWN_BANDS]
-    if known and len(set(known)) == len(known):
+    if known and len(set(known)) == len(known) and not landsat:
         # Earth Engine adds masks such as QA60, only all_bands can make use of them
         names = (t or f'BAND {i}' for i, t in zip(indexes, texts, strict=True))
         return tuple(names), True
-    if tuple(source.colorinterp[i - 1] for i in indexes) == RGB_COLORS:
+    colors = tuple(source.colorinterp[i - 1] for i in indexes)
+    if layer.palette or colors == RGB_COLORS:
         return RGB_BANDS, True
-    if any(texts):
+    if landsat or any(texts):
         # Bands that have other names are other bands, whatever their number
         return None, True
     if len(indexes) in (12, 13):
@@ -228,10 +221,11 @@ def _find_name(description: str) -> str:
     return words.pop() if name not in KNOWN_BANDS and len(words) == 1 else name
 
 
-class _Numbers:
+class Numbers:
     """Scale and offset of the numbers in files, and the line that tells about them."""
 
     def __init__(self, offset: float | None, to_digital: bool) -> None:
+        """Initialize a new Numbers instance, see :func:`find_scenes`."""
         self.offset, self.to_digital = offset, to_digital
         self.products: dict[str, Offset] = {}
         self.declared: list[Layer] = []
@@ -295,7 +289,7 @@ def _from_file(
     layer: Layer,
     names: tuple[str, ...] | None,
     wanted: tuple[str, ...] | None,
-    numbers: _Numbers,
+    numbers: Numbers,
 ) -> Scene:
     """Make a scene of one file."""
     if wanted is not None:
@@ -308,22 +302,12 @@ def _from_file(
         names = names or ()
         _check_bands(layer.path, wanted, names, landsat)
         positions = [names.index(band) for band in wanted]
-        layer = replace(
-            layer,
-            indexes=tuple(layer.indexes[position] for position in positions),
-            nodata=tuple(layer.nodata[position] for position in positions),
-            scale=tuple(layer.scale[position] for position in positions),
-            offset=tuple(layer.offset[position] for position in positions),
-        )
-        names = wanted
+        layer, names = layer.select(positions), wanted
     return Scene(layer.path, names, (numbers.apply(layer, names),), layer.grid)
 
 
 def _from_bands(
-    name: str,
-    group: dict[str, Layer],
-    wanted: tuple[str, ...] | None,
-    numbers: _Numbers,
+    name: str, group: dict[str, Layer], wanted: tuple[str, ...] | None, numbers: Numbers
 ) -> Scene:
     """Make a scene of one file per band."""
     order = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
