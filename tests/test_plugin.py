@@ -35,7 +35,9 @@ THROWAWAY = """
 from torchvision.models._api import Weights, WeightsEnum
 
 class ViTSmall16_Weights(WeightsEnum):
-    THROWAWAY = Weights(url='', transforms=None, meta={})
+    THROWAWAY = Weights(
+        url='', transforms=None, meta={'model': 'vit_small_patch16_224'}
+    )
 """
 
 # What a user may see, after any order of imports. Each name is asked for in a way that
@@ -76,6 +78,7 @@ def facts():
         'task': short_name(host_tasks().BaseTask, 'SoftConTask'),
         'datamodule': short_name(BaseDataModule, 'SyntheticScenesDataModule'),
         'model': timm.models.is_model('dinomc_resnet50'),
+        'listed': 'softcon_resnet50' in sys.modules['torchgeo.models'].list_models(),
         'class': sorted({type(m).__name__ for m in modules}),
         'loader': sorted(
             {type(x).__name__ for m in modules for x in (m.__loader__, m.__spec__.loader)}
@@ -94,6 +97,7 @@ EXPECTED = {
     'task': 'torchgeo_softcon.SoftConTask',
     'datamodule': 'torchgeo_softcon.SyntheticScenesDataModule',
     'model': True,
+    'listed': True,
     'class': ['module'],
     'loader': ['SourceFileLoader'],
     'source': True,
@@ -676,34 +680,78 @@ class TestRegister:
     def api(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         api: Any = importlib.import_module('torchgeo.models.api')
         monkeypatch.setattr(api, '_model_weights', dict(api._model_weights))
+        monkeypatch.setattr(api, '_model', dict(api._model))
         return api
 
     def weights(self, *members: str) -> Any:
         from torchvision.models._api import Weights, WeightsEnum
 
         # Members of equal values would be one member
-        values = {name: Weights(url=name, transforms=None, meta={}) for name in members}
+        meta = {'model': 'vit_small_patch16_224'}
+        values = {name: Weights(name, None, meta) for name in members}
         return WeightsEnum('ViTSmall16_Weights', values)  # type: ignore[call-overload]
 
     def test_new_member_is_found_and_old_ones_stay(self, api: Any) -> None:
         ours = self.weights('THROWAWAY')
-        plugin._register('ViTSmall16_Weights', ours)
-        plugin._register('ViTSmall16_Weights', ours)
+        plugin._register(ours)
+        plugin._register(ours)
         assert api.get_weight('ViTSmall16_Weights.THROWAWAY') is ours.THROWAWAY
         theirs = api.get_weight('ViTSmall16_Weights.SENTINEL2_ALL_DINO')
         assert type(theirs) is not type(ours)
+
+    def test_enum_of_a_model_has_the_members_of_host_and_plugin(self, api: Any) -> None:
+        theirs: Any = importlib.import_module('torchgeo.models').ViTSmall16_Weights
+        ours = self.weights('THROWAWAY')
+        plugin._register(ours)
+        for key in ('vit_small_patch16_224', api.vit_small_patch16_224):
+            joint: Any = api.get_model_weights(key)
+            assert issubclass(joint, theirs.__bases__[0])
+            assert [*joint][: len(theirs)] == [*theirs]
+            assert joint.THROWAWAY is joint['THROWAWAY'] is ours.THROWAWAY
+            assert ours.THROWAWAY in joint
+            assert api.get_model_weights('resnet18').SENTINEL2_ALL_MOCO not in joint
+            assert joint.verify('ViTSmall16_Weights.THROWAWAY') is ours.THROWAWAY
+            assert joint.__name__ == 'ViTSmall16_Weights'
+
+    def test_every_weight_of_every_model_is_found_by_its_name(self, api: Any) -> None:
+        assert {'softcon_resnet50', 'resnet50'} < {*api.list_models()}
+        for name in api.list_models():
+            for member in api._model_weights.get(name, ()):
+                assert api.get_weight(str(member)) is member
+                assert len(member.meta.get('bands', ())) in (
+                    0,  # as some of the host's
+                    member.meta.get('in_chans'),
+                )
+
+    def test_bands_are_spelled_as_by_the_host(self, api: Any) -> None:
+        for enum in ('resnet50', 'vit_base_patch14_dinov2'):
+            weights: Any = api.get_model_weights(enum)
+            for host, ours in (
+                ('SENTINEL2_ALL_SOFTCON', 'SENTINEL2_SOFTCON'),
+                ('SENTINEL1_GRD_SOFTCON', 'SENTINEL1_SOFTCON'),
+            ):
+                assert weights[ours].meta['bands'] == weights[host].meta['bands']
+
+    def test_model_that_the_host_has_yields(self, api: Any) -> None:
+        def resnet18() -> None:
+            pass
+
+        before = api._model['resnet18'], api._model_weights['resnet18']
+        with pytest.warns(UserWarning, match='TorchGeo has its own resnet18, which is'):
+            plugin._register_builder(resnet18)
+        assert (api._model['resnet18'], api._model_weights['resnet18']) == before
 
     def test_member_that_the_host_has_yields(self, api: Any) -> None:
         name = 'ViTSmall16_Weights.SENTINEL2_ALL_DINO'
         theirs = api.get_weight(name)
         ours = self.weights('SENTINEL2_ALL_DINO', 'THROWAWAY')
         with pytest.warns(UserWarning, match=f'TorchGeo has its own {name}, which is'):
-            plugin._register('ViTSmall16_Weights', ours)
+            plugin._register(ours)
         assert api.get_weight(name) is theirs
         assert api.get_weight('ViTSmall16_Weights.THROWAWAY') is ours.THROWAWAY
         with warnings.catch_warnings():  # once is enough
             warnings.simplefilter('error')
-            plugin._register('ViTSmall16_Weights', ours)
+            plugin._register(ours)
 
     def test_model_that_timm_has_yields(self) -> None:
         import timm
@@ -732,7 +780,7 @@ class TestRegister:
     def test_enum_without_a_new_member_is_not_registered(self, api: Any) -> None:
         before = dict(api._model_weights)
         with pytest.warns(UserWarning, match='TorchGeo has its own'):
-            plugin._register('ViTSmall16_Weights', self.weights('SENTINEL2_ALL_DINO'))
+            plugin._register(self.weights('SENTINEL2_ALL_DINO'))
         assert api._model_weights == before
 
 

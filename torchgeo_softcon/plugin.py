@@ -25,8 +25,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from enum import Enum, EnumType
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
@@ -298,13 +299,17 @@ def _act(group: str) -> bool:
     failure: Exception | None = None
     try:
         entry_points = _entry_points(group)
+        if group == 'torchgeo.weights':  # which has a list of models, too
+            entry_points += _entry_points('timm.models')
     except Exception as error:  # noqa: BLE001, damaged metadata
         entry_points, failure = [], error
     for entry_point in entry_points:
         try:
             value = entry_point.load()
-            if group == 'torchgeo.weights':
-                _register(entry_point.name, value)
+            if group == 'torchgeo.weights' and isinstance(value, type):
+                _register(value)
+            elif group == 'torchgeo.weights':
+                _register_builder(value)
             elif group == 'timm.models':
                 _register_model(value)
         except Exception as error:  # noqa: BLE001, the reason is in the warning
@@ -321,22 +326,56 @@ def _act(group: str) -> bool:
     return True
 
 
-def _register(name: str, weights: Any) -> None:
-    """Make the members of an enum of weights known to TorchGeo by their full names.
+class _Joint(EnumType):
+    """Type of enums whose members are those of others, each the same object."""
 
-    The key is an additional one. TorchGeo's own enum of the same name keeps its key and
-    therefore its members.
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return any(instance is member for member in cls)
+
+
+def _join(first: type[Enum], members: Iterable[Enum]) -> type[Enum]:
+    """Make an enum that looks like the *first* and has all *members*."""
+    name, bases = first.__name__, (sys.modules['torchvision.models'].WeightsEnum,)
+    joint: Any = _Joint(name, bases, _Joint.__prepare__(name, bases))
+    joint.__module__ = first.__module__
+    for member in members:
+        setattr(joint, member.name, member)
+        joint._member_names_.append(member.name)
+        joint._member_map_[member.name] = member
+    return cast(type[Enum], joint)
+
+
+def _register(weights: type[Enum]) -> None:
+    """Make the members of an enum known to TorchGeo by their names and by their model.
+
+    Where TorchGeo has an enum for the model, ours come after its own members.
     """
-    registry = sys.modules['torchgeo.models.api']._model_weights
-    key = f'{_PACKAGE}/{name}'
+    api = sys.modules['torchgeo.models.api']
+    registry = api._model_weights
     # Callables are keys as well, but are not searched by name
-    others = (e for k, e in registry.items() if isinstance(k, str) and k != key)
-    known = {str(member) for enum in others for member in enum}
-    hidden = [str(member) for member in weights if str(member) in known]
+    known = {str(m): m for k, e in registry.items() if isinstance(k, str) for m in e}
+    new = [member for member in weights if known.get(str(member), member) is member]
     # TorchGeo takes the first member that matches, which is its own
-    _yield('TorchGeo', hidden)
-    if len(hidden) < len(weights):
-        registry[key] = weights
+    _yield('TorchGeo', [str(member) for member in weights if member not in new])
+    model = next(iter(weights)).value.meta['model']
+    for key in {model, api._model.get(model, model)}:
+        theirs = registry.get(key)
+        if theirs is None:
+            registry[key] = weights
+        elif not {*new} <= {*theirs}:
+            registry[key] = _join(theirs, dict.fromkeys([*theirs, *new]))
+
+
+def _register_builder(builder: Any) -> None:
+    """Make a model, and the weights for it, known to TorchGeo."""
+    api = sys.modules['torchgeo.models.api']
+    name = builder.__name__
+    if api._model.setdefault(name, builder) is not builder:
+        _yield('TorchGeo', [name])
+        return
+    weights = [api.get_weight(weight) for weight in builder.weights]
+    joint = _join(type(weights[0]), weights)
+    api._model_weights.update({name: joint, builder: joint})
 
 
 def _register_model(builder: Any) -> None:

@@ -173,7 +173,7 @@ class TestRule:
     def test_interrupted(
         self, command: str, fail: Callable[..., int], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        resumable = command in ('embed', 'labels', 'pack', 'unpack')
+        resumable = command in ('embed', 'labels', 'pack', 'pretrain', 'unpack')
         of_lightning = SystemExit(1)
         of_lightning.__context__ = KeyboardInterrupt()
         for error in (KeyboardInterrupt(), of_lightning):

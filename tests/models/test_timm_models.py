@@ -10,6 +10,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+import torchgeo.models
 from timm.layers import resample_abs_pos_embed
 
 from torchgeo_softcon import models
@@ -86,6 +87,24 @@ def test_pretrained_parameters_are_those_of_the_enum(
         assert torch.equal(loaded[key], value), key
     assert ('num_classes' in kwargs) == bool(head)
     assert model.pretrained_cfg['tag'] == weights.name.lower()
+
+
+class TestTorchGeo:
+    @pytest.mark.parametrize(
+        'name', ['softcon_resnet50', 'dinomc_swin_tiny_patch4_window7_224']
+    )
+    def test_models_with_each_of_their_weights(self, name: str) -> None:
+        for weights in torchgeo.models.get_model_weights(name):
+            model = torchgeo.models.get_model(name, weights, num_classes=2)
+            tagged = create(f'{name}.{weights.name.lower()}').state_dict()
+            loaded = model.state_dict()
+            assert all(torch.equal(loaded[key], tagged[key]) for key in tagged)
+
+    def test_weights_of_another_model(self) -> None:
+        weights = models.ResNet50_Weights.SENTINEL2_RGB_DINOMC
+        match = r"get_model_weights\('softcon_resnet50'\), got ResNet50_Weights.SENT"
+        with pytest.raises(ValueError, match=match):
+            torchgeo.models.get_model('softcon_resnet50', weights)
 
 
 class TestBands:

@@ -30,12 +30,14 @@ COMMANDS = {
     'labels': 'label an archive of patches with their land cover',
     'list': 'show what the package declares, and whether it loads',
     'pack': 'write SSL4EO-S12 in large files that are fast to read',
+    'pretrain': 'pretrain an encoder on whatever a folder holds',
+    'recipe': 'list the configurations for `torchgeo fit`, or write one',
     'report': 'show a run or an encoder on a page of pictures',
     'unpack': 'write the GeoTIFFs of a packed SSL4EO-S12',
 }
 
 #: Commands that keep what they have done when they are interrupted.
-_RESUMABLE = ('embed', 'labels', 'pack', 'unpack')
+_RESUMABLE = ('embed', 'labels', 'pack', 'pretrain', 'unpack')
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='torchgeo-softcon',
         description='SoftCon and DINO-MC pretraining for TorchGeo. '
-        'To train, use the `torchgeo` command.',
+        'To train by hand, use the `torchgeo` command.',
         epilog='exit status: 0 done, 1 done in part with what failed listed, 2 not done '
         'because of options, files or data, 130 interrupted',
     )

@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
             'a report needs the folder of a run, or --checkpoint or --weights, and --data'
         )
     if run is not None and not given:
-        options.checkpoint = _last_checkpoint(run)
+        options.checkpoint = last_checkpoint(run)
     source = options.checkpoint or options.weights
 
     facts: dict[str, str] = {}
@@ -93,7 +93,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _last_checkpoint(run: Path) -> str | None:
+def last_checkpoint(run: Path) -> str | None:
     """Return the newest checkpoint of the training, not an export beside it."""
     from ..models.checkpoints import read_checkpoint
 

@@ -258,7 +258,7 @@ def find_weights(
         state,
         name,
         meta.get('img_size'),
-        None if names is None else tuple(names),
+        None if names is None else tuple(_spelled(names)),
         # Those of DINO-MC are standardized after that
         meta.get('value_range') == (0, 1) and 'mean' not in meta,
         meta.get('ssl_method'),

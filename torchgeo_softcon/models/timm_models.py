@@ -275,14 +275,25 @@ def _read(
 
 def _builder(name: str) -> Callable[..., nn.Module]:
     """Return what timm calls to create a model of this module."""
+    model = _MODELS[name]
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    # TorchGeo's get_model hands weights over first, timm everything by name
+    def create(
+        weights: Any = None, pretrained: bool = False, **kwargs: Any
+    ) -> nn.Module:
+        if weights is not None:
+            if str(weights) not in create.weights:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f'weights must be one of get_model_weights({name!r}), got {weights}'
+                )
+            pretrained, kwargs['pretrained_cfg'] = True, weights.name.lower()
         return _create(name, pretrained, **kwargs)
 
     # What timm registers it by
     create.__name__ = create.__qualname__ = name
-    model = _MODELS[name]
     create.__doc__ = f'Create {model.timm_name} for the weights of {model.enum}.'
+    # What TorchGeo finds by get_model_weights
+    create.weights = [f'{model.enum}.{tag.upper()}' for tag in model.bands]  # type: ignore[attr-defined]
     return create
 
 

@@ -144,7 +144,6 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
         meta = {
             'img_size': 224,
             **host.meta,
-            'bands': bands,
             # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
             'license': 'Apache-2.0',
             'value_range': (0, 1),
@@ -190,7 +189,7 @@ def _dino_mc(model: str, mc_id: str, tp_id: str) -> tuple[Weights, Weights]:
                 'publication': 'https://arxiv.org/abs/2303.06670',
                 'repo': 'https://github.com/WennyXY/DINO-MC',
                 'ssl_method': method,
-                'bands': SENTINEL2_SUBSETS[3],
+                'bands': [*SENTINEL2_SUBSETS[3]],
                 # The code is MIT; the links say nothing
                 'license': 'MIT (code), not stated (weights)',
                 'value_range': (0, 1),

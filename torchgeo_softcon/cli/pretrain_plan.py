@@ -1,0 +1,291 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The data in a folder, and the configuration that ``pretrain`` makes of them.
+
+Without a CUDA device, the recipes of the quick start are run for some hundred steps, with
+one, those of real runs:
+
+============ ======================== ===========================================
+labels       without CUDA             with CUDA
+============ ======================== ===========================================
+land cover   ``quickstart``           ``own_area``
+none         ``dino_mc_small``        ``dino_mc``
+============ ======================== ===========================================
+
+With CUDA, the encoder is a ResNet-50 for fewer than 10,000 images, of which a Vision
+Transformer learns too little, else a ViT-S/16. A batch is the largest power of two up to
+256 (64 without CUDA) that fits into half of the memory of the device, and is at most a
+quarter of the images. A
+run takes 100 epochs, but from 5,000 to 100,000 steps; without CUDA 300 steps.
+"""
+
+import math
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pyproj import CRS
+
+from ..geo.discovery import find_rasters, find_scenes
+from ..geo.grid import outline
+from ..landcover.download import TileDownload, download_tiles, tiles_of
+from ..landcover.files import find_map_files
+from ..landcover.products import WORLDCOVER
+from ..ssl4eo.record_archive import index_path
+from .recipe import recipes
+
+#: Recipes by whether there are labels, and a CUDA device.
+_RECIPES = {
+    (True, False): 'quickstart',
+    (True, True): 'own_area',
+    (False, False): 'dino_mc_small',
+    (False, True): 'dino_mc',
+}
+
+#: Sides of views and of the windows they are cut from, in pixels.
+_SIDES = {'quickstart': (64, 96), 'dino_mc_small': (48, 64)}
+_DEFAULT_SIDES = (224, 264)
+
+#: Images from which on a Vision Transformer is trained.
+_MANY = 10_000
+
+#: Bytes for an image of 224 px, all branches and views, in half precision: a generous guess
+#: from the saved activations of a ViT-S/16 (0.24 GB in float32 for one view).
+_BYTES = {True: 0.25e9, False: 0.75e9}
+
+#: Parts of each raster for validation, of which the smallest is taken that a window fits in.
+_VAL_FRACTIONS = (0.1, 0.25)
+
+#: Places from which on some are kept for validation.
+_ENOUGH = 50
+
+#: Steps of an epoch of windows, at least.
+_EPOCH = 16
+
+#: Checkpoints in a run, and probes.
+_CHECKPOINTS, _PROBES = 20, 4
+
+
+@dataclass
+class Found:
+    """Images in a folder: what they are in words, and who reads them."""
+
+    text: str
+    datamodule: str
+    labels: bool
+    height: int  # of the smallest image
+    width: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def find_data(root: Path, worldcover: Path | None, download: bool, run: Path) -> Found:
+    """Find out what a folder holds.
+
+    Args:
+        root: The folder.
+        worldcover: Folder with tiles of WorldCover, None for what is in *root*.
+        download: Whether to download tiles under scenes.
+        run: Folder of the run, where tiles go.
+
+    Raises:
+        ValueError: If it holds nothing that can be trained on.
+    """
+    for split in ('s2c', 's2a', 's1'):
+        if (root / split).is_dir():
+            return _find_archive(root, split)
+    if (root / 'images').is_dir() and (root / 'masks').is_dir():
+        return _find_patches(root)
+    try:
+        return _find_scenes(root, worldcover, download, run)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f'{root} must have georeferenced rasters, folders images and masks with files '
+            f'of the same names, or the folders s2c, s2a or s1 of SSL4EO-S12. {error}'
+        ) from error
+
+
+def _find_archive(root: Path, split: str) -> Found:
+    """Describe an archive of SSL4EO-S12."""
+    labels = sorted({*root.glob('*multilabel*.json'), *root.glob('*label*.parquet')})
+    options = {'root': str(root), 'split': split, 'val_fraction': 0.05}
+    packed = index_path(root, split).exists()
+    if labels:
+        options['labels'] = str(labels[0])
+    return Found(
+        f'SSL4EO-S12, split {split}, {"packed" if packed else "as published"}'
+        + (f', with the labels of {labels[0].name}' if labels else ''),
+        'SSL4EOS12MLDataModule',
+        bool(labels),
+        264,
+        264,
+        options,
+    )
+
+
+def _find_patches(root: Path) -> Found:
+    """Describe a folder of patches with masks."""
+    from ..datasets.image_masks import ImageMaskFolder
+
+    images = ImageMaskFolder(root, size=1)
+    shapes = {patch.shape for patches in images.samples for patch in patches}
+    height, width = (min(sides) for sides in zip(*shapes, strict=True))
+    return Found(
+        f'{len(images.samples)} patches of {height} x {width} pixels or more, with masks',
+        'ImageMaskFolderDataModule',
+        True,
+        height,
+        width,
+        {'root': str(root), 'val_fraction': 0.1 * (len(images.samples) >= _ENOUGH)},
+    )
+
+
+def _find_scenes(
+    root: Path, worldcover: Path | None, download: bool, run: Path
+) -> Found:
+    """Describe rasters, and find the land cover under them."""
+    images = root / 'images' if (root / 'images').is_dir() else root
+    scenes = find_scenes(find_rasters(images))
+    boxes = [
+        outline(scene.grid.crs, CRS.from_epsg(4326), scene.grid.bounds).bounds
+        for scene in scenes
+    ]
+    if download:
+        worldcover = worldcover or run / 'worldcover'
+        done: TileDownload = download_tiles(tiles_of(boxes), worldcover)
+        print(f'WorldCover in {worldcover}: {done}')
+        if done.failed:
+            raise ValueError('not all tiles of WorldCover came: start again to go on')
+    places = [worldcover] if worldcover else [root / 'worldcover', run / 'worldcover']
+    tiles: list[str] = [str(place) for place in places if place.is_dir()]
+    if not tiles:
+        tiles = [str(file) for file in sorted(root.rglob('ESA_WorldCover_*.tif'))]
+    if tiles:
+        find_map_files(tiles, WORLDCOVER, WORLDCOVER.check_year(None))
+    bands = scenes[0].bands
+    named = f' ({", ".join(bands)})' if bands else ''
+    text = f'{len(scenes)} scenes of {scenes[0].count} bands{named}'
+    return Found(
+        text + (', and WorldCover' if tiles else ', and no WorldCover'),
+        'WorldCoverScenesDataModule',
+        bool(tiles),
+        min(scene.grid.height for scene in scenes),
+        min(scene.grid.width for scene in scenes),
+        {
+            'images': str(images),
+            'worldcover': tiles or None,
+            **({} if tiles else {'allow_unlabelled': True}),
+        },
+    )
+
+
+def plan(
+    found: Found, max_steps: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a configuration of ``torchgeo fit`` and the reasons for it, by the rule above.
+
+    *max_steps* is the length of the run if the rule is not to choose it.
+
+    Raises:
+        ValueError: If there are too few images.
+    """
+    memory = 0
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    recipe = _RECIPES[found.labels, memory > 0]
+    config: dict[str, Any] = yaml.safe_load(recipes()[recipe])
+    size, patch = _SIDES.get(recipe, _DEFAULT_SIDES)
+    patch = min(patch, found.height, found.width)
+    size = min(size, patch // 16 * 16)
+    if size < 16:
+        raise ValueError(
+            f'images must have at least 16 x 16 pixels, found {found.text}'
+        )
+    data = dict(found.options)
+    if found.datamodule == 'WorldCoverScenesDataModule':
+        parts = [p for p in _VAL_FRACTIONS if int(p * found.height) >= patch]
+        data |= {'patch_size': patch, 'val_fraction': parts[0] if parts else 0.0}
+    elif found.datamodule == 'ImageMaskFolderDataModule':
+        data['size'] = patch
+    images, channels = _count(found.datamodule, data)
+    counted = images
+
+    model = config['model']['init_args']
+    for name in ('bands', 'value_range'):
+        model.pop(name, None)
+    if memory:
+        model['model'] = 'vit_small_patch16_224' if images >= _MANY else 'resnet50'
+    if not found.labels and memory and images < _MANY:
+        model['output_dim'] = 4096  # few images cannot tell more prototypes apart
+    model |= {'in_channels': channels, 'size': size}
+    most = 64 if not memory else min(256, memory / 2 / _BYTES[found.labels])
+    drawn = found.datamodule == 'WorldCoverScenesDataModule'  # windows, without end
+    batch = 2 ** int(math.log2(max(2, min(most, images if drawn else images / 4))))
+    if drawn:
+        data['length'] = images = max(images, _EPOCH * batch)
+    per_epoch = max(1, images // batch)
+    steps = min(max(100 * per_epoch, 5000), 100_000) if memory else 300
+    steps = max_steps or steps
+    # A divisor: the last step is saved, too
+    some = range(max(1, steps // _CHECKPOINTS), steps + 1)
+    every = next(number for number in some if steps % number == 0)
+    model['warmup_epochs'] = round(steps / 10 / per_epoch, 3)
+    callbacks: list[dict[str, Any]] = [
+        {
+            'class_path': 'lightning.pytorch.callbacks.ModelCheckpoint',
+            'init_args': {'every_n_train_steps': every, 'filename': '{step}'},
+        },
+        {
+            'class_path': 'torchgeo_softcon.callbacks.CollapseMonitor',
+            'init_args': {'every_n_steps': every},
+        },
+    ]
+    if found.labels and data['val_fraction']:
+        probe = {'every_n_steps': max(1, steps // _PROBES)}
+        callbacks.append(
+            {'class_path': 'torchgeo_softcon.callbacks.KNNProbe', 'init_args': probe}
+        )
+    result = {
+        'seed_everything': 0,
+        'model': config['model'],
+        'data': {
+            'class_path': found.datamodule,
+            'init_args': data | {'batch_size': batch},
+        },
+        'trainer': {
+            'max_steps': steps,
+            'max_epochs': -1,
+            'precision': 'bf16-mixed' if memory else '32-true',
+            'log_every_n_steps': max(1, every // 3),
+            'callbacks': callbacks,
+            'logger': {'class_path': 'lightning.pytorch.loggers.CSVLogger'},
+        },
+    }
+    method = config['model']['class_path'].removesuffix('Task')
+    device = f'{memory / 1e9:.0f} GB of device memory' if memory else 'no CUDA device'
+    encoder = f'{model["model"]}, {size} px, for {counted} images and {device}'
+    reasons = [
+        f'Method: {method}, {"there is land cover" if found.labels else _NO_LABELS}',
+        f'Encoder: {encoder} (recipe {recipe})',
+        f'Steps: {steps} of {batch} images',
+    ]
+    if len(callbacks) < 3:
+        reasons.append('Probe: none, as no labelled ground can be kept apart for it')
+    return result, reasons
+
+
+_NO_LABELS = (
+    'no land cover was found (--worldcover DIR names tiles, --download gets them)'
+)
+
+
+def _count(datamodule: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Return the number of images per epoch, and of their bands."""
+    kind = getattr(import_module('torchgeo_softcon.datamodules'), datamodule)
+    source = kind(batch_size=1, **options).source
+    if len(source) < 2:
+        raise ValueError(f'at least 2 images are needed, got {len(source)}')
+    return len(source), source[0]['image'].shape[-3]

@@ -1,0 +1,59 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Configurations for ``torchgeo fit``: ``torchgeo-softcon recipe``."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from .parsers import CommandParser
+
+
+def recipes() -> dict[str, str]:
+    """Return the texts of all recipes by their names."""
+    paths = (files('torchgeo_softcon') / 'recipes').iterdir()
+    found = {p.name.removesuffix('.yaml'): p for p in paths if p.name.endswith('.yaml')}
+    return {name: found[name].read_text(encoding='utf-8') for name in sorted(found)}
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    parser = CommandParser(
+        'recipe',
+        'List the recipes, or write one of them: a configuration for `torchgeo fit`\n'
+        'whose comments say what it does, on which data, and what to expect.',
+        'torchgeo-softcon recipe own_area',
+    )
+    parser.add_argument('name', nargs='?', help='recipe to write')
+    parser.add_argument('--out', type=Path, help='file to write, NAME.yaml by default')
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace the file if it exists'
+    )
+    return parser
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command, and return its exit status."""
+    options = parser().parse_args(args)
+    texts = recipes()
+    if options.name is None:
+        width = max(map(len, texts))
+        for name, text in texts.items():
+            print(f'{name:{width}}  {text.partition(chr(10))[0].removeprefix("# ")}')
+        return 0
+    if options.name not in texts:
+        raise ValueError(
+            f'name must be one of the recipes {", ".join(texts)}, got {options.name}'
+        )
+    out = options.out or Path(f'{options.name}.yaml')
+    if out.exists() and not options.overwrite:
+        raise ValueError(f'{out} exists. Give another --out, or --overwrite')
+    out.write_text(
+        texts[options.name].replace(f'examples/{options.name}.yaml', str(out)),
+        encoding='utf-8',
+    )
+    print(
+        f'{out} is written. Change what you need, then:\n  torchgeo fit --config {out}'
+    )
+    return 0
