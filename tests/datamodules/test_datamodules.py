@@ -377,7 +377,8 @@ OPTIONS = {
     WorldCoverScenesDataModule: {
         *('images', 'worldcover', 'year', 'product', 'allow_unlabelled', 'bands'),
         *('all_bands', 'patch_size', 'length', 'seasons', 'min_valid', 'value_range'),
-        *('nodata', 'offset', 'level', 'target', 'min_fraction', 'fractions'),
+        *('nodata', 'offset', 'level', 'radar_quantiles'),
+        *('target', 'min_fraction', 'fractions'),
     },
     SyntheticScenesDataModule: {
         *('root', 'places', 'size', 'dates', 'bands', 'patch_size', 'length'),

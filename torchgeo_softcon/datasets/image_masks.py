@@ -3,74 +3,57 @@
 
 """Image patches with masks of WorldCover codes, without georeference."""
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from affine import Affine
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rasterio.windows import Window
 
 from .._checks import check_choice, check_counts
 from .._compat import Sample
-from ..bands import SENTINEL1_BANDS, Level, normalize_band_names
-from ..geo.discovery import Numbers, name_bands
-from ..geo.find_files import find_files
-from ..geo.grid import LONLAT, Grid, parse_crs
+from ..bands import Level, normalize_band_names
 from ..geo.mosaic import scale_codes
+from ..geo.numbers import Numbers, OpenedFile
 from ..geo.rasters import (
     DamagedFileError,
-    Layer,
     RasterReader,
-    Scene,
-    describe_layer,
-    find_alpha,
     open_raster,
     read_mask,
     read_raster,
 )
+from ..geo.sentinel2 import hint_at_offset
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DivisibleImages, check_seed
 from .damage import Damage, OnError
+from .patches import (
+    Patch,
+    check_mask,
+    choose_bands,
+    describe_image,
+    find_images,
+    in_pixels,
+    match_masks,
+)
 from .scaling import (
     ValueRange,
-    check_radar,
-    choose_level,
-    resolve_value_range,
+    check_sample,
+    describe_scenes,
+    scene_level,
+    scene_ranges,
     to_unit_range,
+    with_level,
 )
-
-#: File types that a folder is searched for.
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
 
 #: Files that an error message lists.
 _MAX_NAMED = 5
-
-
-class Patch(NamedTuple):
-    """An image, whose place is unknown, and the file of its mask."""
-
-    scene: Scene
-    mask: Path
-
-    @property
-    def image(self) -> Path:
-        """File of the image, that of the mask, too, if it is one of the bands."""
-        return Path(self.scene.name)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.scene.grid.height, self.scene.grid.width
-
-
-#: A file, the names of its bands if it has any, and its mask.
-_Described = tuple[Layer, tuple[str, ...] | None, Path]
 
 
 class ImageMaskFolder(DivisibleImages):
@@ -148,8 +131,8 @@ class ImageMaskFolder(DivisibleImages):
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
             level: Processing level of Sentinel-2, whose statistics scale the images,
-                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
-                :func:`.choose_level`.
+                ``'L1C'`` or ``'L2A'``. By default what metadata, bands and names of each
+                image tell, see :meth:`.Products.level`.
             offset: What is added to the numbers as they are stored, None for what files
                 and the names of their products tell, see :class:`.WorldCoverScenes`.
             on_error: ``'skip'`` leaves images out whose files, or those of their masks, are
@@ -185,20 +168,22 @@ class ImageMaskFolder(DivisibleImages):
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
         image_root = Path(root or '', 'images') if images is None else Path(images)
-        files = _find(image_root, 'images')
+        files = find_images(image_root, 'images')
         mask_files = list(files.values())
         if mask_band is None:
             mask_root = Path(root or '', 'masks') if masks is None else Path(masks)
-            mask_files = _match(files, _find(mask_root, 'masks'), image_root, mask_root)
+            mask_files = match_masks(
+                files, find_images(mask_root, 'masks'), image_root, mask_root
+            )
 
-        described: dict[str, _Described] = {}
+        described: dict[str, tuple[OpenedFile, Path]] = {}
         damaged: dict[str, str] = {}
         for (stem, path), mask in zip(files.items(), mask_files, strict=True):
             try:
-                layer, names = self._describe(path, image_bands)
+                file = describe_image(path, image_bands, mask_band, nodata)
                 if mask != path:
-                    _check_mask(layer, mask)
-                described[stem] = layer, names, mask
+                    check_mask(file.layer, mask)
+                described[stem] = file, mask
             except DamagedFileError as error:
                 if on_error == 'raise':
                     raise
@@ -208,30 +193,29 @@ class ImageMaskFolder(DivisibleImages):
                 f'all {len(damaged)} images or masks are damaged, such as '
                 f'{next(iter(damaged.values()))}'
             )
-        patches = self._choose_bands(
-            described,
-            None if bands is None else normalize_band_names(bands),
-            image_bands is None,
-            Numbers(offset, value_range in (None, 'softcon')),
-        )
-        dtypes = {patch.scene.layers[0].dtype for patch in patches.values()}
+        opened = [file for file, _ in described.values()]
+        numbers = Numbers.of(opened, offset, value_range in (None, 'softcon'))
+        given = None if bands is None else normalize_band_names(bands)
+        scenes = choose_bands(opened, given, image_bands is None, numbers)
+        self.bands = scenes[0].bands
+        self.image_bands = scenes[0].layers[0].indexes
+        hint_at_offset(numbers.untold)
+        scenes = with_level(scenes, level)
+        masks = (mask for _, mask in described.values())
+        patches = dict(zip(described, map(Patch, scenes, masks), strict=True))
+        self._check_sizes([*patches.values()])
+        self._ranges = scene_ranges(scenes, value_range)
+        self.level = scene_level(scenes[0])
+        self.value_range = self._ranges[self.level]
         # Not kept open: there may be any number of files, each read once in an epoch
         self._reader = RasterReader(max_open=0)
-        self._check_sizes([*patches.values()])
-        self.level = choose_level(
-            level,
-            self.bands,
-            files.values(),
-            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
-        )
-        self.value_range = resolve_value_range(
-            value_range, self.bands, len(self.image_bands), dtypes, self.level
-        )
-
-        if {*(self.bands or ())} & {*SENTINEL1_BANDS}:
-            first = next(iter(patches.values()))
-            values = self._reader.read(first.scene, 0, 0, *first.shape)
-            check_radar(values, self.bands, self.value_range, first.scene.name)
+        for line, scene in describe_scenes(scenes, value_range):
+            rank_zero_info(line)
+            if value_range in (None, 'softcon') and scene.kind.unit != '8 bit':
+                height, width = scene.grid.height, scene.grid.width
+                with contextlib.suppress(OSError):  # damaged, which is told when drawn
+                    values = self._reader.read(scene, 0, 0, height, width)
+                    check_sample(values, scene, self._ranges[scene_level(scene)])
 
         groups: dict[str, list[Patch]] = {}
         for stem, patch in patches.items():
@@ -249,65 +233,6 @@ class ImageMaskFolder(DivisibleImages):
         else:
             self._check_dates()
 
-    def _choose_bands(
-        self,
-        described: Mapping[str, _Described],
-        given: tuple[str, ...] | None,
-        by_name: bool,
-        numbers: Numbers,
-    ) -> dict[str, Patch]:
-        """Bring the bands of all images, *given* or of the first one, into one order."""
-        bands, first = given, None
-        patches = {}
-        for stem, (layer, names, mask) in described.items():
-            if first is None and bands is None:
-                bands = names
-            if bands and names and by_name and {*bands} <= {*names}:
-                layer = layer.select([names.index(band) for band in bands])
-            elif bands and names and given is None and bands != names:
-                raise ValueError(
-                    f'{layer.path} must have the bands {", ".join(bands)} as '
-                    f'{first and first.path}, it has {", ".join(names)}: choose common '
-                    'ones with bands'
-                )
-            if first is None:
-                first, self.bands, self.image_bands = layer, bands, layer.indexes
-                if bands is not None and len(bands) != len(layer.indexes):
-                    raise ValueError(
-                        f'bands must name the {len(layer.indexes)} image_bands, got '
-                        f'{bands}'
-                    )
-            if len(layer.indexes) != len(first.indexes):
-                raise ValueError(
-                    f'{layer.path} must have {len(first.indexes)} bands as '
-                    f'{first.path}, got {len(layer.indexes)}'
-                )
-            layer = numbers.apply(layer, bands)
-            patches[stem] = Patch(Scene(layer.path, bands, (layer,), layer.grid), mask)
-        numbers.tell()
-        return patches
-
-    def _describe(
-        self, path: Path, image_bands: Sequence[int] | None
-    ) -> tuple[Layer, tuple[str, ...] | None]:
-        """Describe an image, and name its bands if it does so itself."""
-        with open_raster(path) as source:
-            mask_band = (1 if self.mask_band is None else self.mask_band,)
-            chosen = (1,) if image_bands is None else tuple(image_bands)
-            for option, positions in ('mask_band', mask_band), ('image_bands', chosen):
-                if not positions or not {*positions} <= {*source.indexes}:
-                    raise ValueError(
-                        f'{option} must be from 1 to {source.count}, the number of bands '
-                        f'of {path}, got {", ".join(map(str, positions)) or "none"}'
-                    )
-            # Nobody asks for its place
-            grid = Grid(parse_crs(LONLAT), Affine.identity(), *source.shape)
-            layer = describe_layer(
-                source, grid, self.nodata, image_bands, self.mask_band
-            )
-            names, sure = name_bands(source, layer)
-        return layer, names if sure else None
-
     def _check_sizes(self, patches: Sequence[Patch]) -> None:
         """Check that crops, or whole images, make a batch."""
         first = patches[0]
@@ -315,13 +240,13 @@ class ImageMaskFolder(DivisibleImages):
             if self.size is None and patch.shape != first.shape:
                 raise ValueError(
                     'images must have one size, or size must be given for random crops: '
-                    f'{first.image} has {_pixels(first.shape)} and {patch.image} '
-                    f'{_pixels(patch.shape)} pixels'
+                    f'{first.image} has {in_pixels(first.shape)} and {patch.image} '
+                    f'{in_pixels(patch.shape)} pixels'
                 )
             if min(patch.shape) < (self.size or 0):
                 raise ValueError(
                     f'size must fit into every image, got {self.size} and {patch.image} '
-                    f'of {_pixels(patch.shape)} pixels'
+                    f'of {in_pixels(patch.shape)} pixels'
                 )
 
     def _check_dates(self) -> None:
@@ -389,13 +314,17 @@ class ImageMaskFolder(DivisibleImages):
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
 
-        values = [self._reader.read(place[date].scene, *window) for date in dates]
+        scenes = [place[date].scene for date in dates]
+        values = [self._reader.read(scene, *window) for scene in scenes]
         mask = self._mask(place[dates[0]], window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
             # A label must not speak of what the image does not show
             mask[~np.logical_and.reduce([np.isfinite(v).any(0) for v in values])] = 0
-        images = [to_unit_range(one, self.value_range) for one in values]
+        images = [
+            to_unit_range(one, self._ranges[scene_level(scene)])
+            for one, scene in zip(values, scenes, strict=True)
+        ]
         image = images[0] if self.seasons == 1 else np.stack(images)
         # The transform says what is wrong with floats, if anything is
         sample: Sample = {
@@ -431,56 +360,3 @@ class ImageMaskFolder(DivisibleImages):
         mask = scale_codes(stored, scale, offset)
         mask[empty] = 0
         return mask
-
-
-def _find(folder: Path, what: str) -> dict[str, Path]:
-    """List files by their path below a folder, without suffix."""
-    files: dict[str, Path] = {}
-    found = find_files(folder, SUFFIXES, what) if folder.is_dir() else []
-    for path in map(Path, found):
-        stem = path.relative_to(folder).with_suffix('').as_posix()
-        if stem in files:
-            raise ValueError(
-                f'{what} must have one file per name: {files[stem]}, {path}'
-            )
-        files[stem] = path
-    if not files:
-        raise FileNotFoundError(
-            f'{what} must be a folder with files ({", ".join(SUFFIXES)}), found none in '
-            f'{folder}'
-        )
-    return files
-
-
-def _match(
-    images: dict[str, Path], masks: dict[str, Path], image_root: Path, mask_root: Path
-) -> list[Path]:
-    """Find the mask of each image, its own or that of its folder."""
-    found = [masks.get(stem) or masks.get(os.path.dirname(stem)) for stem in images]
-    missing = [stem for stem, mask in zip(images, found, strict=True) if mask is None]
-    if missing:
-        raise FileNotFoundError(
-            f'{len(missing)} of {len(images)} images in {image_root} have no mask of the '
-            f'same name in {mask_root}: {", ".join(missing[:_MAX_NAMED])}'
-        )
-    return [mask for mask in found if mask is not None]
-
-
-def _check_mask(image: Layer, path: Path) -> None:
-    """Check that a mask has one band, and as many pixels as its image."""
-    with open_raster(path) as source:
-        count = source.count - (find_alpha(source) is not None)
-        shape, expected = source.shape, (image.grid.height, image.grid.width)
-    if count != 1:
-        raise ValueError(
-            f'a mask must have one band of WorldCover codes, {path} has {count}'
-        )
-    if shape != expected:
-        raise ValueError(
-            f'an image and its mask must have one size, {image.path} has '
-            f'{_pixels(expected)} and {path} {_pixels(shape)} pixels'
-        )
-
-
-def _pixels(shape: tuple[int, int]) -> str:
-    return f'{shape[0]} x {shape[1]}'

@@ -3,34 +3,40 @@
 
 """Windows of georeferenced images, with ESA WorldCover as the mask."""
 
+import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from pyproj import CRS
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from .._checks import check_counts, check_fractions
+from .._checks import check_choice, check_counts, check_fractions
 from .._compat import Sample
-from ..bands import SENTINEL1_BANDS, Level
+from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
-from ..geo.grid import Bounds, Grid, group_by_grid
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
+from .damage import Damage, OnError
 from .scaling import (
     ValueRange,
-    check_radar,
-    choose_level,
-    resolve_value_range,
+    check_sample,
+    clip_radar,
+    describe_scenes,
+    scene_level,
+    scene_ranges,
     to_unit_range,
+    with_level,
 )
-from .worldcover import ESAWorldCover
+from .scene_stack import SceneStack, list_names, stack_scenes, warn_single_bands
+from .worldcover import ESAWorldCover, open_years
 
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -42,32 +48,6 @@ _MAX_TRIES = 10
 
 #: Side of the window that is looked at before the training, in pixels.
 _SAMPLE = 256
-
-#: Files that an error message lists.
-_MAX_NAMED = 3
-
-
-@dataclass(frozen=True)
-class SceneStack:
-    """Scenes on the same pixels, one per date: a place."""
-
-    grid: Grid
-    scenes: tuple[Scene, ...]
-
-    @property
-    def name(self) -> str:
-        """Name of the first scene."""
-        return self.scenes[0].name
-
-    @property
-    def box(self) -> tuple[CRS, Bounds]:
-        """Coordinate reference system, and left, bottom, right and top."""
-        return self.grid.crs, self.grid.bounds
-
-    @property
-    def names(self) -> str:
-        """Names of the scenes, of the first ones if there are many."""
-        return _list_names([scene.name for scene in self.scenes])
 
 
 class WorldCoverScenes(DrawnImages):
@@ -109,7 +89,7 @@ class WorldCoverScenes(DrawnImages):
         self,
         images: Paths,
         worldcover: Paths | ESAWorldCover | None,
-        year: int | None = None,
+        year: int | Literal['nearest'] | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
         length: int | None = None,
@@ -125,6 +105,8 @@ class WorldCoverScenes(DrawnImages):
         offset: float | None = None,
         product: ProductLike = 'worldcover',
         level: Level | None = None,
+        radar_quantiles: bool = False,
+        on_error: OnError = 'raise',
     ) -> None:
         """Initialize a new WorldCoverScenes instance.
 
@@ -133,7 +115,11 @@ class WorldCoverScenes(DrawnImages):
             worldcover: Folders or files of WorldCover tiles (or of rasters of *product*),
                 or a dataset of them. None for no labels at all, together with
                 *allow_unlabelled*.
-            year: Year of the map, 2020 (v100) or by default 2021 (v200).
+            year: Year of the map, 2020 (v100) or by default 2021 (v200). With
+                ``'nearest'``, a window has the map of the year that its first image was
+                taken in, or of the nearest one that has a tile there. Tags, a STAC item
+                and names of files and folders tell the year of an image. Where nothing
+                does, it is the last one.
             bands: Names of the bands to use, None for all bands of the files.
             patch_size: Height and width of a window in pixels. SSL4EO-S12, which
                 SoftCon was trained on, has patches of 264.
@@ -161,15 +147,22 @@ class WorldCoverScenes(DrawnImages):
             seed: Seed of the windows, from 0 to 2**32 - 1.
             allow_unlabelled: Accept images without a tile, their mask is 0 everywhere.
             offset: What is added to the numbers as they are stored, before *value_range*.
-                None for what files tell: their own scale and offset, or the offset in a
-                product's metadata (``MTD_MSIL2A.xml``), or -1000 for digital numbers
-                (uint16) of Sentinel-2 bands in a product of baseline 04.00 or later.
+                None for what files tell: their own scale and offset, or for digital
+                numbers (uint16) of Sentinel-2 bands the offset in a product's metadata
+                (``MTD_MSIL2A.xml``), in tags or a STAC item, or -1000 in a product whose
+                name has a baseline of 04.00 or later.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. Not used if *worldcover*
                 is a dataset, which has its own.
             level: Processing level of Sentinel-2, whose statistics scale the images,
-                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
-                :func:`.choose_level`.
+                ``'L1C'`` or ``'L2A'``. By default what metadata, bands and names of each
+                scene tell, see :meth:`.Products.level`.
+            radar_quantiles: Clip each band of radar to its own 1 and 99 % quantiles in a
+                window before it is scaled, as SoftCon's authors do in evaluation.
+            on_error: ``'skip'`` takes another window for one whose files are damaged,
+                always the same, and leaves out scenes with files that cannot be opened.
+                :class:`.WorldCoverScenesDataModule` counts these draws per epoch and names
+                the files at the end. By default a damaged file is an error.
 
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
@@ -186,6 +179,7 @@ class WorldCoverScenes(DrawnImages):
         check_seed(seed)
         check_counts(patch_size=patch_size, seasons=seasons, length=length)
         check_fractions(min_valid=min_valid)
+        check_choice('on_error', on_error, get_args(OnError))
 
         self.patch_size = patch_size
         self.seasons = seasons
@@ -200,43 +194,76 @@ class WorldCoverScenes(DrawnImages):
             transforms = WorldCoverMultiLabel(product=self.product)
         self.transforms = transforms
 
+        self.left_out: dict[str, str] = {}
+        damaged: list[str] | None = [] if on_error == 'skip' else None
         scenes = find_scenes(
-            find_rasters(images),
+            find_rasters(images, self.left_out),
             bands,
             all_bands,
             nodata,
             offset,
             to_digital=value_range in (None, 'softcon'),
+            left_out=self.left_out,
+            damaged=damaged,
         )
+        scenes = with_level(scenes, level)
         self.bands = scenes[0].bands
-        self.places = _stack(scenes)
-        _warn_single_bands(self.places)
-        dtypes = {layer.dtype for scene in scenes for layer in scene.layers}
-        self.level = choose_level(
-            level,
-            self.bands,
-            (layer.path for scene in scenes for layer in scene.layers),
-            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
-        )
-        self.value_range = resolve_value_range(
-            value_range, self.bands, scenes[0].count, dtypes, self.level
-        )
+        self.places = stack_scenes(scenes)
+        if damaged is not None:
+            self.damage = Damage(damaged)
+        if damaged:
+            enough = [place for place in self.places if len(place.scenes) >= seasons]
+            self.places = tuple(enough) or self.places
+        warn_single_bands(self.places)
+        self._ranges = scene_ranges(scenes, value_range)
+        self.level = scene_level(scenes[0])
+        self.value_range = self._ranges[self.level]
+        self.radar_quantiles = radar_quantiles
+        self._reader = RasterReader()
+        self.kinds = describe_scenes(scenes, value_range)
+        for line, scene in self.kinds:
+            rank_zero_info(line)
+            if value_range in (None, 'softcon'):
+                with contextlib.suppress(
+                    OSError
+                ):  # damaged, which its windows will say
+                    check_sample(self.read_middle(scene), scene, self._range(scene))
         self._check_dates()
         self._set_rows(rows, length)
 
+        self._maps: dict[str, ESAWorldCover] = {}  # of scenes, where it is another one
         if not (worldcover is None or isinstance(worldcover, ESAWorldCover)):
-            worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+            if year == 'nearest' and self.product.years:
+                worldcover = self._choose_maps(open_years(worldcover, self.product))
+            else:
+                worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
         self.worldcover = worldcover
         if not allow_unlabelled:
             self._check_tiles()
 
-        self._reader = RasterReader()
-        if {*(self.bands or ())} & {*SENTINEL1_BANDS}:
-            scene = self.places[0].scenes[0]
-            side = min(_SAMPLE, scene.grid.height, scene.grid.width)
-            top, left = (scene.grid.height - side) // 2, (scene.grid.width - side) // 2
-            values = self._reader.read(scene, top, left, side, side)
-            check_radar(values, self.bands, self.value_range, scene.name)
+    def _choose_maps(self, maps: Mapping[int | None, ESAWorldCover]) -> ESAWorldCover:
+        """Choose the map of each scene, of those with a tile there, and return the last."""
+        last = next(iter(maps))
+        unknown = []
+        for place in self.places:
+            there = [y for y in maps if maps[y].covers(*place.box)] or [last]
+            for scene in place.scenes:
+                if scene.year is None:
+                    unknown.append(scene.name)
+                year = scene.year or last or 0
+                nearest = min(there, key=lambda other: abs((other or 0) - year))
+                self._maps[scene.name] = maps[nearest]
+        counts = Counter(chosen.year for chosen in self._maps.values())
+        parts = [f'{number} of {year}' for year, number in sorted(counts.items())]
+        example = f', as {unknown[0]}' if unknown else ''
+        rank_zero_info(
+            f'Scenes have the map of the nearest year: {", ".join(parts)} '
+            f'({len(unknown)} do not tell their year{example})'
+        )
+        return maps[last]
+
+    def _map_of(self, scene: Scene) -> ESAWorldCover | None:
+        return self._maps.get(scene.name, self.worldcover)
 
     def _check_dates(self) -> None:
         for place in self.places:
@@ -273,14 +300,18 @@ class WorldCoverScenes(DrawnImages):
         if worldcover is None:
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
-        partly = [p for p in self.places if not worldcover.covers(*p.box, wholly=True)]
-        without = [p for p in partly if not worldcover.covers(*p.box)]
+        def covered(place: SceneStack, wholly: bool) -> bool:
+            maps = filter(None, map(self._map_of, place.scenes))
+            return all(one.covers(*place.box, wholly) for one in {*maps})
+
+        partly = [place for place in self.places if not covered(place, wholly=True)]
+        without = [place for place in partly if not covered(place, wholly=False)]
         if not partly:
             return
         concerned = without or partly
         there = {os.path.basename(file) for file in worldcover.files}
         needed = {tile for p in concerned for tile in worldcover.tiles(*p.box)}
-        tiles = _list_names(sorted(needed - there)) or 'none'
+        tiles = list_names(sorted(needed - there)) or 'none'
         product = worldcover.product
         if without:
             folder = product.file_path('', worldcover.year).rpartition('/')[0]
@@ -288,7 +319,7 @@ class WorldCoverScenes(DrawnImages):
             expected = f'. Expected {tiles}{source}' if needed else ''
             raise FileNotFoundError(
                 f'no {product.title} tile lies under '
-                f'{_list_names([p.name for p in without])}{expected}. Set '
+                f'{list_names([p.name for p in without])}{expected}. Set '
                 'allow_unlabelled to go on without'
             )
         warnings.warn(
@@ -339,10 +370,9 @@ class WorldCoverScenes(DrawnImages):
         """Return the number of samples per epoch."""
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
-        """Draw a window, see :class:`.DrawnImages`."""
+    def _draw_sample(self, index: int) -> Sample:
         rng = self._generator(index, self.stream)
-        best: tuple[float, SceneStack, int, int, list[Values]]
+        best: tuple[float, SceneStack, int, int, list[tuple[Scene, Values]]]
         best = (-1.0, self.places[0], 0, 0, [])
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
@@ -353,9 +383,10 @@ class WorldCoverScenes(DrawnImages):
             seasons = []
             valid = 1.0
             for date in dates:
-                seasons.append(self._window(place.scenes[date], top, left))
+                values = self._window(place.scenes[date], top, left)
+                seasons.append((place.scenes[date], values))
                 # A pixel counts if any band has data: 0 is a value of the cirrus band
-                valid = min(valid, float(np.isfinite(seasons[-1]).any(0).mean()))
+                valid = min(valid, float(np.isfinite(values).any(0).mean()))
                 if valid < self.min_valid and valid <= best[0]:
                     break  # not needed whatever the other dates have
             else:
@@ -378,51 +409,42 @@ class WorldCoverScenes(DrawnImages):
     def _window(self, scene: Scene, top: int, left: int) -> Values:
         return self._reader.read(scene, top, left, self.patch_size, self.patch_size)
 
+    def read_middle(self, scene: Scene, side: int = _SAMPLE) -> Values:
+        """Read the window in the middle of a scene, before it is scaled."""
+        height, width = (min(side, n) for n in (scene.grid.height, scene.grid.width))
+        top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
+        return self._reader.read(scene, top, left, height, width)
+
+    def scale(self, scene: Scene, values: Values) -> Values:
+        """Map a window of a scene to [0, 1], in place."""
+        if self.radar_quantiles:
+            clip_radar(values, self.bands)
+        return to_unit_range(values, self._range(scene))
+
+    def _range(self, scene: Scene) -> tuple[tuple[float, float], ...]:
+        return self._ranges[scene_level(scene)]
+
     def _sample(
-        self, place: SceneStack, top: int, left: int, seasons: Sequence[Values]
+        self,
+        place: SceneStack,
+        top: int,
+        left: int,
+        seasons: Sequence[tuple[Scene, Values]],
     ) -> Sample:
         # A label must not speak of what the image does not show
-        valid = np.logical_and.reduce([np.isfinite(v).any(0) for v in seasons])
-        images = [to_unit_range(values, self.value_range) for values in seasons]
+        valid = np.logical_and.reduce([np.isfinite(v).any(0) for _, v in seasons])
+        images = [self.scale(scene, values) for scene, values in seasons]
         image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        mask = self._mask(place, top, left)
+        mask = self._mask(place, top, left, self._map_of(seasons[0][0]))
         mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
         sample: Sample = {'image': image, 'mask': mask}
         return self.transforms(sample)
 
-    def _mask(self, place: SceneStack, top: int, left: int) -> Tensor:
+    def _mask(
+        self, place: SceneStack, top: int, left: int, worldcover: ESAWorldCover | None
+    ) -> Tensor:
         size = self.patch_size
-        if self.worldcover is None:
+        if worldcover is None:
             return torch.full((size, size), self.product.fill)
         window = place.grid.window(top, left, size, size)
-        return self.worldcover.read_window(window.crs, window.transform, size, size)
-
-
-def _list_names(names: Sequence[str]) -> str:
-    """List the first names, and tell how many more there are."""
-    more = len(names) - _MAX_NAMED
-    return ', '.join(names[:_MAX_NAMED]) + (f' and {more} more' if more > 0 else '')
-
-
-def _warn_single_bands(places: Sequence[SceneStack]) -> None:
-    """Warn of bands that look like dates: not the last part of a file name."""
-    for place in places:
-        first = place.scenes[0]
-        if len(place.scenes) > 1 and first.count == 1 and first.bands is None:
-            warnings.warn(
-                f'{len(place.scenes)} files of one band on one grid are taken for dates '
-                f'of one place: {place.names}. If they are bands of one scene, let the '
-                'names end with the band (_B04.tif), otherwise name it with all_bands',
-                UserWarning,
-                stacklevel=3,
-            )
-            return
-
-
-def _stack(scenes: Sequence[Scene]) -> tuple[SceneStack, ...]:
-    """Put scenes on one grid together."""
-    groups = group_by_grid(scene.grid for scene in scenes)
-    return tuple(
-        SceneStack(scenes[group[0]].grid, tuple(scenes[i] for i in group))
-        for group in groups
-    )
+        return worldcover.read_window(window.crs, window.transform, size, size)

@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -29,9 +30,10 @@ from .._compat import (
     georeference,
 )
 from ..geo.find_files import AnyPath as Path
+from ..geo.find_files import path_list
 from ..geo.grid import Bounds, Grid, outline
 from ..geo.mosaic import Mosaic, open_tile
-from ..landcover.files import assumed_year, find_map_files, warn_of_resampled
+from ..landcover.files import assumed_year, find_map_files, map_year, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
 
@@ -316,3 +318,26 @@ class ESAWorldCover(RasterDataset):
         if suptitle is not None:
             fig.suptitle(suptitle)
         return fig
+
+
+def open_years(
+    paths: Path | Iterable[Path], product: LandCoverProduct
+) -> dict[int | None, ESAWorldCover]:
+    """Open the map of every year of which there are files, the last one first.
+
+    Raises:
+        DatasetNotFoundError: If there are none.
+    """
+    paths = path_list(paths)
+    maps: dict[int | None, ESAWorldCover] = {}
+    for year in sorted(product.years, reverse=True):
+        with suppress(FileNotFoundError):
+            # Also of files that are named, only those of the year
+            files = find_map_files(paths, product, year)
+            files = [file for file in files if map_year(file, product) in (None, year)]
+            if files:
+                maps[year] = ESAWorldCover(files, year=year, product=product)
+    if not maps:
+        worldcover = ESAWorldCover(paths, product=product)
+        maps[worldcover.year] = worldcover
+    return maps

@@ -18,6 +18,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from ..bands import Level
 from .find_files import readable_name
 from .grid import LONLAT, Grid, parse_crs, projection
 from .open_files import OpenFiles
@@ -68,17 +69,38 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """The numbers of a scene, as far as its files tell.
+
+    Attributes:
+        level: Processing level of Sentinel-2, None if nothing tells it.
+        level_source: What tells the level.
+        unit: ``'digital numbers'``, ``'reflectance'``, ``'dB'``, ``'linear'``, ``'8 bit'``,
+            or several of them, '' if nothing tells it.
+        source: In words, where the scale and offset that are applied are from.
+    """
+
+    level: Level | None = None
+    level_source: str = ''
+    unit: str = ''
+    source: str = ''
+
+
+@dataclass(frozen=True)
 class Scene:
     """An image of one date.
 
     It is named after its file, or the common part of the names of its files. *layers*
-    are in the order of *bands* (None if unknown), *grid* is that of the finest.
+    are in the order of *bands* (None if unknown), *grid* is that of the finest, *year* is
+    when it was taken (None if nothing tells it).
     """
 
     name: str
     bands: tuple[str, ...] | None
     layers: tuple[Layer, ...]
     grid: Grid
+    kind: Kind = Kind()
+    year: int | None = None
 
     @property
     def count(self) -> int:

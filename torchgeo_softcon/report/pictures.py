@@ -257,13 +257,15 @@ def plot_classes(
     masks: Sequence[Tensor],
     thumbnails: Sequence[Array],
     product: LandCoverProduct = WORLDCOVER,
+    columns: int | None = None,
 ) -> Figure:
     """Plot images, and below the classes of their masks (H, W), with a legend."""
     colours = np.ones((256, 4))  # white where there is no data
     colours[list(product.codes)] = [product.colors[code] for code in product.codes]
     colours[list(product.codes)] /= 255
     pictures = [colours[mask.long().numpy()] for mask in masks]
-    figure = _plot_below(thumbnails, pictures, product.title, 0.2)
+    extra = 0.2 if columns is None else 0.05
+    figure = _plot_below(thumbnails, pictures, product.title, extra, columns)
     present = {int(code) for mask in masks for code in mask.unique()}
     handles = [
         Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
@@ -271,21 +273,38 @@ def plot_classes(
         if code in present
     ]
     figure.legend(
-        handles=handles, loc='outside lower center', ncols=6, fontsize='small'
+        handles=handles,
+        loc='outside lower center',
+        ncols=6 if columns is None else columns,
+        fontsize='small',
     )
     return figure
 
 
+def plot_images(thumbnails: Sequence[Array], columns: int | None = None) -> Figure:
+    """Plot images, by default in a row."""
+    return _plot_below(thumbnails, None, columns=columns)
+
+
 def _plot_below(
     thumbnails: Sequence[Array],
-    pictures: Sequence[Array],
-    label: str,
+    pictures: Sequence[Array] | None,
+    label: str = '',
     extra: float = 0.0,
+    columns: int | None = None,
 ) -> Figure:
-    """Plot images above, and a picture of each below."""
-    figure, axes = _grid(2, len(thumbnails), 1.5, extra)
-    for row, (colours, name) in enumerate(((thumbnails, 'image'), (pictures, label))):
-        axes[row, 0].set_ylabel(name)
-        for axis, picture in zip(axes[row], colours, strict=True):
+    """Plot images above, and a picture of each below, in as many rows as needed."""
+    columns = min(columns or len(thumbnails), len(thumbnails))
+    blocks = [(thumbnails, 'image')]
+    if pictures is not None:
+        blocks.append((pictures, label))
+    rows = math.ceil(len(thumbnails) / columns) * len(blocks)
+    figure, axes = _grid(rows, columns, 1.5, extra)
+    for row, (colours, name) in enumerate(blocks):
+        for number, picture in enumerate(colours):
+            line, column = divmod(number, columns)
+            axis = axes[line * len(blocks) + row, column]
             axis.imshow(picture, interpolation='nearest' if row else None)
+            if not column:
+                axis.set_ylabel(name)
     return figure
