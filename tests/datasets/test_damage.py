@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tests.datamodules.helpers import write_raster
 from tests.ssl4eo.archives import season, write_archive
 from torchgeo_softcon.datamodules import ImageMaskFolderDataModule
-from torchgeo_softcon.datasets import SSL4EOS12ML, ImageMaskFolder
+from torchgeo_softcon.datasets import SSL4EOS12ML, ImageMaskFolder, WorldCoverScenes
 from torchgeo_softcon.datasets.base import DrawnImages
 from torchgeo_softcon.geo.rasters import DamagedFileError
 
@@ -199,3 +200,70 @@ class TestSSL4EO:
             dataset.damage.tell_files()
         with pytest.raises(DamagedFileError):
             dataset.images().__getitems__(range(8))
+
+
+def scratch(path: Path) -> str:
+    """Spoil rows in the middle of a file, which opens and ends as it should."""
+    with rasterio.open(path) as source:
+        values, profile = source.read(), source.profile
+    profile |= {'compress': 'deflate', 'blockysize': 4, 'tiled': False}
+    with rasterio.open(path, 'w', **profile) as out:
+        out.write(values)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)
+    return str(path)
+
+
+class TestScenes:
+    def scenes(self, root: Path, **options: Any) -> WorldCoverScenes:
+        return WorldCoverScenes(
+            root / 'images',
+            None,
+            patch_size=16,
+            transforms=nn.Identity(),
+            allow_unlabelled=True,
+            **options,
+        )
+
+    def test_scenes_that_cannot_be_opened(self, tmp_path: Path) -> None:
+        patches(tmp_path, places=3)
+        name = spoil(tmp_path / 'images' / '1' / '0.tif')
+        with pytest.raises(DamagedFileError, match=f'cannot open {name}'):
+            self.scenes(tmp_path)
+        dataset = self.scenes(tmp_path, on_error='skip')
+        # They are on one grid
+        assert [Path(s.name).parent.name for s in dataset.places[0].scenes] == [
+            '0',
+            '2',
+        ]
+        assert dataset.damage is not None
+        assert dataset.damage.left_out == [name]
+        for place in '02':
+            spoil(tmp_path / 'images' / place / '0.tif')
+        with pytest.raises(OSError, match='all images are damaged, such as'):
+            self.scenes(tmp_path, on_error='skip')
+
+    def test_scenes_that_lack_a_band_by_damage(self, tmp_path: Path) -> None:
+        values = np.full((1, 32, 32), 900, np.uint16)
+        for scene in 'abc':
+            for band in ('B02', 'B03'):
+                write_raster(tmp_path / 'images' / scene / f'{band}.tif', values)
+        spoil(tmp_path / 'images' / 'b' / 'B03.tif')
+        (place,) = self.scenes(tmp_path, on_error='skip').places
+        assert [Path(scene.name).name for scene in place.scenes] == ['a', 'c']
+        assert [scene.bands for scene in place.scenes] == [('B2', 'B3')] * 2
+
+    def test_other_windows_are_taken(self, tmp_path: Path) -> None:
+        patches(tmp_path, places=2)
+        name = scratch(tmp_path / 'images' / '0' / '0.tif')
+        with pytest.raises(DamagedFileError, match=f'cannot read {name}'):
+            read_all(self.scenes(tmp_path, length=40), 1)
+        dataset = self.scenes(tmp_path, length=40, on_error='skip')
+        means = read_all(dataset, 1)
+        assert means == read_all(dataset, 1)
+        assert dataset.damage is not None
+        assert {*dataset.damage._noted()} == {name}
+        # Other windows of the same rasters note in the same place
+        assert dataset.with_windows(stream=1).damage is dataset.damage

@@ -3,6 +3,7 @@
 
 """Years of images and of maps, and labels that join them."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 
+from torchgeo_softcon.datasets import WorldCoverScenes
 from torchgeo_softcon.geo.dates import name_year
 from torchgeo_softcon.labels import label_archive
 from torchgeo_softcon.landcover.files import find_map_files, map_year
@@ -179,3 +181,44 @@ class TestNearest:
         assert row['product'].endswith('2021 v200')
         with pytest.raises(ValueError, match="year must be 2020 or 2021, got 'newest'"):
             label(tmp_path / 'b.parquet', tiles, 'newest', **options)
+
+
+class TestScenes:
+    def mask(self, image: Path, tiles: Any, year: Any) -> Any:
+        dataset = WorldCoverScenes(
+            image, tiles, year, patch_size=32, transforms=lambda sample: sample
+        )
+        return dataset[0]['mask'].numpy()
+
+    @pytest.mark.parametrize('by', ['name', 'tag', 'item', 'nothing'])
+    @pytest.mark.parametrize(
+        ('date', 'year'),
+        [('2020-06-30', 2020), ('2021-06-30', 2021), ('2017-01-01', 2020)],
+    )
+    def test_map_of_the_nearest_year(
+        self, tmp_path: Path, tiles: Path, by: str, date: str, year: int
+    ) -> None:
+        name = f'{date}.tif' if by == 'name' else 'a.tif'
+        path = write_image(
+            tmp_path / 'images' / name, 'EPSG:32632', grid('EPSG:32632', 10, 46)
+        )
+        if by == 'tag':
+            with rasterio.open(path, 'r+') as out:
+                out.update_tags(ACQUISITIONDATETIME=f'{date}T10:10:31Z')
+        if by == 'item':
+            item = {
+                'stac_version': '1.0.0',
+                'properties': {'datetime': f'{date}T10:10Z'},
+            }
+            path.with_suffix('.json').write_text(json.dumps(item))
+        expected = self.mask(path, tiles, 2021 if by == 'nothing' else year)
+        assert (self.mask(path, tiles, 'nearest') == expected).all()
+        named = sorted(map(str, tiles.iterdir()))
+        assert (self.mask(path, named, 'nearest') == expected).all()
+
+    def test_the_nearest_one_that_is_there(self, tmp_path: Path, tiles: Path) -> None:
+        where = grid('EPSG:32633', 13, 46)
+        path = write_image(tmp_path / '20200630.tif', 'EPSG:32633', where)
+        expected = self.mask(path, tiles, 2021)
+        assert (self.mask(path, tiles, 'nearest') == expected).all()
+        assert expected.any()

@@ -236,6 +236,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
         super().teardown(stage)
         # Not opened for this
         if damage := getattr(self.__dict__.get('source'), 'damage', None):
+            damage.tell_epoch()
             damage.tell_files()
 
     def _pending(self) -> int:
