@@ -184,9 +184,10 @@ def label_archive(
     store = LabelStore(file, name, legend, of_code, origin, editions)
     count = workers or count_cores()
     with store.open(overwrite), open_workers(count, scheduler) as pool:
-        labelled = _Run(source, store, pool, product, years, progress).run(
-            worldcover, (base_url or product.url) if download else None
-        )
+        url = (base_url or product.url) if download else None
+        labelled = _Run(
+            source, store, pool, product, years, worldcover, url, progress
+        ).run()
     if format == 'json':
         write_json(store.path, json, min_fraction, min_valid)
     return labelled
@@ -246,21 +247,24 @@ class _Run:
         workers: Workers,
         product: LandCoverProduct,
         years: Sequence[int | None],
+        worldcover: Path | Iterable[Path],
+        base_url: str | None,
         progress: bool,
     ) -> None:
         self.source, self.store, self.workers = source, store, workers
         self.product, self.years, self.progress = product, years, progress
+        self.worldcover, self.base_url = worldcover, base_url
         self.failures: dict[str, str] = {}
         self.decoded = 0
 
-    def run(self, worldcover: Path | Iterable[Path], base_url: str | None) -> Labelled:
+    def run(self) -> Labelled:
         """Read footprints, count their pixels, and write the file."""
-        missing = self._find_missing(self._tile_names(worldcover))
+        missing = self._find_missing(self._tile_names())
         footprints, boxes = self._locate(self._read_footprints(missing))
         ids = footprints['id'].combine_chunks()
         plans = []
-        for year, rows in self._by_year(ids, boxes, worldcover, base_url):
-            cover = self._cover(worldcover, year, boxes[rows], base_url)
+        for year, rows in self._by_year(ids, boxes):
+            cover = self._cover(year, boxes[rows])
             plan = Plan(boxes[rows], cover.tiles)
             bare = np.flatnonzero(plan.first < 0).tolist()
             lost = reasons(cover, plan.boxes, bare, self.product, year)
@@ -269,7 +273,7 @@ class _Run:
             self.failures |= dict(zip(names, lost.values(), strict=True))
             plans.append((year, plan, part, [*lost]))
 
-        tiles = self._tile_names(worldcover)  # with those that were downloaded
+        tiles = self._tile_names()  # with those that were downloaded
         self.store.start_counting(tiles)
         wanted = self.source.ids.take(missing)
         new = 0
@@ -293,25 +297,15 @@ class _Run:
             self.store.path, rows, new, self.failures, self.decoded, partial
         )
 
-    def _cover(
-        self,
-        worldcover: Path | Iterable[Path],
-        year: int | None,
-        boxes: Floats,
-        base_url: str | None,
-    ) -> Cover:
+    def _cover(self, year: int | None, boxes: Floats) -> Cover:
         """Find the tiles of a year under boxes."""
         return find_cover(
-            *(worldcover, self.product, year, boxes, self.workers),
-            *(base_url, self.progress),
+            *(self.worldcover, self.product, year, boxes, self.workers),
+            *(self.base_url, self.progress),
         )
 
     def _by_year(
-        self,
-        ids: pa.Array,
-        boxes: Floats,
-        worldcover: Path | Iterable[Path],
-        base_url: str | None,
+        self, ids: pa.Array, boxes: Floats
     ) -> Iterator[tuple[int | None, npt.NDArray[np.int64]]]:
         """Yield each year of the map with the rows of footprints that it is for."""
         if len(self.years) == 1 or not len(ids):
@@ -328,23 +322,23 @@ class _Run:
                 stacklevel=4,
             )
         gaps = abs(np.where(unknown, years[0], taken)[:, None] - years)  # (N, Y)
-        if base_url is None and remote_bucket(worldcover) is None:
+        if self.base_url is None and remote_bucket(self.worldcover) is None:
             for column, year in enumerate(self.years):
-                tiles = self._cover(worldcover, year, boxes, None).tiles
-                gaps[Plan(boxes, tiles).first < 0, column] += 1e6
+                without = Plan(boxes, self._cover(year, boxes).tiles).first < 0
+                gaps[without, column] += 1e6
         chosen = gaps.argmin(1)
         for column, year in enumerate(self.years):
             if len(rows := np.flatnonzero(chosen == column)):
                 yield year, rows
 
-    def _tile_names(self, worldcover: Path | Iterable[Path]) -> list[str]:
+    def _tile_names(self) -> list[str]:
         """Return the names of the tiles that are there, none if they are on a server."""
-        if remote_bucket(worldcover) is not None:
+        if remote_bucket(self.worldcover) is not None:
             return []
         files = set()
         for year in self.years:
             with suppress(FileNotFoundError):
-                files |= {*find_year(worldcover, self.product, year)}
+                files |= {*find_year(self.worldcover, self.product, year)}
         return sorted(map(os.path.basename, files))
 
     def _find_missing(self, tiles: list[str]) -> pa.Array:
