@@ -116,7 +116,7 @@ class TestImageMaskFolder:
             images[2]
 
     def test_bad_argument(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"on_error must be .*, got 'ignore'"):
+        with pytest.raises(ValueError, match=r"on_error must be .*'ignore'"):
             folder(patches(tmp_path), on_error='ignore')
 
 

@@ -554,13 +554,13 @@ class TestBadInput:
             ({'global_scale': (1, 0.3)}, r'global_scale must be a range .* \(1, 0.3\)'),
             ({'local_scale': (0, 0.3)}, r'local_scale must be a range .* \(0, 0.3\)'),
             ({'local_scale': (0.1, 1.3)}, 'local_scale must be a range'),
-            ({'local_scale': (0.1,)}, 'local_scale must be a range'),
+            ({'local_scale': (0.1,)}, r'local_scale must be \(a number, a number\)'),
             ({'ratio': (2, 1)}, 'ratio must be a range'),
             ({'blur_sigma': (-1, 1)}, 'blur_sigma must be a range'),
             ({'horizontal_flip': 2}, r'horizontal_flip must be in \[0, 1\], got 2'),
             ({'local_blur': -0.1}, r'local_blur must be in \[0, 1\], got -0.1'),
             ({'global_blur': (0, 2)}, r'global_blur must be 2 numbers in \[0, 1\]'),
-            ({'global_jitter': (1, 1, 1)}, 'global_jitter must be 4 numbers'),
+            ({'global_jitter': (1, 1, 1)}, 'global_jitter must be'),
             ({'local_jitter': (1, 1, 1, 0.6)}, r'hue of local_jitter .* got 0.6'),
             ({'value_range': (1, 0)}, r'value_range must be \(low, high\)'),
             ({'global_solarize': (0, 0.2)}, 'declare value_range'),
@@ -570,7 +570,7 @@ class TestBadInput:
         ],
     )
     def test_bad_option(self, kwargs: dict[str, Any], match: str) -> None:
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             MultiCropView(**kwargs)
 
     @pytest.mark.parametrize('shape', [(3, 40, 40), (1, 1, 1, 3, 40, 40)])

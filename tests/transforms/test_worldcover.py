@@ -288,10 +288,14 @@ class TestErrors:
         with pytest.raises(ValueError, match=r'must be of shape \(\.\.\., H, W\)'):
             class_fractions(torch.zeros(shape))
 
-    @pytest.mark.parametrize('codes', [(), (0, 10), (10, 256), (10.5,), (-10,)])
+    @pytest.mark.parametrize('codes', [(), (0, 10), (10, 256), (-10,)])
     def test_codes_out_of_range(self, codes: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match='codes must be whole numbers from 1'):
             WorldCoverMultiLabel(codes)
+
+    def test_codes_of_another_type(self) -> None:
+        with pytest.raises(TypeError, match='codes must be a list of a whole number'):
+            WorldCoverMultiLabel((10.5,))  # type: ignore[arg-type]
 
     def test_duplicate_codes(self) -> None:
         with pytest.raises(ValueError, match=r'codes must be unique, got \(10, 10\)'):
@@ -299,12 +303,16 @@ class TestErrors:
 
     @pytest.mark.parametrize('value', [0, -0.1, 1.1, float('nan')])
     def test_min_fraction(self, value: float) -> None:
-        with pytest.raises(ValueError, match=r'min_fraction must be in \(0, 1\], got'):
+        with pytest.raises(
+            ValueError, match=r'min_fraction must be (in \(0, 1\]|finite), got'
+        ):
             WorldCoverMultiLabel(min_fraction=value)
 
     @pytest.mark.parametrize('value', [-0.1, 1.1, float('nan')])
     def test_min_valid(self, value: float) -> None:
-        with pytest.raises(ValueError, match=r'min_valid must be in \[0, 1\], got'):
+        with pytest.raises(
+            ValueError, match=r'min_valid must be (in \[0, 1\]|finite), got'
+        ):
             WorldCoverMultiLabel(min_valid=value)
 
     def test_unknown_policy(self) -> None:

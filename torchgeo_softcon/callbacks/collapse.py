@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from .._checks import check_counts, check_not_negative
+from .._checks import check_counts, check_not_negative, check_types
 from ..evaluation.features import encode, prepare
 from ..tasks.guard import is_chance, plateau_message
 from .watch import EncoderWatch, gather, quietly
@@ -114,6 +114,7 @@ class CollapseMonitor(EncoderWatch):
         Raises:
             ValueError: If an argument is out of range.
         """
+        check_types(CollapseMonitor.__init__, locals())
         check_counts(
             every_n_steps=every_n_steps, patience=patience, plateau_steps=plateau_steps
         )

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from .._checks import check_types
 from ..evaluation.embedding_rows import EmbeddingRows
 from ..storage.resumable import ResumableParquet
 
@@ -52,6 +53,7 @@ class EmbeddingWriter(BasePredictionWriter):
             overwrite: Whether to replace an existing file, and not to go on with one
                 that is not complete.
         """
+        check_types(EmbeddingWriter.__init__, locals())
         super().__init__('batch')
         self.path = Path(path)
         self.overwrite = overwrite

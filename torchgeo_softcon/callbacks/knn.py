@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._checks import check_counts, check_positive
+from .._checks import check_counts, check_positive, check_types
 from ..datamodules.normalization import use_unit_range
 from ..datamodules.protocol import is_endless, loader_batch_size, trainer_datamodule
 from ..evaluation.loop import (
@@ -104,6 +104,7 @@ class KNNProbe(EncoderWatch):
         Raises:
             ValueError: If an argument is out of range, or *queries* is missing.
         """
+        check_types(KNNProbe.__init__, locals())
         check_counts(
             k=k,
             every_n_epochs=every_n_epochs,

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import check_types
 from .._compat import get_weight
 from ..models.weights import EncoderWeights
 
@@ -45,6 +46,7 @@ class ResizeInput(Callback):
         Raises:
             ValueError: If the size is not positive.
         """
+        check_types(ResizeInput.__init__, locals())
         if size is not None and size < 1:
             raise ValueError(f'size must be a number of pixels, got {size}')
         self.size = size

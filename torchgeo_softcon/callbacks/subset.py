@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import Subset
 
+from .._checks import check_types
 from ..datamodules.base import DrawDataModule
 from ..datamodules.protocol import find_split, offer_of, trainer_datamodule
 from ..evaluation.samples import choose_subset
@@ -40,6 +41,7 @@ class TrainSubset(Callback):
         Raises:
             ValueError: If *fraction* is out of range.
         """
+        check_types(TrainSubset.__init__, locals())
         choose_subset(1000000, fraction, seed)
         self.fraction = fraction
         self.seed = seed

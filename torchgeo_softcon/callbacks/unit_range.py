@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from .._checks import check_types
 from ..bands import Level
 from ..datamodules.normalization import use_unit_range
 from ..datamodules.protocol import trainer_datamodule
@@ -49,6 +50,7 @@ class UnitRange(Callback):
         Raises:
             ValueError: If only one of *mean* and *std* is given, or *level* with them.
         """
+        check_types(UnitRange.__init__, locals())
         if (mean is None) != (std is None) or (mean is not None and level is not None):
             raise ValueError(
                 'mean and std must be given together, without level, got '

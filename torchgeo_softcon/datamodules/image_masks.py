@@ -5,6 +5,7 @@
 
 from typing import Any
 
+from .._checks import check_types
 from ..datasets.image_masks import ImageMaskFolder
 from .base import DrawDataModule, Target, target_transform
 
@@ -55,6 +56,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
             TypeError: If the dataset has no such option.
             ValueError: If an argument is out of range.
         """
+        check_types(ImageMaskFolderDataModule.__init__, locals())
         self._options = kwargs
         super().__init__(
             ImageMaskFolder, batch_size, num_workers, val_fraction, seed, self._options

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from .._checks import check_types
 from ..datasets.scene_grid import SceneGrid
 from ..datasets.scenes import WorldCoverScenes
 from ..geo.grid import overlapping
@@ -75,6 +76,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
             TypeError: If the dataset has no such option.
             ValueError: If an argument is out of range.
         """
+        check_types(WorldCoverScenesDataModule.__init__, locals())
         self._options = kwargs
         super().__init__(
             WorldCoverScenes, batch_size, num_workers, val_fraction, seed, self._options

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from .._checks import check_types
 from .._compat import Sample
 from ..datasets.scaling import ValueRange, resolve_value_range
 from ..datasets.ssl4eo_s12_ml import SSL4EOS12ML, RecordBatch, split_range
@@ -76,6 +77,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
             TypeError: If the dataset has no such option.
             ValueError: If an argument is out of range.
         """
+        check_types(SSL4EOS12MLDataModule.__init__, locals())
         self._options = kwargs
         super().__init__(
             SSL4EOS12ML, batch_size, num_workers, val_fraction, seed, self._options

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from .._checks import check_types
 from ..bands import SENTINEL2_BANDS
 from ..datasets.scenes import WorldCoverScenes
 from ..datasets.synthetic import SyntheticScenes
@@ -54,6 +55,7 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             TypeError: If there is no such option.
             ValueError: If an argument is out of range.
         """
+        check_types(SyntheticScenesDataModule.__init__, locals())
         super().__init__(
             images='',
             worldcover='',

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rasterio.windows import Window
 
-from .._checks import check_choice, check_counts
+from .._checks import check_counts, check_types
 from .._compat import Sample
 from ..bands import Level, normalize_band_names
 from ..geo.mosaic import scale_codes
@@ -146,6 +146,7 @@ class ImageMaskFolder(DivisibleImages):
             ValueError: If an image and its mask, or the images among themselves, do not
                 have the same size, if a band is missing, or if an argument does not fit.
         """
+        check_types(ImageMaskFolder.__init__, locals())
         if root is None and (images is None or (masks is None and mask_band is None)):
             raise ValueError(
                 'root must be given, or images together with masks or mask_band'
@@ -157,7 +158,6 @@ class ImageMaskFolder(DivisibleImages):
             )
         check_counts(seasons=seasons, size=size)
         check_seed(seed)
-        check_choice('on_error', on_error, get_args(OnError))
 
         self.seasons = seasons
         self.size = size

@@ -9,14 +9,14 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from .._checks import check_choice, check_counts, check_fractions
+from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
 from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
@@ -176,10 +176,10 @@ class WorldCoverScenes(DrawnImages):
                 band without a name are taken for dates of one place, or later, if no
                 window with enough data is found.
         """
+        check_types(WorldCoverScenes.__init__, locals())
         check_seed(seed)
         check_counts(patch_size=patch_size, seasons=seasons, length=length)
         check_fractions(min_valid=min_valid)
-        check_choice('on_error', on_error, get_args(OnError))
 
         self.patch_size = patch_size
         self.seasons = seasons

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .._checks import check_choice, check_counts
+from .._checks import check_counts, check_types
 from .._compat import Sample
 from ..geo.rasters import DamagedFileError
 from ..ssl4eo.image_records import decode
@@ -104,10 +104,10 @@ class SSL4EOS12ML(DivisibleImages):
         Warns:
             UserWarning: If images are not in the labels, or locations are left out.
         """
+        check_types(SSL4EOS12ML.__init__, locals())
         splits = split_names(split)
         check_counts(seasons=seasons)
         check_seed(seed)
-        check_choice('on_error', on_error, get_args(OnError))
         if not 0 < min_fraction <= 1:
             raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._checks import require
+from .._checks import check_types, require
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
 from ..synthetic.scenes import MAX_SITES, MAX_SIZE, write_scenes
 
@@ -73,6 +73,7 @@ class SyntheticScenes:
             ValueError: If an argument is out of range, or if *bands* are unknown or of
                 both sensors.
         """
+        check_types(SyntheticScenes.__init__, locals())
         names = normalize_band_names(bands)
         sensors = (SENTINEL2_BANDS, SENTINEL1_BANDS)
         require(

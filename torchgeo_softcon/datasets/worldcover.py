@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from pyproj import CRS
 from torch import Tensor
 
-from .._checks import require
+from .._checks import check_types, require
 from .._compat import (
     DatasetNotFoundError,
     RasterDataset,
@@ -144,6 +144,7 @@ class ESAWorldCover(RasterDataset):
         Warns:
             UserWarning: If a tile with an official name is not of the official size.
         """
+        check_types(ESAWorldCover.__init__, locals())
         self.product = product = find_product(product)
         self.year = product.check_year(year)
         self.classes = classes = tuple(product.codes if classes is None else classes)

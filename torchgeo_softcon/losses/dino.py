@@ -10,7 +10,7 @@ from lightly.utils import dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_positive
+from .._checks import check_positive, check_types
 
 #: Logits that are turned into a gradient in one go on a CPU, so that they and the gradient
 #: stay in its cache from one pass to the next.
@@ -140,6 +140,7 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: If an argument is out of range.
         """
+        check_types(DINOLoss.__init__, locals())
         if output_dim < 2:
             raise ValueError(
                 f'output_dim must be at least 2 prototypes, got {output_dim}'

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightly.utils import dist
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_not_negative, check_positive
+from .._checks import check_choice, check_not_negative, check_positive, check_types
 
 #: Maps labels of shape (B, K) and (N, K) to similarities in [0, 1] of shape (B, N).
 LabelSimilarity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -341,6 +341,7 @@ class SoftContrastiveLoss(nn.Module):
         Raises:
             ValueError: If an option is out of range or unknown.
         """
+        check_types(SoftContrastiveLoss.__init__, locals())
         check_positive(temperature=temperature, soft_temperature=soft_temperature)
         check_not_negative(soft_weight=soft_weight)
         _check_options(soft_loss, label_similarity)

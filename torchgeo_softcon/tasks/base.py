@@ -7,20 +7,14 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from .._checks import (
-    check_choice,
-    check_counts,
-    check_fractions,
-    check_not_negative,
-    check_positive,
-)
+from .._checks import check_counts, check_fractions, check_not_negative, check_positive
 from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
 from ..bands import normalize_band_names
 from ..models import (
@@ -33,7 +27,7 @@ from ..models import (
 )
 from ..models.checkpoints import Branch
 from ..models.encoders import PRETRAINING
-from ..models.input_layer import InputLayerInit, input_layer
+from ..models.input_layer import input_layer
 from ..models.loading import check_patches
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
@@ -46,7 +40,6 @@ from .memory import (
     set_memory_format,
 )
 from .optimizers import (
-    OptimizerName,
     cosine_warmup,
     create_optimizer,
     parameter_groups,
@@ -61,10 +54,6 @@ _CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
     check_fractions: ('momentum', 'momentum_final'),
     check_positive: ('lr',),
     check_not_negative: ('weight_decay', 'warmup_epochs', 'lr_final'),
-}
-_CHOICES = {
-    'optimizer': get_args(OptimizerName),
-    'in_layer_init': get_args(InputLayerInit),
 }
 
 
@@ -155,8 +144,6 @@ class PretrainingTask(BaseTask):
         """
         for check, names in _CHECKS.items():
             check(**{name: self.option(name) for name in names})
-        for option, choices in _CHOICES.items():
-            check_choice(option, self.option(option), choices)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         name, channels = self.hparams['model'], self.hparams['in_channels']

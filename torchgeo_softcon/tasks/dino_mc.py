@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_choice, check_counts, check_not_negative, check_positive
+from .._checks import check_counts, check_not_negative, check_positive, check_types
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss
 from ..models.input_layer import InputLayerInit
@@ -175,6 +175,7 @@ class DINOMCTask(PretrainingTask):
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
         """
+        check_types(DINOMCTask.__init__, locals())
         check_counts(size=size, bottleneck_dim=bottleneck_dim)
         check_positive(
             teacher_temperature=teacher_temperature,
@@ -186,8 +187,6 @@ class DINOMCTask(PretrainingTask):
             teacher_temperature_epochs=teacher_temperature_epochs,
             weight_decay_final=weight_decay_final,
         )
-        check_choice('teacher_statistics', teacher_statistics, ('own', 'student'))
-        check_choice('crop_batching', crop_batching, get_args(CropBatching))
 
         if augmentations is None:
             augmentations = MultiCropView(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics.classification import MultilabelAveragePrecision
 
-from .._checks import check_counts, check_positive
+from .._checks import check_counts, check_positive, check_types
 from .._compat import ClassificationTask, Sample, WeightsEnum
 from ..models import create_encoder, load_encoder, read_pretrained
 from ..models.convert import choose_bands
@@ -95,6 +95,7 @@ class LinearProbeTask(ClassificationTask):
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
         """
+        check_types(LinearProbeTask.__init__, locals())
         check_counts(in_channels=in_channels, size=size)
         check_positive(lr=lr)
         if bands is not None and len(bands) != in_channels:

@@ -12,7 +12,7 @@ import torch
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_counts
+from .._checks import check_counts, check_types, require
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..models import is_vit
@@ -164,12 +164,14 @@ class SoftConTask(PretrainingTask):
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
         """
+        check_types(SoftConTask.__init__, locals())
         check_counts(
             mask_patch_size=mask_patch_size,
             projector_layers=projector_layers,
             predictor_layers=predictor_layers,
         )
-        check_choice('seasons', seasons, ('same', 'different'))
+
+        require(0 <= mask_ratio < 1, f'mask_ratio must be in [0, 1), got {mask_ratio}')
 
         self.label_similarity = label_similarity
         if callable(label_similarity):

@@ -6,12 +6,12 @@
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_counts, check_not_negative
+from .._checks import check_counts, check_not_negative, check_types
 from .colours import colour_map, jitter_rgb
 from .interpolation import Crop, Interpolation, crop_matrices, identity
 from .resample import means, resample
@@ -118,6 +118,7 @@ class MultiCropView(ViewModule):
         Raises:
             ValueError: If an option is out of range.
         """
+        check_types(MultiCropView.__init__, locals())
         temporal = views == 'temporal'
         if global_jitter is None:
             global_jitter = (0.4, 0.4, 0.4 if temporal else 0.2, 0.1)
@@ -170,13 +171,6 @@ class MultiCropView(ViewModule):
                 'grey_probability',
                 'local_blur',
             ),
-        )
-        check_choice('views', self.views, get_args(MultiCropViews))
-        check_choice(
-            'global_interpolation', self.global_interpolation, get_args(Interpolation)
-        )
-        check_choice(
-            'local_interpolation', self.local_interpolation, get_args(Interpolation)
         )
         check_not_negative(num_local_crops=self.num_local_crops)
         if self.num_local_crops > len(self.local_sizes):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_types
 from ..bands import Level, band_statistics, normalize_band_names
 
 
@@ -35,6 +36,7 @@ class ToUnitRange(nn.Module):
         Raises:
             ValueError: If there are not as many of both, or a deviation is not positive.
         """
+        check_types(ToUnitRange.__init__, locals())
         super().__init__()
         if len(mean) != len(std) or not len(mean):
             raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_fractions, check_limits, check_range
+from .._checks import check_fractions, check_limits, check_range, check_types
 from .colours import colour_map
 from .interpolation import bilinear_matrices
 from .resample import means, resample
@@ -95,6 +95,7 @@ class RandomView(ViewModule):
         Raises:
             ValueError: If an option is out of range.
         """
+        check_types(RandomView.__init__, locals())
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.scale = scale

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_fractions, require
+from .._checks import check_fractions, check_types, require
 from ..landcover.products import WORLDCOVER_CODES, ProductLike, find_product
 
 #: Class codes are bytes.
@@ -167,6 +167,7 @@ class WorldCoverMultiLabel(nn.Module):
             ValueError: If *codes* has duplicates or other values than the product's and
                 those from 1 to 255, or if another argument is out of range.
         """
+        check_types(WorldCoverMultiLabel.__init__, locals())
         product = find_product(product)
         codes = product.codes if codes is None else tuple(codes)
         official = {*codes} <= {*product.codes} and 0 < len(codes) == len({*codes})
@@ -176,7 +177,6 @@ class WorldCoverMultiLabel(nn.Module):
             0 < min_fraction <= 1, f'min_fraction must be in (0, 1], got {min_fraction}'
         )
         check_fractions(min_valid=min_valid)
-        check_choice('foreign', foreign, ('error', 'ignore'))
 
         super().__init__()
         self.codes, self.foreign = codes, foreign
