@@ -3,7 +3,6 @@
 
 """Image patches with masks of WorldCover codes, without georeference."""
 
-import contextlib
 import copy
 import os
 import re
@@ -14,7 +13,6 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rasterio.windows import Window
 
 from .._checks import check_counts, check_types
@@ -25,6 +23,8 @@ from ..geo.numbers import Numbers, OpenedFile
 from ..geo.rasters import (
     DamagedFileError,
     RasterReader,
+    Scene,
+    Values,
     open_raster,
     read_mask,
     read_raster,
@@ -44,10 +44,9 @@ from .patches import (
 )
 from .scaling import (
     ValueRange,
-    check_sample,
-    describe_scenes,
     scene_level,
     scene_ranges,
+    tell_scenes,
     to_unit_range,
     with_level,
 )
@@ -209,13 +208,7 @@ class ImageMaskFolder(DivisibleImages):
         self.value_range = self._ranges[self.level]
         # Not kept open: there may be any number of files, each read once in an epoch
         self._reader = RasterReader(max_open=0)
-        for line, scene in describe_scenes(scenes, value_range):
-            rank_zero_info(line)
-            if value_range in (None, 'softcon') and scene.kind.unit != '8 bit':
-                height, width = scene.grid.height, scene.grid.width
-                with contextlib.suppress(OSError):  # damaged, which is told when drawn
-                    values = self._reader.read(scene, 0, 0, height, width)
-                    check_sample(values, scene, self._ranges[scene_level(scene)])
+        tell_scenes(scenes, value_range, self._ranges, self._read_whole)
 
         groups: dict[str, list[Patch]] = {}
         for stem, patch in patches.items():
@@ -232,6 +225,9 @@ class ImageMaskFolder(DivisibleImages):
             self._separate()
         else:
             self._check_dates()
+
+    def _read_whole(self, scene: Scene) -> Values:
+        return self._reader.read(scene, 0, 0, scene.grid.height, scene.grid.width)
 
     def _check_sizes(self, patches: Sequence[Patch]) -> None:
         """Check that crops, or whole images, make a batch."""

@@ -3,13 +3,15 @@
 
 """From the numbers in a file to [0, 1], per band."""
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
 from ..geo.rasters import Scene
@@ -182,6 +184,32 @@ def describe_scenes(
         )
         lines.append((line, first))
     return lines
+
+
+def tell_scenes(
+    scenes: Sequence[Scene],
+    value_range: ValueRange,
+    ranges: Mapping[Level, Sequence[tuple[float, float]]],
+    read: Callable[[Scene], npt.NDArray[np.float32]],
+) -> list[tuple[str, Scene]]:
+    """Say what each kind of scene is taken for, and check a window of it.
+
+    Args:
+        scenes: Scenes of the same bands.
+        value_range: See :func:`resolve_value_range`.
+        ranges: Those of :func:`scene_ranges`.
+        read: Reads a window of a scene, before it is scaled.
+
+    Returns:
+        What :func:`describe_scenes` says.
+    """
+    kinds = describe_scenes(scenes, value_range)
+    for line, scene in kinds:
+        rank_zero_info(line)
+        if value_range in (None, 'softcon') and scene.kind.unit != '8 bit':
+            with contextlib.suppress(OSError):  # damaged, which its windows will say
+                check_sample(read(scene), scene, ranges[scene_level(scene)])
+    return kinds
 
 
 def with_level(scenes: Iterable[Scene], level: Level | None) -> list[Scene]:

@@ -3,7 +3,6 @@
 
 """Windows of georeferenced images, with ESA WorldCover as the mask."""
 
-import contextlib
 import copy
 import os
 import warnings
@@ -27,11 +26,10 @@ from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
 from .scaling import (
     ValueRange,
-    check_sample,
     clip_radar,
-    describe_scenes,
     scene_level,
     scene_ranges,
+    tell_scenes,
     to_unit_range,
     with_level,
 )
@@ -220,14 +218,7 @@ class WorldCoverScenes(DrawnImages):
         self.value_range = self._ranges[self.level]
         self.radar_quantiles = radar_quantiles
         self._reader = RasterReader()
-        self.kinds = describe_scenes(scenes, value_range)
-        for line, scene in self.kinds:
-            rank_zero_info(line)
-            if value_range in (None, 'softcon'):
-                with contextlib.suppress(
-                    OSError
-                ):  # damaged, which its windows will say
-                    check_sample(self.read_middle(scene), scene, self._range(scene))
+        self.kinds = tell_scenes(scenes, value_range, self._ranges, self.read_middle)
         self._check_dates()
         self._set_rows(rows, length)
 
