@@ -211,7 +211,8 @@ def scratch(path: Path) -> str:
         out.write(values)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
-    content[middle : middle + 200] = bytes(200)
+    # More than a strip: within one, zeros may decode to something
+    content[middle : middle + 800] = bytes(800)
     path.write_bytes(content)
     return str(path)
 

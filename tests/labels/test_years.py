@@ -186,7 +186,12 @@ class TestNearest:
 class TestScenes:
     def mask(self, image: Path, tiles: Any, year: Any) -> Any:
         dataset = WorldCoverScenes(
-            image, tiles, year, patch_size=32, transforms=lambda sample: sample
+            image,
+            tiles,
+            year,
+            patch_size=32,
+            value_range=(0, 1),
+            transforms=lambda sample: sample,
         )
         return dataset[0]['mask'].numpy()
 
