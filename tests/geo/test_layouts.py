@@ -305,6 +305,47 @@ class TestUnits:
             np.testing.assert_allclose(pixels, right, atol=1e-5)
         assert abs(image - scenes(path)[0]['image'].numpy()).max() > 0.005
 
+    @pytest.mark.parametrize(
+        ('names', 'low', 'high'), [(('VV', 'VH'), -20, -8), (('B2', 'B3'), 0.1, 0.4)]
+    )
+    def test_frame_of_zeros_around_floats(
+        self, tmp_path: Path, names: tuple[str, ...], low: float, high: float
+    ) -> None:
+        values = noise(2, low, high, 'float32', 32)
+        values[:, :, :8] = 0
+        values[0, 0, 20] = 0  # one band alone is data
+        path = write(tmp_path / 'a.tif', values, names)
+        empty = np.isnan(scenes(path).read_middle(scenes(path).kinds[0][1]))
+        assert empty[:, :, :8].all()
+        assert not empty[:, :, 8:].any()
+        sample = scenes(path, nodata=-9999)[0]
+        assert (sample['image'][:, :, :8] > 0).all()
+
+    def test_an_offset_that_was_applied_before(self, tmp_path: Path) -> None:
+        folder = tmp_path / PRODUCT.format('0509')
+        path = write(folder / 'a.tif', noise(2, 300, 1500, 'uint16'), ('B2', 'B3'))
+        with pytest.warns(
+            UserWarning, match=r'negative with offset -1000 from .*offset=0'
+        ):
+            scenes(path)
+
+    @pytest.mark.parametrize(
+        ('name', 'hints'),
+        [
+            ('S2B_MSIL2A_20230601T103629_R008_T32UNE_20230601T170010/B02.tif', 1),
+            ('20230601T101031_20230601T101123_T32UNE_B02.tif', 1),
+            ('S2B_MSIL2A_20200601T103629_R008_T32UNE_20230601T170010/B02.tif', 0),
+            ('20230601_B02.tif', 0),
+        ],
+    )
+    def test_hint_at_an_unknown_offset(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, hints: int
+    ) -> None:
+        write(tmp_path / name, numbers(1))
+        with caplog.at_level('INFO', logger='lightning.pytorch'):
+            scenes(tmp_path)
+        assert caplog.text.count('give offset=-1000') == hints
+
 
 class TestOrder:
     """Bands without names, whose order their brightness tells."""
@@ -365,6 +406,16 @@ class TestNamesOfFiles:
         dataset = scenes(tmp_path, value_range=(1000, 1010))
         assert dataset.bands == ('B2', 'B8A', 'B11')
         assert (dataset[0]['image'][:, 0, 0] * 10).round().tolist() == [0, 1, 2]
+
+    def test_assets_of_a_catalogue(self, tmp_path: Path) -> None:
+        folder = tmp_path / 'S2B_32UNE_20230601_0_L2A'
+        for number, name in enumerate(('red', 'nir08', 'coastal')):
+            write(folder / f'{name}.tif', numbers(1, 1000 + number))
+        for name in ('scl', 'aot', 'udm2'):
+            write(folder / f'{name}.tif', np.full((1, 32, 32), 4, np.uint8))
+        dataset = scenes(tmp_path, value_range=(1000, 1010))
+        assert dataset.bands == ('B1', 'B4', 'B8A')
+        assert (dataset[0]['image'][:, 0, 0] * 10).round().tolist() == [2, 0, 1]
 
     def test_radar_of_planetary_computer(self, tmp_path: Path) -> None:
         folder = tmp_path / 'S1A_IW_GRDH_1SDV_20210601T052638_rtc' / 'measurement'

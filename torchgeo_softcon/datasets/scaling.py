@@ -32,6 +32,9 @@ _STATISTICS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
 #: statistics are of. Snow and clouds are that bright, too, so it is no error.
 _CLIPPED = 0.95
 
+#: Digital numbers that the atmospheric correction of dark ground does not go below.
+_NEGATIVE = -100
+
 #: Quantiles that bands of radar are clipped to by the authors of SoftCon.
 #: https://github.com/zhu-xlab/Copernicus-Bench (wrappers of Sentinel-1)
 _RADAR_QUANTILES = (0.01, 0.99)
@@ -240,7 +243,7 @@ def check_sample(
 
     Warns:
         UserWarning: If nearly all pixels of bands that are scaled by statistics are below
-            or above them.
+            or above them, or if an offset makes many of them negative.
     """
     clipped = []
     for band, pixels, pair in zip(scene.bands or (), values, value_range, strict=False):
@@ -261,6 +264,15 @@ def check_sample(
         raise ValueError(
             f'{scene.name} has values of {band} from {low:.4g} to {high:.4g}, '
             f'which is not radar backscatter in dB: {remedy}, or give value_range'
+        )
+    corrected = any(offset < 0 for layer in scene.layers for offset in layer.offset)
+    negative = float((values[np.isfinite(values)] < _NEGATIVE).sum() / values.size)
+    if corrected and negative > 1 - _CLIPPED and scene.kind.unit == 'digital numbers':
+        warnings.warn(
+            f'{negative:.0%} of the pixels in the middle of {scene.name} are negative with '
+            f'{scene.kind.source}. If the numbers were corrected before, give offset=0',
+            UserWarning,
+            stacklevel=3,
         )
     if clipped and np.mean(clipped) > _CLIPPED:
         warnings.warn(

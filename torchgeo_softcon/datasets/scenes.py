@@ -133,10 +133,11 @@ class WorldCoverScenes(DrawnImages):
             all_bands: Names of all bands in file order, if a file does not tell or
                 tells wrong.
             nodata: Value of pixels without data, None for what each file says.
-                Sentinel-2 products from ESA have 0 there but do not say so, so that is
-                the default for digital numbers (uint16) of Sentinel-2 bands: give
-                another number if 0 is data. A 0 in integers counts only where all
-                bands have it, because single ones do have 0, such as B10.
+                Sentinel-2 products from ESA have 0 there but do not say so, and so do
+                radar and floats around the swath: that is the default for digital numbers
+                (uint16) of Sentinel-2 bands, and for known bands in floats. Give another
+                number if 0 is data. A 0 counts only where all bands have it, because
+                single ones do have 0, such as B10.
             rows: Part of each raster's rows to take windows from, as fractions from
                 the top. Two datasets with rows that do not overlap share no pixel,
                 unless rasters of different places overlap.

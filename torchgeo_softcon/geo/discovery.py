@@ -48,7 +48,7 @@ _BAND_TOKEN = re.compile(
 #: STAC catalogues, of Major-TOM, Planet, BigEarthNet and HLS, and WorldCover itself.
 _NOT_A_BAND = re.compile(
     r'(?:^|[_.])(?:TCI|AOT|WVP|SCL|PVI|QA60|Fmask|[SV][AZ]A)(?:_(?:10|20|60)m)?$'
-    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|_udm2?(?:_clip)?$'
+    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|(?:^|_)udm2?(?:_clip)?$'
     r'|_reference_map$|^MSK_|^ESA_WorldCover_',
     re.IGNORECASE,
 )
@@ -70,6 +70,14 @@ _NO_VALUES = re.compile(
     r'(?![a-z])',
     re.IGNORECASE,
 )
+
+#: Sentinel-2 in a path, and the names of its bands as assets of STAC catalogues.
+_SENTINEL2 = re.compile(r'(?<![A-Za-z0-9])(?:S2[A-D]?_|sentinel-?2)', re.IGNORECASE)
+_ASSET_NAMES = (
+    *('coastal', 'blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3', 'nir'),
+    *('nir08', 'nir09', 'cirrus', 'swir16', 'swir22'),
+)
+_ASSETS = dict(zip(_ASSET_NAMES, SENTINEL2_BANDS, strict=True))
 
 #: Folders of a Level-2A product that hold bands of one scene.
 _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
@@ -236,6 +244,8 @@ def _find_band(path: str) -> tuple[str, str | None, bool]:
     if end is not None:
         band, stem = spell_band_name(end['band']), name.stem[: end.start()]
         return os.path.join(folder, stem), band, True
+    if name.stem in _ASSETS and _SENTINEL2.search(path):
+        return os.path.join(folder, ''), _ASSETS[name.stem], True
     if len(words) != 1:
         return path, None, False
     start, stop = words[0].span()

@@ -248,9 +248,16 @@ class Numbers:
                 else:
                     text = f'offset {found.value:g} from {found.source}'
         if not optical:
-            return layer, self._other_unit(file, names), text
-        unit = unit or self.unit
-        if unit == 'reflectance' and self.to_digital:
+            unit = self._other_unit(file, names)
+        unit = unit or self.unit * optical
+        if (
+            unit
+            and layer.dtype.startswith('float')
+            and not any(value is not None for value in layer.nodata)
+        ):
+            # Exactly 0 in all bands is the frame around an image
+            layer = replace(layer, nodata=(0.0,) * count)
+        if optical and unit == 'reflectance' and self.to_digital:
             scale, offset = (
                 tuple(round(value * _PER_REFLECTANCE, 6) for value in values)
                 for values in (layer.scale, layer.offset)

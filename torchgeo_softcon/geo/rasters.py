@@ -295,8 +295,8 @@ def read_values(
 ) -> tuple[Values, Flags]:
     """Read bands of an open raster as float32 of (C, H, W), NaN where they have no data.
 
-    See :class:`Layer` for the arguments. Also returned is where a band of integers is 0
-    and that is its nodata value: no data, too, but only if all bands are, so not NaN.
+    See :class:`Layer` for the arguments. Also returned is where a band is 0 and that is its
+    nodata value: no data, too, but only if all bands are, so not NaN.
     """
     wanted = [*indexes] if alpha is None else [*indexes, alpha]
     raw = read_raster(source, wanted, window)
@@ -305,7 +305,7 @@ def read_values(
         values = raw[: len(indexes)].astype(np.float32)
     zero = np.zeros(values.shape, np.bool_)
     for band, value in enumerate(nodata):
-        if value == 0 and raw.dtype.kind in 'iu':
+        if value == 0:
             zero[band] = raw[band] == 0
         elif value is not None:
             values[band][raw[band] == value] = np.nan

@@ -29,11 +29,11 @@ _PRODUCT = re.compile(
 _FIRST, _LAST = 400, 999
 _OFFSET = -1000.0
 
-#: Files without the name of their product, but with the tile and the time of acquisition:
-#: T32UNE_20230601T101031_B02_10m.tif of Planetary Computer, and Earth Engine's
-#: 20230601T101031_20230601T101123_T32UNE.
+#: Tile and time of acquisition without the baseline, in the names of files or folders:
+#: T32UNE_20230601T101031_B02_10m.tif, Planetary Computer's S2B_MSIL2A_20230601T103629_R008,
+#: and Earth Engine's 20230601T101031_20230601T101123_T32UNE.
 _GRANULE = re.compile(
-    r'(?<![A-Za-z0-9])(?:T\d{2}[A-Z]{3}_(?P<date>\d{8})T\d{6}'
+    r'(?<![A-Za-z0-9])(?:(?:T\d{2}[A-Z]{3}|S2[A-Z]_MSIL(?:1C|2A))_(?P<date>\d{8})T\d{6}'
     r'|(?P<taken>\d{8})T\d{6}_\d{8}T\d{6}_T\d{2}[A-Z]{3})'
 )
 
@@ -260,7 +260,7 @@ def hint_at_offset(paths: Iterable[str]) -> None:
         paths: Files with digital numbers of Sentinel-2 whose baseline nothing tells.
     """
     for path in paths:
-        granule = _GRANULE.search(os.path.basename(path))
+        granule = _GRANULE.search(os.path.realpath(path))
         if granule and (granule['date'] or granule['taken']) >= '20220125':
             rank_zero_info(
                 f'{path} does not tell its processing baseline, so its digital numbers '
