@@ -66,6 +66,9 @@ def test_step(make: Any, model: str, precision: torch.dtype | None) -> None:
         {'mask_mode': 'pixel', 'soft_loss': 'cross_entropy'},
         {'mask_ratio': 0, 'soft_loss': 'mse', 'label_similarity': 'jaccard'},
         {'soft_weight': 0, 'drop_path_rate': 0.1},
+        {'soft_bias': 'batch', 'soft_reduction': 'rows', 'same_label_weight': 0},
+        {'soft_loss': 'correlation', 'soft_weight': 'auto', 'soft_projector': True},
+        {'soft_bias': 'learned', 'batch_norm': 'frozen', 'head_warmup_epochs': 1},
     ],
 )
 def test_options_of_softcon(options: dict[str, Any]) -> None:
@@ -84,6 +87,7 @@ def test_seasons_of_softcon() -> None:
         {'crop_batching': 'packed', 'norm_last_layer': False},
         {'crop_batching': 'by_size'},
         {'clip_grad': None, 'drop_path_rate': 0},
+        {'soft_weight': 'auto', 'layer_decay': 0.7},
     ],
 )
 def test_options_of_dino(

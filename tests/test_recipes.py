@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchgeo.datasets import SSL4EOS12
@@ -281,6 +282,26 @@ def test_continual(
     )
     assert all('knn_map_cls' in values for values in probed)
     assert len(probed) == 2
+
+
+def test_continual_imagenet(tmp_path: Path) -> None:
+    """With weights of EfficientNet-Lite0's shapes."""
+    rng = np.random.default_rng(0)
+    for kind, shape in (('images', (64, 64, 3)), ('masks', (64, 64))):
+        (tmp_path / 'patches' / kind).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.choice(np.array([10, 40, 80], np.uint8), shape)
+            path = tmp_path / 'patches' / kind / f'{i}.png'
+            Image.fromarray(pixels).save(path)
+    torch.manual_seed(0)
+    start = timm.create_model('efficientnet_lite0', num_classes=0)
+    torch.save(start.state_dict(), tmp_path / 'start.pth')
+    fit(
+        'continual_imagenet',
+        *('--data.root', str(tmp_path / 'patches')),
+        *('--model.weights', str(tmp_path / 'start.pth')),
+        *('--model.hidden_dim', '16', '--model.output_dim', '8'),
+    )
 
 
 @pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.yaml')), ids=lambda p: p.stem)

@@ -235,7 +235,10 @@ def test_two_ranks_equal_the_whole_batch(tmp_path: Path) -> None:
     [
         ({'output_dim': 1}, 'output_dim'),
         ({'student_temperature': 0}, 'student_temperature'),
-        ({'student_temperature': math.nan}, 'student_temperature must be > 0, got nan'),
+        (
+            {'student_temperature': math.nan},
+            'student_temperature must be finite, got nan',
+        ),
         ({'center_momentum': 1}, 'center_momentum'),
     ],
 )

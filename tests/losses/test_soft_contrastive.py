@@ -19,8 +19,17 @@ from torchgeo_softcon.losses import (
     soft_contrastive_terms,
 )
 
-SoftLoss = Literal['bce', 'cross_entropy', 'mse']
-SOFT_LOSSES: tuple[SoftLoss, ...] = ('bce', 'cross_entropy', 'mse')
+SoftLoss = Literal['bce', 'cross_entropy', 'mse', 'correlation']
+SOFT_LOSSES: tuple[SoftLoss, ...] = ('bce', 'cross_entropy', 'mse', 'correlation')
+
+#: Options of the soft term with which ranks have to agree.
+FORMS: tuple[dict[str, Any], ...] = (
+    *({'soft_loss': name} for name in SOFT_LOSSES),
+    {'soft_bias': 'batch'},
+    {'soft_loss': 'mse', 'soft_bias': 'batch'},
+    {'soft_reduction': 'rows', 'same_label_weight': 0.3},
+    {'soft_loss': 'cross_entropy', 'target_temperature': 0.1},
+)
 
 
 def make_batch(
@@ -95,7 +104,7 @@ def slow_terms(
 
 
 class TestSoftContrastiveLoss:
-    @pytest.mark.parametrize('soft_loss', SOFT_LOSSES)
+    @pytest.mark.parametrize('soft_loss', SOFT_LOSSES[:3])
     @pytest.mark.parametrize('kind', ['cosine', 'jaccard'])
     @pytest.mark.parametrize('seasons', [False, True])
     def test_matches_a_double_loop(
@@ -235,12 +244,21 @@ class TestSoftContrastiveLoss:
         ('kwargs', 'match'),
         [
             ({'temperature': 0}, 'temperature must be > 0, got 0'),
-            ({'temperature': math.nan}, 'temperature must be > 0, got nan'),
+            ({'temperature': math.nan}, 'temperature must be finite, got nan'),
             ({'soft_temperature': -1}, 'soft_temperature must be > 0, got -1'),
             ({'soft_weight': -1}, 'soft_weight must be >= 0, got -1'),
-            ({'soft_weight': math.nan}, 'soft_weight must be >= 0, got nan'),
+            ({'soft_weight': math.nan}, 'soft_weight must be finite, got nan'),
             ({'soft_loss': 'kl'}, "soft_loss must be .* got 'kl'"),
             ({'label_similarity': 'dice'}, "label_similarity must be .* got 'dice'"),
+            ({'soft_bias': 'x'}, "soft_bias must be .* got 'x'"),
+            ({'soft_reduction': 'sum'}, "soft_reduction must be .* got 'sum'"),
+            ({'same_label_weight': 2}, r'same_label_weight must be in \[0, 1\], got 2'),
+            ({'target_temperature': 0}, 'target_temperature must be > 0, got 0'),
+            ({'target_temperature': 0.1}, "for soft_loss = 'cross_entropy', got 'bce'"),
+            (
+                {'soft_bias': 'learned', 'soft_loss': 'mse'},
+                "soft_bias = 'learned' is for soft_loss = .*'bce'.*, got 'mse'",
+            ),
         ],
     )
     def test_bad_option(self, kwargs: dict[str, Any], match: str) -> None:
@@ -282,7 +300,7 @@ def test_similarities_of_known_pairs() -> None:
 
 
 def _rank(rank: int, folder: str) -> None:
-    """One of two ranks: its loss and gradient of a linear map, for each soft loss."""
+    """One of two ranks: its loss and gradient of a linear map, for each form."""
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2
     )
@@ -290,7 +308,7 @@ def _rank(rank: int, folder: str) -> None:
     label[4:7] = 0  # the second rank knows little, the first knows all but one
     part = slice(4 * rank, 4 * rank + 4)
     results = {}
-    for soft_loss in SOFT_LOSSES:
+    for i, form in enumerate(FORMS):
         for keys_learn in (False, True):
             weight = torch.eye(8, dtype=torch.float64).requires_grad_()
             moved = key @ weight if keys_learn else key
@@ -298,14 +316,14 @@ def _rank(rank: int, folder: str) -> None:
                 query[part] @ weight,
                 moved[part],
                 label[part],
-                soft_loss=soft_loss,
                 gather_distributed=True,
+                **form,
             )
             loss.backward()
             assert weight.grad is not None
             # What DistributedDataParallel does
             torch.distributed.all_reduce(weight.grad)
-            results[soft_loss, keys_learn] = (loss.item(), weight.grad / 2)
+            results[i, keys_learn] = (loss.item(), weight.grad / 2)
     torch.save(results, f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
@@ -315,15 +333,13 @@ def test_two_ranks_equal_the_whole_batch(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
     query, key, label = make_batch(n=8)
     label[4:7] = 0
-    for soft_loss in SOFT_LOSSES:
+    for i, form in enumerate(FORMS):
         for keys_learn in (False, True):
             weight = torch.eye(8, dtype=torch.float64).requires_grad_()
             moved = key @ weight if keys_learn else key
-            loss = soft_contrastive_loss(
-                query @ weight, moved, label, soft_loss=soft_loss
-            )
+            loss = soft_contrastive_loss(query @ weight, moved, label, **form)
             loss.backward()
-            results = [r[soft_loss, keys_learn] for r in ranks]
+            results = [r[i, keys_learn] for r in ranks]
             assert sum(r[0] for r in results) / 2 == pytest.approx(loss.item())
             for _, grad in results:
                 torch.testing.assert_close(grad, weight.grad)

@@ -90,8 +90,10 @@ class TestCurves:
     def test_every_metric_is_somewhere(self, run: Path) -> None:
         log = read_logs(find_logs(run))
         figures = plot_curves(log)
-        assert list(figures) == ['losses', 'knn', 'spread', 'schedules', 'others']
-        assert 'train_loss_soft' in texts(figures['losses'])
+        assert list(figures) == ['losses', 'knn', 'labels', 'spread', 'schedules']
+        for name in ('train_loss_soft', 'chance', 'floor'):
+            assert name in texts(figures['losses'])
+        assert 'rank correlation with labels' in texts(figures['labels'])
         for name in ('knn, cls', 'knn, mean', 'linear, cls', 'chance'):
             assert name in texts(figures['knn'])
         assert 'effective rank' in texts(figures['spread'])
@@ -104,6 +106,22 @@ class TestCurves:
         (line,) = plot_curves(log)['losses'].axes[0].lines
         assert np.array_equal(line.get_ydata(), log['train_loss'].dropna())
         assert plot_curves(log)['knn'].axes[0].get_ylim() == (0, 1)
+
+    def test_lines_of_reference_are_in_the_panel_of_their_metric(self) -> None:
+        log = pd.DataFrame(
+            {
+                'step': [1, 2, 3],
+                'train_loss_soft': [0.9, 0.7, 0.6],
+                'train_loss_soft_chance': [0.7, 0.7, 0.7],
+                'train_loss_soft_floor': [0.5, 0.5, 0.5],
+            }
+        )
+        (axis,) = plot_curves(log)['losses'].axes
+        styles = {line.get_label(): line.get_linestyle() for line in axis.lines}
+        assert styles == {'train, loss, soft': '-', 'chance': '--', 'floor': ':'}
+        low, high = axis.get_ylim()
+        assert low < 0.5
+        assert high > 0.9
 
     def test_rows_of_one_step_are_one(self, tmp_path: Path) -> None:
         (tmp_path / 'metrics.csv').write_text('step,a,b\n1,2,\n1,,3\n2,4,\n')

@@ -46,6 +46,13 @@ class TestConstructor:
             ({'mask_mode': 'drop', 'model': 'resnet18'}, 'needs a Vision Transformer'),
             ({'soft_loss': 'kl'}, "got 'kl'"),
             ({'soft_weight': -1}, 'soft_weight must be >= 0'),
+            ({'soft_weight': 'much'}, "soft_weight must be 'auto' or a number, got"),
+            ({'soft_ratio': 0}, 'soft_ratio must be > 0, got 0'),
+            ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
+            (
+                {'batch_norm': 'x'},
+                "batch_norm must be 'train', 'frozen' or None, got 'x'",
+            ),
             ({'weights': 'nowhere.ckpt'}, "existing file or the name .*'nowhere.ckpt'"),
             ({'projector_layers': 0}, 'projector_layers must be at least 1, got 0'),
             ({'predictor_layers': 0}, 'predictor_layers must be at least 1, got 0'),
@@ -245,7 +252,7 @@ class TestViews:
                 {'label': None},
                 r"key 'label' .*\['image', 'label'\].*WorldCoverMultiLabel",
             ),
-            ({'label': torch.ones(4)}, r'multi-labels: make them one-hot'),
+            ({'label': torch.ones(4)}, r'multi-labels: set num_classes'),
             ({'label': torch.ones(3, 5)}, r'B = 4 and T = 1, got \(3, 5\)'),
             ({'label': torch.ones(4, 2, 5)}, r'T = 1, got \(4, 2, 5\)'),
             ({'label': -torch.ones(4, 5)}, 'finite and >= 0, got values from -1'),
@@ -291,7 +298,7 @@ class TestTrainingStep:
         batch = make_batch()
         task.training_step(batch, 0)
         assert torch.equal(seen['teacher'], batch['image'])
-        assert (seen['model'] == 0).float().mean() == 0.5
+        assert (seen['model'] == 0).float().mean() == 0.75  # 1 of 4 patches is seen
 
     def test_symmetric_averages_both_directions(self) -> None:
         task = make_task(mask_ratio=0, symmetric=True)
@@ -299,8 +306,8 @@ class TestTrainingStep:
         loss = task.training_step(batch, 0)
         with task.step_rng(0):
             views, labels = task.draw_views(batch)
-        one, _ = task.compare_views(views, labels)
-        two, _ = task.compare_views(views[::-1], labels[::-1])
+        one, *_ = task.compare_views(views, labels)
+        two, *_ = task.compare_views(views[::-1], labels[::-1])
         weight = torch.tensor([1, 30])
         torch.testing.assert_close(loss, ((one + two) * weight).sum() / 2)
 
@@ -339,7 +346,13 @@ class TestTrainingStep:
         assert metrics.keys() == {
             'train_loss',
             'train_loss_contrast',
+            'train_loss_contrast_chance',
             'train_loss_soft',
+            'train_loss_soft_chance',
+            'train_loss_soft_floor',
+            'train_soft_explained',
+            'train_label_correlation',
+            'schedule/soft_weight',
             'train_feature_std',
             'train_unknown_share',
             'schedule/lr',
@@ -347,6 +360,11 @@ class TestTrainingStep:
         }
         total = metrics['train_loss_contrast'] + 2 * metrics['train_loss_soft']
         torch.testing.assert_close(metrics['train_loss'], total)
+        assert metrics['train_loss_contrast_chance'] == pytest.approx(math.log(4))
+        assert metrics['schedule/soft_weight'] == 2
+        bar = trainer.progress_bar_metrics
+        parts = {'train_loss_contrast', 'train_loss_soft', 'train_feature_std'}
+        assert bar.keys() == {'train_loss', *parts}
 
     def test_loss_falls(self, tmp_path: Path) -> None:
         losses: list[float] = []

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .embeddings import EmbeddingWriter as EmbeddingWriter
     from .knn import KNNProbe as KNNProbe
     from .knn import knn_scores as knn_scores
+    from .label_control import LabelControl as LabelControl
     from .resize import ResizeForWeights as ResizeForWeights
     from .resize import ResizeInput as ResizeInput
     from .subset import TrainSubset as TrainSubset
@@ -24,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
     embeddings=('EmbeddingWriter',),
     knn=('KNNProbe', 'knn_scores'),
+    label_control=('LabelControl',),
     resize=('ResizeForWeights', 'ResizeInput'),
     subset=('TrainSubset',),
     unit_range=('UnitRange',),

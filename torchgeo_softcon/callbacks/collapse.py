@@ -165,7 +165,10 @@ class CollapseMonitor(EncoderWatch):
         features = gather(trainer, features).flatten(0, 1)
         if len(features) < 2:
             return None
-        loss = trainer.callback_metrics.get('train_loss', torch.tensor(math.nan))
+        logged = trainer.callback_metrics
+        loss = logged.get('train_loss', torch.tensor(math.nan))
+        # Without the part that labels guide
+        loss = logged.get('train_loss_dino', loss)
         with torch.autocast(features.device.type, enabled=False):
             measures = [
                 std_of_l2_normalized(features),

@@ -54,6 +54,11 @@ def model_card(
         'bands': ', '.join(bands) if bands else f'{channels}, not named',
         'value range': values,
         'image size in training': encoder.size or 'not known',
+        **(
+            {'batch norm': 'frozen: running statistics of the weights it started from'}
+            if encoder.hparams.get('batch_norm') == 'frozen'
+            else {}
+        ),
         'data': run.get('data', 'not known'),
         'epochs, steps': f'{checkpoint.get("epoch", -1) + 1}, '
         f'{checkpoint.get("global_step", "not known")}',

@@ -144,5 +144,8 @@ class DINOHead(ProjectionHead):
         Returns:
             Logits of shape (B, K).
         """
-        x = F.normalize(super().forward(x), dim=-1)
-        return cast(Tensor, self.last_layer(x))
+        return cast(Tensor, self.last_layer(self.embed(x)))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return what is compared with the prototypes, of norm 1, shape (B, D)."""
+        return F.normalize(super().forward(x), dim=-1)

@@ -89,13 +89,22 @@ _CURVES = {
         'losses',
         'Losses',
         'Each metric on its own scale. A falling loss alone does not show that the '
-        'features are of use.',
+        'features are of use. Dashed: what guessing gives (the log of the number of '
+        'candidates; one similarity for all pairs). Dotted: the floor.',
     ),
     _PROBE: Section(
         'knn',
         'Probes of the frozen encoder',
         'How well the labels of held-out images are found from the features. Step 0 is '
         'before the training; chance knows the frequencies of the classes only.',
+    ),
+    '^label_control/|label_correlation|soft_explained|unknown_share': Section(
+        'labels',
+        'What the labels do',
+        'The rank correlation of embedding and label similarities of different images, '
+        'and the share of the soft term that is explained: 0 for similarities that are '
+        'all alike, 1 for those of the labels. Permuted labels (LabelControl) show what '
+        'the frequencies of classes alone explain.',
     ),
     '^collapse/|feature_std': Section(
         'spread',
@@ -117,6 +126,8 @@ _TITLES = {
     'schedule/lr': 'learning rate',
     'schedule/momentum': 'momentum of the teacher',
     'train_feature_std': 'feature std in the step',
+    'train_label_correlation': 'rank correlation with labels',
+    'train_soft_explained': 'share of the soft term explained',
     'train_unknown_share': 'share of unknown labels',
 }
 
@@ -126,6 +137,7 @@ _LIMITS: dict[str, Callable[[float, float], tuple[float, float]]] = {
     'rank|std|schedule/lr': lambda low, high: (0, 1.1 * high or 1),
     'uniformity$': lambda low, high: (1.1 * low or -1, 0),
     'share$': lambda low, high: (-0.02, 1.02),
+    'correlation$|explained$': lambda low, high: (min(low, -0.1), 1.02),
 }
 
 #: Width and height of a panel of one metric, and of a panel of all probes, in inches.
@@ -152,11 +164,16 @@ def _probed(metric: str) -> str:
     return found.group(1) if found else ''
 
 
+def _measured(metric: str) -> str:
+    """Return what a line of reference belongs to, other metrics as they are."""
+    return re.sub('_(chance|floor)$', '', metric)
+
+
 def _plot(log: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Plot one panel per metric, which have different units, and one of all probes."""
     panels: dict[str, list[str]] = {}
     for metric in metrics:
-        panels.setdefault(_probed(metric) or metric, []).append(metric)
+        panels.setdefault(_probed(metric) or _measured(metric), []).append(metric)
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     width, height = _PROBE_PANEL if _probed(metrics[0]) else _PANEL
@@ -167,9 +184,9 @@ def _plot(log: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         title = _TITLES.get(name, title.replace('_', ' ') if group else title)
         axis.set_title(title, fontsize='medium', loc='left')
         # What guessing would give comes last in the legend
-        for metric in sorted(lines, key=lambda m: (m.endswith('_chance'), m)):
+        for metric in sorted(lines, key=lambda m: (m != _measured(m), m)):
             _draw(axis, log, metric)
-        if _probed(lines[0]):
+        if len(lines) > 1 or _probed(lines[0]):
             axis.legend(loc='best', fontsize='small')
     for axis in axes[len(panels) :]:
         axis.remove()
@@ -182,8 +199,10 @@ def _draw(axis: Axes, log: pd.DataFrame, metric: str) -> None:
     values = log.set_index('step')[metric].dropna()
     label = re.sub(rf'_?{_probed(metric)}', '', metric).replace('_', ', ')
     style: dict[str, Any] = {'label': label.replace('knn, chance', 'chance')}
-    if metric.endswith('_chance'):
-        style |= {'color': 'grey', 'linestyle': '--'}
+    if metric != _measured(metric):
+        _, _, kind = metric.rpartition('_')
+        line = {'chance': '--', 'floor': ':'}[kind]
+        style = {'label': kind, 'color': 'grey', 'linestyle': line}
     marker = 'o' if len(values) <= 30 else None
     axis.plot(values, marker=marker, markersize=3, **style)
     end = max(log['step'].max(), 1)
@@ -201,5 +220,5 @@ def _draw(axis: Axes, log: pd.DataFrame, metric: str) -> None:
     limits = [f for pattern, f in _LIMITS.items() if re.search(pattern, metric)]
     if limits:
         axis.set_ylim(limits[0](low, high))
-    elif low == high:
+    elif low == high and metric == _measured(metric):
         axis.set_ylim(0, 1.2 * low or 1)

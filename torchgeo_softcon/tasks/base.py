@@ -3,34 +3,31 @@
 
 """Shared parts of pretraining tasks: encoder, views, randomness, schedules, checkpoints."""
 
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .._checks import check_counts, check_fractions, check_not_negative, check_positive
-from .._compat import BaseTask, Sample, WeightsEnum, finetune_command
+from .._compat import Sample, WeightsEnum
 from ..bands import normalize_band_names
 from ..models import (
     create_encoder,
     feature_size,
-    is_vit,
     load_encoder,
     read_pretrained,
     read_weights,
 )
-from ..models.checkpoints import Branch
 from ..models.encoders import PRETRAINING
 from ..models.input_layer import input_layer
 from ..models.loading import check_patches
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
+from .continual import ContinualTask
 from .guard import NonFiniteGuard
 from .memory import (
     checkpoint_activations,
@@ -39,6 +36,7 @@ from .memory import (
     paused_statistics,
     set_memory_format,
 )
+from .next_step import tell_next_step
 from .optimizers import (
     cosine_warmup,
     create_optimizer,
@@ -51,13 +49,18 @@ from .optimizers import (
 #: How the hyperparameters that tasks share are checked.
 _CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
     check_counts: ('in_channels', 'size', 'hidden_dim', 'output_dim'),
-    check_fractions: ('momentum', 'momentum_final'),
-    check_positive: ('lr',),
-    check_not_negative: ('weight_decay', 'warmup_epochs', 'lr_final'),
+    check_fractions: ('momentum', 'momentum_final', 'layer_decay'),
+    check_positive: ('lr', 'layer_decay'),
+    check_not_negative: (
+        *('weight_decay', 'warmup_epochs', 'lr_final', 'head_warmup_epochs'),
+    ),
 }
 
+#: What the progress bar shows of a step.
+_SHOWN = ('train_loss', 'train_loss_contrast', 'train_loss_soft', 'train_feature_std')
 
-class PretrainingTask(BaseTask):
+
+class PretrainingTask(ContinualTask):
     """Base of tasks that pretrain an encoder, with what they share.
 
     A new method is a subclass that builds ``self.model``, the encoder to export, in
@@ -70,9 +73,6 @@ class PretrainingTask(BaseTask):
     method: str
     #: Paper of the method.
     reference: str | None = None
-    #: Attributes with the encoders of the task. The one in *model* is exported.
-    branches: Mapping[Branch, str] = MappingProxyType({'student': 'model'})
-
     #: Not saved as hyperparameters: a checkpoint holds plain values only, so that it
     #: opens safely and without this package.
     ignore: tuple[str, ...] = ('weights', 'augmentations')
@@ -88,21 +88,6 @@ class PretrainingTask(BaseTask):
     #: one of a run of one step.
     total_steps: int = 1
     epoch_steps: int = 1
-
-    #: Options that a task need not have, and what stands for them.
-    defaults: Mapping[str, Any] = MappingProxyType(
-        {
-            'bands': None,
-            'in_layer_init': 'random',
-            'freeze_patch_embed': False,
-            'grad_checkpointing': False,
-            'channels_last': None,
-            'optimizer': 'adamw',
-            'lr_final': 0.0,
-            'weight_decay': 0.0,
-            'warmup_epochs': 0.0,
-        }
-    )
 
     def __init__(
         self,
@@ -122,10 +107,8 @@ class PretrainingTask(BaseTask):
         self.weights = weights
         super().__init__()
         self.augmentations = nn.Identity() if augmentations is None else augmentations
-
-    def option(self, name: str) -> Any:
-        """Return a hyperparameter, or the default of a task that does not have it."""
-        return self.hparams.get(name, self.defaults.get(name))
+        # Modules start in training mode, without having been told
+        self.train()
 
     def ema_pairs(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         """Return pairs of a trained module and the teacher that follows it."""
@@ -155,6 +138,7 @@ class PretrainingTask(BaseTask):
             )
 
         encoder = create_encoder(name, channels, False, drop_path_rate)
+        key, layer = input_layer(encoder)
         #: Number of features F of the encoder.
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
@@ -162,9 +146,13 @@ class PretrainingTask(BaseTask):
                 state_dict = read_pretrained(name, channels, bands)
             else:
                 state_dict = read_weights(self.weights)
-            load_encoder(encoder, state_dict, self.option('in_layer_init'), bands)
+            init = self.option('in_layer_init')
+            load_encoder(encoder, state_dict, init, bands)
+            others = state_dict[f'{key}.weight'].shape[1] != channels
+            self.new_input_layer = others and init == 'random'
+        self.choose_batch_norm(encoder, bool(self.weights))
         if self.option('freeze_patch_embed'):
-            input_layer(encoder)[1].requires_grad_(False)
+            layer.requires_grad_(False)
         set_memory_format(encoder, self.option('channels_last'))
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
@@ -249,6 +237,7 @@ class PretrainingTask(BaseTask):
             'method': getattr(self, 'method', type(self).__name__),
             'reference': self.reference,
             'branches': dict(self.branches),
+            'new_input_layer': self.new_input_layer,
         }
         # For those who use the encoder with other data
         datamodule = getattr(self._trainer, 'datamodule', None)
@@ -268,15 +257,17 @@ class PretrainingTask(BaseTask):
                 )
         # The seed is the checkpoint's
         self.__dict__.pop('_seed', None)
+        self.keep_as_before(checkpoint)
 
     def on_train_start(self) -> None:
-        """Put everything into training mode.
+        """Put everything into training mode, and say so if batch norm stays frozen.
 
         Lightning leaves modules as they are. The batch norm of a teacher that was used
         before, in evaluation mode, would never learn its statistics.
         """
         self.train()
         self.guard.value_range = getattr(self.augmentations, 'value_range', None)
+        self.tell_frozen()
         for optimizer in self.trainer.optimizers:
             follow_parameters(optimizer)
 
@@ -310,6 +301,7 @@ class PretrainingTask(BaseTask):
             )
         self.total_steps, self.epoch_steps = run_length(self.trainer)
         warmup = self.warmup_steps('warmup_epochs')
+        self._held_steps = self.warmup_steps('head_warmup_epochs')
         lr = peak_lr(self.hparams['lr'], self.trainer)
 
         # Lightning refuses to clip gradients of a fused optimizer in mixed precision
@@ -319,7 +311,7 @@ class PretrainingTask(BaseTask):
             and getattr(self.trainer.precision_plugin, 'scaler', None) is None
             and self.trainer.strategy.root_device.type in ('cpu', 'cuda')
         )
-        groups = parameter_groups([self], self.option('weight_decay'))
+        groups = parameter_groups([self], self.option('weight_decay'), self.lr_scales())
         optimizer = create_optimizer(self.option('optimizer'), groups, lr, fused)
         final = self.option('lr_final') / lr
         return with_schedule(optimizer, self.total_steps, final, warmup)
@@ -355,9 +347,10 @@ class PretrainingTask(BaseTask):
         """
         if self._trainer is None:
             return
-        loss = values.pop('train_loss')
-        # Shown in the progress bar where that does not make the host wait
-        self.log('train_loss', loss, batch_size=batch_size, prog_bar=not self.on_gpu)
+        loss = values['train_loss']
+        shown = {name: values.pop(name) for name in _SHOWN if name in values}
+        # In the progress bar where that does not make the host wait
+        self.log_dict(shown, batch_size=batch_size, prog_bar=not self.on_gpu)
         schedules = {f'schedule/{k}': v for k, v in self.schedules().items()}
         # Lightning would copy plain numbers to the device, and wait for it
         filled = {k: torch.full_like(loss, v) for k, v in schedules.items()}
@@ -378,32 +371,7 @@ class PretrainingTask(BaseTask):
 
     def on_fit_end(self) -> None:
         """Say where the pretrained encoder is and how to go on from it."""
-        callback = self.trainer.checkpoint_callback
-        path = getattr(callback, 'best_model_path', '')
-        path = path or getattr(callback, 'last_model_path', '')
-        if not path:
-            return
-        rank_zero_info(f'The pretrained encoder is in {path}')
-        if not isinstance(list(self.model.children())[-1], nn.Identity):
-            # The host's loader knows classifiers of one layer only
-            rank_zero_info(
-                'TorchGeo does not open checkpoints of this family of models. Export it '
-                f'with:\n  torchgeo-softcon export {shlex.quote(path)} --format timm\n'
-                'and load the file into a task: '
-                'task.model.load_state_dict(torch.load(FILE), strict=False)'
-            )
-            return
-        datamodule = getattr(self.trainer, 'datamodule', None)
-        options = getattr(datamodule, 'finetune_options', None)
-        # The host builds Vision Transformers for one image size
-        size = self.model.patch_embed.img_size[0] if is_vit(self.model) else None
-        command = finetune_command(
-            self.hparams['model'],
-            path,
-            self.hparams['in_channels'],
-            None if options is None else options(size),
-        )
-        rank_zero_info(f'Fine-tune from it with:\n  {command}')
+        tell_next_step(self)
 
 
 def class_path(task: type[PretrainingTask]) -> str:

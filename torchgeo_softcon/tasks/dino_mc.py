@@ -17,15 +17,16 @@ from torch.optim import Optimizer
 
 from .._checks import check_counts, check_not_negative, check_positive, check_types
 from .._compat import Sample, WeightsEnum
-from ..losses import DINOLoss
+from ..losses import DINOLoss, SoftLabelLoss
 from ..models.input_layer import InputLayerInit
-from ..models.loading import default_drop_path_rate, feature_size
+from ..models.loading import default_drop_path_rate
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, can_pack, encode_crops
 from ..transforms import MultiCropView
-from .base import PretrainingTask
+from .continual import BatchNorm
 from .guard import is_chance, plateau_message
+from .multi_crop import MultiCropTask
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
@@ -33,7 +34,7 @@ from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
 _PLATEAU_STEPS, _PLATEAU_WIDTH = 200, 1e-3
 
 
-class DINOMCTask(PretrainingTask):
+class DINOMCTask(MultiCropTask):
     """DINO-MC and DINO-TP: self-distillation with local crops of several sizes.
 
     A student encodes two global and several local crops of every image, each local crop
@@ -53,6 +54,9 @@ class DINOMCTask(PretrainingTask):
     DINO needs many images per batch to know its prototypes, and many steps for its
     average to arrive anywhere. ``examples/dino_mc_small.yaml`` is a recipe for small data
     and short runs: fewer prototypes (*output_dim*), a lower *momentum*, a higher *lr*.
+
+    With *soft_weight*, labels guide it as they guide SoftCon: the similarities of student
+    and teacher, global crops in the bottleneck of the head, agree with those of labels.
 
     If you use this task in your research, please cite the following papers:
 
@@ -76,6 +80,7 @@ class DINOMCTask(PretrainingTask):
         bands: Sequence[str] | None = None,
         in_layer_init: InputLayerInit = 'random',
         freeze_patch_embed: bool = False,
+        batch_norm: BatchNorm | None = None,
         size: int = 224,
         local_sizes: Sequence[int] = (184, 164, 144, 124, 104, 84),
         num_local_crops: int | None = None,
@@ -97,12 +102,18 @@ class DINOMCTask(PretrainingTask):
         momentum: float = 0.996,
         momentum_final: float = 1.0,
         teacher_statistics: Literal['own', 'student'] = 'own',
+        soft_weight: float | Literal['auto'] = 0.0,
+        soft_ratio: float = 1.0,
+        soft_options: dict[str, Any] | None = None,
+        num_classes: int | None = None,
         optimizer: OptimizerName = 'adamw',
         lr: float = 5e-4,
         lr_final: float = 1e-6,
         weight_decay: float = 0.04,
         weight_decay_final: float = 0.4,
         warmup_epochs: float = 10,
+        layer_decay: float = 1.0,
+        head_warmup_epochs: float = 0,
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
         crop_batching: CropBatching = 'auto',
@@ -115,14 +126,14 @@ class DINOMCTask(PretrainingTask):
         Args:
             model: Name of a timm model that pools its features and takes images of any
                 size.
-            weights: Initial weights of student and teacher: a weight enum or its name,
-                True for timm's own, None or False for random ones, or the path of a
-                checkpoint of a TorchGeo task or of a state dict.
+            weights: Initial weights of both encoders, see :class:`.SoftConTask`.
             in_channels: Number of bands of one image.
             bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
                 :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
             freeze_patch_embed: Whether to keep the input layer as it is.
+            batch_norm: Whether batch norm learns running statistics (``'train'``) or keeps
+                those of *weights* (``'frozen'``), see :class:`.SoftConTask`.
             size: Side of the global crops in pixels.
             local_sizes: Sides of the local crops in pixels. What patches do not cover is
                 cut off. Crops larger than the images magnify them.
@@ -151,6 +162,13 @@ class DINOMCTask(PretrainingTask):
             momentum_final: EMA momentum at the end, of a cosine.
             teacher_statistics: Running statistics of the teacher's batch norm: its own, of
                 global crops (the paper's code), or those of the student, of all crops.
+            soft_weight: Weight of the soft term. With 0, labels are not needed; else they
+                are the mean over seasons of a place. ``'auto'``: see :class:`.SoftConTask`,
+                also for the options that follow.
+            soft_ratio: Ratio of the gradients for ``soft_weight='auto'``.
+            soft_options: Arguments of :class:`~torchgeo_softcon.losses.SoftLabelLoss`, such
+                as *soft_loss* or *temperature*. Images of all ranks are compared.
+            num_classes: Number of classes if labels are class indices.
             optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``.
             lr: Peak learning rate per 256 images of an optimizer step, over all ranks and
                 accumulated batches.
@@ -158,12 +176,12 @@ class DINOMCTask(PretrainingTask):
             weight_decay: Weight decay at the start, but of one-dimensional parameters.
             weight_decay_final: Weight decay at the end, of a cosine.
             warmup_epochs: Epochs of linear warm-up of the learning rate.
+            layer_decay: Decay of the learning rate per layer, see :class:`.SoftConTask`.
+            head_warmup_epochs: First epochs of the heads alone, see there.
             clip_grad: Largest norm of each gradient, parameter by parameter. Not used if
                 the trainer clips (*gradient_clip_val*, the norm of all together).
-            compile_encoder: Whether to compile the encoding of the crops with
-                ``torch.compile``. Vision Transformers only.
-            crop_batching: How the crops of several sizes become batches, ``'auto'``,
-                ``'packed'`` or ``'by_size'``, see
+            compile_encoder: Whether to use ``torch.compile`` (Vision Transformers only).
+            crop_batching: ``'auto'``, ``'packed'`` or ``'by_size'``, see
                 :func:`~torchgeo_softcon.modules.encode_crops`.
             grad_checkpointing: Whether to save memory, see :class:`.SoftConTask`.
             channels_last: How parameters lie in memory, see :class:`.SoftConTask`.
@@ -211,11 +229,16 @@ class DINOMCTask(PretrainingTask):
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""
+        super().configure_losses()
         self.criterion = DINOLoss(
             self.hparams['output_dim'],
             self.hparams['student_temperature'],
             self.hparams['center_momentum'],
         )
+        if self.uses_labels:
+            options = self.hparams['soft_options'] or {}
+            soft = SoftLabelLoss(**{'gather_distributed': True, **options})
+            self.criterion.add_module('soft', soft)
         # Optimizer steps in a row in which the loss was that of no opinion
         self.register_buffer('plateau', torch.zeros((), dtype=torch.long))
 
@@ -252,18 +275,6 @@ class DINOMCTask(PretrainingTask):
         self.encode = functools.partial(
             encode_crops, compiled=compiled, batching=batching
         )
-
-    def try_sizes(self, encoder: nn.Module) -> int:
-        """Return the number of features of an encoder, if it takes the sizes of all crops."""
-        return [
-            feature_size(
-                encoder,
-                self.hparams['in_channels'],
-                size,
-                lambda image: encode_crops(encoder, [image])[0],
-            )
-            for size in sorted(set(self._sizes))
-        ][-1]
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return encoder and head, each with its teacher."""
@@ -303,6 +314,7 @@ class DINOMCTask(PretrainingTask):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Leave the prototypes alone in the first steps, and clip by trainer or task."""
+        self.hold_encoder()
         # Both: an epoch may be of unknown length, or the run of one epoch
         epochs = self.hparams['freeze_last_layer']
         if self.global_step < self._frozen_steps and self.current_epoch < epochs:
@@ -316,46 +328,14 @@ class DINOMCTask(PretrainingTask):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then move the teacher and its centre."""
-        # The first group: the second is not decayed
-        group = self.trainer.optimizers[0].param_groups[0]
-        group['weight_decay'] = self.weight_decay_at(self.global_step)
+        # The others are not decayed
+        for group in self.trainer.optimizers[0].param_groups[::2]:
+            group['weight_decay'] = self.weight_decay_at(self.global_step)
         super().optimizer_step(*args, **kwargs)
         if self.hparams['teacher_statistics'] == 'student':
             copy_buffers(self.student, self.model)
         self.criterion.update_center()
         self.plateau = torch.where(self._idle, self.plateau + 1, 0)
-
-    def draw_crops(self, batch: Sample) -> list[Tensor]:
-        """Draw the crops (B, C, h, w) of every image, those that the teacher sees first."""
-        temporal = self.hparams['views'] == 'temporal'
-        image = self.read_image(batch, temporal)
-        if image.shape[1] == 1 and temporal:
-            raise ValueError(
-                "views='temporal' needs at least two seasons of every place, got "
-                f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels "
-                f"= {self.hparams['in_channels']}. Choose views='multi_crop' for it"
-            )
-        crops = self.augmentations(image[:, 0] if image.shape[1] == 1 else image)
-        listed = isinstance(crops, Sequence)
-        if not listed or len(crops) < self.num_global:
-            got = len(crops) if listed else type(crops).__name__
-            raise ValueError(
-                f'augmentations must give a list of at least {self.num_global} crops, '
-                f'got {got}'
-            )
-        return [crop.to(self.dtype) for crop in crops]
-
-    def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
-        """Return all crops, see the base class."""
-        return [
-            (f'{"global" if i < self.num_global else "local"}, {x.shape[-1]} px', x)
-            for i, x in enumerate(self.draw_crops(batch))
-        ]
-
-    @property
-    def num_global(self) -> int:
-        """Number of crops that the teacher sees."""
-        return 3 if self.hparams['views'] == 'temporal' else 2
 
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
@@ -368,29 +348,25 @@ class DINOMCTask(PretrainingTask):
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)
             features = self.encode(self.student, crops)  # (S, B, F)
-        logits = self.assign(self.head, features)
+        logits, student = self.assign(self.head, features)
         with torch.no_grad():
             teacher_features = self.encode(self.model, crops[: self.num_global])
-            targets = self.assign(self.teacher_head, teacher_features)
+            targets, teacher = self.assign(self.teacher_head, teacher_features)
         temperature = self.teacher_temperature_at(self.global_step)
         loss = cast(Tensor, self.criterion(logits, targets, temperature))
-        self.guard.watch(self.global_step, loss, batch['image'])
-
         prototypes = self.hparams['output_dim']
         self._idle = is_chance(loss.detach(), prototypes, _PLATEAU_WIDTH)
         values = {
-            'train_loss': loss,
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder
-            'train_feature_std': std_of_l2_normalized(teacher_features[0].float()),
+            'train_feature_std': std_of_l2_normalized(teacher_features[0].float())
         }
-        self.log_step(values, len(crops[0]))
+        if self.uses_labels:
+            pairs = self.pair_crops(batch, student, teacher)
+            values |= self.beside_chance('train_loss_dino', loss, prototypes)
+            loss = self.add_soft(loss, pairs, features, values)
+        self.watch_step(loss, batch)
+        self.log_step({'train_loss': loss, **values}, len(crops[0]))
         return loss
-
-    @staticmethod
-    def assign(head: nn.Module, features: Tensor) -> Tensor:
-        """Compare features (S, B, F) with the prototypes: logits (S, B, K)."""
-        logits: Tensor = head(features.flatten(0, 1))
-        return logits.unflatten(0, features.shape[:2])
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch, and warn once if they have stayed at log(K)."""

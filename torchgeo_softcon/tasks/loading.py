@@ -17,8 +17,8 @@ from .softcon import SoftConTask
 
 #: Hyperparameters that tell the task of a checkpoint without a note of it.
 _MARKS: dict[str, type[PretrainingTask]] = {
-    'soft_weight': SoftConTask,
     'local_sizes': DINOMCTask,
+    'soft_weight': SoftConTask,
 }
 
 

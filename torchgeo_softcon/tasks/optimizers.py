@@ -4,13 +4,14 @@
 """Optimizers, schedules per step, and what a trainer tells of the length of a run."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from lightly.utils.lars import LARS
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from timm.models import group_parameters
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,26 +21,46 @@ from .._checks import check_choice, check_counts, check_not_negative
 OptimizerName = Literal['adamw', 'sgd', 'lars']
 
 
+def layer_scales(encoder: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    r"""Return the factor of the learning rate of each parameter of a timm model.
+
+    Layer-wise decay of BEiT (https://arxiv.org/abs/2106.08254): of layers 0 to L, as timm
+    counts them from the input, layer l has :math:`d^{L - l}`.
+    """
+    model: Any = encoder
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    named = encoder.named_parameters()
+    return {p: layer_decay ** (last - layers[name]) for name, p in named}
+
+
 def parameter_groups(
-    modules: Iterable[nn.Module], weight_decay: float
+    modules: Iterable[nn.Module],
+    weight_decay: float,
+    scales: Mapping[nn.Parameter, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort trainable parameters into one group with and one without weight decay.
+
+    With *scales*, factors of the learning rate, there are two of each factor, the largest
+    first, noted as *lr_scale*. All groups with an even index are decayed.
 
     Biases and one-dimensional parameters (norms, LayerScale) are not decayed, position
     embeddings and class tokens are, as in DINO. (lightly's
     ``get_weight_decay_parameters`` decays LayerScale.)
     https://github.com/facebookresearch/dino/blob/main/utils.py
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    scales = scales or {}
+    groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {1.0: ([], [])}
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 plain = parameter.ndim <= 1 or name.endswith('.bias')
-                (no_decay if plain else decay).append(parameter)
+                scale = scales.get(parameter, 1.0)
+                groups.setdefault(scale, ([], []))[plain].append(parameter)
     return [
-        {'params': decay, 'weight_decay': weight_decay},
-        {'params': no_decay, 'weight_decay': 0.0},
+        {'params': parameters, 'weight_decay': decay, 'lr_scale': scale}
+        for scale, kinds in sorted(groups.items(), reverse=True)
+        for parameters, decay in zip(kinds, (weight_decay, 0.0), strict=True)
     ]
 
 
@@ -48,6 +69,9 @@ def create_optimizer(
 ) -> Optimizer:
     """Create an optimizer: *fused* AdamW with betas 0.9 and 0.999, others momentum 0.9."""
     check_choice('optimizer', name, get_args(OptimizerName))
+    # The schedule starts from the learning rate of each group
+    for group in groups:
+        group['lr'] = lr * group.pop('lr_scale')
     if name == 'adamw':
         return AdamW(groups, lr=lr, fused=fused)
     return {'sgd': SGD, 'lars': LARS}[name](groups, lr=lr, momentum=0.9)

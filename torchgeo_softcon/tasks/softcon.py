@@ -6,15 +6,17 @@
 import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from lightly.utils import dist
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
 from .._checks import check_counts, check_types, require
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
+from ..losses.soft_labels import SoftBias, SoftLoss, SoftReduction
 from ..models import is_vit
 from ..models.input_layer import InputLayerInit
 from ..modules.ema import make_teacher
@@ -28,12 +30,12 @@ from ..modules.masking import (
 )
 from ..modules.packing import encode_crops
 from ..transforms import RandomView
-from .base import PretrainingTask
-from .guard import label_message, read_at_once
+from .continual import BatchNorm
+from .label_guidance import LabelGuidedTask, LabelPairs
 from .optimizers import OptimizerName
 
 
-class SoftConTask(PretrainingTask):
+class SoftConTask(LabelGuidedTask):
     """SoftCon: multi-label guided soft contrastive learning.
 
     Two views of every image are encoded, one by the trainable encoder, which sees only
@@ -66,18 +68,26 @@ class SoftConTask(PretrainingTask):
         bands: Sequence[str] | None = None,
         in_layer_init: InputLayerInit = 'random',
         freeze_patch_embed: bool = False,
+        batch_norm: BatchNorm | None = None,
         size: int = 224,
         drop_path_rate: float = 0.0,
         mask_mode: MaskMode | None = None,
-        mask_ratio: float = 0.5,
+        mask_ratio: float = 0.7,
         mask_patch_size: int = 16,
         seasons: Literal['same', 'different'] = 'same',
-        soft_weight: float = 30.0,
-        soft_loss: Literal['bce', 'cross_entropy', 'mse'] = 'bce',
+        soft_weight: float | Literal['auto'] = 30.0,
+        soft_ratio: float = 1.0,
+        soft_loss: SoftLoss = 'bce',
+        soft_bias: SoftBias = 'none',
+        soft_reduction: SoftReduction = 'pairs',
+        soft_projector: bool = False,
+        target_temperature: float | None = None,
+        same_label_weight: float = 1.0,
         label_similarity: Literal['cosine', 'jaccard']
         | Callable[[Tensor, Tensor], Tensor] = 'cosine',
         temperature: float = 0.2,
         soft_temperature: float | None = None,
+        num_classes: int | None = None,
         symmetric: bool = False,
         gather_distributed: bool = True,
         momentum: float | None = None,
@@ -90,6 +100,8 @@ class SoftConTask(PretrainingTask):
         lr: float = 1.5e-4,
         weight_decay: float = 0.1,
         warmup_epochs: float = 10,
+        layer_decay: float = 1.0,
+        head_warmup_epochs: float = 0,
         grad_checkpointing: bool = False,
         channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
@@ -109,12 +121,20 @@ class SoftConTask(PretrainingTask):
                 ``'random'`` is the paper's choice.
             freeze_patch_embed: Whether to keep the input layer as it is. Not after
                 ``in_layer_init='random'``.
+            batch_norm: Whether batch norm of the encoders learns running statistics
+                (``'train'``) or keeps those of *weights*, in evaluation mode
+                (``'frozen'``; scale and shift are trained all the same). Statistics of
+                augmented views are not those of images: they alone can cost a pretrained
+                encoder more than training gains. Only behind an input layer that is drawn
+                anew, the first one learns. Defaults to ``'frozen'`` if *weights* are given
+                and the encoder has batch norm, else to ``'train'``.
             size: Side of the views in pixels, 224 in the authors' models.
             drop_path_rate: Stochastic depth of the trainable encoder.
             mask_mode: How to mask the trainable branch, see
                 :class:`~torchgeo_softcon.modules.masking.SiameseMasking`. Defaults to
                 ``'drop'`` for Vision Transformers and ``'pixel'`` for others.
-            mask_ratio: Share of patches to mask. The paper's value is not known.
+            mask_ratio: Share of patches to mask. The authors' figure masks 138 of 14 x 14
+                patches, and their MAE masks 0.7, too; the paper's value is not known.
             mask_patch_size: Side of the patches of ``mask_mode='pixel'`` in pixels.
             seasons: If a sample has several seasons, whether both views show the
                 ``'same'`` one, as in the authors' figure, or two ``'different'`` ones, as
@@ -125,14 +145,32 @@ class SoftConTask(PretrainingTask):
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
                 gradients start at about the same size for 128 images, and features tell
                 land cover of unseen ground better in ``examples/study.py``, but not with
-                144 images to train on (README).
+                144 images to train on (README). ``'auto'`` finds it while training, for
+                any batch size: the gradient of the soft term at the features is kept
+                *soft_ratio* times as long as that of the contrastive one, as measured
+                every 10 steps, a backward pass through the heads.
+            soft_ratio: Ratio of the gradients for ``soft_weight='auto'``.
             soft_loss: Form of the soft term, see
-                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`.
+                :class:`~torchgeo_softcon.losses.SoftLabelLoss`, as for the next two.
+                :data:`~torchgeo_softcon.losses.PRESETS` has the options of known forms.
+            soft_bias: Bias of similarities. With ``'batch'``, only differences of labels
+                have a gradient, at no cost.
+            soft_reduction: Mean over ``'pairs'``, or over ``'rows'`` of sums, for weights
+                that do not depend on the batch size (0.2 is 30 over 128 images).
+            soft_projector: Whether the soft term has a projector and a predictor of its
+                own, so that both terms need not agree on one embedding. Costs another
+                pass through heads.
+            target_temperature: Temperature of the targets of ``'cross_entropy'``, such as
+                0.1. Defaults to label similarities in proportion.
+            same_label_weight: Weight of other images with the same labels among the keys
+                of the contrastive term, 0 to leave them out.
             label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
                 ``'jaccard'``, or a function of labels (B, K) and (N, K) to (B, N).
             temperature: Temperature of the contrastive term, 0.2 in the same authors'
                 MoCo runs.
             soft_temperature: Temperature of the soft term. Defaults to *temperature*.
+            num_classes: If the labels of the data are class indices (B,), the number of
+                classes: they become one-hot, negative ones unknown.
             symmetric: Whether to also exchange the views and average. The authors'
                 figure shows one direction.
             gather_distributed: Whether images are compared with those of all ranks.
@@ -151,6 +189,13 @@ class SoftConTask(PretrainingTask):
             weight_decay: Weight decay of all but one-dimensional parameters, 0.1 for
                 AdamW and 1e-4 for SGD.
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
+            layer_decay: Factor of the learning rate from a layer of the encoder to the one
+                before it, so that what was pretrained moves least near the input. 1 for
+                none; 0.65 to 0.9 in fine-tuning of Vision Transformers (BEiT, MAE). Heads
+                and an input layer that is drawn anew have the full rate.
+            head_warmup_epochs: First epochs in which only the heads are trained, and an
+                input layer that is drawn anew, so that their first, random gradients do
+                not reach what was pretrained.
             grad_checkpointing: Whether to compute activations of the trainable encoder
                 again in the backward pass: the same results from less memory in more
                 time, with a Trainer. Not for all models.
@@ -173,24 +218,27 @@ class SoftConTask(PretrainingTask):
 
         require(0 <= mask_ratio < 1, f'mask_ratio must be in [0, 1), got {mask_ratio}')
 
-        self.label_similarity = label_similarity
-        if callable(label_similarity):
-            # A function in a checkpoint could not be loaded safely
-            self.ignore = (*self.ignore, 'label_similarity')
-        super().__init__(
-            weights, RandomView(size) if augmentations is None else augmentations
-        )
+        if augmentations is None:
+            augmentations = RandomView(size)
+        super().__init__(weights, augmentations, label_similarity)
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""
-        self.criterion = SoftContrastiveLoss(
-            self.hparams['temperature'],
-            self.hparams['soft_temperature'],
-            self.hparams['soft_weight'],
-            self.hparams['soft_loss'],
-            self.label_similarity,
-            self.hparams['gather_distributed'],
+        super().configure_losses()
+        names = (
+            *('temperature', 'soft_temperature', 'soft_loss', 'gather_distributed'),
+            *('soft_bias', 'soft_reduction', 'target_temperature', 'same_label_weight'),
         )
+        self.criterion = SoftContrastiveLoss(
+            soft_weight=self.fixed_weight,
+            label_similarity=self.label_similarity,
+            **{name: self.hparams[name] for name in names},
+        )
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether batches must have labels."""
+        return super().uses_labels or self.hparams['same_label_weight'] < 1
 
     def configure_models(self) -> None:
         """Initialize the encoder, its teacher, the heads and the masking."""
@@ -203,6 +251,11 @@ class SoftConTask(PretrainingTask):
         self.predictor = mlp_head(out, hidden, out, layers, vit)
         self.teacher = self.make_encoder_teacher(self.model)
         self.teacher_projector = make_teacher(self.projector)
+        if self.hparams['soft_projector']:
+            depth = self.hparams['projector_layers']
+            self.soft_projector = mlp_head(width, hidden, out, depth)
+            self.soft_predictor = mlp_head(out, hidden, out, layers, vit)
+            self.teacher_soft_projector = make_teacher(self.soft_projector)
 
         start, final = self.hparams['momentum'], self.hparams['momentum_final']
         if start is None:
@@ -222,15 +275,12 @@ class SoftConTask(PretrainingTask):
         )
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return encoder and projector, each with its teacher."""
-        return [(self.model, self.teacher), (self.projector, self.teacher_projector)]
-
-    def unsaved(self) -> dict[str, str]:
-        """Return augmentations, and the function that compares labels if it is one."""
-        name = getattr(
-            self.label_similarity, '__qualname__', str(self.label_similarity)
-        )
-        return {**super().unsaved(), 'label_similarity': name}
+        """Return encoder and projectors, each with its teacher."""
+        pairs: list[tuple[nn.Module, nn.Module]]
+        pairs = [(self.model, self.teacher), (self.projector, self.teacher_projector)]
+        if self.hparams['soft_projector']:
+            pairs.append((self.soft_projector, self.teacher_soft_projector))
+        return pairs
 
     def draw_views(
         self, batch: Sample
@@ -281,74 +331,60 @@ class SoftConTask(PretrainingTask):
         hidden = mask_pixels(torch.ones_like(view), masked, size) == 0
         return view.masked_fill(hidden, math.nan)
 
-    def read_label(self, batch: Sample, image: Tensor) -> Tensor | None:
-        """Return labels (B, T, K) of images (B, T, C, H, W), None if none are needed.
-
-        Raises:
-            ValueError: If *label* is missing, is not (B, K) or (B, T, K), or has invalid
-                values. (For these on a CUDA device, see :class:`.NonFiniteGuard`.)
-        """
-        if self.hparams['soft_weight'] == 0:
-            return None
-        label = batch.get('label')
-        if label is None:
-            raise ValueError(
-                "batch must have the key 'label' (multi-labels) because soft_weight = "
-                f'{self.hparams["soft_weight"]} > 0, got {sorted(batch)}. Give the '
-                'dataset transforms=torchgeo_softcon.transforms.WorldCoverMultiLabel(), '
-                'or set soft_weight to 0'
-            )
-
-        size, seasons = image.shape[:2]
-        if label.ndim == 2 and len(label) == size:
-            label = label[:, None].expand(-1, seasons, -1)
-        if label.ndim != 3 or label.shape[:2] != (size, seasons):
-            raise ValueError(
-                f"batch['label'] must have the shape (B, K) or (B, T, K) with B = {size} "
-                f'and T = {seasons}, got {tuple(label.shape)}. Class indices are not '
-                'multi-labels: make them one-hot'
-            )
-        if read_at_once(label) and not (label.isfinite() & (label >= 0)).all():
-            raise ValueError(label_message(float(label.min()), float(label.max())))
-        return label.float()
-
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
         """Compute the training loss of a batch with *image* and, but for 0, *label*."""
         with self.step_rng(batch_idx):
             views, labels = self.draw_views(batch)
-            terms, features = self.compare_views(views, labels)
+            terms, features, compared = self.compare_views(views, labels)
             if self.hparams['symmetric']:
-                reverse, _ = self.compare_views(views[::-1], labels[::-1])
+                reverse = self.compare_views(views[::-1], labels[::-1])[0]
                 terms = (terms + reverse) / 2
-        loss = terms[0] + self.hparams['soft_weight'] * terms[1]
-        label = batch.get('label') if self.hparams['soft_weight'] > 0 else None
-        self.guard.watch(self.global_step, loss, batch['image'], label)
+        weight = self.weigh_soft(*terms, features)
+        loss = terms[0] + weight * terms[1]
+        self.watch_step(loss, batch)
 
+        ranks = dist.world_size() if self.hparams['gather_distributed'] else 1
         values = {
             'train_loss': loss,
-            'train_loss_contrast': terms[0],
-            'train_loss_soft': terms[1],
+            **self.beside_chance(
+                'train_loss_contrast', terms[0], ranks * len(features)
+            ),
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder
             'train_feature_std': std_of_l2_normalized(features.detach().float()),
         }
-        if labels[0] is not None:
-            values['train_unknown_share'] = (~labels[0].any(1)).float().mean()
+        if labels[0] is not None and labels[1] is not None:
+            values |= self.label_values(
+                (*compared, labels[0], labels[1]), terms[1], weight
+            )
         self.log_step(values, len(views[0]))
         return loss
 
     def compare_views(
         self, views: tuple[Tensor, Tensor], labels: tuple[Tensor | None, Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Compare masked first views with second views, each (B, C, H, W).
 
-        Returns the contrastive and the soft term (2,), and first views' features (B, F).
+        Returns the contrastive and the soft term (2,), first views' features (B, F), and
+        the embeddings (B, D) that the soft term compares.
         """
         features = self.masking(self.model, views[0])  # (B, F)
         query = self.predictor(self.projector(features))  # (B, D)
         with torch.no_grad():
             seen = encode_crops(self.teacher, [views[1]])[0]  # (B, F)
             key = self.teacher_projector(seen)  # (B, D)
-        terms = self.criterion.terms(query, key, *labels)
-        return torch.stack(terms), features
+        soft = query, key
+        if self.hparams['soft_projector']:
+            with torch.no_grad():
+                soft_key = self.teacher_soft_projector(seen)
+            soft = self.soft_predictor(self.soft_projector(features)), soft_key
+        terms = self.criterion.terms(query, key, *labels, soft)
+        return torch.stack(terms), features, soft
+
+    def label_pairs(self, batch: Sample, batch_idx: int) -> LabelPairs:
+        """Return what the soft term of a step compares, see the base class."""
+        with self.step_rng(batch_idx):
+            views, labels = self.draw_views(batch)
+            _, _, soft = self.compare_views(views, labels)
+        return cast(LabelPairs, (*soft, *labels))
