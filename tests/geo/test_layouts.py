@@ -65,8 +65,7 @@ LAYOUTS = {
     ),
     'planetary_computer': Layout(
         layouts.planetary_computer,
-        '4 files, Sentinel-2 L2A, offset -1000 from S2B_MSIL2A_20230601T103629_R008_'
-        'T32UNE_20230601T170010.json, scaled by L2A statistics',
+        '4 files, Sentinel-2 L2A, offset -1000 from the STAC item, scaled by L2A statistics',
         ('B2', 'B3', 'B4', 'B8'),
         offset=-1000,
     ),
@@ -235,7 +234,7 @@ class TestOffsetOfTags:
         (tmp_path / f'{name}.json').write_text(json.dumps(item))
         offset = Products().offset(str(path))
         assert offset.value == expected
-        assert offset.source == f'{name}.json'
+        assert offset.source == 'the STAC item'
 
     @pytest.mark.parametrize('text', ['[1, 2]', '{"properties": {}}', 'no JSON'])
     def test_other_json(self, tmp_path: Path, text: str) -> None:
@@ -328,6 +327,15 @@ class TestUnits:
             UserWarning, match=r'negative with offset -1000 from .*offset=0'
         ):
             scenes(path)
+
+    @pytest.mark.parametrize('dtype', ['int16', 'float64'])
+    def test_an_offset_that_is_not_applied(self, tmp_path: Path, dtype: str) -> None:
+        path = tmp_path / PRODUCT.format('0509') / 'a.tif'
+        ((line, scene),) = scenes(
+            write(path, noise(2, 300, 1500, dtype), ('B2', 'B3'))
+        ).kinds
+        assert f'no offset as they are {dtype}, though the name of the product' in line
+        assert scene.layers[0].offset == (0, 0)
 
     @pytest.mark.parametrize(
         ('name', 'hints'),

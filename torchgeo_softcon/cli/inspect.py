@@ -14,8 +14,6 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .parsers import CommandError, CommandParser, list_of
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ def parser() -> CommandParser:
     group.add_argument('--offset', type=float, help='what is added to all numbers')
     group.add_argument(
         '--value-range',
-        type=yaml.safe_load,
+        type=_value_range,
         metavar='RANGE',
         help='what becomes 0 and 1: softcon, [0,10000], or a pair for each band',
     )
@@ -91,6 +89,11 @@ def parser() -> CommandParser:
         help='read every file wholly, and list the damaged ones',
     )
     return parser
+
+
+def _value_range(text: str) -> Any:
+    """Read softcon, a pair of numbers, or a list of pairs."""
+    return text if text == 'softcon' else list_of(lambda value: value)(text)
 
 
 def main(args: Sequence[str]) -> int:

@@ -24,10 +24,11 @@ _MAX_NAMED = 5
 
 
 class Patch(NamedTuple):
-    """An image, whose place is unknown, and the file of its mask."""
+    """An image, whose place is unknown, the file of its mask, and its number."""
 
     scene: Scene
     mask: Path
+    number: int
 
     @property
     def image(self) -> Path:

@@ -6,24 +6,24 @@
 import copy
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
 from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
+from ..geo.mapped import open_mapped
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
+from .packed_scenes import PackedCover, is_packed
 from .scaling import (
     ValueRange,
     clip_radar,
@@ -33,7 +33,13 @@ from .scaling import (
     to_unit_range,
     with_level,
 )
-from .scene_stack import SceneStack, list_names, stack_scenes, warn_single_bands
+from .scene_stack import (
+    SceneStack,
+    choose_maps,
+    list_names,
+    stack_scenes,
+    warn_single_bands,
+)
 from .worldcover import ESAWorldCover, open_years
 
 #: One or more folders or files.
@@ -86,7 +92,7 @@ class WorldCoverScenes(DrawnImages):
     def __init__(
         self,
         images: Paths,
-        worldcover: Paths | ESAWorldCover | None,
+        worldcover: Paths | ESAWorldCover | PackedCover | None = None,
         year: int | Literal['nearest'] | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
@@ -109,10 +115,11 @@ class WorldCoverScenes(DrawnImages):
         """Initialize a new WorldCoverScenes instance.
 
         Args:
-            images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
+            images: Folders, searched recursively for .tif, .tiff and .jp2, or files. Or a
+                folder of ``torchgeo-softcon pack``, which has the land cover as well.
             worldcover: Folders or files of WorldCover tiles (or of rasters of *product*),
-                or a dataset of them. None for no labels at all, together with
-                *allow_unlabelled*.
+                or a dataset of them. None for what is packed, or for no labels at all,
+                together with *allow_unlabelled*.
             year: Year of the map, 2020 (v100) or by default 2021 (v200). With
                 ``'nearest'``, a window has the map of the year that its first image was
                 taken in, or of the nearest one that has a tile there. Tags, a STAC item
@@ -186,7 +193,11 @@ class WorldCoverScenes(DrawnImages):
         self.seed = seed
         self.stream = 0
         self._warned: set[str] = set()
-        if isinstance(worldcover, ESAWorldCover):
+        if is_packed(images):
+            if worldcover is None and not allow_unlabelled:
+                worldcover = PackedCover(images)  # type: ignore[arg-type]
+            images = os.path.join(images, 'images')  # type: ignore[arg-type]
+        if isinstance(worldcover, ESAWorldCover | PackedCover):
             product = worldcover.product
         self.product = find_product(product)
         if transforms is None:
@@ -218,43 +229,32 @@ class WorldCoverScenes(DrawnImages):
         self.level = scene_level(scenes[0])
         self.value_range = self._ranges[self.level]
         self.radar_quantiles = radar_quantiles
-        self._reader = RasterReader()
+        self._reader = RasterReader(open_mapped)
         self.kinds = tell_scenes(scenes, value_range, self._ranges, self.read_middle)
         self._check_dates()
         self._set_rows(rows, length)
 
+        self._covers = {}
         self._maps: dict[str, ESAWorldCover] = {}  # of scenes, where it is another one
-        if not (worldcover is None or isinstance(worldcover, ESAWorldCover)):
+        if isinstance(worldcover, PackedCover):
+            if year != 'nearest':
+                worldcover.check_year(year)
+            self._covers = {
+                place.name: worldcover.find(place.grid, place.name)
+                for place in self.places
+            }
+        elif worldcover is not None and not isinstance(worldcover, ESAWorldCover):
             if year == 'nearest' and self.product.years:
-                worldcover = self._choose_maps(open_years(worldcover, self.product))
+                maps = open_years(worldcover, self.product)
+                self._maps = choose_maps(self.places, maps)
+                worldcover = next(iter(maps.values()))
             else:
                 worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
         self.worldcover = worldcover
-        if not allow_unlabelled:
+        if not (allow_unlabelled or self._covers):
             self._check_tiles()
 
-    def _choose_maps(self, maps: Mapping[int | None, ESAWorldCover]) -> ESAWorldCover:
-        """Choose the map of each scene, of those with a tile there, and return the last."""
-        last = next(iter(maps))
-        unknown = []
-        for place in self.places:
-            there = [y for y in maps if maps[y].covers(*place.box)] or [last]
-            for scene in place.scenes:
-                if scene.year is None:
-                    unknown.append(scene.name)
-                year = scene.year or last or 0
-                nearest = min(there, key=lambda other: abs((other or 0) - year))
-                self._maps[scene.name] = maps[nearest]
-        counts = Counter(chosen.year for chosen in self._maps.values())
-        parts = [f'{number} of {year}' for year, number in sorted(counts.items())]
-        example = f', as {unknown[0]}' if unknown else ''
-        rank_zero_info(
-            f'Scenes have the map of the nearest year: {", ".join(parts)} '
-            f'({len(unknown)} do not tell their year{example})'
-        )
-        return maps[last]
-
-    def _map_of(self, scene: Scene) -> ESAWorldCover | None:
+    def _map_of(self, scene: Scene) -> ESAWorldCover | PackedCover | None:
         return self._maps.get(scene.name, self.worldcover)
 
     def _check_dates(self) -> None:
@@ -289,12 +289,12 @@ class WorldCoverScenes(DrawnImages):
     def _check_tiles(self) -> None:
         """Check that every place touches a tile, and warn of those partly without."""
         worldcover = self.worldcover
-        if worldcover is None:
+        if worldcover is None or isinstance(worldcover, PackedCover):
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
         def covered(place: SceneStack, wholly: bool) -> bool:
-            maps = filter(None, map(self._map_of, place.scenes))
-            return all(one.covers(*place.box, wholly) for one in {*maps})
+            maps = {self._maps.get(scene.name, worldcover) for scene in place.scenes}
+            return all(one.covers(*place.box, wholly) for one in maps)
 
         partly = [place for place in self.places if not covered(place, wholly=True)]
         without = [place for place in partly if not covered(place, wholly=False)]
@@ -348,7 +348,7 @@ class WorldCoverScenes(DrawnImages):
                 argument is out of range.
         """
         other = copy.copy(self)
-        other._reader = RasterReader()
+        other._reader = RasterReader(open_mapped)
         other.seed = self.seed if seed is None else seed
         other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
@@ -433,10 +433,16 @@ class WorldCoverScenes(DrawnImages):
         return self.transforms(sample)
 
     def _mask(
-        self, place: SceneStack, top: int, left: int, worldcover: ESAWorldCover | None
+        self,
+        place: SceneStack,
+        top: int,
+        left: int,
+        worldcover: ESAWorldCover | PackedCover | None,
     ) -> Tensor:
         size = self.patch_size
         if worldcover is None:
             return torch.full((size, size), self.product.fill)
+        if isinstance(worldcover, PackedCover):
+            return worldcover.read(self._covers[place.name], top, left, size)
         window = place.grid.window(top, left, size, size)
         return worldcover.read_window(window.crs, window.transform, size, size)

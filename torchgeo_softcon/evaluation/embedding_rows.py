@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import shapely
 from torch import Tensor
@@ -98,7 +99,10 @@ def make_table(
 def _column(values: Tensor) -> pa.Array:
     """Make a column of numbers (B,) or of vectors (B, F)."""
     array = values.detach().cpu().numpy()
-    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    if array.ndim == 1:
-        return flat
-    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+    return pa.array(array) if array.ndim == 1 else vectors(array)
+
+
+def vectors(values: npt.NDArray[Any]) -> pa.Array:
+    """Make a column of vectors (B, F)."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -21,6 +21,7 @@ from ..bands import (
     normalize_band_names,
     spell_band_name,
 )
+from .file_index import open_each
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
 from .numbers import Numbers, OpenedFile, guess_bands, read_sample, snap_bands
@@ -133,14 +134,12 @@ def find_scenes(
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
-    opened = []
-    for path in files:
-        try:
-            opened.append(_open_file(path, named, nodata))
-        except DamagedFileError:
-            if damaged is None:
-                raise
-            damaged.append(path)
+    files = [*files]
+    read = _open_file if damaged is None else _open_unless_damaged
+    each = open_each(read, files, named, nodata)
+    opened = [file for file in each if file is not None]
+    if damaged is not None:
+        damaged += [path for path, file in zip(files, each, strict=True) if not file]
     numbers = Numbers.of(opened, offset, to_digital)
     whole, single = _group(opened, left_out)
     for path in damaged or ():
@@ -270,6 +269,16 @@ def _open_file(
             f'{len(all_bands)}: {", ".join(all_bands)}'
         )
     return file
+
+
+def _open_unless_damaged(
+    path: str, all_bands: tuple[str, ...] | None, nodata: float | None
+) -> OpenedFile | None:
+    """Read what is known of a file, None if it is damaged."""
+    try:
+        return _open_file(path, all_bands, nodata)
+    except DamagedFileError:
+        return None
 
 
 def describe_file(

@@ -29,9 +29,9 @@ _SAMPLE = 64
 #: Order of bands without names in the files of EuroSAT, where B8A is the last.
 _EUROSAT = (*(band for band in SENTINEL2_BANDS if band != 'B8A'), 'B8A')
 
-#: TIFF's tag for private data in which SNAP keeps names of bands, and sizes of types.
+#: TIFF's tag for private data in which SNAP keeps names of bands, and types of one byte.
 _SNAP = 65000
-_TYPE_SIZES = {1: 1, 2: 1, 6: 1, 7: 1}
+_BYTES = (1, 2, 6, 7)
 
 
 class OpenedFile(NamedTuple):
@@ -144,7 +144,7 @@ def _read_tag(file: BinaryIO, number: int) -> bytes:
     content = file.read(entries * entry)
     for at in range(0, len(content), entry):
         tag, kind, size = struct.unpack_from(f'{order}HH{where}', content, at)
-        if tag == number and kind in _TYPE_SIZES:
+        if tag == number and kind in _BYTES:
             place = at + 4 + struct.calcsize(where)
             if size <= struct.calcsize(where):
                 return content[place : place + size]
@@ -240,13 +240,19 @@ class Numbers:
             unit = optical_unit(file)
             if any(scale != 1 for scale in layer.scale) or any(layer.offset):
                 text = f'scale {layer.scale[0]:g} and offset {layer.offset[0]:g} of the files'
-            elif optical and whole:
+            elif optical and unit == 'digital numbers':
                 found = self.products.offset(layer.path, file.tags)
-                layer = replace(layer, offset=(found.value,) * count)
+                if whole:
+                    layer = replace(layer, offset=(found.value,) * count)
                 if found.source is None:
-                    self.untold.append(layer.path)
-                else:
+                    self.untold += [layer.path] * whole
+                elif whole:
                     text = f'offset {found.value:g} from {found.source}'
+                elif found.value:
+                    text = (
+                        f'no offset as they are {layer.dtype}, though {found.source} tells '
+                        f'{found.value:g}'
+                    )
         if not optical:
             unit = self._other_unit(file, names)
         unit = unit or self.unit * optical

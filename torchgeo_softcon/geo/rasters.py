@@ -5,7 +5,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -328,9 +328,16 @@ class RasterReader:
     Every process opens files on first use and keeps the last ones open.
     """
 
-    def __init__(self, max_open: int = _MAX_OPEN) -> None:
-        """Initialize a new RasterReader instance, which keeps some files open."""
-        self.files = OpenFiles(open_raster, max_open)
+    def __init__(
+        self, opener: Callable[..., Any] = open_raster, max_open: int = _MAX_OPEN
+    ) -> None:
+        """Initialize a new RasterReader instance.
+
+        Args:
+            opener: Opens a file, see also :func:`.open_mapped`.
+            max_open: Files that stay open.
+        """
+        self.files = OpenFiles(opener, max_open)
 
     def read(
         self, scene: Scene, top: int, left: int, height: int, width: int

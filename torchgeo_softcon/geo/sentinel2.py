@@ -170,13 +170,12 @@ class Products:
     def _facts(
         self, real: str, tags: Mapping[str, Any] | None
     ) -> Iterable[tuple[str, dict[str, str]]]:
-        """Yield what tags of a file and STAC items beside it say, with their names."""
+        """Yield what tags of a file and STAC items beside it say, after who says so."""
         yield 'tags', _plain_tags(tags or {})
         folder, name = os.path.split(real)
         stem = os.path.splitext(name)[0]
         for item in ('item', os.path.basename(folder), stem):
-            path = os.path.join(folder, f'{item}.json')
-            yield os.path.basename(path), self._item(path)
+            yield 'the STAC item', self._item(os.path.join(folder, f'{item}.json'))
 
 
 def _plain_tags(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +19,9 @@ from pyproj import CRS
 from pyproj.exceptions import CRSError
 
 from ..geo.antimeridian import Floats
-from ..geo.dates import name_year
 from ..geo.footprints import make_footprints
 from ..geo.grid import parse_crs
-from .sources import Read, check_unique
+from .sources import Read, Table, check_unique
 
 #: Columns of a table that has boxes instead of geometries.
 _BOX = ('left', 'bottom', 'right', 'top')
@@ -44,34 +42,6 @@ _NO_PIXELS = 'has no height and width that are whole numbers of 1 or more'
 
 #: Rows that are read at once.
 _ROWS = 2**16
-
-
-class Table:
-    """A table of footprints, in memory.
-
-    Attributes:
-        ids: Names of all rows, also of those without a footprint.
-    """
-
-    def __init__(self, read: Read, ids: pa.StringArray, years: pa.Array) -> None:
-        """Initialize a new Table instance of footprints, names and years of all rows."""
-        self.ids = ids
-        self._read, self._years = read, years
-
-    def years(self, ids: pa.Array) -> list[int | None]:
-        """Return the year of each patch, None where nothing tells it."""
-        told = self._years.take(pc.index_in(ids, self.ids)).to_pylist()
-        names = ids.to_pylist()
-        return [y or name_year(name) for y, name in zip(told, names, strict=True)]
-
-    def units(self, rows: pa.Array) -> Iterator[Any]:
-        """Yield the footprints of the rows at some positions, as one unit."""
-        wanted = self.ids.take(rows)
-        table = self._read.table
-        there = pc.drop_null(pc.index_in(wanted, table['id'].combine_chunks()))
-        names = set(wanted.to_pylist()) if self._read.failures else ()
-        failures = {k: v for k, v in self._read.failures.items() if k in names}
-        yield Read(table.take(there), failures)
 
 
 def read_footprints(path: str | os.PathLike[str]) -> Table:

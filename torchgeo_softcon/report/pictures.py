@@ -150,10 +150,11 @@ def feature_similarities(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
+def plot_similarities(features: Tensor, labels: Tensor) -> tuple[Figure, float]:
     """Plot similarities of labels and of features, of all pairs of images.
 
-    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,).
+    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,). Also
+    returns the rank correlation of both.
     """
     # Images with the same label side by side
     keys = labels[:, None] if labels.ndim == 1 else labels
@@ -191,19 +192,24 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
     scatter.set(xlabel='label similarity', ylabel='embedding similarity')
     scatter.set_ylim(-1.03, 1.03)
     scatter.grid(alpha=0.3)
-    return figure
+    return figure, float(rank)
 
 
 def plot_neighbours(
-    thumbnails: Sequence[Array], features: Tensor, labels: Tensor, count: int = 10
+    thumbnails: Sequence[Array],
+    features: Tensor,
+    labels: Tensor,
+    apart: Tensor,
+    count: int = 10,
 ) -> Figure:
     """Plot *count* images with their five nearest neighbours by features (N, F).
 
-    Labels are multi-hot (N, K), or class indices (N,).
+    Labels are multi-hot (N, K), or class indices (N,). Neighbours are among those that are
+    *apart* (N, N).
     """
     by_label, similarity = label_similarities(labels), feature_similarities(features)
-    similarity.fill_diagonal_(-math.inf)
-    neighbours = min(5, len(features) - 1)
+    similarity[~apart] = -math.inf
+    neighbours = min(5, int(apart.sum(1).min()))
     queries = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
     columns = 2 if len(queries) > 1 else 1
     rows = math.ceil(len(queries) / columns)
