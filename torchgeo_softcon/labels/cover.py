@@ -92,10 +92,10 @@ def find_cover(
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
         # Of the caller of label_archive
-        warn_of_resampled(opened, product, stacklevel=4)
+        warn_of_resampled(opened, product, stacklevel=5)
         cover.tiles.append(opened)
     if text := assumed_year(files, product, year):
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warnings.warn(text, UserWarning, stacklevel=5)
     return cover
 
 
