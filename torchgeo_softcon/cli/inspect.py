@@ -143,7 +143,7 @@ def _collect_notes() -> Iterator[list[str]]:
 def _check(paths: Sequence[str]) -> dict[str, str]:
     """Read all files, and print and return those that cannot be read, with the reason."""
     from .._cores import count_cores
-    from ..datasets.image_masks import SUFFIXES
+    from ..datasets.patches import SUFFIXES
     from ..geo.find_files import find_files
 
     files = find_files(paths, SUFFIXES, 'images')

@@ -29,7 +29,7 @@ class Decoded(NamedTuple):
     """An image with its mask."""
 
     image: Values  # (C, H, W)
-    empty: _Flags  # (H, W), where the mask of the image itself says so
+    empty: _Flags  # (H, W), where no band has data
     mask: npt.NDArray[Any]  # (H, W), 0 is no data
 
 

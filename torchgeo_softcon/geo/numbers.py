@@ -5,7 +5,7 @@
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple
 
@@ -57,13 +57,8 @@ class OpenedFile(NamedTuple):
 
     def choose(self, positions: Sequence[int]) -> 'OpenedFile':
         """Return the same with some of the bands."""
-        layer = self.layer
-        chosen: dict[str, Any] = {
-            key: tuple(getattr(layer, key)[i] for i in positions)
-            for key in ('indexes', 'nodata', 'scale', 'offset')
-        }
         return self._replace(
-            layer=replace(layer, **chosen),
+            layer=self.layer.select(positions),
             sample=None if self.sample is None else self.sample[list(positions)],
         )
 
@@ -214,6 +209,14 @@ class Numbers:
         self.offset, self.to_digital, self.unit = offset, to_digital, unit
         self.products = Products()
         self.untold: list[str] = []
+
+    @classmethod
+    def of(
+        cls, files: Iterable[OpenedFile], offset: float | None, to_digital: bool
+    ) -> 'Numbers':
+        """Return the numbers of some files: a dark one alone does not tell its unit."""
+        clear = {optical_unit(f) for f in files if f.sample is not None} - {''}
+        return cls(offset, to_digital, clear.pop() if len(clear) == 1 else '')
 
     def apply(
         self, file: OpenedFile, names: tuple[str, ...] | None
