@@ -3,35 +3,41 @@
 
 """Does it learn? Pretraining methods side by side, on ground that they never saw.
 
-    python examples/study.py                      # made-up scenes, 2 processes
-    python examples/study.py --folder DIR --held-out REGEX   # your patches and masks
+    python examples/study.py                      # made-up scenes
+    python examples/study.py --folder DIR --places REGEX   # your patches and masks
+    python examples/study.py --table              # what the results file has so far
 
-Every method trains the same encoder for the same number of optimizer steps on the same
+Every row trains the same encoder for the same number of optimizer steps on the same
 windows, with several seeds. Then the encoder is frozen. Windows of the training ground
-are the bank of a k-NN and of a linear classifier, windows of other ground the queries;
-the score is the mean average precision (mAP) over the land-cover classes. As a negative
-control, SoftCon also gets the labels of other windows.
+are the bank of a k-NN and of a linear classifier, windows of other places the queries;
+the score is the mean average precision (mAP) over the land-cover classes. Folders of
+``--score`` are other images with labels, scored by cross-validation.
 
-Prints a table, and with ``--out FILE`` writes all figures as CSV.
+A row is a method and options of its task, such as ``'SoftCon soft_weight=10'``. The
+option ``labels=shuffled`` gives it the labels of other windows, ``labels=constant``
+makes all of them alike. Each finished run is a line of the results file, and is not
+run again.
 """
 
 import argparse
 import csv
+import json
 import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from math import isnan
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import yaml
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchgeo.trainers import MoCoTask
@@ -39,23 +45,39 @@ from tqdm import tqdm
 
 from torchgeo_softcon import DINOMCTask, SoftConTask
 from torchgeo_softcon.datasets import ImageMaskFolder, SyntheticScenes, WorldCoverScenes
+from torchgeo_softcon.evaluation.features import resize
 from torchgeo_softcon.evaluation.probes import evaluate, knn_scores, linear_scores
 from torchgeo_softcon.transforms import MultiCropView, WorldCoverMultiLabel
 
 SIZE = 64  # of windows and views, in pixels
-BATCH = 64
-EPOCHS = 10  # TorchGeo's schedules count epochs
+BATCH = 128
 HEADS = {'hidden_dim': 512, 'output_dim': 128}
 # Per 256 images: short runs of small networks take more than the defaults
-SPEED = {'lr': 4e-3, 'weight_decay': 1e-4, 'warmup_epochs': 1}
+LR = {'scratch': 4e-3, 'continual': 1e-3}
+ROWS = (
+    'statistics',
+    'start',
+    'contrast',
+    'SoftCon',
+    'SoftCon labels=shuffled',
+    'SoftCon labels=constant',
+    'classifier',
+    'MoCo',
+    'DINO-MC',
+)
+CONTINUAL_ROWS = (
+    'start',
+    'contrast',
+    *(f'SoftCon soft_weight={weight}' for weight in (10, 3, 30)),
+    'SoftCon soft_weight=10 labels=shuffled',
+)
 
 
-@dataclass(frozen=True)
-class Ground:
-    """Places in memory: images (T, C, H, W) in [0, 1] and WorldCover codes (H, W)."""
+class Ground(NamedTuple):
+    """Places in memory: images (P, T, C, H, W) in [0, 1] and WorldCover codes (P, H, W)."""
 
-    images: list[Tensor]
-    masks: list[Tensor]
+    images: Tensor
+    masks: Tensor
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -83,12 +105,11 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def _window(self, index: int) -> tuple[Tensor, Tensor]:
         random = np.random.default_rng([self.seed, index])
-        place = random.integers(len(self.ground.masks))
-        image, mask = self.ground.images[place], self.ground.masks[place]
-        date = random.integers(len(image))
-        y, x = (random.integers(n - SIZE + 1) for n in mask.shape)
+        images, masks = self.ground
+        place, date = random.integers(images.shape[:2])
+        y, x = (random.integers(n - SIZE + 1) for n in masks.shape[1:])
         rows, columns = slice(y, y + SIZE), slice(x, x + SIZE)
-        return image[date, :, rows, columns], mask[rows, columns]
+        return images[place, date, :, rows, columns], masks[place, rows, columns]
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -134,21 +155,68 @@ def synthetic(seed: int, places: int) -> Ground:
         samples.setdefault(sample['mask'].numpy().tobytes(), sample)
         if len(samples) == 2 * places:
             break
-    return Ground(
-        [sample['image'].half() for sample in samples.values()],
-        [sample['mask'].to(torch.uint8) for sample in samples.values()],
-    )
+    return stack([(sample['image'], sample['mask']) for sample in samples.values()])
 
 
-def folder(root: str, held_out: str) -> tuple[Ground, Ground]:
-    """Patches with masks, those whose names match *held_out* for testing."""
-    dataset = ImageMaskFolder(root, transforms=lambda sample: sample)
-    train, test = Ground([], []), Ground([], [])
-    for name, sample in zip(dataset.places, dataset, strict=True):
-        ground = test if re.search(held_out, name) else train
-        ground.images.append(sample['image'][None].half())
-        ground.masks.append(sample['mask'].to(torch.uint8))
-    return train, test
+def stack(samples: Sequence[tuple[Tensor, Tensor]]) -> Ground:
+    """Put images (T, C, H, W) and masks (H, W) into memory, images to half a level of 8 bit."""
+    images = torch.stack([image.half() for image, _ in samples])
+    return Ground(images, torch.stack([mask.to(torch.uint8) for _, mask in samples]))
+
+
+def folders(
+    root: str, tests: Sequence[str], places: str | None, held_out: str | None
+) -> tuple[Ground, Ground]:
+    """Patches to train on, and patches of other places and of other folders to test on.
+
+    A fourth of the places is held out, or those that *held_out* matches.
+    """
+    train: list[tuple[Tensor, Tensor]] = []
+    test: list[tuple[Tensor, Tensor]] = []
+    for path in (root, *tests):
+        data = ImageMaskFolder(path, places=places, transforms=lambda sample: sample)
+        names = sorted(set(data.places))
+        count = round(len(names) / 4)
+        held = set(np.random.default_rng(0).permutation(names)[:count].tolist())
+        if held_out is not None:
+            held = {name for name in names if re.search(held_out, name)}
+        for name, sample in zip(data.places, tqdm(data, path), strict=True):
+            away = path != root or name in held
+            (test if away else train).append((sample['image'][None], sample['mask']))
+    if not train or not test:
+        raise ValueError(
+            f'--places and --held-out must keep some places apart, not all or none, got '
+            f'{places!r} and {held_out!r}, which leave {len(train)} images to train on '
+            f'and {len(test)} to test on'
+        )
+    return stack(train), stack(test)
+
+
+class Scored(NamedTuple):
+    """Other images (N, C, H, W) with class numbers (N,) or multi-hot labels (N, K)."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+
+
+def scored(path: str) -> Scored:
+    """Read a folder with *labels.csv*: a *file*, and its *label* or columns of 0 and 1."""
+    root = Path(path)
+    with (root / 'labels.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    known = ('file', 'label', 'class_name', 'split')
+    classes = [name for name in rows[0] if name not in known]
+    images = []
+    for row in tqdm(rows, path):
+        with Image.open(root / 'images' / row['file']) as image:
+            pixels = torch.from_numpy(np.array(image.convert('RGB')))
+        images.append(resize(pixels.permute(2, 0, 1)[None] / 255, SIZE))
+    if classes:
+        labels = [[int(row[name]) for name in classes] for row in rows]
+    else:
+        labels = [int(row['label']) for row in rows]
+    return Scored(root.name, torch.cat(images), torch.tensor(labels))
 
 
 class Statistics(nn.Module):
@@ -159,14 +227,30 @@ class Statistics(nn.Module):
         return torch.cat([image.mean((2, 3)), image.std((2, 3))], dim=1)
 
 
-def soft_con(channels: int, model: str, **options: Any) -> SoftConTask:
-    """SoftCon, or one of its terms."""
-    settings = {'momentum': 0.99, **HEADS, **SPEED, 'mask_ratio': 0.0, **options}
-    return SoftConTask(model, in_channels=channels, size=SIZE, **settings)
+class ClassifierTask(SoftConTask):
+    """The contrastive term, and a plain classifier in place of the soft term."""
+
+    def configure_models(self) -> None:
+        """Add a linear classifier of the eleven classes."""
+        super().configure_models()
+        self.classifier = nn.Linear(self.feature_size, 11)
+
+    def compare_views(self, views: Any, labels: Any) -> Any:
+        """Replace the soft term."""
+        terms, features, *rest = super().compare_views(views, labels)
+        logits = self.classifier(features)
+        found = F.binary_cross_entropy_with_logits(logits, labels[0])
+        return torch.stack([terms[0], found]), features, *rest
 
 
-def dino_mc(channels: int, model: str) -> DINOMCTask:
-    """DINO-MC with the settings of examples/dino_mc_small.yaml."""
+def alike(label: Tensor, key_label: Tensor) -> Tensor:
+    """Return the same similarity for all pairs, the mean of what labels tell."""
+    cosine = F.normalize(label) @ F.normalize(key_label).T
+    return cosine.mean().expand_as(cosine)
+
+
+def dino_views() -> dict[str, Any]:
+    """Return options of DINO-MC, those of examples/dino_mc_small.yaml."""
     size, local_sizes = 48, (32, 32, 16, 16)
     views = MultiCropView(
         size,
@@ -180,71 +264,93 @@ def dino_mc(channels: int, model: str) -> DINOMCTask:
         global_blur=(0.5, 0.5),
         global_solarize=(0.0, 0.0),
     )
-    return DINOMCTask(
-        model,
-        in_channels=channels,
-        size=size,
-        local_sizes=local_sizes,
-        output_dim=256,
-        hidden_dim=512,
-        bottleneck_dim=128,
-        lr=4e-3,
-        warmup_epochs=1,
-        momentum=0.9,
-        momentum_final=0.99,
-        teacher_temperature=0.07,
-        warmup_teacher_temperature=0.07,
-        augmentations=views,
-    )
+    return {
+        'size': size,
+        'local_sizes': local_sizes,
+        'output_dim': 256,
+        'hidden_dim': 512,
+        'bottleneck_dim': 128,
+        'momentum': 0.9,
+        'momentum_final': 0.99,
+        'teacher_temperature': 0.07,
+        'warmup_teacher_temperature': 0.07,
+        'augmentations': views,
+    }
 
 
-def moco(channels: int, model: str, **options: Any) -> MoCoTask:
-    """MoCo v3 of TorchGeo."""
-    return MoCoTask(model, in_channels=channels, size=SIZE, **options)
+class Run(NamedTuple):
+    """All that decides a result."""
 
-
-#: What is compared: encoder before, and task. None is not trained.
-METHODS: dict[str, Callable[[int, str], LightningModule] | None] = {
-    'band statistics': None,
-    'random start': None,
-    'contrast only': lambda c, m: soft_con(c, m, soft_weight=0.0),
-    'SoftCon': soft_con,
-    'SoftCon, masked': lambda c, m: soft_con(c, m, mask_ratio=0.5),
-    'SoftCon, shuffled labels': soft_con,
-    'DINO-MC': dino_mc,
-    "TorchGeo's MoCo v3": moco,
-    "TorchGeo's MoCo v3, lr 1e-3": lambda c, m: moco(c, m, lr=1e-3, **HEADS),
-}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One run."""
-
-    method: str
+    row: str
     seed: int
-    knn_map: float
-    linear_map: float
-    seconds: float
-    images_per_second: float
+    model: str = 'test_resnet'
+    weights: str | None = None
+    steps: int = 200
+    windows: int = 2000
+    data: str = 'synthetic'
+
+    def parse(self) -> tuple[str, dict[str, Any]]:
+        """Return method and options."""
+        method, *words = self.row.split()
+        pairs = (word.partition('=')[::2] for word in words)
+        return method, {name: yaml.safe_load(value) for name, value in pairs}
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs, as TorchGeo's schedules count: at most 12 of whole steps."""
+        return max(n for n in range(1, 13) if self.steps % n == 0)
+
+    def task(self, channels: int) -> tuple[LightningModule | None, str]:
+        """Build the task, and tell where it has the encoder and what labels it gets."""
+        method, options = self.parse()
+        labels = options.pop('labels', 'true')
+        options = {
+            'in_channels': channels,
+            'size': SIZE,
+            'lr': LR['continual' if self.weights else 'scratch'],
+            'weight_decay': 1e-4,
+            'warmup_epochs': self.epochs / 10,
+            **options,
+        }
+        if self.weights:
+            # With in_channels = 3, the input layer fits as it is
+            options = {'weights': self.weights, **options}
+        if labels == 'constant':
+            options['label_similarity'] = alike
+        if method in ('contrast', 'SoftCon', 'classifier', 'start'):
+            defaults: dict[str, Any] = {**HEADS, 'momentum': 0.99, 'mask_ratio': 0.0}
+            if method == 'contrast':
+                defaults['soft_weight'] = 0.0
+            elif method == 'classifier':
+                defaults['soft_weight'] = 3.0
+            make = ClassifierTask if method == 'classifier' else SoftConTask
+            return make(self.model, **{**defaults, **options}), labels
+        if method == 'DINO-MC':
+            return DINOMCTask(self.model, **{**options, **dino_views()}), labels
+        if method == 'MoCo' and not self.weights:
+            options = {'lr': 1e-3, **HEADS, 'in_channels': channels, 'size': SIZE}
+            return MoCoTask(self.model, **options), labels
+        if method == 'statistics':
+            return None, labels
+        raise ValueError(f'--rows: unknown method {method}, or not for --weights')
 
 
-def train(task: LightningModule, windows: Windows, steps: int) -> float:
-    """Train a task, and give the seconds that it took."""
+def train(task: LightningModule, windows: Windows, epochs: int) -> float:
+    """Train a task, and give the seconds of CPU time that it took."""
     loader: Any = DataLoader(
-        windows, BATCH, sampler=Stream(steps // EPOCHS * BATCH), collate_fn=collate
+        windows, BATCH, sampler=Stream(len(windows) // epochs), collate_fn=collate
     )
     trainer = Trainer(
         accelerator='cpu',
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.fit(task, loader)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @torch.no_grad()
@@ -260,84 +366,123 @@ def encode(encoder: nn.Module, windows: Windows) -> tuple[Tensor, Tensor]:
     return torch.cat(features)[known], label[known]
 
 
-def run(
-    method: str,
-    seed: int,
-    model: str,
-    steps: int,
-    windows: int,
-    train_on: Ground,
-    test_on: Ground,
-) -> Result:
-    """Train with one method and seed, and probe the encoder."""
+def cross_validate(features: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Score labels by the nearest neighbours and a linear classifier of nine tenths."""
+    hot = labels if labels.ndim == 2 else F.one_hot(labels)
+    knn, linear = torch.zeros(2, *hot.shape)
+    fold = torch.randperm(len(hot), generator=torch.Generator().manual_seed(0)) % 10
+    for number in range(10):
+        out, rest = fold == number, fold != number
+        args = features[out], features[rest], hot[rest]
+        # A sample of a data set has few images per class
+        knn[out] = knn_scores(*args, k=5)
+        linear[out] = linear_scores(*args)
+    return evaluate(knn, labels), evaluate(linear, labels)
+
+
+def execute(run: Run, grounds: Sequence[Ground], others: Sequence[Scored]) -> dict:
+    """Train with one method and seed, and probe the encoder: a line of the results."""
     for name in ('lightning.pytorch', 'lightning.fabric'):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
 
-    seed_everything(seed, verbose=False)
-    channels = train_on.images[0].shape[1]
-    build, seconds = METHODS[method], 0.0
-    if build is None:
-        # The start of the others, which draw it first
-        encoder: nn.Module = soft_con(channels, model).model
-        if method == 'band statistics':
-            encoder = Statistics()
-    else:
-        task: Any = build(channels, model)
-        shuffled = method.endswith('shuffled labels')
-        stream = Windows(train_on, steps * BATCH, seed, shuffled)
-        seconds = train(task, stream, steps)
-        # TorchGeo's tasks call it so
+    seed_everything(run.seed, verbose=False)
+    train_on, test_on = grounds
+    task: Any
+    task, labels = run.task(train_on.images.shape[2])
+    seconds = 0.0
+    if task is not None and run.parse()[0] != 'start':
+        shuffled = labels == 'shuffled'
+        stream = Windows(train_on, run.steps * BATCH, run.seed, shuffled)
+        seconds = train(task, stream, run.epochs)
+    encoder: nn.Module = Statistics()
+    if task is not None:  # TorchGeo's tasks call it so
         encoder = task.backbone if isinstance(task, MoCoTask) else task.model
 
     # Other windows than those of the training, the same for every method and seed
-    bank, labels = encode(encoder, Windows(train_on, windows, 2**31))
-    queries, answers = encode(encoder, Windows(test_on, windows // 2, 2**31 + 1))
-    knn = linear = float('nan')
+    bank, known = encode(encoder, Windows(train_on, run.windows, 2**31))
+    queries, answers = encode(encoder, Windows(test_on, run.windows // 2, 2**31 + 1))
+    scores: dict[str, float] = {}
     if bank.isfinite().all():  # not so after a learning rate that is too high
-        knn = evaluate(knn_scores(queries, bank, labels), answers)
-        linear = evaluate(linear_scores(queries, bank, labels), answers)
-    rate = steps * BATCH / seconds if seconds else float('nan')
-    return Result(method, seed, knn, linear, seconds, rate)
+        scores['k-NN mAP'] = evaluate(knn_scores(queries, bank, known), answers)
+        scores['linear mAP'] = evaluate(linear_scores(queries, bank, known), answers)
+    for name, images, answer in others if scores else ():
+        with torch.no_grad():
+            features = torch.cat([encoder(part) for part in images.split(BATCH)])
+        knn, linear = cross_validate(features, answer)
+        scores |= {f'{name} k-NN': knn, f'{name} linear': linear}
+    return {**run._asdict(), 'scores': scores, 'seconds': round(seconds, 1)}
 
 
-def table(results: Iterable[Result]) -> str:
-    """Markdown: mean and standard deviation over seeds, and gains over contrast only."""
-    runs = {(r.method, r.seed): r for r in results}
-    seeds = sorted({seed for _, seed in runs})
+def table(results: Sequence[dict[str, Any]], against: str = 'contrast') -> str:
+    """Markdown: mean and standard deviation over seeds, and paired differences."""
+    groups: dict[str, dict[str, dict[int, Any]]] = {}
+    for result in results:
+        start = Path(result['weights'] or 'random').stem
+        name = f'{result["model"]}, start: {start}, {result["steps"]} steps of {BATCH}'
+        rows = groups.setdefault(name, {})
+        rows.setdefault(result['row'], {})[result['seed']] = result
 
-    def spread(values: Sequence[float], sign: str = '') -> str:
-        if isnan(sum(values)):
+    def cell(runs: dict[int, Any], base: dict[int, Any], score: str) -> str:
+        values = {s: run['scores'].get(score) for s, run in runs.items()}
+        if None in values.values():
             return 'diverged'
-        deviation = f' ± {stdev(values):.3f}' if len(values) > 1 else ''
-        return f'{mean(values):{sign}.3f}{deviation}'
+        text = spread(list(values.values()))
+        paired = [s for s in values if score in base.get(s, {}).get('scores', {})]
+        if base is not runs and paired:
+            gains = [values[s] - base[s]['scores'][score] for s in paired]
+            text += f' ({spread(gains, "+")})'
+        return text
 
-    lines = [
-        '| method | k-NN mAP | linear mAP | linear, against contrast only | images/s | s |',
-        '|---|---|---|---|---|---|',
-    ]
-    for method in METHODS:
-        rows = [runs[method, seed] for seed in seeds if (method, seed) in runs]
-        if not rows:
-            continue
-        gains = [
-            row.linear_map - runs['contrast only', row.seed].linear_map
-            for row in rows
-            if ('contrast only', row.seed) in runs
-        ]
-        seconds = mean(row.seconds for row in rows)
-        speed = mean(row.images_per_second for row in rows)
-        cells = [
-            method,
-            spread([row.knn_map for row in rows]),
-            spread([row.linear_map for row in rows]),
-            spread(gains, '+') if gains and method != 'contrast only' else '',
-            f'{speed:.0f}' if seconds else '',
-            f'{seconds:.0f}' if seconds else '',
-        ]
-        lines.append(f'| {" | ".join(cells)} |')
+    lines = []
+    for name, rows in groups.items():
+        any_run = [run for runs in rows.values() for run in runs.values()]
+        scores = list(dict.fromkeys(s for run in any_run for s in run['scores']))
+        lines += [f'{name} (in brackets: against {against}, seed by seed)', '']
+        lines += [f'| row | seeds | {" | ".join(scores)} | CPU s |']
+        lines += ['|---' * (len(scores) + 3) + '|']
+        for row, runs in rows.items():
+            cells = [cell(runs, rows.get(against, {}), score) for score in scores]
+            seconds = f'{mean(run["seconds"] for run in runs.values()):.0f}'
+            lines.append(f'| {" | ".join([row, str(len(runs)), *cells, seconds])} |')
+        lines.append('')
     return '\n'.join(lines)
+
+
+def spread(values: Sequence[float], sign: str = '') -> str:
+    """Return mean and standard deviation as text."""
+    deviation = f' ± {stdev(values):.3f}' if len(values) > 1 else ''
+    return f'{mean(values):{sign}.3f}{deviation}'
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read the finished runs of a results file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Inline(Executor):
+    """Runs jobs in this process."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a job at once."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+_SHARED: list[Any] = []
+
+
+def share(*values: Any) -> None:
+    """Keep in this process what all runs use."""
+    _SHARED[:] = values
+
+
+def execute_shared(run: Run) -> dict[str, Any]:
+    """Execute a run on the shared data."""
+    return execute(run, *_SHARED)
 
 
 def main() -> None:
@@ -346,72 +491,65 @@ def main() -> None:
         description=(__doc__ or '').partition('\n')[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        '--model', default='test_resnet', help='timm name of the encoder'
+    add = parser.add_argument
+    add('--model', default='test_resnet', help='timm name of the encoder')
+    add('--weights', help='file of weights to go on from, instead of random ones')
+    add('--steps', type=int, default=200, help='optimizer steps per run')
+    add('--windows', type=int, default=2000, help='of the bank; half as many queries')
+    add('--seeds', type=int, default=3)
+    add('--jobs', type=int, default=2, help='processes of one thread')
+    add('--rows', nargs='+', help='methods, each with options (see the source)')
+    add('--folder', help='images/ and masks/, instead of made-up scenes')
+    add('--places', help='pattern whose groups are the place in the name of an image')
+    add('--held-out', help='pattern of places for testing, by default a fourth of them')
+    add(
+        '--test',
+        nargs='+',
+        default=[],
+        help='more folders, of other places, to test on',
     )
-    parser.add_argument(
-        '--steps', type=int, default=200, help='optimizer steps per run'
-    )
-    parser.add_argument(
-        '--windows', type=int, default=2000, help='of the bank; half as many queries'
-    )
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--jobs', type=int, default=2, help='processes of one thread')
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        '--folder', help='images/ and masks/, instead of made-up scenes'
-    )
-    parser.add_argument('--held-out', default='$.', help='pattern of names for testing')
-    parser.add_argument('--out', type=Path, help='CSV file for all figures')
+    add('--score', nargs='+', default=[], help='folders with labels.csv to score on')
+    add('--results', type=Path, default='study.jsonl', help='file of finished runs')
+    add('--table', action='store_true', help='print the table and run nothing')
     args = parser.parse_args()
-    if args.steps < EPOCHS or args.steps % EPOCHS:
-        parser.error(f'--steps must be a multiple of {EPOCHS}, got {args.steps}')
+    if args.table:
+        print(table(read(args.results)))
+        return
 
-    if args.folder:
-        train_on, test_on = folder(args.folder, args.held_out)
-        if not train_on.images or not test_on.images:
-            parser.error(
-                f'--held-out {args.held_out!r} must match some names, not all or none: it '
-                f'leaves {len(train_on.images)} for training, {len(test_on.images)} to test'
+    rows = args.rows or (CONTINUAL_ROWS if args.weights else ROWS)
+    data = Path(args.folder).name if args.folder else 'synthetic'
+    fixed = (args.model, args.weights, args.steps, args.windows, data)
+    # By seed: a table of all rows is there when the first seed is done
+    runs = [Run(row, seed, *fixed) for seed in range(args.seeds) for row in rows]
+    done = {Run(*(line[field] for field in Run._fields)) for line in read(args.results)}
+    runs = [run for run in runs if run not in done]
+    try:
+        for run in {run.row: run for run in runs}.values():
+            run.task(3)
+        if args.folder:
+            train_on, test_on = folders(
+                args.folder, args.test, args.places, args.held_out
             )
-    else:
-        train_on, test_on = synthetic(seed=0, places=4), synthetic(seed=1, places=2)
+        else:
+            train_on, test_on = synthetic(seed=0, places=4), synthetic(seed=1, places=2)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    shared = (train_on, test_on), [scored(path) for path in args.score]
+    execute_runs(runs, args.jobs, shared, args.results)
+    print(table(read(args.results)))
 
-    results = []
-    start = time.perf_counter()
-    # Tensors in shared memory: the processes do not copy them
+
+def execute_runs(runs: Sequence[Run], jobs: int, shared: Any, path: Path) -> None:
+    """Execute runs in processes that share tensors, and write each when it is done."""
+    share(*shared)
     context = torch.multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(args.jobs, context) as pool:
-        # By seed: a table of all methods is there when the first seed is done
-        jobs = [
-            pool.submit(
-                run,
-                method,
-                seed,
-                args.model,
-                args.steps,
-                args.windows,
-                train_on,
-                test_on,
-            )
-            for seed in range(args.seeds)
-            for method in args.methods
-        ]
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit='run'):
-            results.append(job.result())
-            if args.out is not None:
-                write(args.out, results)
-    print(table(results))
-    minutes = (time.perf_counter() - start) / 60
-    print(f'\n{args.model}, {args.steps} steps of {BATCH} windows, {minutes:.0f} min')
-
-
-def write(path: Path, results: Sequence[Result]) -> None:
-    """Write all figures."""
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(asdict(results[0])))
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+    pool = Inline() if jobs == 1 else ProcessPoolExecutor(jobs, context, share, shared)
+    with pool, path.open('a') as file, tqdm(total=len(runs), unit='run') as bar:
+        pending = (pool.submit(execute_shared, run) for run in runs)
+        for job in pending if jobs == 1 else as_completed(list(pending)):
+            file.write(json.dumps(job.result()) + '\n')
+            file.flush()
+            bar.update()
 
 
 if __name__ == '__main__':

@@ -20,6 +20,15 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder for the tests alone, also for processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp('cache')
+        patch.setenv('TORCHGEO_SOFTCON_CACHE', str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def plain_loaders() -> Iterator[None]:
     """Undo what Lightning does to data loaders, which it leaves if making one fails."""

@@ -33,7 +33,7 @@ def run_step(
         groups = parameter_groups([task], 0.1)
         optimizer = create_optimizer('adamw', groups, 1e-3, True)
         task._trainer = SimpleNamespace(  # type: ignore[assignment]
-            global_step=3, current_epoch=0, global_rank=0, optimizers=[optimizer]
+            global_step=0, current_epoch=0, global_rank=0, optimizers=[optimizer]
         )
         channels = seasons * task.hparams['in_channels']
         batch = {

@@ -14,6 +14,7 @@ import rasterio
 import timm
 import torch
 import torchgeo.models
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from rasterio.transform import from_origin
 from torch import Tensor
@@ -23,6 +24,7 @@ from torchgeo.main import main
 
 from torchgeo_softcon import (
     ResNet50_Weights,
+    SoftConTask,
     Swin_T_Weights,
     ViTSmall8_Weights,
     ViTSmall14_DINOv2_Weights,
@@ -292,6 +294,45 @@ def test_change_detection(model: str, backbone: str, weights: Any) -> None:
     loader = DataLoader(Pairs(), batch_size=2)
     trainer.fit(task, loader, loader)
     assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize('as_name', [False, True])
+@pytest.mark.parametrize(
+    ('task', 'model', 'weights', 'fitting'),
+    [
+        ('Classification', 'swin_tiny_patch4_window7_224', RGB_SWIN, SWIN),
+        ('Classification', 'vit_small_patch14_dinov2', S2_14, P14),
+        ('Regression', 'resnet18', S2_50, 'softcon_resnet50'),
+        ('SemanticSegmentation', 'unet', RGB_WIDE, 'dinomc_wide_resnet50_2'),
+    ],
+)
+def test_weights_that_do_not_fit_name_their_model(
+    task: str, model: str, weights: Any, fitting: str, as_name: bool
+) -> None:
+    options: dict[str, Any] = {'in_channels': len(weights.meta['bands'])}
+    if task != 'Regression':
+        options['num_classes'] = 3
+    if model == 'unet':
+        options['backbone'] = 'resnet18'
+    fitting = f'{fitting}.{weights.name.lower()}'
+    with pytest.raises(ValueError, match=rf'do not fit .*Set model to .{fitting}.'):
+        getattr(TASKS, host(task))(
+            model=model, weights=str(weights) if as_name else weights, **options
+        )
+    # The remedy works
+    created = timm.create_model(fitting, pretrained=True, num_classes=0)
+    assert not missing_in(created, weights.get_state_dict(layout='timm'))
+
+
+def test_true_on_the_command_line_is_no_name() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    for task in ('Classification', 'MoCo', 'SemanticSegmentation'):
+        parser.add_class_arguments(getattr(TASKS, host(task)), task)
+    parser.add_class_arguments(SoftConTask, 'ours')
+    names = ('Classification', 'MoCo', 'SemanticSegmentation', 'ours')
+    for text, value in (('true', True), ('null', None), ('run.ckpt', 'run.ckpt')):
+        args = parser.parse_args([f'--{name}.weights={text}' for name in names])
+        assert [args[name].weights for name in names] == [value] * 4
 
 
 def test_user_code() -> None:

@@ -23,9 +23,15 @@ from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import KNNProbe
 from torchgeo_softcon.callbacks.subset import choose_subset
 from torchgeo_softcon.datasets import SyntheticScenes
-from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights
+from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights, create_encoder
+from torchgeo_softcon.models.encoders import Encoder
 
-from .datamodules.host_data import make_bigearthnet, make_eurosat, make_ssl4eo_s12
+from .datamodules.host_data import (
+    make_bigearthnet,
+    make_bigearthnet_v2,
+    make_eurosat,
+    make_ssl4eo_s12,
+)
 from .ssl4eo.archives import season, write_archive
 
 pytestmark = pytest.mark.usefixtures('own_folder')
@@ -46,6 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         'eurosat': str(make_eurosat(root / 'eurosat', 2, 1)),
         'bigearthnet': str(make_bigearthnet(root / 'bigearthnet', 20, 2)),
+        'bigearthnet_v2': str(make_bigearthnet_v2(root / 'bigearthnet_v2')),
         'ssl4eo': str(make_ssl4eo_s12(root / 'ssl4eo', 's2c', 2)),
     }
 
@@ -167,6 +174,14 @@ class TestBigEarthNet:
         assert {x.shape for x in seen} == {(2, 12, 224, 224)}
         assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
 
+    def test_version_2(self, data: dict[str, str], seen: list[Tensor]) -> None:
+        fit(
+            'bigearthnet_v2',
+            *('--data.dict_kwargs.root', data['bigearthnet_v2'], '--model.size', '28'),
+        )
+        images = [x for x in seen if x.any()]
+        assert all(x.min() >= 0 and x.max() <= 1 for x in images)
+
     def test_radar(self, data: dict[str, str]) -> None:
         """As the header says."""
         fit(
@@ -213,19 +228,53 @@ def test_ssl4eo_s12(
     assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
 
 
-def test_ssl4eo_s12_ml(tmp_path: Path, probed: list[dict[str, float]]) -> None:
+def fit_labelled_archive(recipe: str, root: Path, *args: str) -> None:
+    """Run a recipe on a small SSL4EO-S12-ML."""
     day, places = '20200604', [f'{place:07}' for place in range(8)]
-    write_archive(tmp_path, {'s2c': {place: [day] for place in places}})
+    write_archive(root, {'s2c': {place: [day] for place in places}})
     labels = {
         place: {season('s2c', day): [number]} for number, place in enumerate(places)
     }
     Path('labels.json').write_text(json.dumps(labels))
     fit(
+        recipe,
+        *('--data.root', str(root), '--data.labels', 'labels.json'),
+        *('--model.hidden_dim', '16', '--model.output_dim', '8'),
+        *args,
+    )
+
+
+@pytest.mark.parametrize(
+    'args',
+    [
+        ('--model.model', 'test_vit'),
+        (
+            *('--model.model', 'vit_tiny_patch16_dinov3_qkvb'),
+            *('--model.in_layer_init', 'rgb'),
+        ),
+        ('--model.model', 'test_resnet', '--model.optimizer', 'sgd', '--model.lr', '1'),
+    ],
+    ids=lambda args: args[1],
+)
+def test_softcon_paper(
+    args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretrained(weights: Any, model: str, *args: Any) -> Encoder:
+        assert weights is True
+        encoder: Any = create_encoder(model)
+        cfg = encoder.pretrained_cfg
+        return Encoder(encoder.state_dict(), normalization=(cfg['mean'], cfg['std']))
+
+    monkeypatch.setattr('torchgeo_softcon.tasks.base.initial_weights', pretrained)
+    fit_labelled_archive('softcon_paper', tmp_path, *args, '--model.size', '32')
+
+
+def test_ssl4eo_s12_ml(tmp_path: Path, probed: list[dict[str, float]]) -> None:
+    fit_labelled_archive(
         'ssl4eo_s12_ml',
-        *('--data.root', str(tmp_path), '--data.labels', 'labels.json'),
+        tmp_path,
         *('--data.val_fraction', '0.25'),
         *('--model.model', 'test_vit', '--model.size', '32'),
-        *('--model.hidden_dim', '16', '--model.output_dim', '8'),
     )
     assert all('knn_map_cls' in values for values in probed)
     assert len(probed) == 2
@@ -270,7 +319,8 @@ def test_continual(
     state = ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON.get_state_dict()
     published = {**state, 'patch_embed.proj.weight': torch.ones(384, 3, 14, 14)}
     monkeypatch.setattr(
-        'torchgeo_softcon.tasks.base.read_pretrained', lambda *args: dict(published)
+        'torchgeo_softcon.tasks.base.initial_weights',
+        lambda *args: Encoder(dict(published)),
     )
     fit(
         'continual_dinov2',

@@ -33,6 +33,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     'EmbeddingWriter': {'path': 'embeddings.parquet'},
     'ImageMaskFolder': {'root': 'missing'},
     'LinearProbeTask': {'model': 'test_resnet', 'num_classes': 3},
+    'LoadBackbone': {'weights': 'run.ckpt'},
     'SSL4EOS12ML': {'root': 'missing'},
     'SoftConTask': {'model': 'test_resnet', 'size': 32, **HEADS},
     'ToUnitRange': {'mean': [1.0], 'std': [1.0]},

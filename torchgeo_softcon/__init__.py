@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .callbacks import CollapseMonitor as CollapseMonitor
     from .callbacks import EmbeddingWriter as EmbeddingWriter
     from .callbacks import KNNProbe as KNNProbe
+    from .datamodules import BigEarthNetV2DataModule as BigEarthNetV2DataModule
     from .datamodules import ImageMaskFolderDataModule as ImageMaskFolderDataModule
     from .datamodules import SSL4EOS12MLDataModule as SSL4EOS12MLDataModule
     from .datamodules import SyntheticScenesDataModule as SyntheticScenesDataModule
@@ -51,6 +52,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     _version=('__version__',),
     callbacks=('CollapseMonitor', 'EmbeddingWriter', 'KNNProbe'),
     datamodules=(
+        'BigEarthNetV2DataModule',
         'ImageMaskFolderDataModule',
         'SSL4EOS12MLDataModule',
         'SyntheticScenesDataModule',

@@ -13,12 +13,13 @@ imported, which must not pull in datasets, tasks, and Lightning.
 
 # ruff: noqa: F401, as other modules import the names from here
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union, get_args
 
 import torch
 from torchvision.models._api import Weights, WeightsEnum
@@ -35,6 +36,7 @@ _TASKS = 'torchgeo.tasks' if HAS_TASKS else 'torchgeo.trainers'
 _LAZY = {
     'BaseDataModule': 'torchgeo.datamodules',
     'BaseTask': _TASKS,
+    'BigEarthNetV2': 'torchgeo.datasets',
     'ClassificationTask': _TASKS,
     'DatasetNotFoundError': 'torchgeo.datasets',
     'MisconfigurationException': 'torchgeo.datamodules.utils',
@@ -47,7 +49,12 @@ _LAZY = {
 if TYPE_CHECKING:
     from torchgeo.datamodules import BaseDataModule, NonGeoDataModule
     from torchgeo.datamodules.utils import MisconfigurationException
-    from torchgeo.datasets import DatasetNotFoundError, NonGeoDataset, RasterDataset
+    from torchgeo.datasets import (
+        BigEarthNetV2,
+        DatasetNotFoundError,
+        NonGeoDataset,
+        RasterDataset,
+    )
     from torchgeo.models import get_weight
     from torchgeo.trainers import BaseTask, ClassificationTask
 
@@ -93,6 +100,37 @@ def georeference(dataset: Any, query: Any, transform: Iterable[float]) -> Sample
         return {'crs': dataset.crs, 'bounds': query}
     bounds = dataset._slice_to_tensor(query)
     return {'bounds': bounds, 'transform': torch.tensor(list(transform))}
+
+
+def extend_host_tasks(explain: Callable[[Any], str | None]) -> None:
+    """Have TorchGeo's tasks take ``--model.weights true``, and *explain* what fails.
+
+    On the command line, they take ``true`` for the name of weights, because text stands
+    before it among the types of their argument.
+
+    Args:
+        explain: Tells of a task whose weights could not be loaded what to do, None if
+            they are not ours.
+    """
+
+    def explained(configure: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(configure)
+        def configure_models(task: Any) -> None:
+            try:
+                configure(task)
+            except (AttributeError, KeyError, RuntimeError) as error:
+                if (message := explain(task)) is None:
+                    raise
+                raise ValueError(message) from error
+
+        return configure_models
+
+    for task in vars(import_module(_TASKS)).values():
+        types = getattr(getattr(task, '__init__', None), '__annotations__', {})
+        kinds = get_args(types.get('weights'))
+        if {str, bool} <= {*kinds} and kinds[-1] is not str:
+            types['weights'] = Union[*(kind for kind in kinds if kind is not str), str]
+            task.configure_models = explained(task.configure_models)
 
 
 def finetune_command(

@@ -3,4 +3,4 @@
 
 """Version of the package, apart so that reading it imports nothing."""
 
-__version__ = '0.1.0.dev0'
+__version__ = '0.1.0'

@@ -161,8 +161,8 @@ def autoload() -> None:
     if os.environ.get(AUTOLOAD_VARIABLE) != '0':
         install()
     elif _finder not in sys.meta_path:
-        # To find this function, torch has imported the package. Forget that, for an
-        # explicit import in the user's code to run its code again, and to activate.
+        # To find this function, torch has imported the package. Forget that, so that an
+        # explicit import by the user runs its code again, and activates
         for name in [*sys.modules]:
             if name == _PACKAGE or name.startswith(f'{_PACKAGE}.'):
                 del sys.modules[name]
@@ -199,14 +199,14 @@ def callbacks() -> list[Any]:
     ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
 
     Returns:
-        One callback, for TorchGeo's tasks with weights of this package. None if there
-        are no such tasks, or the user has opted out of the plugin.
+        None without TorchGeo's tasks, or if the user has opted out.
     """
     tasks = [name for name, group in _TRIGGERS.items() if group == 'torchgeo.tasks']
     if os.environ.get(AUTOLOAD_VARIABLE) == '0' or sys.modules.keys().isdisjoint(tasks):
         return []
     try:
-        return [import_module(f'{_PACKAGE}.callbacks').ResizeForWeights()]
+        ours = import_module(f'{_PACKAGE}.callbacks')
+        return [ours.ResizeForWeights(), ours.Terminal()]
     except Exception as error:  # noqa: BLE001, trainers must not fail because of this
         _report(error)
         return []
@@ -330,7 +330,7 @@ class _Joint(EnumType):
     """Type of enums whose members are those of others, each the same object."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return any(instance is member for member in cls)
+        return any(instance is member for member in cls._member_map_.values())
 
 
 def _join(first: type[Enum], members: Iterable[Enum]) -> type[Enum]:

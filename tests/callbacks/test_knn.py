@@ -15,13 +15,14 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import ConcatDataset, RandomSampler, Subset
 from torchgeo.datamodules import EuroSATDataModule
 
 from torchgeo_softcon._compat import HAS_TASKS
-from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
+from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe, knn
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.evaluation.features import encode, find_encoder
+from torchgeo_softcon.evaluation.loop import Score
 from torchgeo_softcon.models import create_encoder
 
 from ..datamodules.host_data import make_eurosat
@@ -160,8 +161,6 @@ class TestMetrics:
         assert best.best_model_score is not None
         values = column(tmp_path, 'knn_map_mean')
         assert float(best.best_model_score) == pytest.approx(max(values[4], values[8]))
-        # Nothing to restore
-        assert probe.state_dict() == {}
         assert trainer.checkpoint_callback is best
 
     def test_goes_on_after_a_resume(self, tmp_path: Path) -> None:
@@ -172,7 +171,10 @@ class TestMetrics:
         run(tmp_path / 'b', [probe], fit=fit, max_epochs=2)
         assert list(column(tmp_path / 'b', 'knn_map_cls')) == [8]
 
-    def test_images_are_a_fixed_choice_within_the_budget(self, tmp_path: Path) -> None:
+    def test_images_are_a_fixed_choice_within_the_budget(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(knn, '_MIN_SAMPLES', 128)
         bank, queries = Patches(1000), Patches(1000, split='val')
         run(tmp_path, [KNNProbe(bank, queries, k=3, every_n_epochs=1)], max_epochs=2)
         # The first one is looked at. Training is short: the smallest number of images.
@@ -181,25 +183,26 @@ class TestMetrics:
         assert reads[:96] == reads[96:192] == sorted(set(reads))
         assert len(queries.read[1:]) == 3 * 32
 
-    @pytest.mark.parametrize('endless', [False, True])
-    @pytest.mark.parametrize('length', [1000, 20])
-    def test_no_image_is_its_own_neighbour(
-        self, length: int, endless: bool, tmp_path: Path
+    @pytest.mark.parametrize(('length', 'endless'), [(1000, False), (20, True)])
+    def test_images_of_all_splits_are_cross_validated(
+        self,
+        length: int,
+        endless: bool,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Of datamodules that train and validate with all images."""
+        monkeypatch.setattr(knn, '_MIN_SAMPLES', 128)
         data: Any = PatchesDataModule()
         both = Patches(length)
         both.endless = endless  # type: ignore[attr-defined]
         data.train_dataset = data.val_dataset = both
         data.setup = lambda stage: None
         run(tmp_path, [KNNProbe(data, k=3, every_n_epochs=1)], max_epochs=1)
-        reads = both.read[2:]  # two are looked at
+        reads = both.read[1:]  # one is looked at
         probed = reads[: len(reads) // 2]
-        many = endless or length == 1000
-        assert len(set(probed)) == len(probed) == (128 if many else 20)
-        # The bank comes first, in order
-        bank = probed[: 96 if many else 15]
-        assert bank == sorted(bank)
+        assert probed == sorted(set(probed))
+        assert len(probed) == 128
+        assert column(tmp_path, 'spread/knn_map_cls')[0] < 0.1
 
     @pytest.mark.parametrize('val_fraction', [0, 1 / 3])
     def test_windows_of_the_same_ground(
@@ -263,6 +266,92 @@ class TestMetrics:
         run(tmp_path, [KNNProbe(data, k=3, unit_range=unit_range)], task, max_epochs=1)
         probed = seen[0]
         assert (bool(probed.min() >= 0) and bool(probed.max() <= 1)) == unit_range
+
+
+class Placed(Patches):
+    """Images of a few places, each with a class and a look of its own."""
+
+    def __init__(self, places: int, length: int = 48, offset: int = 0) -> None:
+        super().__init__(length)
+        self.places, self.offset = places, offset
+
+    def place(self, index: int) -> str:
+        return f'p{index % self.places + self.offset}'
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.read.append(index)
+        number = index % self.places
+        look = torch.Generator().manual_seed(number)
+        label = torch.randint(
+            2, (3,), generator=torch.Generator().manual_seed(9 + number)
+        )
+        image = torch.rand(4, 32, 32, generator=look) + index / 1000
+        return {'image': image, 'label': label.float()}
+
+
+class TestPlaces:
+    def scores(self, root: Path, train: Any, val: Any) -> tuple[float, str]:
+        data: Any = PatchesDataModule()
+        data.train_dataset, data.val_dataset = train, val
+        data.setup = lambda stage: None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            run(root, [KNNProbe(data, k=3)], max_epochs=1)
+        texts = ' '.join(str(warning.message) for warning in caught)
+        return column(root, 'knn_map_cls')[0], texts
+
+    def test_neighbours_of_the_same_place_do_not_help(self, tmp_path: Path) -> None:
+        both = Placed(8)
+        split, told = self.scores(tmp_path / 'a', both, both)
+        assert 'of places' not in told
+        # The same images, whose places nobody knows
+        unknown: Any = Subset(ConcatDataset([both]), range(48))
+        leaking, _ = self.scores(tmp_path / 'b', unknown, unknown)
+        assert split < 0.9
+        assert leaking > 0.99
+
+    @pytest.mark.parametrize(('offset', 'count'), [(0, 48), (6, 12), (8, 0)])
+    def test_places_on_both_sides(
+        self, offset: int, count: int, tmp_path: Path
+    ) -> None:
+        _, told = self.scores(tmp_path, Placed(8), Placed(8, offset=offset))
+        assert (f'{count} of 48 samples of the queries' in told) == (count > 0)
+        assert ('the scores are too high' in told) == (count > 0)
+
+    def test_all_of_one_place(self, tmp_path: Path) -> None:
+        train = Placed(8)
+        train.place = lambda index: 'here'  # type: ignore[method-assign]
+        _, told = self.scores(tmp_path, train, train)
+        assert 'are of one place (here)' in told
+
+
+class TestStart:
+    def test_a_run_that_falls_below_its_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        probe = KNNProbe(PatchesDataModule(), k=3, every_n_epochs=1)
+        values = iter([0.9, 0.85, 0.7, 0.6])
+
+        def score(*args: Any, **kwargs: Any) -> Any:
+            yield Score('chance', None, '', 'map', 0.3)
+            yield Score('knn', 3, 'cls', 'map', next(values), 0.1)
+
+        lines: list[str] = []
+        monkeypatch.setattr(knn, 'score_probes', score)
+        monkeypatch.setattr(knn, 'rank_zero_info', lines.append)
+        with pytest.warns(
+            UserWarning, match=r'worse than before .*, at step 8'
+        ) as told:
+            run(tmp_path, [probe], max_epochs=3)
+        assert len([w for w in told if 'worse than before' in str(w.message)]) == 1
+        assert lines[0] == 'KNNProbe, step 0: knn_map_cls 0.900 ± 0.100'
+        assert lines[2].endswith('knn_map_cls 0.700 ± 0.100 (start 0.900)')
+        assert column(tmp_path, 'spread/knn_map_cls')[0] == 0.1
+        # A run that goes on remembers both
+        other = KNNProbe(PatchesDataModule(), k=3)
+        other.load_state_dict(probe.state_dict())
+        assert other.state_dict() == {'start': {'knn_map_cls': 0.9}, 'warned': True}
+        assert other.state_key != KNNProbe(PatchesDataModule(), prefix='x').state_key
 
 
 class TestHostTasks:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from torchgeo_softcon import ViTSmall16_Weights, plugin
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
-from torchgeo_softcon.callbacks import ResizeForWeights, ResizeInput, resize
+from torchgeo_softcon.callbacks import ResizeForWeights, ResizeInput, Terminal, resize
 
 TASKS = import_module(BaseTask.__module__.rpartition('.')[0])
 Classification = TASKS.Classification if HAS_TASKS else TASKS.ClassificationTask
@@ -121,7 +121,11 @@ def test_positions_are_refused(key: str) -> None:
 class TestAutomatic:
     @pytest.mark.parametrize(
         'weights',
-        [ViTSmall16_Weights.SENTINEL2_SOFTCON, 'ViTSmall16_Weights.SENTINEL2_SOFTCON'],
+        [
+            ViTSmall16_Weights.SENTINEL2_SOFTCON,
+            'ViTSmall16_Weights.SENTINEL2_SOFTCON',
+            __file__,  # any checkpoint
+        ],
     )
     def test_our_weights(self, weights: Any, monkeypatch: Any) -> None:
         said: list[str] = []
@@ -147,7 +151,7 @@ class TestAutomatic:
         assert task.model.images[0].shape == (2, 2, 20, 16)
 
     def test_only_with_tasks_of_the_host(self, monkeypatch: Any) -> None:
-        assert [type(c) for c in plugin.callbacks()] == [ResizeForWeights]
+        assert [type(c) for c in plugin.callbacks()] == [ResizeForWeights, Terminal]
         monkeypatch.setenv(plugin.AUTOLOAD_VARIABLE, '0')
         assert plugin.callbacks() == []
         monkeypatch.delenv(plugin.AUTOLOAD_VARIABLE)

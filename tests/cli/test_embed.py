@@ -62,7 +62,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def vectors(path: Path) -> Any:
-    return np.stack(pd.read_parquet(path)['embedding'])
+    return np.stack(pd.read_parquet(path).sort_values('index')['embedding'])
 
 
 class TestEmbed:
@@ -78,6 +78,7 @@ class TestEmbed:
         path = tmp_path / 'e.parquet'
         rows = embed(open_encoder(checkpoint), data, path, accelerator='cpu', **QUIET)
         frame = geopandas.read_parquet(path)
+        frame = frame.sort_values('index', ignore_index=True)
         # Two places of two dates, four windows each
         assert rows == len(frame) == 16
         assert CRS(frame.crs).equals(CRS('OGC:CRS84'))

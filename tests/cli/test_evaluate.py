@@ -249,7 +249,7 @@ class TestCommand:
         def refused(*args: Any, **kwargs: Any) -> None:
             raise ConnectionRefusedError('no network')
 
-        monkeypatch.setattr('torch.hub.download_url_to_file', refused)
+        monkeypatch.setattr('torchgeo_softcon.models.hub._fetch', refused)
         weights = ('--weights', 'ResNet50_Weights.SENTINEL2_SOFTCON')
         assert main([command, *weights, '--data', PATCHES]) == 2
         assert 'could not be downloaded' in capsys.readouterr().err

@@ -253,7 +253,7 @@ class TestData:
     def test_split(self) -> None:
         args = ['run', '--data', 'X', '--split', 'val', '--data.a=1', '--data.b', '-1']
         options = parse_options(report_parser(), [*args, '--samples', '3'])
-        assert (options.run_dir, options.split, options.samples) == ('run', 'val', 3)
+        assert (options.run_dir, options.split, options.samples) == (['run'], 'val', 3)
         assert options.data_args == ['--data', 'X', '--data.a=1', '--data.b', '-1']
 
     def test_values_as_in_yaml(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import rasterio
 from rasterio.transform import from_origin
 from torchgeo.datasets import SSL4EOS12, BigEarthNet, EuroSAT
@@ -77,6 +78,36 @@ def make_bigearthnet(root: Path, train: int = 20, other: int = 4) -> Path:
                 text = json.dumps({'labels': labels})
                 (folder / f'{name}_labels_metadata.json').write_text(text)
         (root / f'bigearthnet-{split}.csv').write_text('\n'.join(lines))
+    return root
+
+
+def make_bigearthnet_v2(root: Path, train: int = 4, other: int = 2) -> Path:
+    """BigEarthNet v2 with small files, which its dataset enlarges."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for split, count in (('train', train), ('validation', other), ('test', other)):
+        for i in range(count):
+            s2 = f'S2A_MSIL2A_T33UUP_{split}{i}_00'
+            s1 = f'S1A_IW_33UUP_{split}{i}_00_00'
+            rows.append((s2, s1, split, ['Pastures', 'Mixed forest'][: 1 + i % 2]))
+            for folder, name, bands, kind in (
+                ('BigEarthNet-S2', s2, SENTINEL2_SUBSETS[12], 'uint16'),
+                ('BigEarthNet-S1', s1, ('VV', 'VH'), 'float32'),
+            ):
+                parts = 2 if kind == 'uint16' else 3
+                tile = '_'.join(name.split('_')[:-parts])
+                path = root / folder / tile / name
+                for band, level in zip(bands, spectrum(i % 2, bands, rng), strict=True):
+                    file = (
+                        f'B0{band[1]}' if kind == 'uint16' and len(band) == 2 else band
+                    )
+                    values = rng.normal(level, 2, (1, 12, 12)).astype(kind)
+                    write(path / f'{name}_{file}.tif', values)
+            tile = '_'.join(s2.split('_')[:-2])
+            path = root / 'Reference_Maps' / tile / s2 / f'{s2}_reference_map.tif'
+            write(path, np.full((1, 120, 120), 313, np.uint16))
+    columns = ['patch_id', 's1_name', 'split', 'labels']
+    pd.DataFrame(rows, columns=columns).to_parquet(root / 'metadata.parquet')
     return root
 
 

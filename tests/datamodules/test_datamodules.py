@@ -218,6 +218,22 @@ class TestImageMaskFolderDataModule:
         assert [len(part) for part in places] == [3, 1, 1]
         assert len(set.union(*places)) == 5
 
+    def test_a_folder_for_validation(self, folder: Path, tmp_path: Path) -> None:
+        other = tmp_path / 'other'
+        save(other / 'images/x.png', np.full((8, 8, 3), 51))
+        save(other / 'masks/x.png', np.full((8, 8), 20))
+        datamodule = ImageMaskFolderDataModule(
+            str(folder), batch_size=2, places=r'p\d|x', val_root=str(other)
+        )
+        parts = loaders(datamodule)
+        assert len(datamodule.train_dataset) == 10
+        for split in ('val', 'test'):
+            (batch,) = parts[split]
+            assert batch['image'].unique() == pytest.approx(0.2)
+            assert batch['label'].nonzero().tolist() == [[0, 1]]
+        with pytest.raises(ValueError, match='val_fraction must be left out'):
+            ImageMaskFolderDataModule('x', val_root='y', val_fraction=0.1)
+
     def test_predictions_are_of_every_image(self, folder: Path) -> None:
         datamodule = ImageMaskFolderDataModule(
             str(folder), batch_size=2, places=r'p\d', seasons=2, size=4
@@ -377,7 +393,8 @@ OPTIONS = {
     WorldCoverScenesDataModule: {
         *('images', 'worldcover', 'year', 'product', 'allow_unlabelled', 'bands'),
         *('all_bands', 'patch_size', 'length', 'seasons', 'min_valid', 'value_range'),
-        *('nodata', 'offset', 'level', 'target', 'min_fraction', 'fractions'),
+        *('nodata', 'offset', 'level', 'radar_quantiles'),
+        *('target', 'min_fraction', 'fractions'),
     },
     SyntheticScenesDataModule: {
         *('root', 'places', 'size', 'dates', 'bands', 'patch_size', 'length'),

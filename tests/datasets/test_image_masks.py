@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from tests.datamodules.helpers import DATA, write_raster
+from torchgeo_softcon.datasets import image_cache
 from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
 from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES, class_fractions
 
@@ -92,6 +93,24 @@ class TestImageMaskFolder:
             assert (dataset[index]['mask'] == 30 + first).all()
             seen.add(first)
         assert seen == {0, 10, 20}
+
+    @pytest.mark.parametrize(
+        ('places', 'expected'),
+        [
+            (r'(\d+\.\d)\d*_(\d+\.\d)', ['28.2/76.8', '28.2/76.9', '28.2/76.8']),
+            (r'(\d+)\.\d*_(\d+)', ['28/76'] * 3),
+            (None, [None] * 3),
+        ],
+    )
+    def test_a_place_of_several_groups(
+        self, places: str | None, expected: list[str], tmp_path: Path
+    ) -> None:
+        for name in ('28.2056_76.8558', '28.2056_76.9001', '28.2944_76.8001'):
+            save(tmp_path / f'images/{name}.png', np.full((8, 8, 3), 1))
+            save(tmp_path / f'masks/{name}.png', np.full((8, 8), 10))
+        dataset = folder(tmp_path, places=places)
+        assert [dataset.place(index) for index in range(3)] == expected
+        assert dataset.place(4) == expected[1]
 
     def test_one_season_makes_every_image_a_sample(self, dated: Path) -> None:
         assert len(folder(dated)) == 6
@@ -332,3 +351,78 @@ class TestRealData:
         image = pairs[0]['image']
         assert image.shape == (2, 7, 128, 128)
         assert not torch.equal(image[0], image[1])
+
+
+class TestCache:
+    @pytest.mark.parametrize('kind', ['png', 'gap', 'float', 'band', 'seasons'])
+    @pytest.mark.parametrize('size', [None, 5])
+    def test_equals_the_files(
+        self, kind: str, size: int | None, tmp_path: Path
+    ) -> None:
+        random = np.random.default_rng(0)
+        options: dict[str, Any] = {'size': size, 'root': tmp_path}
+        for number in range(4):
+            name = f'p{number // 2}/{number}.{"png" if kind == "png" else "tif"}'
+            values = random.integers(0, 9, (8, 9, 3)).astype(np.uint8)
+            mask = random.choice([0, 10, 20], (8, 9)).astype(np.uint8)
+            if kind == 'gap':  # 0 in all bands is no data, in one band a value
+                values[:4, :, 0] = 0
+                values[:2] = 0
+            image: Any = values
+            if kind == 'float':
+                image = values.astype(np.float32)
+                image[0, 0], image[1, 1, 1] = np.nan, np.inf
+            if kind == 'band':
+                image = np.dstack([values, mask])
+            path = tmp_path / 'images' / name
+            if kind == 'png':
+                save(path, image)
+            else:
+                bands = np.moveaxis(image, -1, 0)
+                write_raster(path, bands, nodata=0 if kind == 'gap' else None)
+            write_raster(tmp_path / f'masks/{name[:4]}.tif', mask[None])
+        if kind == 'band':
+            options |= {'mask_band': 4, 'image_bands': (1, 2, 3)}
+        if kind == 'seasons':
+            options['seasons'] = 2
+        options['value_range'] = (0, 8)
+        plain = ImageMaskFolder(**options, transforms=lambda sample: sample)
+        for _ in range(2):  # written, and then read
+            cached = pickle.loads(
+                pickle.dumps(ImageMaskFolder(**options, cache=tmp_path / 'cache'))
+            )
+            cached.transforms = plain.transforms
+            for index in range(12):
+                one, other = plain[index], cached[index]
+                for key in ('image', 'mask'):
+                    assert torch.equal(one[key], other[key])
+                    assert one[key].dtype == other[key].dtype
+
+    def test_follows_the_files(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(image_cache, '_SHARD', 1)  # a file per image
+        options: Any = {'cache': root / 'cache'}
+        before = folder(root, **options)
+        decoded: list[Any] = []
+        decode = ImageMaskFolder._decode
+        monkeypatch.setattr(
+            ImageMaskFolder,
+            '_decode',
+            lambda self, patch, *args: (
+                decoded.append(patch.number) or decode(self, patch, *args)
+            ),
+        )
+        first, second, _ = sorted((root / 'cache').rglob('*.npy'))
+        first.write_bytes(first.read_bytes()[:-1])  # as an interrupted copy
+        second.unlink()
+        assert torch.equal(folder(root, **options)[0]['image'], before[0]['image'])
+        assert decoded == [0, 0, 1]  # the first tells the size
+        save(root / 'images/b.png', np.full((8, 8, 3), 7))
+        assert (folder(root, **options)[1]['image'] * 255).round().unique() == 7
+
+    def test_other_sizes(self, root: Path) -> None:
+        save(root / 'images/b.png', np.full((9, 8, 3), 7))
+        save(root / 'masks/b.tif', np.full((9, 8), 10))
+        with pytest.raises(ValueError, match='cache needs images of one size'):
+            folder(root, size=8, cache=root / 'cache')

@@ -364,10 +364,10 @@ class TestBands:
         assert named.bands == ('R', 'NIR')
 
     def test_bands_that_look_like_dates(self, tmp_path: Path) -> None:
-        for band in ('B04', 'B08'):
+        for band in ('red', 'nir'):
             path = tmp_path / f'T33_{band}_10m_clip.tif'
             write_raster(path, np.ones((1, 4, 4), np.uint16))
-        with pytest.warns(UserWarning, match=r'2 files of one band .*B04_10m_clip'):
+        with pytest.warns(UserWarning, match=r'2 files of one band .*nir_10m_clip'):
             unlabelled(tmp_path, value_range=(0, 1))
         with warnings.catch_warnings():
             warnings.simplefilter('error', UserWarning)

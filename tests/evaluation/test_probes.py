@@ -1,14 +1,20 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import math
+from typing import Any
+
 import pytest
+import shapely
 import torch
 import torch.nn.functional as F
 from lightly.utils.benchmarking.knn import knn_predict
 from torch import Tensor
+from torch.utils.data import Subset
 
 from torchgeo_softcon.callbacks import knn_scores
-from torchgeo_softcon.evaluation.probes import evaluate, linear_scores
+from torchgeo_softcon.evaluation.places import assign_folds, sample_places
+from torchgeo_softcon.evaluation.probes import evaluate, linear_scores, score_spread
 
 
 def clusters(count: int, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -137,3 +143,53 @@ def test_queries_of_one_kind() -> None:
     labels = torch.tensor([[1, 0], [1, 0]])
     with pytest.raises(ValueError, match='2 queries with the same classes'):
         evaluate(torch.rand(2, 2), labels)
+
+
+class TestPlaces:
+    def test_folds_share_no_place_and_are_of_one_size(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        places = torch.randint(30, (1000,), generator=generator) ** 2
+        folds = assign_folds(places, 4)
+        assert torch.equal(folds, assign_folds(places, 4))
+        for place in places.unique():
+            assert len(folds[places == place].unique()) == 1
+        assert all(abs(count - 250) < 40 for count in torch.bincount(folds).tolist())
+
+    def test_places_by_georeference(self) -> None:
+        class Located:
+            def footprint(self, index: int) -> Any:
+                left = 500_000 + 8_000 * index
+                return shapely.box(left, 5e6, left + 640, 5e6 + 640), 'EPSG:32633', None
+
+        dataset: Any = Located()
+        names = sample_places(dataset, range(4))
+        assert names == ['45 150', '45 151', '45 152', '45 153'] or names is None
+        assert sample_places(Subset(dataset, [2, 0]), [1, 0]) == [names[0], names[2]]
+        assert sample_places([1, 2], [0, 1]) is None
+
+
+class TestSpread:
+    @pytest.mark.parametrize('multi', [False, True])
+    def test_is_that_of_new_places(self, multi: bool) -> None:
+        """The estimate from one draw, and the deviation between many draws."""
+
+        def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            # Every place is as hard for all of its ten images
+            places = torch.arange(60).repeat_interleave(10)
+            noise = torch.rand(60, 1, generator=generator)[places] * 4
+            labels = torch.randint(3, (600,), generator=generator)
+            hot = F.one_hot(labels).float()
+            scores = hot + noise * torch.randn(600, 3, generator=generator)
+            return scores, hot.long() if multi else labels, places
+
+        seen = [evaluate(*draw(seed)[:2]) for seed in range(100)]
+        guess = [score_spread(*draw(seed)) for seed in range(20)]
+        expected = float(torch.tensor(seen).std())
+        assert sum(guess) / 20 == pytest.approx(expected, rel=0.25)
+
+    def test_of_one_place_is_not_known(self) -> None:
+        scores, labels = torch.rand(6, 2), torch.randint(2, (6, 2))
+        assert math.isnan(
+            score_spread(scores, labels, torch.zeros(6, dtype=torch.long))
+        )

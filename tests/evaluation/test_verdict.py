@@ -9,15 +9,16 @@ from torchgeo_softcon.evaluation.verdict import judge, summarize
 
 GOOD = {
     'train_loss_contrast': [4.1, 3.0, 1.2],
+    'train_loss_contrast_chance': [math.log(64)],
+    'train_loss': [9.0, 8.0],
     'collapse/feature_std': [0.03, 0.05],
     'knn_map': [0.5, 0.6],
     'knn_map_chance': [0.3, 0.3],
 }
-CHANCE = {'train_loss_contrast': math.log(64)}
 
 
 def test_a_good_run() -> None:
-    findings = judge(GOOD, CHANCE, 384)
+    findings = judge(GOOD, 384)
     assert [f.good for f in findings] == [True, True, True]
     assert 'guessing gives 4.16' in findings[1].reason
     assert 'from 0.5 to 0.6, chance is 0.3' in str(findings[2])
@@ -41,16 +42,16 @@ def test_a_good_run() -> None:
 def test_findings(
     change: dict[str, list[float]], position: int, good: bool | None, reason: str
 ) -> None:
-    finding = judge(GOOD | change, CHANCE, 384)[position]
+    finding = judge(GOOD | change, 384)[position]
     assert finding.good is good
     assert reason in finding.reason
     assert (reason in summarize([finding])) is (good is False)
 
 
 def test_what_is_not_known() -> None:
-    findings = judge({}, {}, None)
+    findings = judge({}, None)
     assert [f.good for f in findings] == [None, None]
     assert summarize(findings).startswith('The logs do not tell')
-    (_, loss) = judge({'train_loss': [2.0, 1.0]}, {}, None)
+    (_, loss) = judge({'train_loss': [2.0, 1.0]}, None)
     assert loss.good
     assert 'a probe on labelled images' in summarize([loss])

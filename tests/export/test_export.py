@@ -1,22 +1,28 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import json
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.export.encoder import convert_encoder
-from torchgeo_softcon.export.files import export
+from torchgeo_softcon.export.files import export, push_to_hub
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.convert import to_patch_size
 from torchgeo_softcon.models.encoders import Encoder, read_encoder
@@ -213,6 +219,137 @@ class TestFormats:
         with pytest.raises(ValueError, match=match):
             export(path, 'torchgeo')
         assert [*path.parent.iterdir()] == [path]
+
+
+def features(model: Any, size: int = 224) -> Tensor:
+    image = torch.rand(2, 4, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return cast(Tensor, model.eval()(image))
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], yaml.safe_load(card.read_text().split('---\n')[1]))
+
+
+class TestHuggingFace:
+    @pytest.mark.parametrize(
+        ('model', 'kwargs', 'size'),
+        [
+            ('test_vit', {}, 160),
+            ('test_vit', {'img_size': 96}, 96),
+            ('resnet18', {}, 64),
+            ('swin_tiny_patch4_window7_224', {}, 224),
+            ('test_convnext', {}, 64),
+        ],
+    )
+    def test_timm_opens_the_folder(
+        self, model: str, kwargs: dict[str, int], size: int, tmp_path: Path
+    ) -> None:
+        path = save_run(tmp_path, model, SOFTCON, *softcon(model))
+        out = tmp_path / 'out'
+        written = export(path, 'hf', output=out, **kwargs)  # type: ignore[arg-type]
+        names = ['config.json', 'model.safetensors', 'README.md']
+        assert written == [out / name for name in names]
+        opened = timm.create_model(f'local-dir:{out}', pretrained=True)
+        encoder = convert_encoder(read_encoder(path), **kwargs)
+        assert torch.equal(features(opened, size), features(encoder.model, size))
+        # With a new classifier
+        timm.create_model(f'local-dir:{out}', pretrained=True, num_classes=3)
+        assert opened.default_cfg['input_size'][0] == 4
+
+    def test_without_this_package(self, tmp_path: Path) -> None:
+        model = 'softcon_vit_small_patch14_224'
+        state = randomize(vit_shapes(384, 14, 4, 16, True))
+        del state['mask_token']
+        path = save_run(tmp_path, model, SOFTCON, state, state)
+        config, *_ = export(path, 'hf')
+        assert config.parent == path.with_name('epoch=0-loss=0.12_hf')
+        content = json.loads(config.read_text())
+        assert content['architecture'] == 'vit_small_patch14_dinov2'
+        assert content['model_args'] == {'in_chans': 4, 'img_size': 224}
+
+    def test_again_in_the_same_folder(self, run: Path) -> None:
+        assert export(run, 'hf') == export(run, 'hf')
+
+    def test_front_matter(self, run: Path) -> None:
+        (run.parents[1] / 'metrics.csv').write_text('epoch,val\n0,0.5\n1,0.75\n')
+        *_, card = export(run, 'hf', license='cc-by-4.0')
+        front = front_matter(card)
+        assert front['license'] == 'cc-by-4.0'
+        assert {'timm', 'torchgeo', 'softcon', 'sentinel-2'} <= {*front['tags']}
+        assert front['bands'] == ['B2', 'B3', 'B4', 'B8']
+        assert front['range'] == 'not known'
+        assert front['metrics'] == ['epoch', 'val']
+        ModelCardData(**front)  # checks what it knows
+        (result,) = model_index_to_eval_results(front['model-index'])[1][1:]
+        assert (result.metric_name, result.metric_value) == ('val', 0.75)
+
+    def test_push(self, run: Path) -> None:
+        class Api:
+            def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+                assert kwargs == {'private': True, 'exist_ok': True}
+                return SimpleNamespace(repo_id=f'me/{repo_id}')
+
+            def upload_folder(self, **kwargs: Any) -> None:
+                said.update(kwargs)
+
+        said: dict[str, Any] = {}
+        folder = export(run, 'hf')[0].parent
+        (folder / 'other.txt').touch()
+        assert push_to_hub(folder, 'a', private=True, api=Api()) == 'hf-hub:me/a'
+        assert (said['repo_id'], said['folder_path']) == ('me/a', str(folder))
+        assert {*said['allow_patterns']} == {p.name for p in folder.iterdir()} - {
+            'other.txt'
+        }
+
+    def test_push_of_something_else(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r'has no config\.json, model'):
+            push_to_hub(tmp_path, 'me/a', api=object())
+
+    def test_push_of_another_format(
+        self, run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(['export', str(run), '--format', 'timm', '--push', 'me/a']) == 2
+        assert '--push is for --format hf, got timm' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('mask', [0o022, 0o027])
+@pytest.mark.parametrize('format', ['safetensors', 'hf', 'timm', 'onnx'])
+def test_others_may_read_the_files(format: Any, mask: int, run: Path) -> None:
+    before = os.umask(mask)
+    try:
+        written = export(run, format)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~mask}
+
+
+class TestOnnx:
+    @pytest.mark.parametrize(
+        ('model', 'kwargs', 'size'),
+        [('test_vit', {'img_size': 96}, 96), ('resnet18', {}, 224)],
+    )
+    def test_features(
+        self, model: str, kwargs: dict[str, int], size: int, tmp_path: Path
+    ) -> None:
+        runtime = pytest.importorskip('onnxruntime')
+        path = save_run(tmp_path, model, SOFTCON, *softcon(model))
+        file, card = export(path, 'onnx', **kwargs)  # type: ignore[arg-type]
+        session = runtime.InferenceSession(str(file))
+        expected = features(convert_encoder(read_encoder(path), **kwargs).model, size)
+        generator = torch.Generator().manual_seed(1)
+        images = torch.rand(2, 4, size, size, generator=generator).numpy()
+        for count in (1, 2):
+            (found,) = session.run(None, {'image': images[:count]})
+            assert abs(found - expected[:count].numpy()).max() < 1e-4
+        assert f"InferenceSession('{file.name}')" in card.read_text()
+
+    def test_without_the_extra(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, 'onnxscript', None)
+        with pytest.raises(ValueError, match=r'torchgeo-softcon\[onnx\]'):
+            export(run, 'onnx')
 
 
 class TestOutput:

@@ -12,46 +12,9 @@ import rasterio
 import rasterio.control
 from affine import Affine
 
-from torchgeo_softcon.datasets import ImageMaskFolder, WorldCoverScenes
-from torchgeo_softcon.geo.sentinel2 import product_offset
-
-PRODUCT = 'S2A_MSIL2A_20230601T101031_N{}_R022_T32UNE_20230601T120000'
-
-
-def write(path: Path, values: Any, names: Any = None, **options: Any) -> Path:
-    values = np.asarray(values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(
-        path,
-        'w',
-        driver='GTiff',
-        width=values.shape[2],
-        height=values.shape[1],
-        count=len(values),
-        dtype=str(values.dtype),
-        crs='EPSG:32632',
-        transform=Affine(10, 0, 600000, 0, -10, 5600000),
-        **options,
-    ) as out:
-        out.write(values)
-        if names:
-            out.descriptions = tuple(names)
-    return path
-
-
-def numbers(count: int, value: int = 1500) -> Any:
-    return np.full((count, 32, 32), value, np.uint16)
-
-
-def scenes(path: Path, **options: Any) -> WorldCoverScenes:
-    return WorldCoverScenes(
-        path,
-        None,
-        patch_size=32,
-        transforms=lambda sample: sample,
-        allow_unlabelled=True,
-        **options,
-    )
+from tests.geo.layouts import PRODUCT, numbers, scenes, write
+from torchgeo_softcon.datasets import ImageMaskFolder
+from torchgeo_softcon.geo.sentinel2 import Products
 
 
 class TestOffset:
@@ -68,7 +31,7 @@ class TestOffset:
         ],
     )
     def test_of_a_name(self, tmp_path: Path, name: str, expected: float) -> None:
-        assert product_offset(str(tmp_path / name)).value == expected
+        assert Products().offset(str(tmp_path / name)).value == expected
 
     def test_same_by_whole_path_from_inside_and_through_a_link(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,7 +61,7 @@ class TestOffset:
         path.parent.mkdir(parents=True)
         xml = f'<n1:Product xmlns:n1="https://psd"><a>{element}</a></n1:Product>'
         (folder / 'MTD_MSIL2A.xml').write_text(xml)
-        offset = product_offset(str(path))
+        offset = Products().offset(str(path))
         assert offset.value == expected
         assert (offset.source or '').endswith('MTD_MSIL2A.xml')
 
@@ -107,7 +70,7 @@ class TestOffset:
         with pytest.raises(
             ValueError, match=r'MTD_MSIL1C.xml cannot be read, .*offset'
         ):
-            product_offset(str(tmp_path / 'B02.tif'))
+            Products().offset(str(tmp_path / 'B02.tif'))
 
 
 class TestScale:

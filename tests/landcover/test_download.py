@@ -383,7 +383,7 @@ class TestTruncation:
 
         bucket.answers = [other] * 5
         reason = fetch(bucket, tmp_path / 'new').failed[TILE]
-        assert ('not recognized' if what == 'page' else 'got 3000 x 3000') in reason
+        assert ('a TIFF does not' if what == 'page' else 'got 3000 x 3000') in reason
 
 
 class TestFiles:

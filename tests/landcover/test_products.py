@@ -35,6 +35,7 @@ from torchgeo_softcon.landcover import (
     register,
 )
 from torchgeo_softcon.landcover.download import tiles_of
+from torchgeo_softcon.landcover.files import find_map_files
 from torchgeo_softcon.landcover.products import (
     DYNAMICWORLD,
     WORLDCOVER,
@@ -262,6 +263,7 @@ class TestProduct:
             for name, patterns in setup['tool']['setuptools']['package-data'].items()
             for pattern in patterns
             for path in repository.joinpath(*name.split('.')).glob(pattern)
+            if not path.parent.is_symlink()  # the recipes
         }
         data = {
             path
@@ -301,7 +303,7 @@ class TestProduct:
         assert register(WORLDCOVER) is WORLDCOVER
         with pytest.raises(ValueError, match="name must be unique, got 'worldcover'"):
             register(dataclasses.replace(TOY, name='worldcover'))
-        with pytest.raises(ValueError, match=r"worldcover or a \.yaml file, got 'toy'"):
+        with pytest.raises(ValueError, match=r"corine or a \.yaml file, got 'toy'"):
             find_product('toy')
         with pytest.raises(FileNotFoundError, match=r'gone\.yaml'):
             find_product('gone.yaml')
@@ -381,3 +383,79 @@ def test_bad_text(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         find_product(path)
+
+
+_CGLS = (
+    'PROBAV_LC100_global_v3.0.1_2017-conso_Discrete-Classification-map_EPSG-4326.tif'
+)
+
+#: Name of an official file of each product that is known, its year, and its classes.
+KNOWN = {
+    'worldcover': ('ESA_WorldCover_10m_2020_v100_N51E003_Map.tif', 2020, 11),
+    'lcm10': ('LCFM_LCM-10_V100_2020_N48E003_MAP.tif', 2020, 11),
+    'cgls': (f'E000N60_{_CGLS}', 2017, 22),
+    'corine': ('U2012_CLC2006_V2020_20u1.tif', 2006, 44),
+}
+
+
+class TestKnownProducts:
+    @pytest.mark.parametrize('name', KNOWN)
+    def test_official_files(self, tmp_path: Path, name: str) -> None:
+        file, year, count = KNOWN[name]
+        (tmp_path / file).touch()
+        product = find_product(name)
+        assert len(product.classes) == count
+        assert len({one.color for one in product.classes}) == count
+        assert file.endswith(product.file_name(file.split('_')[-2], year))
+        assert find_map_files(tmp_path, product, year) == [str(tmp_path / file)]
+        for other in {*product.years} - {year}:
+            with pytest.raises(FileNotFoundError, match=f'but tiles of {year}'):
+                find_map_files(tmp_path, product, other)
+
+    def test_one_family_of_classes(self) -> None:
+        product = find_product('lcm10')
+        names = {one.code: one.name for one in WORLDCOVER.classes}
+        assert {
+            one.code: names[product.mappings['worldcover'][one.code]]
+            for one in product.classes
+        } == {one.code: one.name for one in product.classes}
+
+    def test_year_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r'year must be 2017 .* got 2016: Esri'):
+            label_archive(tmp_path, tmp_path, product='esri', year=2016)
+
+    def test_own_map(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        legend = tmp_path / 'own.yaml'
+        legend.write_text(
+            'name: own\nclasses:\n  - {code: 3, name: Vines}\n  - {code: 5, name: Oaks}\n'
+            'no_data: [0]\n'
+        )
+        values = np.full((40, 40), 3, np.uint8)
+        values[:10] = 5
+        profile: Any = {
+            'driver': 'GTiff',
+            'width': 40,
+            'height': 40,
+            'count': 1,
+            'dtype': 'uint8',
+            'crs': 'EPSG:32632',
+            'transform': Affine(10, 0, 500000, 0, -10, 5400000),
+        }
+        for name in ('map.tif', 'image.tif'):
+            with rasterio.open(tmp_path / name, 'w', **profile) as file:
+                file.write(values, 1)
+        out = tmp_path / 'labels.parquet'
+        arguments = [
+            'labels',
+            '--images',
+            str(tmp_path / 'image.tif'),
+            '--workers',
+            '1',
+        ]
+        arguments += ['--map', str(tmp_path / 'map.tif'), '--legend', str(legend)]
+        assert main([*arguments, '--out', str(out), '--quiet']) == 0
+        (row,) = pd.read_parquet(out).to_dict('records')
+        assert (row['count_3'], row['count_5'], row['product']) == (1200, 400, 'own')
+        legend.write_text(legend.read_text().replace('code: 5', 'code: 3'))
+        assert main([*arguments, '--out', str(tmp_path / 'b.parquet')]) == 2
+        assert f'{legend}: classes[1].code must be unique' in capsys.readouterr().err

@@ -255,5 +255,5 @@ class WeightsFolder:
     def use(self, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Have files from this folder, and no network."""
         monkeypatch.setenv('TORCHGEO_SOFTCON_WEIGHTS', str(self.root))
-        monkeypatch.setattr(torch.hub, 'download_url_to_file', None)
+        monkeypatch.setattr('torchgeo_softcon.models.hub._fetch', None)
         return self.root

@@ -14,8 +14,8 @@ from torchgeo_softcon import WorldCoverScenesDataModule
 from torchgeo_softcon._compat import HAS_TASKS, BaseTask
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.evaluation.features import encode
-from torchgeo_softcon.models import create_encoder, read_weights
-from torchgeo_softcon.models.encoders import open_encoder, read_encoder
+from torchgeo_softcon.models import create_encoder, encoders, read_weights
+from torchgeo_softcon.models.encoders import initial_weights, open_encoder, read_encoder
 
 from ..tasks.helpers import make_loader, make_task, make_trainer
 from .helpers import WeightsFolder, dino_checkpoint, torchvision_backbone
@@ -193,6 +193,44 @@ class TestOpenEncoder:
         assert encoder.bands is not None
         assert (encoder.in_channels, len(encoder.bands)) == (bands, bands)
         assert (encoder.size, encoder.unit_range) == (224, unit)
+
+
+class TestNormalization:
+    """What is known of the mean by which images were normalized, red first."""
+
+    def test_published_weights(
+        self, weights_folder: WeightsFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weights_folder.use(monkeypatch)
+        imagenet = (0.485, 0.456, 0.406)
+        for weights, expected in (
+            ('ResNet50_Weights.SENTINEL2_RGB_DINOMC', imagenet),
+            (str(weights_folder.root / 'dinomc_resnet50.pth'), imagenet),
+            ('ResNet50_Weights.SENTINEL2_SOFTCON', None),
+            (str(weights_folder.root / 'B2_rn50_softcon.pth'), None),
+        ):
+            found = initial_weights(weights, 'resnet50', 3).normalization
+            assert expected == (found and found[0])
+        for model, bands, expected in (
+            ('dinomc_resnet50', None, imagenet),
+            ('dinomc_resnet50', ('B02', 'B03', 'B04'), imagenet[::-1]),
+            ('dinomc_resnet50', ('R', 'B'), imagenet[::2]),
+            ('softcon_resnet50', ('B02', 'B03', 'B04'), None),
+        ):
+            found = initial_weights(
+                True, model, len(bands or '123'), bands
+            ).normalization
+            assert expected == (found and tuple(found[0]))
+
+    def test_models_of_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def create(model: str, pretrained: bool) -> nn.Module:
+            return timm.create_model(model, pretrained=not pretrained)
+
+        monkeypatch.setattr(encoders, 'create_encoder', create)
+        found = initial_weights(True, 'vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m', 3)
+        assert found.normalization == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        found = initial_weights(True, 'test_vit', 3)
+        assert found.normalization == ((0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from torchgeo_softcon.models import hub
 from torchgeo_softcon.models.hub import WEIGHTS_VARIABLE, find_file
 
 from .helpers import Server, serve
@@ -128,14 +131,90 @@ class TestDownload:
     def test_interruption_leaves_no_trace(
         self, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def interrupt(url: str, path: str, **kwargs: Any) -> None:
-            Path(path).write_bytes(b'PK')
+        def interrupt(url: str, path: Path, progress: bool) -> None:
+            path.write_bytes(b'PK')
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(torch.hub, 'download_url_to_file', interrupt)
+        monkeypatch.setattr(hub, '_fetch', interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch(f'{server.url}/good.pth')
         assert [*cache.iterdir()] == []
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A server that sends as it is told, and more."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path.startswith('/announced'):
+            self.send_header('Content-Length', str(2**40))
+        self.end_headers()
+        start = {'silent': b'PK', 'page': PAGE}.get(
+            self.path.split('.')[0][1:], b'PK\0'
+        )
+        try:
+            self.wfile.write(start)
+            while 'silent' not in self.path:
+                self.wfile.write((b' ' if 'page' in self.path else b'\0') * 2**16)
+            stop.wait(30)
+        except OSError:  # the client has gone
+            pass
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+stop = threading.Event()
+
+
+class TestHostileServer:
+    @pytest.fixture(scope='class')
+    def url(self) -> Iterator[str]:
+        server = ThreadingHTTPServer(('127.0.0.1', 0), Endless)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        stop.set()
+        server.shutdown()
+        server.server_close()
+
+    @pytest.mark.parametrize(
+        ('name', 'reason'),
+        [
+            ('endless.pth', 'at most 1000000 bytes'),
+            ('announced.pth', 'at most 1000000 bytes'),
+            ('page.pth', "a web page 'Google Drive"),
+            ('silent.pth', '[Tt]imed out'),
+        ],
+    )
+    def test_download_ends(
+        self,
+        name: str,
+        reason: str,
+        url: str,
+        cache: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(hub, '_MOST', 1_000_000)
+        monkeypatch.setattr(hub, '_TIMEOUT', 0.5)
+        with pytest.raises(RuntimeError, match=rf'{name} could not be .*{reason}'):
+            fetch(f'{url}/{name}')
+        assert [*cache.iterdir()] == []
+
+    def test_proxy(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The proxy takes the address of another host for a path of its own
+        monkeypatch.setenv('http_proxy', server.url)
+        server.requests.clear()
+        with pytest.raises(RuntimeError, match='404'):
+            fetch('http://example.invalid/good.pth')
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize('file', ['../x.pth', '/tmp/x.pth', '..', 'a\\b.pth'])
+def test_name_with_folders(file: str, server: Server, tmp_path: Path) -> None:
+    for options in ({}, {'root': tmp_path}):
+        with pytest.raises(ValueError, match='file must be a name without folders'):
+            fetch(f'{server.url}/good.pth', file, **options)
 
 
 class TestFolder:

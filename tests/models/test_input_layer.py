@@ -10,6 +10,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from torchgeo_softcon.bands import SENTINEL1_BANDS, SENTINEL2_BANDS
+from torchgeo_softcon.models import create_encoder, load_encoder
 from torchgeo_softcon.models.input_layer import adapt_input_weight, input_layer
 
 L2A = tuple(b for b in SENTINEL2_BANDS if b != 'B10')
@@ -60,6 +61,81 @@ def test_weight_is_not_modified() -> None:
     for init in ('random', 'rgb', 'timm'):
         adapt_input_weight(weight, 13, init, SENTINEL2_BANDS)  # type: ignore[arg-type]
     assert torch.equal(weight, before)
+
+
+NORMALIZATION = (0.43, 0.411, 0.296), (0.213, 0.156, 0.143)
+MEAN, STD = (torch.tensor(v, dtype=torch.double)[:, None, None] for v in NORMALIZATION)
+TINY: dict[str, Any] = {'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'img_size': 32}
+TINY |= {'num_classes': 0, 'patch_size': 8}
+
+
+def make_model(name: str) -> Any:
+    """A model whose parameters and statistics are all random."""
+    torch.manual_seed(0)
+    model: Any
+    if name == 'clip':  # no bias, and registers without position
+        model = timm.models.VisionTransformer(
+            **TINY, pre_norm=True, reg_tokens=2, no_embed_class=True
+        )
+    elif name == 'perception':
+        model = timm.models.Eva(**TINY, use_pre_transformer_norm=True)
+    else:
+        model = create_encoder(name)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.rand_like(value)
+            value.copy_(noise + 0.5 if 'var' in key else value + 0.1 * noise)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['test_vit', 'clip', 'perception', 'test_convnext', 'vit_small_patch16_dinov3'],
+)
+def test_rgb_takes_images_as_they_are(name: str) -> None:
+    model = make_model(name).double()
+    image = torch.rand(2, 3, 32, 32, dtype=torch.double)
+    with torch.no_grad():
+        expected = model((image - MEAN) / STD)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        load_encoder(model, state, 'rgb', normalization=NORMALIZATION)
+        torch.testing.assert_close(model(image), expected)
+        # By names, in another order
+        load_encoder(model, state, 'rgb', ('B2', 'B3', 'B4'), NORMALIZATION)
+        torch.testing.assert_close(model(image.flip(1)), expected)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])
+def test_rgb_of_a_convolution_differs_at_the_border_only(name: str) -> None:
+    model = make_model(name)
+    maps: list[Any] = []
+    norm = next(m for m in model.modules() if hasattr(m, 'running_mean'))
+    norm.register_forward_hook(lambda module, inputs, out: maps.append(out.detach()))
+    image = torch.rand(2, 3, 64, 64)
+    model(((image - MEAN) / STD).float())
+    load_encoder(model, dict(model.state_dict()), 'rgb', None, NORMALIZATION)
+    model(image)
+    theirs, ours = maps
+    inner = (..., slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(ours[inner], theirs[inner], rtol=1e-4, atol=1e-5)
+    assert (ours - theirs).abs().max() > 0.1
+
+
+def test_grey_photographs_keep_their_features_in_all_bands() -> None:
+    model, encoder = make_model('test_vit'), create_encoder('test_vit', 13).eval()
+    grey = torch.rand(2, 1, 160, 160)
+    load_encoder(encoder, model.state_dict(), 'rgb', SENTINEL2_BANDS, NORMALIZATION)
+    expected = model(((grey - MEAN) / STD).float())
+    # All other bands weigh the mean of colours, which a grey image does not tell apart
+    torch.testing.assert_close(
+        encoder(grey.expand(-1, 13, -1, -1)), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_rgb_without_a_place_for_the_mean() -> None:
+    model = create_encoder('resnetv2_50x1_bit')
+    with pytest.raises(ValueError, match=r"'rgb' cannot fold .* ResNetV2.*'random'"):
+        load_encoder(model, model.state_dict(), 'rgb', None, NORMALIZATION)
 
 
 @pytest.mark.parametrize(

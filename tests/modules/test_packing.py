@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +52,7 @@ def one_by_one(encoder: nn.Module, crops: list[Tensor], patch: int) -> Tensor:
         ('test_vit2', 16, True),  # several registers, LayerScale, average pooling
         ('test_vit3', 16, None),
         ('deit3_small_patch16_224', 16, True),  # class token without position
-        ('eva02_tiny_patch14_224', 14, False),
+        ('eva02_tiny_patch14_224', 14, True),
     ],
 )
 def test_equals_one_forward_pass_per_crop(
@@ -448,3 +449,28 @@ def test_bad_crops() -> None:
         encode_crops(encoder, [])
     with pytest.raises(ValueError, match='16 x 16 pixels of a patch, got 15 x 15'):
         encode_crops(encoder, [torch.rand(2, 4, 15, 15)])
+
+
+def test_positions_as_dino_resamples_them() -> None:
+    encoder = make_encoder(size=64)
+    crops = make_crops((64, 48, 32))
+    actual = encode_crops(encoder, crops, position_rule='dino')
+
+    def interpolate(positions: Tensor, *_: Any, new_size: Any, **kwargs: Any) -> Tensor:
+        """`interpolate_pos_encoding` of DINO, from a grid of 4 x 4."""
+        if tuple(new_size) == (4, 4):
+            return positions
+        grid = positions[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        factors = [(size + 0.1) / 4 for size in new_size]
+        grid = F.interpolate(grid, scale_factor=factors, mode='bicubic')
+        assert grid.shape[2:] == tuple(new_size)
+        return torch.cat([positions[:, :1], grid.flatten(2).mT], 1)
+
+    with mock.patch.object(
+        timm.models.vision_transformer, 'resample_abs_pos_embed', interpolate
+    ):
+        expected = one_by_one(encoder, crops, 16)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (encode_crops(encoder, crops) - actual).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"'dino' needs .*packed, got ResNet"):
+        encode_crops(make_encoder('resnet18'), crops, position_rule='dino')

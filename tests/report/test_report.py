@@ -25,10 +25,16 @@ from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
 from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.evaluation.verdict import Finding
 from torchgeo_softcon.export.files import export
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.checkpoints import read_checkpoint
-from torchgeo_softcon.report.curves import curve_sections, find_logs, read_logs
+from torchgeo_softcon.report.curves import (
+    add_even_spread,
+    curve_sections,
+    find_logs,
+    read_logs,
+)
 from torchgeo_softcon.report.page import Section, write_page
 from torchgeo_softcon.report.pictures import (
     Display,
@@ -40,7 +46,12 @@ from torchgeo_softcon.report.pictures import (
     plot_views,
 )
 from torchgeo_softcon.report.samples import Gallery
-from torchgeo_softcon.report.sections import has_other_augmentations, load_task
+from torchgeo_softcon.report.sections import (
+    _comparisons,
+    has_other_augmentations,
+    judge_features,
+    load_task,
+)
 from torchgeo_softcon.tasks import DINOMCTask
 from torchgeo_softcon.transforms import MultiCropView, RandomView
 
@@ -77,7 +88,13 @@ def texts(figure: Figure) -> str:
 
 
 def plot_curves(log: pd.DataFrame) -> dict[str, Any]:
-    return {section.name: section.figure for section in curve_sections(log)}
+    return {section.name: section for section in curve_sections({'run': log})}
+
+
+def words(section: Section) -> str:
+    """All that is written beside curves."""
+    lines = [line.label for panel in section.panels for line in panel.lines]
+    return ' '.join([*lines, *(panel.title for panel in section.panels)])
 
 
 def load(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
@@ -88,24 +105,54 @@ def load(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
 
 class TestCurves:
     def test_every_metric_is_somewhere(self, run: Path) -> None:
-        log = read_logs(find_logs(run))
-        figures = plot_curves(log)
-        assert list(figures) == ['losses', 'knn', 'labels', 'spread', 'schedules']
-        for name in ('train_loss_soft', 'chance', 'floor'):
-            assert name in texts(figures['losses'])
-        assert 'rank correlation with labels' in texts(figures['labels'])
+        sections = plot_curves(read_logs(find_logs(run)))
+        names = ('losses', 'knn', 'labels', 'spread', 'schedules', 'others')
+        assert [name for name in sections if name in names] == list(names)
+        assert 'train_loss_soft' in words(sections['losses'])
         for name in ('knn, cls', 'knn, mean', 'linear, cls', 'chance'):
-            assert name in texts(figures['knn'])
-        assert 'effective rank' in texts(figures['spread'])
-        assert 'learning rate' in texts(figures['schedules'])
-        for figure in figures.values():
-            assert 'optimizer step' in texts(figure)
+            assert name in words(sections['knn'])
+        assert 'effective rank' in words(sections['spread'])
+        assert 'learning rate' in words(sections['schedules'])
 
-    def test_values_are_those_of_the_log(self, run: Path) -> None:
-        log = read_logs(find_logs(run))
-        (line,) = plot_curves(log)['losses'].axes[0].lines
-        assert np.array_equal(line.get_ydata(), log['train_loss'].dropna())
-        assert plot_curves(log)['knn'].axes[0].get_ylim() == (0, 1)
+    def test_values_are_those_of_the_log(self) -> None:
+        log = pd.DataFrame({'step': [0, 5, 10], 'train_loss': [3.0, math.nan, 1.0]})
+        log['train_loss_chance'] = 2.0
+        (panel,) = plot_curves(log)['losses'].panels
+        line, chance = panel.lines
+        # From the left edge at the top to the right edge at the bottom
+        assert line.points == [(56, 14), (334, 172)]
+        assert chance.points == [(56, 93), (195, 93), (334, 93)]
+        assert (line.dash, chance.dash) == ('', '6 4')
+        assert 'train_loss from 3 to 1, step 0 to 10; chance from 2 to 2' in panel.alt
+        assert [text for _, text in panel.columns] == ['0', '3', '6', '9']
+
+    def test_even_spread(self) -> None:
+        log = pd.DataFrame(
+            {'step': [0], 'train_feature_std': [0.04], 'train_loss': 1.0}
+        )
+        add_even_spread(log, 400)
+        (panel,) = plot_curves(log)['spread'].panels
+        assert (
+            panel.alt
+            == 'feature std in the step: train_feature_std 0.04; even spread 0.05'
+        )
+
+    def test_probes_have_one_axis(self, run: Path) -> None:
+        (panel,) = plot_curves(read_logs(find_logs(run)))['knn'].panels
+        assert [text for _, text in panel.rows][:: len(panel.rows) - 1] == ['0', '1']
+
+    def test_two_runs(self) -> None:
+        logs = {
+            name: pd.DataFrame({'step': [0, 1], 'train_loss': values})
+            for name, values in (('a', [4.0, 3.0]), ('b', [4.0, 0.0]))
+        }
+        logs['b']['only'] = 1.0
+        (losses, others) = curve_sections(logs)
+        first, second = losses.panels[0].lines
+        assert (first.label, second.label) == ('train_loss, a', 'train_loss, b')
+        assert first.colour != second.colour
+        assert second.points[-1] == (334, 172)  # one scale for both
+        assert [line.label for line in others.panels[0].lines] == ['only, b']
 
     def test_lines_of_reference_are_in_the_panel_of_their_metric(self) -> None:
         log = pd.DataFrame(
@@ -116,12 +163,10 @@ class TestCurves:
                 'train_loss_soft_floor': [0.5, 0.5, 0.5],
             }
         )
-        (axis,) = plot_curves(log)['losses'].axes
-        styles = {line.get_label(): line.get_linestyle() for line in axis.lines}
-        assert styles == {'train, loss, soft': '-', 'chance': '--', 'floor': ':'}
-        low, high = axis.get_ylim()
-        assert low < 0.5
-        assert high > 0.9
+        (panel,) = plot_curves(log)['losses'].panels
+        dashes = {line.label: line.dash for line in panel.lines}
+        assert dashes == {'train_loss_soft': '', 'chance': '6 4', 'floor': '2 3'}
+        assert all(14 <= y <= 172 for line in panel.lines for _, y in line.points)
 
     def test_rows_of_one_step_are_one(self, tmp_path: Path) -> None:
         (tmp_path / 'metrics.csv').write_text('step,a,b\n1,2,\n1,,3\n2,4,\n')
@@ -141,8 +186,9 @@ class TestCurves:
 
     def test_values_that_are_not_finite(self) -> None:
         log = pd.DataFrame({'step': [1, 2], 'train_feature_std': [math.inf] * 2})
-        (axis,) = plot_curves(log)['spread'].axes
-        assert '2 values are not finite' in [t.get_text() for t in axis.texts]
+        (panel,) = plot_curves(log)['spread'].panels
+        assert panel.note == '2 values are not finite'
+        assert panel.lines[0].points == []
 
     def test_tensorboard(self, tmp_path: Path) -> None:
         pytest.importorskip('tensorboard')
@@ -215,7 +261,7 @@ class TestPictures:
         classes = torch.arange(12) % 3
         features = torch.nn.functional.one_hot(classes).float()
         labels = classes if kind == 'classes' else features.long()
-        figure = plot_similarities(features, labels)
+        figure, rank = plot_similarities(features, labels)
         for axis in figure.axes[:2]:
             matrix = np.asarray(axis.images[0].get_array())
             same = np.kron(np.eye(3), np.ones((4, 4))) == 1
@@ -223,17 +269,36 @@ class TestPictures:
             assert (matrix[~same] < 0.1).all()
         # Not 1: the order of pairs of equal similarity is noise
         assert 'rank correlation 0.99' in texts(figure)
+        assert rank == pytest.approx(0.99, abs=0.01)
 
     def test_neighbours_are_the_most_similar_others(self) -> None:
         angles = torch.arange(8) * math.pi / 4
         features = torch.stack([angles.cos(), angles.sin()], 1)
         thumbnails = [np.full((2, 2, 3), i / 8) for i in range(8)]
-        figure = plot_neighbours(thumbnails, features, torch.arange(8) % 2, 1)
+        apart = ~torch.eye(8).bool()
+        figure = plot_neighbours(thumbnails, features, torch.arange(8) % 2, apart, 1)
         pictures = [np.array(a.images[0].get_array()) for a in figure.axes if a.images]
         shown = [round(float(picture.max()) * 8) for picture in pictures]
         assert shown[0] == 0
         assert set(shown[1:3]) == {1, 7}
         assert figure.axes[1].get_xlabel() == '0.71 | 0.00'
+
+    def test_neighbours_are_of_other_places(self) -> None:
+        features = torch.eye(6)
+        features[1] += 0.5 * features[0]  # the same ground at another date
+        places = ['a', 'a', 'b', 'c', 'd', 'e']
+        gallery = make_gallery(features, torch.arange(6) % 2, places)
+        (_, section) = _comparisons(gallery)
+        assert section.figure is not None
+        shown = [
+            round(float(np.array(axis.images[0].get_array()).max()) * 8)
+            for axis in section.figure.axes
+            if axis.images
+        ]
+        assert shown[0] == 0
+        assert 1 not in shown[1:5]
+        assert 'five most similar of other places' in section.text
+        assert 'Mean label similarity to the nearest neighbour' in section.alt
 
     @pytest.mark.parametrize('mode', ['drop', 'pixel'])
     def test_masks_are_those_of_the_task(self, mode: Any) -> None:
@@ -284,14 +349,109 @@ class TestPage:
     def test_needs_no_other_file(self, tmp_path: Path) -> None:
         figure = Figure()
         figure.subplots().plot([1, 2])
-        sections = [Section('a', 'A & B', 'x < y', figure), Section('c', 'C', 'None.')]
-        page = write_page(tmp_path / 'new', 'T<1>', {'k': '<v>'}, sections)
+        log = pd.DataFrame({'step': [0, 9], 'train_loss': [3.0, 1.0]})
+        sections = [
+            *curve_sections({'run': log}),
+            Section('a', 'A & B', 'x < y', figure, 'the "finding"', warning='Mind!'),
+            Section('c', 'C', 'None.'),
+        ]
+        findings = {'run': [Finding('Is it?', False, 'it is <not>')]}
+        page = write_page(
+            tmp_path / 'new',
+            'T<1>',
+            {'k': ['<v>']},
+            sections,
+            findings,
+            {'c': 'a: <b>'},
+        )
         text = page.read_text()
         assert 'A &amp; B' in text
-        assert '<v>' not in text
-        assert not re.search(r'(src|href)="(?!data:)', text)
+        assert not re.search(r'<(v|not|b)>', text)
+        assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', text)
         (data,) = re.findall(r'base64,([^"]+)"', text)
-        assert base64.b64decode(data) == (tmp_path / 'new' / 'a.png').read_bytes()
+        assert base64.b64decode(data) == (tmp_path / 'new' / 'a.webp').read_bytes()
+        assert 'alt="the &#34;finding&#34;"' in text
+        # The verdict is first, and every section can be reached
+        assert text.index('it is &lt;not&gt;') < text.index('<svg')
+        for name in ('losses', 'a', 'c', 'run'):
+            assert f'href="#{name}"' in text
+            assert f'id="{name}"' in text
+        assert 'name="viewport"' in text
+        assert 'prefers-color-scheme: dark' in text
+
+    def test_has_at_most_a_megabyte(self, tmp_path: Path) -> None:
+        noise = np.random.default_rng(0).random((1200, 1200, 3))
+        sections = []
+        for name in 'abcd':
+            figure = Figure((12, 12))
+            figure.add_axes((0.0, 0.0, 1.0, 1.0)).imshow(noise)
+            sections.append(Section(name, name, name, figure))
+        page = write_page(tmp_path, 'T', {}, sections)
+        assert page.stat().st_size < 2**20
+
+    @pytest.mark.parametrize('scheme', [0, 1], ids=['light', 'dark'])
+    def test_contrast(self, scheme: int, tmp_path: Path) -> None:
+        """WCAG AA: 4.5 for text, 3 for curves, on both backgrounds."""
+        text = write_page(tmp_path, 'T', {}, []).read_text()
+        block = re.findall(r':root \{(.*?)\}', text, re.DOTALL)[scheme]
+        colours = dict(re.findall(r'--(\w+): (#\w+)', block))
+        for name, least in (
+            *((name, 4.5) for name in ('ink', 'soft', 'good', 'bad', 'link')),
+            *((f'c{number}', 3.0) for number in range(6)),
+        ):
+            for ground in ('paper', 'card'):
+                light, dark = sorted(
+                    (luminance(colours[name]), luminance(colours[ground])), reverse=True
+                )
+                assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance."""
+    digits = colour[1:] if len(colour) == 7 else ''.join(2 * c for c in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+    ]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def make_gallery(
+    features: torch.Tensor, labels: torch.Tensor, places: list[str] | None = None
+) -> Gallery:
+    """Images of which nothing but features and labels matters."""
+    count = len(features)
+    thumbnails = [np.full((2, 2, 3), i / 8) for i in range(count)]
+    show = Display(torch.rand(3, 3, 2, 2))
+    noise = torch.rand(count, 6, generator=torch.Generator().manual_seed(0))
+    return Gallery(
+        *('val', None, show, features, noise, labels, thumbnails, [], None),
+        places=places,
+    )
+
+
+class TestColours:
+    def test_features_that_tell_labels(self) -> None:
+        labels = torch.arange(40) % 2
+        features = torch.nn.functional.one_hot(labels).float()
+        (good,) = judge_features(make_gallery(features, labels))
+        assert good.good
+        assert good.reason.startswith(
+            '1 by the 10 nearest of 40 images of the val split'
+        )
+        (bad,) = judge_features(make_gallery(torch.rand(40, 2) * 0 + 1, labels))
+        assert bad.good is False
+
+    def test_other_dates_of_a_place_do_not_count(self) -> None:
+        labels = torch.arange(40) % 2
+        features = torch.eye(40)[torch.arange(40) // 2 * 2]  # equal for pairs only
+        places = [str(i // 2) for i in range(40)]
+        (finding,) = judge_features(make_gallery(features, labels, places))
+        assert not finding.reason.startswith('1 by')
+
+    def test_too_few(self) -> None:
+        (finding,) = judge_features(make_gallery(torch.eye(4), torch.arange(4) % 2))
+        assert finding.good is None
 
 
 @pytest.fixture
@@ -305,8 +465,8 @@ class TestCommand:
         """Text of the page, and names of the pictures."""
         assert main(['report', *args]) == 0
         (page,) = Path().rglob('report.html')
-        pictures = {path.stem for path in page.parent.glob('*.png')}
-        for path in page.parent.glob('*.png'):
+        pictures = {path.stem for path in page.parent.glob('*.webp')}
+        for path in page.parent.glob('*.webp'):
             with Image.open(path) as picture:
                 assert min(picture.size) > 100
         return page.read_text(), pictures
@@ -332,7 +492,10 @@ class TestCommand:
         out = tmp_path / 'out'
         text, pictures = self.report(str(run), '--data', PATCHES, '--out', str(out))
         curves = {'losses', 'knn', 'spread', 'schedules', 'others'}
-        assert pictures == curves | {'views', 'similarities', 'neighbours'}
+        assert pictures == {'views', 'similarities', 'neighbours'}
+        assert curves <= set(re.findall('<h2 id="(.*?)"', text))
+        assert 'Do features of different images differ?' in text
+        assert 'torchgeo-softcon 0.1' in text
         assert 'no masks with codes of ESA WorldCover' in text
         assert 'knn_map_cls' in text
 
@@ -341,12 +504,24 @@ class TestCommand:
         (tmp_path / 'logs' / 'metrics.csv').write_bytes(
             (run / 'metrics.csv').read_bytes()
         )
-        text, pictures = self.report('logs')
+        text, _ = self.report('logs')
         assert 'has no checkpoint' in text
-        assert 'losses' in pictures
+        assert 'id="losses"' in text
         out = ('--out', 'logs/report')
         text, _ = self.report('logs', '--checkpoint', str(run / 'last.ckpt'), *out)
         assert 'The data are not known' in text
+
+    def test_two_runs(self, run: Path, tmp_path: Path) -> None:
+        for name in ('a', 'b'):
+            (tmp_path / name).mkdir()
+            log = (run / 'metrics.csv').read_bytes()
+            (tmp_path / name / 'metrics.csv').write_bytes(log)
+        (tmp_path / 'b' / 'config.yaml').write_text('seed_everything: 7')
+        text, pictures = self.report('a', 'b', '--out', 'out')
+        assert not pictures
+        assert text.count('<section class="verdict"') == 2
+        assert 'Report of a and b' in text
+        assert 'seed_everything: 7' in text
 
     def test_exports_are_no_checkpoints_of_the_run(
         self, run: Path, tmp_path: Path
@@ -374,9 +549,9 @@ class TestCommand:
         content = read_checkpoint(str(run / 'last.ckpt'))
         del content['hyper_parameters']['model']
         torch.save(content, folder / 'last.ckpt')
-        text, pictures = self.report('run', '--data', PATCHES)
+        text, _ = self.report('run', '--data', PATCHES)
         assert 'last.ckpt does not tell its architecture. Set model' in text
-        assert 'losses' in pictures
+        assert 'id="losses"' in text
         args = ['--checkpoint', 'run/last.ckpt', '--data', PATCHES]
         assert main(['report', 'run', *args]) == 2
 
@@ -474,12 +649,10 @@ def test_no_foreign_class_is_imported(tmp_path: Path) -> None:
 
 def test_images_of_unknown_label_are_not_compared() -> None:
     labels = torch.tensor([[1, 0], [0, 0], [0, 1]])
-    features = torch.arange(3.0)[:, None]
-    thumbnails = [np.full((1, 1, 3), i) for i in range(3)]
-    show = Display(torch.rand(3, 3, 2, 2))
-    gallery = Gallery('val', None, show, features, labels, thumbnails, [], None)
-    chosen, known, shown = gallery.labelled()
-    assert chosen.flatten().tolist() == [0, 2]
-    assert known is not None
-    assert known.tolist() == [[1, 0], [0, 1]]
-    assert [int(t.max()) for t in shown] == [0, 2]
+    gallery = make_gallery(torch.arange(3.0)[:, None], labels, ['a', 'b', 'c'])
+    known = gallery.labelled()
+    assert known.features.flatten().tolist() == [0, 2]
+    assert known.labels is not None
+    assert known.labels.tolist() == [[1, 0], [0, 1]]
+    assert known.places == ['a', 'c']
+    assert [float(t.max()) for t in known.thumbnails] == [0, 0.25]

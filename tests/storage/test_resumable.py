@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchgeo_softcon.storage import resumable
+from torchgeo_softcon.storage import parquet
 from torchgeo_softcon.storage.resumable import ResumableParquet
 
 
@@ -56,7 +56,7 @@ class TestParts:
     def test_parts_become_one_file(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(resumable, 'ROWS', 5)
+        monkeypatch.setattr(parquet, '_GROUP_ROWS', 6)
         file = ResumableParquet(path, {})
         with file.open():
             for i in range(6):

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from lightly.utils.lars import LARS
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,6 +19,7 @@ from torchgeo_softcon import ResNet50_Weights, ViTSmall16_Weights
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.tasks import SoftConTask
+from torchgeo_softcon.tasks.accumulation import warn_of_lost_gradients
 from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
     cosine_warmup,
@@ -230,6 +231,43 @@ class TestResume:
             return make_task(model=model, mask_mode='pixel', drop_path_rate=0.1)
 
         assert_resumes(make, tmp_path, step)
+
+    def test_accumulated_batches(self, tmp_path: Path) -> None:
+        def train(name: str, start: Path | None = None) -> SoftConTask:
+            task = make_task(model='test_resnet', mask_mode='pixel')
+            save = ModelCheckpoint(
+                tmp_path / name, '{step}', every_n_train_steps=1, save_top_k=-1
+            )
+            trainer = make_trainer(
+                tmp_path,
+                callbacks=[save],
+                enable_checkpointing=True,
+                accumulate_grad_batches=2,
+            )
+            trainer.fit(task, make_loader(), ckpt_path=start)
+            return task
+
+        torch.manual_seed(0)
+        whole = train('whole')
+        resumed = train('resumed', tmp_path / 'whole/step=2.ckpt')
+        # Not step 2 again, with the first of two batches done and its gradient lost
+        names = {path.name for path in (tmp_path / 'resumed').iterdir()}
+        assert names == {f'step={step}.ckpt' for step in range(3, 7)}
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+    @pytest.mark.parametrize(('ready', 'lost'), [(3, True), (4, False)])
+    def test_lost_gradients(self, tmp_path: Path, ready: int, lost: bool) -> None:
+        progress = {'current': {'ready': ready}, 'is_last_batch': False}
+        loops = {'fit_loop': {'epoch_loop.batch_progress': progress}}
+        trainer = make_trainer(tmp_path, accumulate_grad_batches=2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            warn_of_lost_gradients({'loops': loops}, trainer)
+        told = [str(warning.message) for warning in caught]
+        assert (
+            any('gradients of 1 of 2 batches are lost' in text for text in told) == lost
+        )
 
     def test_in_a_task_that_was_trained_before(self, tmp_path: Path) -> None:
         run = make_task()

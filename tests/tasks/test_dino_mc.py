@@ -74,6 +74,11 @@ class TestConstructor:
                 {'compile_encoder': True, 'model': 'test_resnet'},
                 'compile_encoder = True needs a Vision Transformer',
             ),
+            ({'position_rule': 'moco'}, "position_rule must be 'timm' or 'dino'"),
+            (
+                {'position_rule': 'dino', 'model': 'test_resnet'},
+                "position_rule = 'dino' needs a Vision Transformer .* such as test_vit",
+            ),
             (
                 {'compile_encoder': True, 'crop_batching': 'by_size'},
                 "got crop_batching = 'by_size'",

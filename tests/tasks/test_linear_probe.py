@@ -239,7 +239,8 @@ class TestWeights:
             num_classes=9,
         )
         for key, value in task.model.state_dict().items():
-            assert torch.equal(other.model.state_dict()[key], value)
+            if key != 'pos_embed':  # for the size that TorchGeo builds the model for
+                assert torch.equal(other.model.state_dict()[key], value)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ class TestConstructor:
                 model='vit_small_patch16_224', in_channels=13, weights=weights
             )
             for key, value in task.model.state_dict().items():
-                assert torch.equal(value, state[key])
+                if key != 'pos_embed':  # resampled
+                    assert torch.equal(value, state[key])
 
     def test_weights_of_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(3)
@@ -116,7 +117,8 @@ class TestConstructor:
         bands = ['B2', 'B3', 'B4', 'B8']
         task = make_task(weights=True, bands=bands, in_layer_init='rgb')
         weight = task.model.get_parameter('patch_embed.proj.weight')
-        red = rgb.patch_embed.proj.weight[:, 0]
+        # Images of timm's model have a mean and a standard deviation of 0.5
+        red = rgb.patch_embed.proj.weight[:, 0] / 0.5
         torch.testing.assert_close(weight[:, 2], red * 3 / 4)
         assert torch.equal(task.model.get_parameter('cls_token'), rgb.cls_token)
         assert torch.equal(task.teacher.get_parameter('cls_token'), rgb.cls_token)

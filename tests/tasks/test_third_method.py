@@ -95,7 +95,7 @@ def test_embed_evaluate_and_report(checkpoint: Path, tmp_path: Path) -> None:
     report = ['report', *args, '--out', str(tmp_path), '--samples', '8']
     assert main(report) == 0
     assert (tmp_path / 'report.html').exists()
-    assert (tmp_path / 'views.png').exists()
+    assert (tmp_path / 'views.webp').exists()
 
 
 def test_rebuilt_by_its_class(checkpoint: Path) -> None:

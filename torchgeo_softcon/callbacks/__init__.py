@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .backbone import LoadBackbone as LoadBackbone
     from .collapse import CollapseMonitor as CollapseMonitor
     from .collapse import effective_rank as effective_rank
     from .collapse import uniformity as uniformity
@@ -18,15 +19,18 @@ if TYPE_CHECKING:
     from .resize import ResizeForWeights as ResizeForWeights
     from .resize import ResizeInput as ResizeInput
     from .subset import TrainSubset as TrainSubset
+    from .terminal import Terminal as Terminal
     from .unit_range import UnitRange as UnitRange
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
+    backbone=('LoadBackbone',),
     collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
     embeddings=('EmbeddingWriter',),
     knn=('KNNProbe', 'knn_scores'),
     label_control=('LabelControl',),
     resize=('ResizeForWeights', 'ResizeInput'),
     subset=('TrainSubset',),
+    terminal=('Terminal',),
     unit_range=('UnitRange',),
 )

@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from .._checks import check_types
+from ..evaluation.embedding_file import arranger, describe
 from ..evaluation.embedding_rows import EmbeddingRows
+from ..models.encoders import Encoder
 from ..storage.resumable import ResumableParquet
 
 
@@ -26,7 +28,8 @@ class EmbeddingWriter(BasePredictionWriter):
     the batch has it, *label*. Where data tell the place of a sample, the file is a
     `GeoParquet <https://geoparquet.org>`__ file with *geometry*, the outline in
     longitude and latitude, *crs*, the coordinate reference system that the sample is in,
-    and *start* and *stop*, its time in UTC. QGIS and geopandas open it.
+    *start* and *stop*, its time in UTC, and what readers of others look for, see
+    :func:`.arrange`. Rows are ordered by place. QGIS and geopandas open it.
 
     A run that is interrupted and started again adds what is missing: nothing is written
     twice. (It is computed twice, unlike with ``torchgeo-softcon embed``.)
@@ -126,7 +129,8 @@ class EmbeddingWriter(BasePredictionWriter):
                 reduce_op='sum',
             )
             if trainer.is_global_zero:
-                self.rows = self._file.join(int(samples))
+                arrange = arranger(_describe(trainer, pl_module, self._rows.dataset))
+                self.rows = self._file.join(int(samples), arrange)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -144,3 +148,18 @@ class EmbeddingWriter(BasePredictionWriter):
         finally:
             self._lock.close()
             self._rows = None
+
+
+def _describe(
+    trainer: Trainer, pl_module: LightningModule, dataset: Any
+) -> dict[str, Any]:
+    """Tell how the embeddings of a prediction were made."""
+    hparams = pl_module.hparams
+    encoder = Encoder(
+        pl_module.state_dict(),
+        hparams.get('model'),
+        bands=hparams.get('bands'),
+        source=str(trainer.ckpt_path or type(pl_module).__name__),
+    )
+    name = type(dataset).__name__
+    return describe(encoder, 'predict_step', None, (), name, dataset)

@@ -3,7 +3,7 @@
 
 """Resizing of images to the size that a model takes."""
 
-from contextlib import suppress
+import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import check_types
-from .._compat import get_weight
-from ..models.weights import EncoderWeights
+from ..models.encoders import own_weights
 
 #: What tells positions in an image, in TorchGeo and in torchvision.
 _POSITIONS = ('mask', 'masks', 'bbox', 'bbox_xyxy', 'boxes', 'keypoints')
@@ -111,8 +110,8 @@ class ResizeForWeights(ResizeInput):
     """A :class:`ResizeInput` that acts only where a task would fail without it.
 
     The plugin adds it to every trainer of TorchGeo's tasks. It acts on tasks that start
-    from weights of this package, in a model that refuses the size of the images, and
-    says so.
+    from weights of this package or from a checkpoint, in a model that refuses the size of
+    the images, and says so.
     """
 
     def __init__(self) -> None:
@@ -147,12 +146,10 @@ def fixed_size(task: LightningModule) -> tuple[int, int] | None:
 
 
 def has_our_weights(task: LightningModule) -> bool:
-    """Tell whether the *weights* of a task are of one of our enums, or the name of one."""
+    """Tell whether the *weights* of a task are ours: an enum or its name, or a file."""
     weights = getattr(task, 'weights', None)
-    if isinstance(weights, str):
-        with suppress(ValueError):  # a path
-            weights = get_weight(weights)
-    return isinstance(weights, EncoderWeights)
+    file = isinstance(weights, str) and os.path.isfile(weights)
+    return file or own_weights(weights) is not None
 
 
 def _shape(batch: Any) -> tuple[int, ...] | None:

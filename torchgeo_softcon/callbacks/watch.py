@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ..evaluation.features import find_encoder
+from .terminal import Terminal
 
 
 class EncoderWatch(Callback):
@@ -63,6 +64,9 @@ class EncoderWatch(Callback):
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write to all loggers, whatever log_every_n_steps is."""
     epoch = trainer.current_epoch
+    for callback in trainer.callbacks:
+        if isinstance(callback, Terminal):
+            callback.note(values)
     for logger in trainer.loggers:
         logger.log_metrics({**values, 'epoch': epoch}, trainer.global_step)
 

@@ -27,6 +27,7 @@ COMMANDS = {
     'embed': 'write the embeddings of a dataset to a (Geo)Parquet file',
     'evaluate': 'k-NN and linear evaluation of frozen features',
     'export': 'write the encoder of a checkpoint for TorchGeo, timm or smp',
+    'inspect': 'tell what training would read of some files',
     'labels': 'label an archive of patches with their land cover',
     'list': 'show what the package declares, and whether it loads',
     'pack': 'write SSL4EO-S12 in large files that are fast to read',

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor
@@ -24,30 +25,21 @@ from torch import Tensor
 from .._compat import Sample, host_main
 from .._cores import count_cores
 from ..callbacks.knn import KNNProbe
+from ..callbacks.terminal import Terminal
 from .data import load_classes
 
 #: Share of the time from which a run is called data-bound.
 _BOUND = 0.1
 
 #: What `torchgeo fit` is told on top of the configuration: to train on one device and to
-#: do nothing else, and not to end before the measurement does.
-_OVERRIDES = {
-    # Not off: that would be an error where callbacks for the same are given
-    'barebones': 'false',
-    'enable_checkpointing': 'true',
-    'enable_progress_bar': 'true',
-    'num_sanity_val_steps': '0',
-    'limit_train_batches': 'null',
-    'limit_val_batches': '0',
-    'fast_dev_run': 'false',
-    'overfit_batches': '0.0',
-    'max_epochs': '1000',
-    'max_steps': '-1',
-    'max_time': 'null',
-    'devices': '1',
-    'num_nodes': '1',
-    'strategy': 'auto',
-}
+#: do nothing else, and not to end before the measurement does. Not to switch anything off
+#: by *enable_...*: that would be an error where callbacks for the same are given.
+_OVERRIDES = (
+    '{barebones: false, enable_checkpointing: true, enable_progress_bar: true, '
+    'num_sanity_val_steps: 0, limit_train_batches: null, limit_val_batches: 0, '
+    'fast_dev_run: false, overfit_batches: 0.0, max_epochs: 1000, max_steps: -1, '
+    'max_time: null, devices: 1, num_nodes: 1, strategy: auto}'
+)
 
 #: Callbacks that write, watch, or end a run, and change nothing of its steps.
 _LEFT_OUT = (
@@ -58,6 +50,7 @@ _LEFT_OUT = (
     callbacks.ProgressBar,
     callbacks.Timer,
     KNNProbe,
+    Terminal,
 )
 
 
@@ -89,27 +82,28 @@ class Speed:
         """Return what to change, in order of effort, empty if not data-bound."""
         if self.share <= _BOUND:
             return []
-        advice = []
-        if self.device.startswith('cuda') and not self.pin_memory:
-            advice.append('pin_memory=True in the loader: copies overlap with steps')
         # One process reads where there are no workers, too
         needed = math.ceil(max(1, self.num_workers) * self.step / self.data)
         more = min(needed, self.cores)
-        if more > self.num_workers:
-            line = f'--data.num_workers {more}'
-            if more < needed:
-                line += f' (of {needed} that would be needed, on {self.cores} cores)'
-            if self.num_workers == 0:
-                line += ': now the training itself reads, and waits meanwhile'
-            advice.append(line)
-        if needed > self.cores:
-            if not self.batch_wise:
-                advice.append('a dataset with __getitems__: a batch in one call')
-            advice.append(
-                'fewer and larger files: opening one per band takes longer than reading '
-                'it. All bands of a patch in one file, without compression, or all '
-                'patches in one array on disk'
-            )
+        workers = f'--data.num_workers {more}'
+        if more < needed:
+            workers += f' (of {needed} that would be needed, on {self.cores} cores)'
+        if self.num_workers == 0:
+            workers += ': now the training itself reads, and waits meanwhile'
+        short = needed > self.cores
+        lines = {
+            'pin_memory=True in the loader: copies overlap with steps': (
+                self.device.startswith('cuda') and not self.pin_memory
+            ),
+            workers: more > self.num_workers,
+            'a dataset with __getitems__: a batch in one call': (
+                short and not self.batch_wise
+            ),
+            'fewer and larger files: opening one per band takes longer than reading it. '
+            'All bands of a patch in one file, without compression, or all patches in one '
+            'array on disk': short,
+        }
+        advice = [line for line, helps in lines.items() if helps]
         threads = (
             'fewer threads for the model (OMP_NUM_THREADS) or fewer workers: reading '
             f'alone is fast enough, but shares {self.cores} cores with the training'
@@ -119,8 +113,9 @@ class Speed:
     def as_dict(self) -> dict[str, Any]:
         """Return everything that is known, as plain values."""
         values = asdict(self)
+        rates = {name: values.pop(name) for name in ('data', 'step', 'both')}
         return {
-            'images_per_second': {k: values.pop(k) for k in ('data', 'step', 'both')},
+            'images_per_second': rates,
             'data_share_of_time': self.share,
             'data_bound': self.share > _BOUND,
             'advice': self.advice(),
@@ -129,18 +124,18 @@ class Speed:
 
     def __str__(self) -> str:
         """Return the same in a few lines."""
-        verdict = f'ata-bound: data take {self.share:.0%} of the time.'
-        bound = self.share > _BOUND
-        return '\n'.join(
-            [
-                f'images per second on {self.device}, batches of {self.batch_size}',
-                f'  data loader alone  {self.data:10.1f}  {self.num_workers or "no"} workers',
-                f'  training alone     {self.step:10.1f}  on one batch kept on the device',
-                f'  both together      {self.both:10.1f}',
-                f'D{verdict} What may help:' if bound else f'Not d{verdict}',
-                *(f'  - {line}' for line in self.advice()),
-            ]
-        )
+        share = f'ata-bound: data take {self.share:.0%} of the time.'
+        bound = f'D{share} What may help:' if self.share > _BOUND else f'Not d{share}'
+        workers = f'{self.num_workers or "no"} workers'
+        lines = [
+            f'images per second on {self.device}, batches of {self.batch_size}',
+            f'  data loader alone  {self.data:10.1f}  {workers}',
+            f'  training alone     {self.step:10.1f}  on one batch kept on the device',
+            f'  both together      {self.both:10.1f}',
+            bound,
+            *(f'  - {line}' for line in self.advice()),
+        ]
+        return '\n'.join(lines)
 
 
 class _Measured(Exception):
@@ -203,20 +198,11 @@ class _MeasuredBatches:
         yield from itertools.islice(copies, 2)
         step = yield from self._timed(copies, self.steps)
 
+        pinned = getattr(self.loader, 'pin_memory', False)
+        at_once = hasattr(getattr(self.loader, 'dataset', None), '__getitems__')
+        rates = (str(self.device), data, step, both)
         raise _Measured(
-            Speed(
-                device=str(self.device),
-                data=data,
-                step=step,
-                both=both,
-                batch_size=_count(batch),
-                num_workers=workers,
-                pin_memory=getattr(self.loader, 'pin_memory', False),
-                batch_wise=hasattr(
-                    getattr(self.loader, 'dataset', None), '__getitems__'
-                ),
-                cores=count_cores(),
-            )
+            Speed(*rates, _count(batch), workers, pinned, at_once, count_cores())
         )
 
     def _timed(
@@ -276,13 +262,13 @@ def measure(args: Sequence[str], steps: int) -> Speed:
             'init_args': {'save_dir': folder},
         }
         overrides = {
-            **_OVERRIDES,
+            **yaml.safe_load(_OVERRIDES),
             # Added: others may change what is trained on, such as ResizeInput
-            'callbacks+': json.dumps(stopwatch),
+            'callbacks+': stopwatch,
             'default_root_dir': folder,  # where the host writes its configuration
-            'logger': json.dumps(logger),
+            'logger': logger,
         }
-        options = [x for k, v in overrides.items() for x in (f'--trainer.{k}', v)]
+        options = [f'--trainer.{k}={json.dumps(v)}' for k, v in overrides.items()]
         try:
             host_main(['fit', *args, *options, '--ckpt_path', 'null'])
         except _Measured as measured:

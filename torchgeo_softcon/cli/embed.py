@@ -5,6 +5,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .data import data_parser, open_named_encoder, open_required_data, parse_options
@@ -42,6 +43,26 @@ def parser() -> CommandParser:
         help='file, default: embeddings.parquet',
     )
     group.add_argument('--overwrite', action='store_true', help='replace the file')
+    group = parser.add_argument_group('file')
+    group.add_argument(
+        '--layout',
+        choices=('footprint', 'point'),
+        default='footprint',
+        help="point: centres as geometry, for all of TorchGeo's readers of embeddings",
+    )
+    group.add_argument(
+        '--dtype',
+        choices=('float32', 'int8'),
+        default='float32',
+        help='int8: a quarter of the size',
+    )
+    group.add_argument('--stac', action='store_true', help='write a STAC item, too')
+    group.add_argument(
+        '--dense',
+        action='store_true',
+        help='features of all patches of whole scenes instead, as GeoTIFFs in the folder '
+        '--out, from overlapping windows of --size pixels',
+    )
     return parser
 
 
@@ -49,7 +70,9 @@ def main(args: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     options = parse_options(parser(), args)
     # Not before: help must not wait for it
+    from ..evaluation.dense import embed_dense
     from ..evaluation.embed import embed
+    from ..evaluation.embedding_file import write_stac_item
     from ..evaluation.samples import STAGES
 
     datamodule, data = open_required_data(options)
@@ -58,6 +81,18 @@ def main(args: Sequence[str]) -> int:
             f'split must be one of {", ".join(STAGES)}, got {options.split}'
         )
     encoder = open_named_encoder(options)
+    if options.dense:
+        for path in embed_dense(
+            encoder,
+            datamodule,
+            options.out.removesuffix('.parquet'),
+            options.size,
+            options.overwrite,
+            str(data['class_path']),
+            accelerator=options.accelerator,
+        ):
+            print(path)
+        return 0
     rows = embed(
         encoder,
         datamodule,
@@ -71,9 +106,13 @@ def main(args: Sequence[str]) -> int:
             'weights': options.weights,
             **_data_origin(data),
         },
+        options.layout,
+        options.dtype,
         accelerator=options.accelerator,
     )
     print(f'{rows} embeddings are in {options.out}')
+    if options.stac:
+        print(write_stac_item(Path(options.out)))
     return 0
 
 

@@ -26,6 +26,12 @@ def parser() -> CommandParser:
     )
     group = parser.add_argument_group('run')
     group.add_argument(
+        '--protocol',
+        choices=('softcon', 'dino', 'torchgeo-bench', 'copernicus-bench'),
+        help='as a paper or a benchmark does, on train, val and test, with intervals of '
+        '95 %%; --split, --k, --temperature and --fraction are then not used',
+    )
+    group.add_argument(
         '--split', type=str, default='test', help='test (default) or val'
     )
     group.add_argument(
@@ -47,7 +53,10 @@ def parser() -> CommandParser:
         help='share of the training split to use, default: 1',
     )
     group.add_argument(
-        '--seed', type=int, default=42, help='of the choice of the share, default: 42'
+        '--seed',
+        type=int,
+        default=42,
+        help='of the choice of the share and the bootstrap, default: 42',
     )
     group.add_argument('--device', help='cpu, cuda, ...')
     group.add_argument('--out', help='JSON file for the result')
@@ -67,24 +76,38 @@ def main(args: Sequence[str]) -> int:
     import torch
 
     from ..evaluation.evaluate import evaluate_encoder
+    from ..evaluation.protocols import evaluate_protocol
 
     datamodule, data = open_required_data(options)
     encoder = open_named_encoder(options)
     device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    values = evaluate_encoder(
-        encoder,
-        datamodule,
-        options.split,
-        options.k,
-        options.temperature,
-        options.size,
-        options.fraction,
-        options.seed,
-        device,
-    )
+    if options.protocol is not None:
+        values = evaluate_protocol(
+            encoder, datamodule, options.protocol, options.size, options.seed, device
+        )
+    else:
+        values = evaluate_encoder(
+            encoder,
+            datamodule,
+            options.split,
+            options.k,
+            options.temperature,
+            options.size,
+            options.fraction,
+            options.seed,
+            device,
+        )
     print(_table(values))
     if out is not None:
-        names = ('checkpoint', 'weights', 'split', 'fraction', 'seed', 'temperature')
+        names = (
+            'checkpoint',
+            'weights',
+            'protocol',
+            'split',
+            'fraction',
+            'seed',
+            'temperature',
+        )
         origin: dict[str, Any] = {
             **{name: getattr(options, name) for name in names},
             'data': data,

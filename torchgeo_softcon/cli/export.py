@@ -19,7 +19,9 @@ def parser() -> CommandParser:
     )
     parser.add_argument('checkpoint', help='of SoftConTask or DINOMCTask')
     parser.add_argument(
-        '--format', required=True, choices=('torchgeo', 'timm', 'safetensors', 'smp')
+        '--format',
+        required=True,
+        choices=('torchgeo', 'timm', 'safetensors', 'smp', 'hf', 'onnx'),
     )
     parser.add_argument(
         '--branch',
@@ -34,17 +36,31 @@ def parser() -> CommandParser:
         help='that a Vision Transformer is built for',
     )
     parser.add_argument(
-        '--output', metavar='FILE', help='default: beside the checkpoint'
+        '--output',
+        metavar='FILE',
+        help='default: beside the checkpoint; of hf a folder',
     )
+    parser.add_argument(
+        '--license', default='unknown', help='for the card, such as apache-2.0'
+    )
+    parser.add_argument(
+        '--push', metavar='OWNER/NAME', help='upload hf to this repository, too'
+    )
+    parser.add_argument('--private', action='store_true', help='if that is new')
     return parser
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     options = vars(parser().parse_args(args))
+    push, private = options.pop('push'), options.pop('private')
+    if push and options['format'] != 'hf':
+        raise ValueError(f'--push is for --format hf, got {options["format"]}')
     # Not before: help must not wait for it
-    from ..export.files import export
+    from ..export.files import export, push_to_hub
 
-    for path in export(options.pop('checkpoint'), **options):
-        print(path)
+    paths = export(options.pop('checkpoint'), **options)
+    print(*paths, sep='\n')
+    if push:
+        print(push_to_hub(paths[0].parent, push, private))
     return 0

@@ -18,7 +18,8 @@ a second run does only what is missing. Patches that fail are in *.failed.csv be
 _EXAMPLES = """\
 torchgeo-softcon labels --images 'DIR/**/*.tif' --worldcover DIR --out labels.parquet
   torchgeo-softcon labels --footprints patches.gpkg --worldcover DIR --out labels.parquet
-  torchgeo-softcon labels --layout ssl4eo-s12 ROOT --worldcover DIR --out labels.json"""
+  torchgeo-softcon labels --layout ssl4eo-s12 ROOT --worldcover DIR --out labels.json
+  torchgeo-softcon labels --images DIR --map own.tif --legend own.yaml --out own.parquet"""
 
 
 def parser() -> CommandParser:
@@ -52,12 +53,14 @@ def parser() -> CommandParser:
         '--layout',
         nargs=2,
         metavar=('LAYOUT', 'ROOT'),
-        help='known folders: ssl4eo-s12 (s2c, s2a, s1 / location / date / band)',
+        help='known folders: ssl4eo-s12 (s2c, s2a, s1 / location / date / band), also packed '
+        'or as v1.1',
     )
 
     group = parser.add_argument_group('land cover')
     group.add_argument(
         '--worldcover',
+        '--map',
         nargs='+',
         required=True,
         metavar='PATH',
@@ -70,17 +73,21 @@ def parser() -> CommandParser:
     group.add_argument(
         '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
     )
-    group.add_argument('--year', type=int, help='2020 or 2021, default: 2021')
+    group.add_argument(
+        '--year', type=int, help='of the product, by default its last one'
+    )
     group.add_argument(
         '--classes',
         metavar='NAME',
-        help="worldcover for its 11 classes (default), dynamicworld for Dynamic World's 9 "
-        'made of them',
+        help='a legend that the product has a mapping to: dynamicworld for the 9 classes of '
+        'Dynamic World made of the 11 of worldcover (default)',
     )
     group.add_argument(
         '--product',
+        '--legend',
         metavar='NAME',
-        help='another land-cover product: its name or .yaml file',
+        help='another land-cover product (esri, lcm10, cgls, corine, dynamicworld), or '
+        'the .yaml file with the legend of your own map: name and classes with code and name',
     )
 
     group = parser.add_argument_group('output')

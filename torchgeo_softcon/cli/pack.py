@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .parsers import CommandParser
+from .parsers import CommandError, CommandParser
 
 #: Failures that are printed.
 _NAMED = 10
@@ -30,8 +30,9 @@ def archive_parser(command: str, description: str, root: str) -> CommandParser:
     parser.add_argument(
         '--split',
         nargs='+',
-        choices=('s1', 's2c', 's2a'),
-        help='default: all that the archive has',
+        metavar='NAME',
+        help='s1, s2c, s2a, or S1GRD, S2L1C, S2L2A, S2RGB, S1RTC of v1.1 and TerraMesh; '
+        'default: all that the archive has',
     )
     return parser
 
@@ -41,16 +42,34 @@ def parser() -> CommandParser:
     parser = archive_parser(
         'pack',
         'Write the images of SSL4EO-S12 in few large files, which are read a hundred times\n'
-        'faster. Nothing is lost: `torchgeo-softcon unpack` gives the GeoTIFFs back.',
-        'folder with s1, s2c or s2a',
+        'faster. Nothing is lost: `torchgeo-softcon unpack` gives the GeoTIFFs back.\n'
+        'SSL4EO-S12 v1.1 (shards or Zarr chunk files) and TerraMesh are packed as well, and\n'
+        'scenes of your own, with the land cover under them.',
+        'folder with s1, s2c or s2a, or with the modalities of v1.1, or with scenes',
     )
-    parser.add_argument('--labels', metavar='FILE', help='to put into the index')
+    parser.add_argument(
+        '--labels',
+        metavar='FILE',
+        help='to put into the index, or lulc for the layer of v1.1',
+    )
     parser.add_argument(
         '--workers', type=int, metavar='N', help='processes (default: 1)'
     )
     parser.add_argument(
         '--shard-size', type=int, metavar='N', help='images per file (default: 256)'
     )
+    group = parser.add_argument_group('scenes of your own')
+    group.add_argument(
+        '--worldcover',
+        '--map',
+        nargs='+',
+        metavar='PATH',
+        help='folders or files of land cover, to be warped to the pixels of each place',
+    )
+    group.add_argument(
+        '--product', '--legend', metavar='NAME', help='land-cover product or .yaml file'
+    )
+    group.add_argument('--year', type=int, help='of the product, default: its last one')
     parser.add_argument(
         '--verify',
         action='store_true',
@@ -62,8 +81,8 @@ def parser() -> CommandParser:
 
 def print_failures(failures: Sequence[Any], what: str) -> int:
     """Print the first failures with their reasons, and return the exit status."""
-    for failure in failures[:_NAMED]:
-        print(f'{failure.id}/{failure.season}: {failure.reason}', file=sys.stderr)
+    for *names, reason in failures[:_NAMED]:
+        print(f'{"/".join(names)}: {reason}', file=sys.stderr)
     if failures:
         print(f'{len(failures)} {what}', file=sys.stderr)
     return int(bool(failures))
@@ -75,7 +94,15 @@ def main(args: Sequence[str]) -> int:
     check = options.pop('verify')
     # Not before: help must not wait for it
     from ..ssl4eo.pack import pack, verify
+    from ..ssl4eo.shards import find_splits
 
+    if not find_splits(options['root']):
+        return _pack_scenes(options, check)
+    if strange := {'worldcover', 'product', 'year'} & {*options}:
+        raise CommandError(
+            f'{", ".join(sorted(strange))} must be left out for SSL4EO-S12, whose land '
+            'cover is given by --labels'
+        )
     status = print_failures(
         pack(**options, progress=True),
         'images could not be read. They are in failures.csv beside the index, and are '
@@ -84,4 +111,22 @@ def main(args: Sequence[str]) -> int:
     if check:
         damaged = verify(options['out'], options.get('split'), progress=True)
         status |= print_failures(damaged, 'records have changed')
+    return status
+
+
+def _pack_scenes(options: dict[str, Any], check: bool) -> int:
+    """Pack scenes, and return the exit status."""
+    if strange := {'split', 'labels', 'workers', 'shard_size'} & {*options}:
+        raise CommandError(
+            f'{", ".join(sorted(strange))} must be left out, or root be a folder of '
+            f'SSL4EO-S12, found none of its folders in {options["root"]}'
+        )
+    from ..datasets.scene_pack import pack_scenes, verify_scenes
+
+    options['images'] = options.pop('root')
+    failures = pack_scenes(**options, progress=True)
+    status = print_failures(failures, 'files could not be read, run it again')
+    if check:
+        damaged = verify_scenes(options['out'])
+        status |= print_failures(damaged, 'files have changed')
     return status

@@ -35,7 +35,9 @@ from ..geo.grid import outline
 from ..landcover.download import TileDownload, download_tiles, tiles_of
 from ..landcover.files import find_map_files
 from ..landcover.products import WORLDCOVER
-from ..ssl4eo.record_archive import index_path
+from ..ssl4eo.lulc import LULC
+from ..ssl4eo.record_archive import RecordArchive, index_path
+from ..ssl4eo.shards import modality_folder
 from .recipe import recipes
 
 #: Recipes by whether there are labels, and a CUDA device.
@@ -95,7 +97,7 @@ def find_data(root: Path, worldcover: Path | None, download: bool, run: Path) ->
         ValueError: If it holds nothing that can be trained on.
     """
     for split in ('s2c', 's2a', 's1'):
-        if (root / split).is_dir():
+        if (root / split).is_dir() or modality_folder(root, split) is not None:
             return _find_archive(root, split)
     if (root / 'images').is_dir() and (root / 'masks').is_dir():
         return _find_patches(root)
@@ -113,13 +115,16 @@ def _find_archive(root: Path, split: str) -> Found:
     labels = sorted({*root.glob('*multilabel*.json'), *root.glob('*label*.parquet')})
     options = {'root': str(root), 'split': split, 'val_fraction': 0.05}
     packed = index_path(root, split).exists()
-    if labels:
-        options['labels'] = str(labels[0])
+    layer = None if packed else modality_folder(root, LULC.upper())
+    source = labels[0] if labels else layer
+    if source is not None:
+        options['labels'] = str(source) if labels else LULC
+    kept = packed and RecordArchive(root, split).labels is not None
     return Found(
         f'SSL4EO-S12, split {split}, {"packed" if packed else "as published"}'
-        + (f', with the labels of {labels[0].name}' if labels else ''),
+        + (f', with the labels of {source.name}' if source else ', with labels' * kept),
         'SSL4EOS12MLDataModule',
-        bool(labels),
+        source is not None or kept,
         264,
         264,
         options,

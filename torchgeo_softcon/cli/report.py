@@ -5,6 +5,8 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +21,18 @@ def parser() -> CommandParser:
     """Return the parser of the command."""
     parser = data_parser(
         'report',
-        'Write a page of pictures of a run: of its logs, and of what its last checkpoint\n'
+        'Write a page about a run: a verdict, its curves, and what its last checkpoint\n'
         'makes of the images of its data. Without RUN_DIR, of a checkpoint or of weights\n'
         'and data.',
         'logs/version_0 --samples 100',
     )
-    parser.usage = '%(prog)s [RUN_DIR] [OPTIONS]'
-    parser.add_argument('run_dir', nargs='?', metavar='RUN_DIR', help='folder of a run')
+    parser.usage = '%(prog)s [RUN_DIR ...] [OPTIONS]'
+    parser.add_argument(
+        'run_dir',
+        nargs='*',
+        metavar='RUN_DIR',
+        help='folder of a run. Curves of several runs are laid side by side',
+    )
     group = parser.add_argument_group('page')
     group.add_argument('--out', help='folder to write to, RUN_DIR/report by default')
     group.add_argument(
@@ -42,15 +49,18 @@ def main(args: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     options = parse_options(parser(), args)
     # Not before: help must not wait for them
-    from ..report.curves import curve_sections, find_logs, read_logs
+    from ..evaluation.verdict import Finding, judge, summarize
+    from ..report.curves import add_even_spread, curve_sections, find_logs, read_logs
     from ..report.page import Section, write_page
-    from ..report.sections import picture_sections
+    from ..report.samples import collect
+    from ..report.sections import judge_features, picture_sections
 
-    logs = None if options.run_dir is None else find_logs(Path(options.run_dir))
-    run = None if logs is None else logs[0].parent
-    datamodule, _ = open_data(options, run)
+    files = {run: find_logs(Path(run)) for run in options.run_dir}
+    logs = {run: read_logs(found) for run, found in files.items()}
+    folders = [found[0].parent for found in files.values()]
+    run = folders[0] if len(folders) == 1 else None
     given = options.checkpoint or options.weights
-    if run is None and not given:
+    if not folders and not given:
         raise ValueError(
             'a report needs the folder of a run, or --checkpoint or --weights, and --data'
         )
@@ -58,39 +68,79 @@ def main(args: Sequence[str]) -> int:
         options.checkpoint = last_checkpoint(run)
     source = options.checkpoint or options.weights
 
-    facts: dict[str, str] = {}
+    facts: dict[str, list[str]] = {}
+    for number, (folder, log) in enumerate(zip(folders, logs.values(), strict=True)):
+        for name, value in {'run': str(folder), **_last_values(log)}.items():
+            row = facts.setdefault(name, [''] * len(folders))
+            row[number] = value
+    width = None
     sections: list[Section] = []
-    if logs is not None:
-        log = read_logs(logs)
-        facts |= {'run': str(run), **_last_values(log)}
-        sections += curve_sections(log)
-    reason = ''
-    if source is None:
-        reason = f'{run} has no checkpoint: give --checkpoint for pictures of images.'
-    elif datamodule is None:
-        reason = (
-            'The data are not known: give --data or --config for pictures of images.'
-        )
-    else:
-        try:
-            encoder = open_named_encoder(options)
-        except ValueError as error:
-            if given:
-                raise
-            # Of a checkpoint that nobody has asked for
-            reason = f'{error}.'
-        else:
-            facts['encoder'] = f'{encoder.name}, {encoder.in_channels} bands'
-            facts['weights'] = source
-            sections += picture_sections(
-                encoder, datamodule, options.checkpoint, options.split, options.samples
+    judged: list[Finding] = []
+    if len(folders) < 2:
+        datamodule, _ = open_data(options, run)
+        reason = ''
+        if source is None:
+            reason = (
+                f'{run} has no checkpoint: give --checkpoint for pictures of images.'
             )
-    if reason:
-        sections.append(Section('pictures', 'Pictures', reason))
-    out = options.out or (run or Path()) / 'report'
-    page = write_page(Path(out), f'Report of {run or source}', facts, sections)
+        elif datamodule is None:
+            reason = 'The data are not known: give --data or --config for pictures of images.'
+        else:
+            try:
+                encoder = open_named_encoder(options)
+            except ValueError as error:
+                if given:
+                    raise
+                # Of a checkpoint that nobody has asked for
+                reason = f'{error}.'
+            else:
+                facts['encoder'] = [f'{encoder.name}, {encoder.in_channels} bands']
+                facts['weights'] = [source]
+                gallery = collect(encoder, datamodule, options.split, options.samples)
+                width = gallery.features.shape[1]
+                judged = judge_features(gallery)
+                sections += picture_sections(gallery, encoder, options.checkpoint)
+        if reason:
+            sections.append(Section('pictures', 'Pictures', reason))
+    findings = {
+        name: judge({k: log[k].dropna().tolist() for k in log}, width) + judged
+        for name, log in logs.items()
+    }
+    findings = findings or {source: judged}
+    for log in logs.values() if width else ():
+        add_even_spread(log, width)
+    out = Path(options.out or (run or Path()) / 'report')
+    page = write_page(
+        out,
+        f'Report of {" and ".join(options.run_dir) or source}',
+        facts | _versions(),
+        [*(curve_sections(logs) if logs else ()), *sections],
+        findings,
+        {
+            str(folder): (folder / 'config.yaml').read_text(encoding='utf-8')
+            for folder in folders
+            if (folder / 'config.yaml').is_file()
+        },
+    )
+    for name, found in findings.items():
+        print(f'{name}: {summarize(found)}', *(f'  {f}' for f in found), sep='\n')
     print(f'The report is in {page}')
     return 0
+
+
+def _versions() -> dict[str, list[str]]:
+    """Return when and with which versions a page is made."""
+    now = datetime.now(UTC).strftime('%Y-%m-%d %H:%M UTC')
+    names = ('torchgeo-softcon', 'torchgeo', 'torch', 'lightning', 'timm')
+    versions = ', '.join(f'{name} {_version(name)}' for name in names)
+    return {'made': [now], 'versions': [versions]}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return 'not installed'
 
 
 def last_checkpoint(run: Path) -> str | None:

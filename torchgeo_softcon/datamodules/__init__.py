@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .bigearthnet_v2 import BigEarthNetV2DataModule as BigEarthNetV2DataModule
     from .image_masks import ImageMaskFolderDataModule as ImageMaskFolderDataModule
     from .scenes import WorldCoverScenesDataModule as WorldCoverScenesDataModule
     from .ssl4eo_s12_ml import SSL4EOS12MLDataModule as SSL4EOS12MLDataModule
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
+    bigearthnet_v2=('BigEarthNetV2DataModule',),
     image_masks=('ImageMaskFolderDataModule',),
     scenes=('WorldCoverScenesDataModule',),
     ssl4eo_s12_ml=('SSL4EOS12MLDataModule',),

@@ -3,6 +3,7 @@
 
 """Datamodule for image patches with masks."""
 
+import functools
 from typing import Any
 
 from .._checks import check_types
@@ -33,6 +34,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
         fractions: bool = False,
         val_fraction: float = 0.0,
         seed: int = 0,
+        val_root: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Initialize a new ImageMaskFolderDataModule instance.
@@ -50,6 +52,8 @@ class ImageMaskFolderDataModule(DrawDataModule):
             val_fraction: Part of the places for validation only, and as much for
                 testing only. With 0, all are for all three.
             seed: Seed of the order, the dates, the crops and the division.
+            val_root: Folder with other images, of other places, for validation and
+                testing, instead of *val_fraction*.
             **kwargs: Other options of :class:`.ImageMaskFolder`.
 
         Raises:
@@ -58,14 +62,38 @@ class ImageMaskFolderDataModule(DrawDataModule):
         """
         check_types(ImageMaskFolderDataModule.__init__, locals())
         self._options = kwargs
+        if val_root is not None and val_fraction:
+            raise ValueError(
+                f'val_fraction must be left out with val_root = {val_root}, got '
+                f'{val_fraction}'
+            )
         super().__init__(
             ImageMaskFolder, batch_size, num_workers, val_fraction, seed, self._options
         )
-        self._root = root
+        self._root, self._val_root = root, val_root
         self._target = target_transform(target, min_fraction, fractions)
 
     def open_dataset(self) -> ImageMaskFolder:
         """Find the images."""
+        return self._open(self._root, **self._options)
+
+    def _open(self, root: str | None, **options: Any) -> ImageMaskFolder:
+        """Find the images in a folder."""
         return ImageMaskFolder(
-            root=self._root, transforms=self._target, seed=self.seed, **self._options
+            root=root, transforms=self._target, seed=self.seed, **options
         )
+
+    @functools.cached_property
+    def _others(self) -> ImageMaskFolder:
+        """Images for validation and testing, scaled and read as those of the training."""
+        others = {**self._options, 'images': None, 'masks': None}
+        others['value_range'] = self.source.value_range
+        return self._open(self._val_root, **others)
+
+    def setup(self, stage: str) -> None:
+        """Open the data and divide them."""
+        super().setup(stage)
+        if self._val_root is not None and stage in ('fit', 'validate'):
+            self.val_dataset = self._others
+        if self._val_root is not None and stage == 'test':
+            self.test_dataset = self._others

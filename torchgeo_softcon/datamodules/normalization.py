@@ -20,7 +20,7 @@ from .protocol import SPLITS, dataset_bands, offer_of
 
 #: What TorchGeo's BigEarthNet means by its bands. It reads files in the order of their
 #: names, so that VH comes before VV.
-_SETS = {
+BAND_SETS = {
     's1': SENTINEL1_BANDS[::-1],
     's2': SENTINEL2_SUBSETS[12],
     'all': (*SENTINEL1_BANDS[::-1], *SENTINEL2_SUBSETS[12]),
@@ -146,8 +146,8 @@ def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
     """
     for dataset in _datasets(datamodule):
         bands = dataset_bands(dataset)
-        if isinstance(bands, str) and bands in _SETS:
-            return _SETS[bands]
+        if isinstance(bands, str) and bands in BAND_SETS:
+            return BAND_SETS[bands]
         if isinstance(bands, list | tuple) and all(isinstance(b, str) for b in bands):
             with suppress(ValueError):
                 return normalize_band_names(bands)
@@ -155,15 +155,20 @@ def image_bands(datamodule: LightningDataModule) -> tuple[str, ...] | None:
 
 
 def image_level(datamodule: LightningDataModule, bands: Sequence[str]) -> Level:
-    """Return the processing level of the Sentinel-2 images of a datamodule.
+    """Return the processing level of the Sentinel-2 images of a datamodule."""
+    levels = [dataset_level(dataset, bands) for dataset in _datasets(datamodule)]
+    return 'L2A' if 'L2A' in levels else 'L1C'
+
+
+def dataset_level(dataset: Any, bands: Sequence[str]) -> Level:
+    """Return the processing level of the Sentinel-2 images of a dataset.
 
     L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands of
     Sentinel-2 but B10, else L1C.
     """
-    for dataset in _datasets(datamodule):
-        splits = _LEVEL_2A.get(type(dataset).__name__, ())
-        if splits is None or getattr(dataset, 'split', None) in splits:
-            return 'L2A'
+    splits = _LEVEL_2A.get(type(dataset).__name__, ())
+    if splits is None or getattr(dataset, 'split', None) in splits:
+        return 'L2A'
     all_but_b10 = {*bands} >= {*SENTINEL2_SUBSETS[12]} and 'B10' not in bands
     return 'L2A' if all_but_b10 else 'L1C'
 

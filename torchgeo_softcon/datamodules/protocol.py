@@ -101,6 +101,14 @@ class LocatedDataset(Protocol):
         """Return outline, coordinate reference system and day of a sample."""
 
 
+@runtime_checkable
+class PlacedDataset(Protocol):
+    """A dataset that knows which of its samples show the same ground."""
+
+    def place(self, index: Any) -> str | None:
+        """Return the name of the place of a sample, None if it is not known."""
+
+
 class _Completed:
     """A datamodule with the defaults of :class:`DataModuleOffer`."""
 

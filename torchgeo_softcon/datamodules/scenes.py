@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._checks import check_types
+from ..datasets.packed_scenes import PackedCover, is_packed
 from ..datasets.scene_grid import SceneGrid
 from ..datasets.scenes import WorldCoverScenes
 from ..geo.grid import overlapping
@@ -35,8 +36,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
 
     def __init__(
         self,
-        images: str | Sequence[str],
-        worldcover: str | Sequence[str] | None,
+        images: str | Sequence[str] | None = None,
+        worldcover: str | Sequence[str] | None = None,
         batch_size: int = 64,
         length: int | None = None,
         num_workers: int | None = None,
@@ -46,6 +47,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         val_fraction: float = 0.0,
         seed: int = 0,
         product: str | LandCoverProduct = 'worldcover',
+        root: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Initialize a new WorldCoverScenesDataModule instance.
@@ -53,7 +55,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
         Args:
             images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
             worldcover: Folders or files of WorldCover tiles, or of rasters of *product*.
-                None for no labels at all, together with *allow_unlabelled*.
+                None for what is packed, or for no labels at all, together with
+                *allow_unlabelled*.
             batch_size: Number of samples in a batch on one device.
             length: Number of samples per epoch. By default as many as cover the area
                 of all images once, and at least one batch.
@@ -69,7 +72,9 @@ class WorldCoverScenesDataModule(DrawDataModule):
                 drawn from everywhere. Rasters that overlap still share ground.
             seed: Seed of the windows, from 0 to 2**32 - 1.
             product: Another land-cover product, its name, or its YAML file, see
-                :func:`torchgeo_softcon.landcover.find_product`.
+                :func:`torchgeo_softcon.landcover.find_product`. What is packed counts
+                before it.
+            root: Instead of *images*, a folder of ``torchgeo-softcon pack``.
             **kwargs: Other options of :class:`.WorldCoverScenes`.
 
         Raises:
@@ -82,8 +87,22 @@ class WorldCoverScenesDataModule(DrawDataModule):
             WorldCoverScenes, batch_size, num_workers, val_fraction, seed, self._options
         )
         self.length = length
-        self._images, self._worldcover = images, worldcover
-        self._product = product
+        if (images is None) == (root is None):
+            raise ValueError(
+                f'one of images and root must be given, got {images!r} and {root!r}'
+            )
+        self._images: Any = images if root is None else root
+        if root is not None and not is_packed(root):
+            raise FileNotFoundError(
+                f'root must be a folder of `torchgeo-softcon pack`, got {root}: pack '
+                'the scenes, or give images and worldcover'
+            )
+        if is_packed(self._images) and worldcover is None:
+            cover = (
+                None if kwargs.get('allow_unlabelled') else PackedCover(self._images)
+            )
+            product = cover.product if cover else product
+        self._worldcover, self._product = worldcover, product
         self._target = target_transform(target, min_fraction, fractions, product)
 
     @property

@@ -33,7 +33,9 @@ class _Scale(nn.Module):
 
 
 class SSL4EOS12MLDataModule(DrawDataModule):
-    """Locations of SSL4EO-S12 with multi-labels, from the published or from packed files.
+    """Locations of SSL4EO-S12 with multi-labels, from published or from packed files.
+
+    The form that is in *root* is found: that of 2022, v1.1 or TerraMesh, or packed.
 
     See :class:`.SSL4EOS12ML`. Images move to the device as they are in the files. There,
     the bands of 20 and 60 m come to 10 m, and all bands to [0, 1].
@@ -60,7 +62,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
 
         Args:
             root: Folder with the folders ``s1``, ``s2c`` or ``s2a``, as they are published
-                or packed.
+                or packed, or with those of v1.1, see :class:`.SSL4EOS12ML`.
             split: One of them, or several to stack the bands of images of one season.
             batch_size: Number of locations in a batch on one device.
             num_workers: Number of processes that read, per device. By default the cores

@@ -21,7 +21,6 @@ from ..bands import RGB_BANDS, Level, normalize_band_names
 from ..geo.find_files import find_files
 from ..geo.rasters import (
     RGB_COLORS,
-    Values,
     drop_empty,
     find_alpha,
     has_mask,
@@ -32,6 +31,7 @@ from ..geo.rasters import (
 )
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DivisibleImages, check_seed
+from .image_cache import Decoded, ImageCache
 from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
 
 #: File types that a folder is searched for.
@@ -47,6 +47,7 @@ class Patch(NamedTuple):
     image: Path
     mask: Path
     shape: tuple[int, int]
+    number: int
 
 
 class ImageMaskFolder(DivisibleImages):
@@ -91,8 +92,9 @@ class ImageMaskFolder(DivisibleImages):
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
         level: Level | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Initialize a new ImageMaskFolder instance.
+        r"""Initialize a new ImageMaskFolder instance.
 
         Args:
             root: Folder with the folders ``images`` and ``masks``.
@@ -108,9 +110,11 @@ class ImageMaskFolder(DivisibleImages):
             nodata: Value of pixels without data, None for what each file says.
             seasons: Number of different dates per sample.
             places: Regular expression for the path of an image below *images*, without
-                suffix. Images with the same first group (or whole match) are of one
-                place. By default those in one folder for more than one of *seasons*,
-                and every image is its own place for one.
+                suffix. Images with the same groups (or whole match) are of one place:
+                ``'^(.*)_'`` for names of a place and a date,
+                ``r'^(\d+\.\d)\d*_(\d+\.\d)'`` for squares of 0.1 degrees in names
+                of latitude and longitude. By default those in one folder for more than
+                one of *seasons*, and every image is its own place for one.
             size: Height and width of a random crop, None for whole images.
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
@@ -118,6 +122,9 @@ class ImageMaskFolder(DivisibleImages):
             level: Processing level of Sentinel-2, whose statistics scale the images,
                 ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
                 :func:`.choose_level`.
+            cache: Folder to which decoded images and masks are written, once, to be read
+                from there: much faster than JPEG or PNG, and the same to the bit. About
+                one byte per value of 8-bit images. For images of one size.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -163,10 +170,11 @@ class ImageMaskFolder(DivisibleImages):
             needed = max(*self.image_bands, mask_band or 1)
         patches = []
         dtypes = set()
-        for path, mask in zip(files.values(), mask_files, strict=True):
+        pairs = zip(files.values(), mask_files, strict=True)
+        for number, (path, mask) in enumerate(pairs):
             with open_raster(path) as source:
                 dtypes.add(str(source.dtypes[0]))
-                patches.append(Patch(path, mask, source.shape))
+                patches.append(Patch(path, mask, source.shape, number))
                 more = source.count > needed and image_bands is None
                 if source.count < needed or more:
                     raise ValueError(
@@ -185,10 +193,22 @@ class ImageMaskFolder(DivisibleImages):
             value_range, self.bands, len(self.image_bands), dtypes, self.level
         )
 
+        self._cache = None
+        if cache is not None:
+            self._cache = ImageCache(
+                cache,
+                [*files.values(), *dict.fromkeys(mask_files)],
+                (self.image_bands, mask_band, nodata),
+                str(np.result_type(*dtypes)),
+                lambda number: self._decode(patches[number]),
+                len(patches),
+            )
+
         groups: dict[str, list[Patch]] = {}
         for stem, patch in zip(files, patches, strict=True):
             groups.setdefault(self._place(stem, places), []).append(patch)
         self.samples, self.places = list(groups.values()), list(groups)
+        self._knows_places = seasons > 1 or places is not None
         if seasons == 1:
             # Every image is a sample, places only matter for what is kept apart
             self._separate()
@@ -258,13 +278,13 @@ class ImageMaskFolder(DivisibleImages):
             folder = os.path.dirname(stem) if self.seasons > 1 else ''
             return folder or stem
         match = re.search(places, stem)
+        found = () if match is None else match.groups() or (match[0],)
         # A group that takes no part, as in x(y)?, has not found the place either
-        found = None if match is None else match[min(match.re.groups, 1)]
-        if found is None:
+        if None in found or not found:
             raise ValueError(
                 f'places must match every image, {places!r} does not {stem}'
             )
-        return str(found)
+        return '/'.join(found)
 
     def _separate(self) -> None:
         """Make every image a sample of its own."""
@@ -281,6 +301,10 @@ class ImageMaskFolder(DivisibleImages):
         other._separate()
         other.seasons, other._random = 1, False
         return other
+
+    def place(self, index: int) -> str | None:
+        """Return the place of a sample, None if every image is a place of its own."""
+        return self.places[index % len(self)] if self._knows_places else None
 
     def _wheres(self) -> list[str]:
         return sorted(set(self.places))
@@ -303,14 +327,15 @@ class ImageMaskFolder(DivisibleImages):
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
 
-        images = [self._image(place[date], window) for date in dates]
-        pixels, masked = zip(*images, strict=True)
+        # The mask is that of the first date
+        images = [self._read(place[date], window, date == dates[0]) for date in dates]
+        pixels = [to_unit_range(image, self.value_range) for image, _, _ in images]
         image = pixels[0] if self.seasons == 1 else np.stack(pixels)
-        mask = self._mask(place[dates[0]], window)
+        mask = images[0].mask
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
             # What a mask of an image leaves out has no label, as in WorldCoverScenes
-            mask[np.any(masked, 0)] = 0
+            mask[np.any([empty for _, empty, _ in images], 0)] = 0
         # The transform says what is wrong with floats, if anything is
         sample: Sample = {
             'image': torch.from_numpy(image),
@@ -327,10 +352,17 @@ class ImageMaskFolder(DivisibleImages):
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
         return Window(left, top, self.size, self.size)
 
-    def _image(
-        self, patch: Patch, window: Window | None
-    ) -> tuple[Values, npt.NDArray[np.bool_]]:
-        """Read an image in [0, 1], and where its own mask says that it has no data."""
+    def _read(self, patch: Patch, window: Window | None, masked: bool) -> Decoded:
+        """Read an image and, if *masked*, its mask, from the cache if there is one."""
+        if self._cache is None:
+            return self._decode(patch, window, masked)
+        rows, columns = (slice(None),) * 2 if window is None else window.toslices()
+        return self._cache.read(patch.number, rows, columns)
+
+    def _decode(
+        self, patch: Patch, window: Window | None = None, masked: bool = True
+    ) -> Decoded:
+        """Read an image and, if *masked*, its mask from their files."""
         with open_raster(patch.image) as source:
             alpha = find_alpha(source)
             if alpha in (*self.image_bands, self.mask_band):
@@ -340,8 +372,8 @@ class ImageMaskFolder(DivisibleImages):
             empty = np.zeros(values.shape[1:], np.bool_)
             if has_mask(source):
                 empty = source.dataset_mask(window=window) == 0
-        values = drop_empty(values, zero)
-        return to_unit_range(values, self.value_range), empty
+        mask = self._mask(patch, window) if masked else empty
+        return Decoded(drop_empty(values, zero), empty, mask)
 
     def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
         band = self.mask_band or 1

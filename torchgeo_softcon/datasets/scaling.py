@@ -4,15 +4,18 @@
 """From the numbers in a file to [0, 1], per band."""
 
 import os
-import re
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal, cast
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
+from ..geo.rasters import Scene
+from ..geo.sentinel2 import Products
 
 #: What a dataset accepts as *value_range*, see :func:`resolve_value_range`.
 ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]] | None
@@ -26,9 +29,16 @@ _DEVIATIONS = 2
 #: Bands that have statistics.
 _STATISTICS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
 
-#: The level in the names of products (S2B_MSIL2A_...), of their granules (L2A_T32UNE_...)
-#: and of items of STAC catalogues (S2B_32UNE_20200101_0_L2A).
-_LEVEL = re.compile(r'(?:MSI|(?<![A-Za-z0-9]))(L1C|L2A)(?![A-Za-z0-9])')
+#: Share of the pixels of a window that are clipped if its numbers are not what the
+#: statistics are of. Snow and clouds are that bright, too, so it is no error.
+_CLIPPED = 0.95
+
+#: Digital numbers that the atmospheric correction of dark ground does not go below.
+_NEGATIVE = -100
+
+#: Quantiles that bands of radar are clipped to by the authors of SoftCon.
+#: https://github.com/zhu-xlab/Copernicus-Bench (wrappers of Sentinel-1)
+_RADAR_QUANTILES = (0.01, 0.99)
 
 
 def choose_level(
@@ -39,8 +49,7 @@ def choose_level(
 ) -> Level:
     """Choose whose statistics images are scaled by, and say so where it matters.
 
-    The names of Sentinel-2 products tell their level. Without them, a band B10 is of
-    Level-1C, and all twelve other bands together are of Level-2A.
+    What tells it is looked for in the order of :meth:`.Products.level`.
 
     Args:
         level: What the user says, None for what the images tell.
@@ -57,29 +66,24 @@ def choose_level(
     optical = {*(bands or ())} & {*SENTINEL2_BANDS}
     if level is not None or not optical or not scaled:
         return level or 'L1C'
-    found: dict[str, str] = {}
-    for name in names:
-        for match in _LEVEL.findall(os.path.realpath(name)):
-            found.setdefault(match, os.fspath(name))
-    if len(found) > 1:
+    found: dict[Level | None, tuple[str, str]] = {}
+    products = Products()
+    for name in map(os.fspath, names):
+        told, source = products.level(name, bands=optical)
+        found.setdefault(told, (name, source))
+    known = [told for told in found if told is not None]
+    if len(known) > 1:
         raise ValueError(
-            f'images must be of one level of Sentinel-2, got {found["L1C"]} of L1C and '
-            f'{found["L2A"]} of L2A: give them to two datasets, or give level'
+            f'images must be of one level of Sentinel-2, got {found["L1C"][0]} of L1C and '
+            f'{found["L2A"][0]} of L2A: give them to two datasets, or give level'
         )
-    if found:
-        ((told, name),) = found.items()
-        reason = f'as {name} says'
-    elif 'B10' in optical:
-        told, reason = 'L1C', 'as they have B10'
-    elif len(optical) == len(SENTINEL2_BANDS) - 1:
-        told, reason = 'L2A', 'as B10 alone is missing'
-    else:
-        told, reason = 'L1C', 'which nothing in names and bands confirms'
+    chosen: Level = known[0] if known else 'L1C'
+    name, source = found[chosen] if known else ('', 'nothing, so it may be wrong')
     rank_zero_info(
-        f'Images of Sentinel-2 are taken for {told}, {reason}, and scaled by the '
-        'statistics of that level. If that is not so, give level'
+        f'Images of Sentinel-2 are scaled by {chosen} statistics, the level is from '
+        f'{source}{" of " * bool(name)}{name}. If that is not so, give level'
     )
-    return cast(Level, told)
+    return chosen
 
 
 def resolve_value_range(
@@ -150,39 +154,169 @@ def resolve_value_range(
     return tuple((float(low), float(high)) for low, high in values)
 
 
-def check_radar(
-    values: npt.NDArray[np.float32],
-    bands: Sequence[str] | None,
-    value_range: Sequence[tuple[float, float]],
-    name: str,
-) -> None:
-    """Check that radar bands which are scaled as dB are in dB.
+def scene_level(scene: Scene) -> Level:
+    """Return the level whose statistics scale a scene, L1C where nothing tells it."""
+    return scene.kind.level or 'L1C'
+
+
+def scene_ranges(
+    scenes: Sequence[Scene], value_range: ValueRange
+) -> dict[Level, tuple[tuple[float, float], ...]]:
+    """Find the values that become 0 and 1, for the scenes of each level.
 
     Args:
-        values: A window of an image, shape (C, H, W), NaN without data.
-        bands: Names of its bands.
+        scenes: Scenes of the same bands.
+        value_range: See :func:`resolve_value_range`.
+
+    Returns:
+        Pairs ``(low, high)``, one per band, for each level of :func:`scene_level`.
+    """
+    # The unit of others is known, whatever their type
+    dtypes = {
+        layer.dtype
+        for scene in scenes
+        for layer in scene.layers
+        if scene.kind.unit in ('', '8 bit')
+    }
+    first = scenes[0]
+    return {
+        level: resolve_value_range(value_range, first.bands, first.count, dtypes, level)
+        for level in dict.fromkeys(map(scene_level, scenes))
+    }
+
+
+def describe_scenes(
+    scenes: Sequence[Scene], value_range: ValueRange
+) -> list[tuple[str, Scene]]:
+    """Describe each kind of scene in a line, with the first scene of that kind.
+
+    The line is such as "12 files, Sentinel-2 L2A, offset -1000 from MTD_MSIL2A.xml, scaled
+    by L2A statistics".
+
+    Args:
+        scenes: Scenes of the same bands.
+        value_range: See :func:`resolve_value_range`.
+    """
+    kinds: dict[object, list[Scene]] = {}
+    for scene in scenes:
+        dtypes = tuple(sorted({layer.dtype for layer in scene.layers}))
+        kinds.setdefault((scene.kind, dtypes), []).append(scene)
+    lines = []
+    for some in kinds.values():
+        first, kind = some[0], some[0].kind
+        files = len({layer.path for scene in some for layer in scene.layers})
+        bands = {*(first.bands or ())}
+        optical = bool(bands & {*SENTINEL2_BANDS})
+        by_statistics = value_range == 'softcon' or (
+            value_range is None and kind.unit != '8 bit'
+        )
+        level = f' {kind.level or "of unknown level"}' * by_statistics
+        parts = [f'{files} file{"s" * (files > 1)}']
+        parts += [f'Sentinel-2{level}'] * optical
+        parts += ['Sentinel-1'] * bool(bands & {*SENTINEL1_BANDS})
+        if len(parts) == 1:
+            parts.append(', '.join(first.bands or [f'{first.count} unnamed bands']))
+        parts += [kind.unit] * (kind.unit not in ('', 'digital numbers'))
+        parts += [kind.source] * bool(kind.source)
+        if by_statistics:
+            whose = (
+                f'{scene_level(first)} statistics' if optical else 'statistics in dB'
+            )
+            parts.append(f'scaled by {whose}')
+        else:
+            given = value_range is not None
+            parts.append('scaled by value_range' if given else 'scaled from 0 to 255')
+        source = f', the level is from {kind.level_source}' * bool(kind.level_source)
+        line = (
+            f'{", ".join(parts)} (such as {first.layers[0].path}{source}; if that is not '
+            'so, give level, offset or value_range)'
+        )
+        lines.append((line, first))
+    return lines
+
+
+def with_level(scenes: Iterable[Scene], level: Level | None) -> list[Scene]:
+    """Give scenes the level that the user says, if any."""
+    if level is None:
+        return list(scenes)
+    return [
+        replace(s, kind=replace(s.kind, level=level, level_source='level'))
+        for s in scenes
+    ]
+
+
+def check_sample(
+    values: npt.NDArray[np.float32],
+    scene: Scene,
+    value_range: Sequence[tuple[float, float]],
+) -> None:
+    """Check that a window of an image is what the statistics of its bands are of.
+
+    Args:
+        values: The window, shape (C, H, W), NaN without data.
+        scene: The image.
         value_range: Pairs ``(low, high)``, one per band.
-        name: The image, for the message.
 
     Raises:
-        ValueError: If no pixel of a band is negative, as of linear power or amplitude,
-            or all are below its range, as of dB that are stored times 100.
+        ValueError: If a band of radar is scaled as dB and has no negative pixel, as of
+            linear power or amplitude, or all are below the range, as of dB times 100.
+
+    Warns:
+        UserWarning: If nearly all pixels of bands that are scaled by statistics are below
+            or above them, or if an offset makes many of them negative.
     """
-    for band, pixels, pair in zip(bands or (), values, value_range, strict=False):
+    clipped = []
+    for band, pixels, pair in zip(scene.bands or (), values, value_range, strict=False):
         pixels = pixels[np.isfinite(pixels)]
-        if band not in SENTINEL1_BANDS or pair not in (softcon_range([band]) or ()):
+        if not pixels.size or pair not in (
+            softcon_range([band], scene_level(scene)) or ()
+        ):
             continue
-        if not pixels.size or (pixels.min() < 0 and pixels.max() >= pair[0]):
+        low, high = float(pixels.min()), float(pixels.max())
+        clipped.append(float(((pixels <= pair[0]) | (pixels >= pair[1])).mean()))
+        if band not in SENTINEL1_BANDS or (low < 0 and high >= pair[0]):
             continue
         remedy = (
             'convert it by 10 * log10(power), 20 * log10(amplitude)'
-            if pixels.min() >= 0
+            if low >= 0
             else 'divide it by its factor'
         )
         raise ValueError(
-            f'{name} has values of {band} from {pixels.min():.4g} to {pixels.max():.4g}, '
+            f'{scene.name} has values of {band} from {low:.4g} to {high:.4g}, '
             f'which is not radar backscatter in dB: {remedy}, or give value_range'
         )
+    corrected = any(offset < 0 for layer in scene.layers for offset in layer.offset)
+    negative = float((values[np.isfinite(values)] < _NEGATIVE).sum() / values.size)
+    if corrected and negative > 1 - _CLIPPED and scene.kind.unit == 'digital numbers':
+        warnings.warn(
+            f'{negative:.0%} of the pixels in the middle of {scene.name} are negative with '
+            f'{scene.kind.source}. If the numbers were corrected before, give offset=0',
+            UserWarning,
+            stacklevel=3,
+        )
+    if clipped and np.mean(clipped) > _CLIPPED:
+        warnings.warn(
+            f'{np.mean(clipped):.0%} of the pixels in the middle of {scene.name}, which '
+            f'range from {np.nanmin(values):.4g} to {np.nanmax(values):.4g}, are clipped '
+            'by the statistics of their bands. If they are no snow or clouds, give '
+            'value_range, a pair such as (0, 10000), or offset',
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def clip_radar(
+    values: npt.NDArray[np.float32], bands: Sequence[str] | None
+) -> npt.NDArray[np.float32]:
+    """Clip bands of radar of shape (C, H, W) to their own 1 and 99 % quantiles, in place.
+
+    SoftCon's authors do so before they scale by mean and standard deviation.
+    """
+    for band, pixels in zip(bands or (), values, strict=False):
+        known = pixels[np.isfinite(pixels)]
+        if band in SENTINEL1_BANDS and known.size:
+            np.clip(pixels, *np.quantile(known, _RADAR_QUANTILES), out=pixels)
+    return values
 
 
 def softcon_range(

@@ -47,7 +47,7 @@ class SceneGrid(Dataset[Sample]):
         """Read a window, an image of shape (C, H, W)."""
         place, scene, top, left = self.windows[index]
         values = self.scenes._window(scene, top, left)
-        return self.scenes._sample(place, top, left, [values])
+        return self.scenes._sample(place, top, left, [(scene, values)])
 
     def footprint(
         self, index: int

@@ -3,33 +3,38 @@
 
 """Windows of georeferenced images, with ESA WorldCover as the mask."""
 
+import contextlib
 import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pyproj import CRS
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
-from ..bands import SENTINEL1_BANDS, Level
+from ..bands import Level
 from ..geo.discovery import find_rasters, find_scenes
-from ..geo.grid import Bounds, Grid, group_by_grid
+from ..geo.mapped import open_mapped
 from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
+from .packed_scenes import PackedCover, is_packed
 from .scaling import (
     ValueRange,
-    check_radar,
-    choose_level,
-    resolve_value_range,
+    check_sample,
+    clip_radar,
+    describe_scenes,
+    scene_level,
+    scene_ranges,
     to_unit_range,
+    with_level,
 )
+from .scene_stack import SceneStack, list_names, stack_scenes, warn_single_bands
 from .worldcover import ESAWorldCover
 
 #: One or more folders or files.
@@ -42,32 +47,6 @@ _MAX_TRIES = 10
 
 #: Side of the window that is looked at before the training, in pixels.
 _SAMPLE = 256
-
-#: Files that an error message lists.
-_MAX_NAMED = 3
-
-
-@dataclass(frozen=True)
-class SceneStack:
-    """Scenes on the same pixels, one per date: a place."""
-
-    grid: Grid
-    scenes: tuple[Scene, ...]
-
-    @property
-    def name(self) -> str:
-        """Name of the first scene."""
-        return self.scenes[0].name
-
-    @property
-    def box(self) -> tuple[CRS, Bounds]:
-        """Coordinate reference system, and left, bottom, right and top."""
-        return self.grid.crs, self.grid.bounds
-
-    @property
-    def names(self) -> str:
-        """Names of the scenes, of the first ones if there are many."""
-        return _list_names([scene.name for scene in self.scenes])
 
 
 class WorldCoverScenes(DrawnImages):
@@ -108,7 +87,7 @@ class WorldCoverScenes(DrawnImages):
     def __init__(
         self,
         images: Paths,
-        worldcover: Paths | ESAWorldCover | None,
+        worldcover: Paths | ESAWorldCover | PackedCover | None = None,
         year: int | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
@@ -125,14 +104,16 @@ class WorldCoverScenes(DrawnImages):
         offset: float | None = None,
         product: ProductLike = 'worldcover',
         level: Level | None = None,
+        radar_quantiles: bool = False,
     ) -> None:
         """Initialize a new WorldCoverScenes instance.
 
         Args:
-            images: Folders, searched recursively for .tif, .tiff and .jp2, or files.
+            images: Folders, searched recursively for .tif, .tiff and .jp2, or files. Or a
+                folder of ``torchgeo-softcon pack``, which has the land cover as well.
             worldcover: Folders or files of WorldCover tiles (or of rasters of *product*),
-                or a dataset of them. None for no labels at all, together with
-                *allow_unlabelled*.
+                or a dataset of them. None for what is packed, or for no labels at all,
+                together with *allow_unlabelled*.
             year: Year of the map, 2020 (v100) or by default 2021 (v200).
             bands: Names of the bands to use, None for all bands of the files.
             patch_size: Height and width of a window in pixels. SSL4EO-S12, which
@@ -149,10 +130,11 @@ class WorldCoverScenes(DrawnImages):
             all_bands: Names of all bands in file order, if a file does not tell or
                 tells wrong.
             nodata: Value of pixels without data, None for what each file says.
-                Sentinel-2 products from ESA have 0 there but do not say so, so that is
-                the default for digital numbers (uint16) of Sentinel-2 bands: give
-                another number if 0 is data. A 0 in integers counts only where all
-                bands have it, because single ones do have 0, such as B10.
+                Sentinel-2 products from ESA have 0 there but do not say so, and so do
+                radar and floats around the swath: that is the default for digital numbers
+                (uint16) of Sentinel-2 bands, and for known bands in floats. Give another
+                number if 0 is data. A 0 counts only where all bands have it, because
+                single ones do have 0, such as B10.
             rows: Part of each raster's rows to take windows from, as fractions from
                 the top. Two datasets with rows that do not overlap share no pixel,
                 unless rasters of different places overlap.
@@ -161,15 +143,18 @@ class WorldCoverScenes(DrawnImages):
             seed: Seed of the windows, from 0 to 2**32 - 1.
             allow_unlabelled: Accept images without a tile, their mask is 0 everywhere.
             offset: What is added to the numbers as they are stored, before *value_range*.
-                None for what files tell: their own scale and offset, or the offset in a
-                product's metadata (``MTD_MSIL2A.xml``), or -1000 for digital numbers
-                (uint16) of Sentinel-2 bands in a product of baseline 04.00 or later.
+                None for what files tell: their own scale and offset, or for digital
+                numbers (uint16) of Sentinel-2 bands the offset in a product's metadata
+                (``MTD_MSIL2A.xml``), in tags or a STAC item, or -1000 in a product whose
+                name has a baseline of 04.00 or later.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. Not used if *worldcover*
                 is a dataset, which has its own.
             level: Processing level of Sentinel-2, whose statistics scale the images,
-                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
-                :func:`.choose_level`.
+                ``'L1C'`` or ``'L2A'``. By default what metadata, bands and names of each
+                scene tell, see :meth:`.Products.level`.
+            radar_quantiles: Clip each band of radar to its own 1 and 99 % quantiles in a
+                window before it is scaled, as SoftCon's authors do in evaluation.
 
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
@@ -194,50 +179,59 @@ class WorldCoverScenes(DrawnImages):
         self.seed = seed
         self.stream = 0
         self._warned: set[str] = set()
-        if isinstance(worldcover, ESAWorldCover):
+        if is_packed(images):
+            if worldcover is None and not allow_unlabelled:
+                worldcover = PackedCover(images)  # type: ignore[arg-type]
+            images = os.path.join(images, 'images')  # type: ignore[arg-type]
+        if isinstance(worldcover, ESAWorldCover | PackedCover):
             product = worldcover.product
         self.product = find_product(product)
         if transforms is None:
             transforms = WorldCoverMultiLabel(product=self.product)
         self.transforms = transforms
 
+        self.left_out: dict[str, str] = {}
         scenes = find_scenes(
-            find_rasters(images),
+            find_rasters(images, self.left_out),
             bands,
             all_bands,
             nodata,
             offset,
             to_digital=value_range in (None, 'softcon'),
+            left_out=self.left_out,
         )
+        scenes = with_level(scenes, level)
         self.bands = scenes[0].bands
-        self.places = _stack(scenes)
-        _warn_single_bands(self.places)
-        dtypes = {layer.dtype for scene in scenes for layer in scene.layers}
-        self.level = choose_level(
-            level,
-            self.bands,
-            (layer.path for scene in scenes for layer in scene.layers),
-            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
-        )
-        self.value_range = resolve_value_range(
-            value_range, self.bands, scenes[0].count, dtypes, self.level
-        )
+        self.places = stack_scenes(scenes)
+        warn_single_bands(self.places)
+        self._ranges = scene_ranges(scenes, value_range)
+        self.level = scene_level(scenes[0])
+        self.value_range = self._ranges[self.level]
+        self.radar_quantiles = radar_quantiles
+        self._reader = RasterReader(open_mapped)
+        self.kinds = describe_scenes(scenes, value_range)
+        for line, scene in self.kinds:
+            rank_zero_info(line)
+            if value_range in (None, 'softcon'):
+                with contextlib.suppress(
+                    OSError
+                ):  # damaged, which its windows will say
+                    check_sample(self.read_middle(scene), scene, self._range(scene))
         self._check_dates()
         self._set_rows(rows, length)
 
-        if not (worldcover is None or isinstance(worldcover, ESAWorldCover)):
+        self._covers = {}
+        if isinstance(worldcover, PackedCover):
+            worldcover.check_year(year)
+            self._covers = {
+                place.name: worldcover.find(place.grid, place.name)
+                for place in self.places
+            }
+        elif worldcover is not None and not isinstance(worldcover, ESAWorldCover):
             worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
         self.worldcover = worldcover
-        if not allow_unlabelled:
+        if not (allow_unlabelled or self._covers):
             self._check_tiles()
-
-        self._reader = RasterReader()
-        if {*(self.bands or ())} & {*SENTINEL1_BANDS}:
-            scene = self.places[0].scenes[0]
-            side = min(_SAMPLE, scene.grid.height, scene.grid.width)
-            top, left = (scene.grid.height - side) // 2, (scene.grid.width - side) // 2
-            values = self._reader.read(scene, top, left, side, side)
-            check_radar(values, self.bands, self.value_range, scene.name)
 
     def _check_dates(self) -> None:
         for place in self.places:
@@ -271,7 +265,7 @@ class WorldCoverScenes(DrawnImages):
     def _check_tiles(self) -> None:
         """Check that every place touches a tile, and warn of those partly without."""
         worldcover = self.worldcover
-        if worldcover is None:
+        if worldcover is None or isinstance(worldcover, PackedCover):
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
         partly = [p for p in self.places if not worldcover.covers(*p.box, wholly=True)]
@@ -281,7 +275,7 @@ class WorldCoverScenes(DrawnImages):
         concerned = without or partly
         there = {os.path.basename(file) for file in worldcover.files}
         needed = {tile for p in concerned for tile in worldcover.tiles(*p.box)}
-        tiles = _list_names(sorted(needed - there)) or 'none'
+        tiles = list_names(sorted(needed - there)) or 'none'
         product = worldcover.product
         if without:
             folder = product.file_path('', worldcover.year).rpartition('/')[0]
@@ -289,7 +283,7 @@ class WorldCoverScenes(DrawnImages):
             expected = f'. Expected {tiles}{source}' if needed else ''
             raise FileNotFoundError(
                 f'no {product.title} tile lies under '
-                f'{_list_names([p.name for p in without])}{expected}. Set '
+                f'{list_names([p.name for p in without])}{expected}. Set '
                 'allow_unlabelled to go on without'
             )
         warnings.warn(
@@ -326,7 +320,7 @@ class WorldCoverScenes(DrawnImages):
                 argument is out of range.
         """
         other = copy.copy(self)
-        other._reader = RasterReader()
+        other._reader = RasterReader(open_mapped)
         other.seed = self.seed if seed is None else seed
         other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
@@ -343,7 +337,7 @@ class WorldCoverScenes(DrawnImages):
     def __getitem__(self, index: int) -> Sample:
         """Draw a window, see :class:`.DrawnImages`."""
         rng = self._generator(index, self.stream)
-        best: tuple[float, SceneStack, int, int, list[Values]]
+        best: tuple[float, SceneStack, int, int, list[tuple[Scene, Values]]]
         best = (-1.0, self.places[0], 0, 0, [])
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
@@ -354,9 +348,10 @@ class WorldCoverScenes(DrawnImages):
             seasons = []
             valid = 1.0
             for date in dates:
-                seasons.append(self._window(place.scenes[date], top, left))
+                values = self._window(place.scenes[date], top, left)
+                seasons.append((place.scenes[date], values))
                 # A pixel counts if any band has data: 0 is a value of the cirrus band
-                valid = min(valid, float(np.isfinite(seasons[-1]).any(0).mean()))
+                valid = min(valid, float(np.isfinite(values).any(0).mean()))
                 if valid < self.min_valid and valid <= best[0]:
                     break  # not needed whatever the other dates have
             else:
@@ -379,12 +374,31 @@ class WorldCoverScenes(DrawnImages):
     def _window(self, scene: Scene, top: int, left: int) -> Values:
         return self._reader.read(scene, top, left, self.patch_size, self.patch_size)
 
+    def read_middle(self, scene: Scene, side: int = _SAMPLE) -> Values:
+        """Read the window in the middle of a scene, before it is scaled."""
+        height, width = (min(side, n) for n in (scene.grid.height, scene.grid.width))
+        top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
+        return self._reader.read(scene, top, left, height, width)
+
+    def scale(self, scene: Scene, values: Values) -> Values:
+        """Map a window of a scene to [0, 1], in place."""
+        if self.radar_quantiles:
+            clip_radar(values, self.bands)
+        return to_unit_range(values, self._range(scene))
+
+    def _range(self, scene: Scene) -> tuple[tuple[float, float], ...]:
+        return self._ranges[scene_level(scene)]
+
     def _sample(
-        self, place: SceneStack, top: int, left: int, seasons: Sequence[Values]
+        self,
+        place: SceneStack,
+        top: int,
+        left: int,
+        seasons: Sequence[tuple[Scene, Values]],
     ) -> Sample:
         # A label must not speak of what the image does not show
-        valid = np.logical_and.reduce([np.isfinite(v).any(0) for v in seasons])
-        images = [to_unit_range(values, self.value_range) for values in seasons]
+        valid = np.logical_and.reduce([np.isfinite(v).any(0) for _, v in seasons])
+        images = [self.scale(scene, values) for scene, values in seasons]
         image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
         mask = self._mask(place, top, left)
         mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
@@ -395,35 +409,7 @@ class WorldCoverScenes(DrawnImages):
         size = self.patch_size
         if self.worldcover is None:
             return torch.full((size, size), self.product.fill)
+        if isinstance(self.worldcover, PackedCover):
+            return self.worldcover.read(self._covers[place.name], top, left, size)
         window = place.grid.window(top, left, size, size)
         return self.worldcover.read_window(window.crs, window.transform, size, size)
-
-
-def _list_names(names: Sequence[str]) -> str:
-    """List the first names, and tell how many more there are."""
-    more = len(names) - _MAX_NAMED
-    return ', '.join(names[:_MAX_NAMED]) + (f' and {more} more' if more > 0 else '')
-
-
-def _warn_single_bands(places: Sequence[SceneStack]) -> None:
-    """Warn of bands that look like dates: not the last part of a file name."""
-    for place in places:
-        first = place.scenes[0]
-        if len(place.scenes) > 1 and first.count == 1 and first.bands is None:
-            warnings.warn(
-                f'{len(place.scenes)} files of one band on one grid are taken for dates '
-                f'of one place: {place.names}. If they are bands of one scene, let the '
-                'names end with the band (_B04.tif), otherwise name it with all_bands',
-                UserWarning,
-                stacklevel=3,
-            )
-            return
-
-
-def _stack(scenes: Sequence[Scene]) -> tuple[SceneStack, ...]:
-    """Put scenes on one grid together."""
-    groups = group_by_grid(scene.grid for scene in scenes)
-    return tuple(
-        SceneStack(scenes[group[0]].grid, tuple(scenes[i] for i in group))
-        for group in groups
-    )

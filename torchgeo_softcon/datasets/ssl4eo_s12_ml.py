@@ -20,12 +20,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .._checks import check_counts, check_types
+from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
 from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
-from ..ssl4eo.record_archive import RecordArchive, index_path
-from ..ssl4eo.tiffs import BANDS, SIZE, Split, TiffArchive, days, pair, split_names
+from ..ssl4eo.lulc import LULC, lulc_labels
+from ..ssl4eo.record_archive import RecordArchive
+from ..ssl4eo.shards import check_aligned, open_archive
+from ..ssl4eo.tiffs import BANDS, RADAR, Split, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
 from .base import DivisibleImages, check_seed
 from .scaling import softcon_range
@@ -41,6 +43,8 @@ class SSL4EOS12ML(DivisibleImages):
     values. There may be fewer of them: what counts is what is on disk. They come with
     the multi-labels of SoftCon, or those of ``torchgeo-softcon labels``. A folder
     that ``torchgeo-softcon pack`` wrote is read in the same way, a hundred times faster.
+    So are SSL4EO-S12 v1.1 and TerraMesh, whose bands are all at 10 m, in shards or in
+    Zarr chunk files, see :class:`.ShardArchive`.
 
     A sample is a location, and *seasons* of its images in random order. The choice is a
     pure function of *seed* and the index. Indices beyond the length start again with the
@@ -48,8 +52,9 @@ class SSL4EOS12ML(DivisibleImages):
 
     Dataset features:
 
-    * *image*: float32 of shape (T, C, 264, 264), digital numbers (Sentinel-2) and dB
-      (Sentinel-1). Bands of 20 and 60 m have their pixels repeated, as by TorchGeo
+    * *image*: float32 of shape (T, C, 264, 264), digital numbers (Sentinel-2; S2RGB: 0
+      to 255) and dB (Sentinel-1). Bands of 20 and 60 m have their pixels repeated, as by
+      TorchGeo
     * *label*: of shape (T, K), multi-hot (int64) or shares of the classes (float32). All
       zeros is unknown. Only with *labels*
 
@@ -72,16 +77,21 @@ class SSL4EOS12ML(DivisibleImages):
         fractions: bool = False,
         transforms: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
+        max_cloud: float | None = None,
+        offset: int | None = None,
     ) -> None:
         """Initialize a new SSL4EOS12ML instance.
 
         Args:
             root: Folder with the folders ``s1``, ``s2c`` or ``s2a``, as they are published
-                or packed.
+                or packed, or ``S1GRD``, ``S2L1C``, ... of v1.1, or with ``train`` and
+                ``val``, of which ``train`` counts.
             split: One of them, or several to stack the bands of images of one season:
                 those of the same name (``s2c`` and ``s2a``) or nearest in time (``s1``).
+                In v1.1, ``s2c`` is S2L1C, ``s2a`` S2L2A and ``s1`` S1GRD.
             labels: The JSON file of SSL4EO-S12-ML, or a Parquet file of
-                ``torchgeo-softcon labels``. None for the labels that are packed, if any.
+                ``torchgeo-softcon labels``. ``lulc`` for the land-cover layer of v1.1, in
+                Esri's classes. None for the labels that are packed, if any.
             seasons: Number of images per sample.
             require_labels: Leave out images whose label is unknown.
             min_fraction: Smallest share of an image that a class must cover to be in its
@@ -89,6 +99,10 @@ class SSL4EOS12ML(DivisibleImages):
             fractions: Give the share of every class instead of 0 and 1.
             transforms: Function of a sample.
             seed: Seed of the choice of seasons.
+            max_cloud: Largest share of thin and thick clouds in an image. Others are left
+                out. Needs the cloud masks of v1.1.
+            offset: What is added to the numbers of Sentinel-2 in files of v1.1, which is
+                taken off. By default it is found, see :func:`.find_offsets`.
 
         Raises:
             FileNotFoundError: If there are no images, or no file of labels.
@@ -103,6 +117,7 @@ class SSL4EOS12ML(DivisibleImages):
         splits = split_names(split)
         check_counts(seasons=seasons)
         check_seed(seed)
+        check_fractions(max_cloud=max_cloud)
         if not 0 < min_fraction <= 1:
             raise ValueError(f'min_fraction must be in (0, 1], got {min_fraction}')
 
@@ -111,14 +126,17 @@ class SSL4EOS12ML(DivisibleImages):
         self.seasons = seasons
         self.transforms = transforms
         self.seed = seed
-        self.archives = [_open(self.root, name) for name in splits]
+        self.archives = [open_archive(self.root, name, offset) for name in splits]
+        check_aligned(self.archives)
         self.bands = tuple(band for name in splits for band in BANDS[name])
         self.softcon_range = split_range(splits)
         # The split that images are named by: Sentinel-2 where there is a choice
-        self._column = int(splits[0] == 's1' and len(splits) > 1)
+        self._column = int(splits[0] in RADAR and len(splits) > 1)
         self._main = self.archives[self._column]
 
         rows = self._align()
+        if max_cloud is not None:
+            rows = self._without_clouds(rows, max_cloud)
         label = self._label(rows, labels, min_fraction, fractions, require_labels)
         if label is not None and require_labels:
             rows, label = rows[label.any(1)], label[label.any(1)]
@@ -131,7 +149,7 @@ class SSL4EOS12ML(DivisibleImages):
         for other in self.archives:
             if other is main:
                 columns.append(np.arange(len(main)))
-            elif 's1' in (main.split, other.split):
+            elif {main.split, other.split} & {*RADAR}:
                 ours, theirs = (days(a.split, a.season) for a in (main, other))
                 columns.append(pair(main.location, ours, other.location, theirs))
             else:
@@ -139,7 +157,11 @@ class SSL4EOS12ML(DivisibleImages):
                     pd.MultiIndex.from_arrays([a.location, a.season])
                     for a in (main, other)
                 )
-                columns.append(index.get_indexer(names))
+                found = index.get_indexer(names)
+                if not (found >= 0).any():  # v1.1, where one of them has times alone
+                    ours, theirs = (days(a.split, a.season) for a in (main, other))
+                    found = pair(main.location, ours, other.location, theirs)
+                columns.append(found)
         rows = np.stack(columns, 1)
         alone = (rows < 0).any(1)
         if alone.all():
@@ -158,6 +180,25 @@ class SSL4EOS12ML(DivisibleImages):
             )
         return rows[~alone]
 
+    def _without_clouds(
+        self, rows: npt.NDArray[np.int64], max_cloud: float
+    ) -> npt.NDArray[np.int64]:
+        """Leave out the images that have more clouds."""
+        for column, archive in enumerate(self.archives):
+            clouds = archive.clouds()
+            if clouds is not None:
+                shares = clouds[rows[:, column]]
+                if not (shares <= max_cloud).any():
+                    raise ValueError(
+                        f'max_cloud={max_cloud} leaves no image of {archive.root}, the '
+                        f'clearest has {shares.min():.3g}'
+                    )
+                return rows[shares <= max_cloud]
+        raise ValueError(
+            f'max_cloud needs cloud masks, which {", ".join(self.splits)} of {self.root} '
+            'have not: add a split that has them, such as S2L2A of v1.1, or leave it out'
+        )
+
     def _label(
         self,
         rows: npt.NDArray[np.int64],
@@ -169,7 +210,10 @@ class SSL4EOS12ML(DivisibleImages):
         """Return the label of each image, shape (M, K)."""
         main = self._main
         packed = main.labels if isinstance(main, RecordArchive) else None
-        labels = packed if path is None else read_labels(path)
+        if path == LULC:
+            labels = lulc_labels(self.root, main)
+        else:
+            labels = packed if path is None else read_labels(path)
         self.codes = None if labels is None else tuple(labels.codes)
         if labels is None:
             if required or fractions:
@@ -259,6 +303,10 @@ class SSL4EOS12ML(DivisibleImages):
         rows = self._rows[self._draw(index), self._column]
         return ['/'.join(self._main.name(row)) for row in rows]
 
+    def place(self, index: int) -> str:
+        """Return the location of a sample."""
+        return self.names(index)[0].partition('/')[0]
+
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
@@ -273,6 +321,17 @@ class SSL4EOS12ML(DivisibleImages):
         (day,) = days(main.split, main.season[row : row + 1]).tolist()
         return shapely.box(*grids.bounds), grids.crs, day if self.seasons == 1 else None
 
+    def cloud_masks(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return the cloud masks of the images of a sample, shape (T, H, W).
+
+        Their codes are those of :meth:`.Archive.cloud_mask`.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        rows = self._rows[self._draw(index), self._column]
+        return np.stack([self._main.cloud_mask(row) for row in rows])
+
     def decode(self, records: Mapping[str, Tensor]) -> Tensor:
         """Make images of records, on whatever device they are.
 
@@ -280,10 +339,11 @@ class SSL4EOS12ML(DivisibleImages):
             records: Bytes of each split, shape (..., R).
 
         Returns:
-            Images of shape (..., C, 264, 264).
+            Images of shape (..., C, 264, 264), the size of the finest band.
         """
+        size = max(a.dtype[b].shape[0] for a in self.archives for b in a.bands)
         images = (
-            decode(records[a.split], a.dtype, a.bands, SIZE) for a in self.archives
+            decode(records[a.split], a.dtype, a.bands, size) for a in self.archives
         )
         return torch.cat([*images], -3)
 
@@ -310,11 +370,16 @@ class SSL4EOS12ML(DivisibleImages):
 
 
 def split_range(splits: Sequence[str]) -> tuple[tuple[float, float], ...]:
-    """Return the range ``'softcon'`` of each band, of Level-2A for the split ``s2a``."""
+    """Return the range ``'softcon'`` of each band, of Level-2A for the split ``s2a``.
+
+    Colours of 8 bits are from 0 to 255.
+    """
     ranges = (
-        softcon_range(BANDS[name], 'L2A' if name == 's2a' else 'L1C') for name in splits
+        softcon_range(BANDS[name], 'L2A' if name == 's2a' else 'L1C')
+        or ((0.0, 255.0),) * len(BANDS[name])
+        for name in splits
     )
-    return tuple(pair for pairs in ranges for pair in pairs or ())
+    return tuple(pair for pairs in ranges for pair in pairs)
 
 
 @dataclass(eq=False)
@@ -352,8 +417,3 @@ class RecordBatch(Sequence[Sample]):
         """Return *records* and *label*, for :meth:`.SSL4EOS12ML.decode` on a device."""
         label = {} if self.label is None else {'label': self.label}
         return {'records': self.records, **label}
-
-
-def _open(root: Path, split: str) -> RecordArchive | TiffArchive:
-    packed = index_path(root, split).exists()
-    return RecordArchive(root, split) if packed else TiffArchive(root, split)

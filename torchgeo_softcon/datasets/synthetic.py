@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .._checks import check_types, require
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, normalize_band_names
+from ..storage.user_cache import cache_folder
 from ..synthetic.scenes import MAX_SITES, MAX_SIZE, write_scenes
 
 #: Goes up whenever other files come out of the same arguments.
@@ -96,8 +97,7 @@ class SyntheticScenes:
         # The folder is named after these, in this order
         self._arguments = dict(vars(self))
 
-        cache = os.environ.get('TORCHGEO_SOFTCON_CACHE', '~/.cache/torchgeo_softcon')
-        folder = Path(cache) / 'synthetic' if root is None else Path(root)
+        folder = cache_folder() / 'synthetic' if root is None else Path(root)
         #: Folder of exactly these files.
         self.root = folder.expanduser() / self._key()
         #: Folder of the scenes.

@@ -6,7 +6,7 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -14,10 +14,12 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .._checks import check_choice
 from ..datamodules.normalization import match_images
 from ..datamodules.protocol import offer_of
 from ..models.encoders import Encoder
 from ..storage.resumable import ResumableParquet
+from .embedding_file import Dtype, Layout, arranger, describe
 from .embedding_rows import EmbeddingRows
 from .features import poolings
 from .loop import batch_transform, encode_batches
@@ -33,11 +35,14 @@ def embed(
     pooling: str | None = None,
     overwrite: bool = False,
     origin: dict[str, Any] | None = None,
+    layout: Layout = 'footprint',
+    dtype: Dtype = 'float32',
     **trainer: Any,
 ) -> int:
     """Write the embeddings of a split to a file, and return the number of its rows.
 
-    The columns are those of :class:`.EmbeddingWriter`. If an interrupted run has left an
+    The columns are those of :class:`.EmbeddingWriter`, and those by which readers of
+    others know a place: *centre_lon*, *centre_lat*, *timestamp* and *datetime*. If an interrupted run has left an
     incomplete file of the same *origin*, this one goes on where that ended.
 
     Args:
@@ -49,8 +54,13 @@ def embed(
         pooling: One of :func:`.poolings`, by default the encoder's own.
         overwrite: Whether to replace a file that exists.
         origin: Notes on encoder and data, to compare with those of an incomplete file.
+        layout: See :func:`.arrange`.
+        dtype: ``'int8'`` for a quarter of the size, with the scale of each dimension in
+            the notes of the file, ``emb:quantization``.
         **trainer: Arguments of Lightning's trainer.
     """
+    check_choice('layout', layout, get_args(Layout))
+    check_choice('dtype', dtype, get_args(Dtype))
     known = poolings(encoder.model)
     if pooling not in (None, *known):
         raise ValueError(
@@ -78,13 +88,17 @@ def embed(
         ).hexdigest(),
         'processes': 1,
     }
+    chip = (dataset[indices[0]]['image'].shape if indices else ())[-2:]
+    data = str(origin.get('data') or type(datamodule).__name__)
+    about = describe(encoder, pooling or known[0], size, chip, data, dataset)
+    arrange = arranger(about, layout, dtype)
     file = ResumableParquet(Path(out), origin)
     with file.open(overwrite):
         done = file.count_rows()
         if done:
             print(f'{done} of {len(indices)} samples are in {file.folder} already')
         if done >= len(indices):
-            return file.join(len(indices))
+            return file.join(len(indices), arrange)
 
         # The number of processes that read may depend on its device
         datamodule.trainer = runner
@@ -116,4 +130,4 @@ def embed(
                     rows.add(values, batch, indices[start : start + len(values)])
         finally:
             rows.flush()  # for the next run to go on from
-        return file.join(len(indices))
+        return file.join(len(indices), arrange)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import shapely
 from torch import Tensor
@@ -33,7 +34,7 @@ class EmbeddingRows:
         """Start after *position* samples, of a *rank* whose turn is every *world_size*."""
         self.position = position
         self._file = file
-        self._dataset = dataset
+        self.dataset = dataset
         self._rank, self._world_size = rank, world_size
         self._kind = f'part-{rank:05d}'
         self._written = file.count_rows(self._kind)
@@ -56,7 +57,7 @@ class EmbeddingRows:
             label.ndim not in (1, 2) or len(label) != len(embedding)
         ):
             label = None
-        found = footprints(batch, queries, self._dataset)
+        found = footprints(batch, queries, self.dataset)
         table = make_table(index, embedding, found, label)
         self._held.append(table.slice(max(self._written - start, 0)))
         rows = sum(table.num_rows for table in self._held)
@@ -98,7 +99,10 @@ def make_table(
 def _column(values: Tensor) -> pa.Array:
     """Make a column of numbers (B,) or of vectors (B, F)."""
     array = values.detach().cpu().numpy()
-    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    if array.ndim == 1:
-        return flat
-    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+    return pa.array(array) if array.ndim == 1 else vectors(array)
+
+
+def vectors(values: npt.NDArray[Any]) -> pa.Array:
+    """Make a column of vectors (B, F)."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -3,7 +3,7 @@
 
 """k-NN and linear evaluation of frozen features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..models.loading import has_class_token
 from ..transforms.center_view import center_view
 from .features import encode, pool
 from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
-from .samples import LabelledSamples, choose_subset, set_up
+from .samples import LabelledSamples, choose_subset, find_places, set_up
 
 #: Blocks of a Vision Transformer whose class tokens are used side by side, as in DINO.
 _BLOCKS = 4
@@ -25,9 +25,13 @@ _BLOCKS = 4
 
 @torch.inference_mode()
 def extract_features(
-    encoder: Encoder, samples: LabelledSamples, size: int, device: torch.device
+    encoder: Encoder,
+    samples: LabelledSamples,
+    size: int,
+    device: torch.device,
+    view: Callable[[Tensor, int], Tensor] = center_view,
 ) -> LabelledFeatures:
-    """Encode the centre of labelled images, *size* pixels wide, on *device*.
+    """Encode a view of labelled images, *size* pixels wide, on *device*.
 
     Returns:
         Features by the names of :func:`.encode`, and *blocks*, the class tokens of the
@@ -40,10 +44,10 @@ def extract_features(
         encoder.in_channels,
         size,
         device,
-        view=center_view,
+        view=view,
         encode=_encode,
     )
-    return collect_labelled(encoded, samples.name, 'cpu')
+    return collect_labelled(encoded, samples.name, 'cpu', places=samples.places)
 
 
 def _encode(encoder: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -118,6 +122,7 @@ def evaluate_encoder(
             'k must be from 1 to the number of training images that are used, '
             f'{len(chosen)}, got {tuple(k)}'
         )
+    find_places(bank, queries)
     size = size or encoder.size or 224
     encoder.model.to(device)
     bank_features = extract_features(encoder, bank, size, device)

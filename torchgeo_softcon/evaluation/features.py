@@ -75,7 +75,7 @@ def pool(encoder: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
 def poolings(encoder: nn.Module) -> tuple[str, ...]:
     """Return the names of the features that :func:`encode` gives of an encoder."""
-    if not has_class_token(encoder):
+    if not has_class_token(encoder) or encoder.global_pool not in ('token', 'avg'):
         return ('pooled',)
     return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
 

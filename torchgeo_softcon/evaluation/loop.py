@@ -3,10 +3,11 @@
 
 """The one way from samples to features, labels and scores."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,13 @@ from torch import Tensor, nn
 from .._compat import BaseDataModule, Sample
 from ..datamodules.protocol import eval_transform, offer_of
 from .features import encode, prepare, resize
-from .probes import evaluate, knn_scores, linear_scores
+from .places import assign_folds
+from .probes import evaluate, knn_scores, linear_scores, score_spread
 
 Transform = Callable[[Sample], Sample]
+
+#: Parts of the cross-validation of samples that have no queries of their own.
+FOLDS = 4
 
 
 def batch_transform(
@@ -118,6 +123,12 @@ class LabelledFeatures(NamedTuple):
 
     features: dict[str, Tensor]  # (N, F) by name
     labels: Tensor  # class indices (N,), or multi-hot labels (N, K)
+    places: Tensor  # number of the place of each image from 0, (N,)
+
+    def only(self, chosen: Tensor) -> 'LabelledFeatures':
+        """Return the images of a mask (N,)."""
+        features = {name: value[chosen] for name, value in self.features.items()}
+        return LabelledFeatures(features, self.labels[chosen], self.places[chosen])
 
 
 def collect_labelled(
@@ -125,10 +136,12 @@ def collect_labelled(
     name: str,
     device: str | torch.device,
     gather: Callable[[Tensor], Tensor] = lambda values: values,
+    places: Tensor | None = None,
 ) -> LabelledFeatures:
     """Keep the features and labels of all images but those with unknown (zero) labels.
 
-    On *device*, of all ranks if *gather* joins their values.
+    On *device*, of all ranks if *gather* joins their values. *places* numbers the place
+    of each of all images, by default every image is a place of its own.
     """
     columns = defaultdict(list)
     for batch, _, features in encoded:
@@ -136,11 +149,11 @@ def collect_labelled(
             columns[key].append(value.to(device))
     values = {key: gather(torch.cat(column)) for key, column in columns.items()}
     labels = values.pop('label')
+    places = torch.arange(len(labels)) if places is None else places
+    found = LabelledFeatures(values, labels, places.to(labels.device))
     if labels.ndim == 2:
-        known = labels.any(1)
-        labels = labels[known]
-        values = {key: value[known] for key, value in values.items()}
-    for key, value in values.items():
+        found = found.only(labels.any(1))
+    for key, value in found.features.items():
         bad = int((~value.isfinite()).any(1).sum())
         if bad:
             raise ValueError(
@@ -148,7 +161,7 @@ def collect_labelled(
                 'infinite. Look for NaN pixels in the images, and in a training, lower lr '
                 'if train_loss is not finite either'
             )
-    return LabelledFeatures(values, labels)
+    return found
 
 
 class Score(NamedTuple):
@@ -159,11 +172,12 @@ class Score(NamedTuple):
     feature: str  # name of the features, '' for 'chance'
     metric: str  # 'accuracy', or for multi-labels 'map' or 'micro_map'
     value: float
+    spread: float = math.nan  # see score_spread, NaN if it is not estimated
 
 
 def score_probes(
     bank: LabelledFeatures,
-    queries: LabelledFeatures,
+    queries: LabelledFeatures | None,
     k: Sequence[int],
     temperature: float,
     linear: bool = True,
@@ -174,32 +188,50 @@ def score_probes(
     By *k* nearest neighbours, by a *linear* classifier, and by chance, which knows the
     frequencies of the classes only, of all features. With *micro* also scored by the
     average precision over all pairs of an image and a class.
+
+    Without *queries*, those of the bank are divided by place into four parts, and each
+    part is classified by the others.
     """
-    labels, answers = bank.labels, queries.labels
-    multi = labels.ndim == 2
-    hot = labels.float()
-    if not multi:
-        hot = F.one_hot(labels, int(max(labels.max(), answers.max())) + 1).float()
+    splits = [(bank, queries)] if queries is not None else list(_folds(bank))
+    answers = torch.cat([part.labels for _, part in splits])
+    places = torch.cat([part.places for _, part in splits])
+    multi = answers.ndim == 2
+    classes = 0 if multi else int(max(bank.labels.max(), answers.max())) + 1
+
+    def hot(part: LabelledFeatures) -> Tensor:
+        return (part.labels if multi else F.one_hot(part.labels, classes)).float()
+
+    def vote(classify: Callable[..., Tensor], name: str, *args: Any) -> Tensor:
+        scores = [
+            classify(part.features[name], rest.features[name], hot(rest), *args)
+            for rest, part in splits
+        ]
+        return torch.cat(scores)
 
     def classify() -> Iterator[tuple[str, int | None, str, Tensor]]:
-        yield 'chance', None, '', hot.mean(0).expand(len(answers), -1)
+        yield 'chance', None, '', hot(bank).mean(0).expand(len(answers), -1)
         for count in k:
-            for name, value in bank.features.items():
+            for name in bank.features:
                 if name != 'blocks':  # for linear classifiers, as in DINO
-                    found = queries.features[name]
-                    scores = knn_scores(found, value, hot, count, temperature)
-                    yield 'knn', count, name, scores
-        for name, value in bank.features.items() if linear else ():
-            yield (
-                'linear',
-                None,
-                name,
-                linear_scores(queries.features[name], value, hot),
-            )
+                    yield 'knn', count, name, vote(knn_scores, name, count, temperature)
+        for name in bank.features if linear else ():
+            yield 'linear', None, name, vote(linear_scores, name)
 
     for method, count, name, scores in classify():
         metric = 'map' if multi else 'accuracy'
-        yield Score(method, count, name, metric, evaluate(scores, answers))
+        value, spread = evaluate(scores, answers), math.nan
+        if method != 'chance':
+            spread = score_spread(scores, answers, places)
+        yield Score(method, count, name, metric, value, spread)
         if multi and micro:
             value = evaluate(scores, answers, 'micro')
             yield Score(method, count, name, 'micro_map', value)
+
+
+def _folds(
+    bank: LabelledFeatures,
+) -> Iterator[tuple[LabelledFeatures, LabelledFeatures]]:
+    """Divide by place: what is known, and what is asked for, of each part."""
+    fold = assign_folds(bank.places, min(FOLDS, len(bank.places.unique())))
+    for number in range(int(fold.max()) + 1):
+        yield bank.only(fold != number), bank.only(fold == number)

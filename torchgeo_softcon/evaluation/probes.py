@@ -94,6 +94,47 @@ def linear_scores(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
     return (queries @ weight + offset).float()
 
 
+def score_spread(
+    scores: Tensor, labels: Tensor, places: Tensor, draws: int = 200
+) -> float:
+    """Estimate how much a score of :func:`evaluate` depends on the places of the queries.
+
+    The standard deviation over bootstrap samples of places, as queries of one place are
+    alike (cluster bootstrap, B. Efron and R. Tibshirani, An introduction to the
+    bootstrap, 1993). The bank stays the same.
+
+    Args:
+        scores: Scores (Q, K).
+        labels: Class indices (Q,), or multi-hot labels (Q, K).
+        places: Number of the place of each query, from 0, shape (Q,).
+        draws: Number of bootstrap samples.
+
+    Returns:
+        The standard deviation, NaN if all queries are of one place.
+    """
+    scores, labels, places = scores.cpu(), labels.cpu(), places.cpu()
+    count = int(places.max()) + 1
+    there = torch.bincount(places, minlength=count) > 0
+    if there.sum() < 2:
+        return float('nan')
+    generator = torch.Generator().manual_seed(0)
+    chosen = there.float().expand(draws, -1)
+    chosen = chosen.multinomial(int(there.sum()), True, generator=generator)
+    weights = F.one_hot(chosen, count).sum(1)[:, places].double()  # (draws, Q)
+    if labels.ndim == 1:
+        right = (scores.argmax(1) == labels).double()
+        return float(((weights @ right) / weights.sum(1)).std())
+    precisions = []
+    for score, label in zip(scores.T, labels.T, strict=True):
+        order = score.argsort(descending=True)
+        weight = weights[:, order]
+        found = weight * label[order]
+        precision = found.cumsum(1) / weight.cumsum(1).clamp_min(1)
+        # NaN for a class that these places do not have
+        precisions.append((precision * found).sum(1) / found.sum(1))
+    return float(torch.stack(precisions).nanmean(0).std())
+
+
 def evaluate(
     scores: Tensor, labels: Tensor, average: Literal['macro', 'micro'] = 'macro'
 ) -> float:

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .._compat import Sample
 from ..datamodules.protocol import find_split, is_endless, offer_of
 from .loop import Transform, batch_transform
+from .places import number_places, sample_places
 
 #: Smallest share of an image that a class must cover to count, where labels are shares.
 #: As in WorldCoverMultiLabel.
@@ -93,6 +95,8 @@ class LabelledSamples:
     num_workers: int = 0
     transform: Transform | None = None
     shares_ground: bool = False
+    #: Number of the place of each sample, None if every sample is a place of its own.
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse to have no samples."""
@@ -114,11 +118,11 @@ class LabelledSamples:
             offer.shares_ground,
         )
 
-    def limit(self, count: int, skip: int = 0) -> None:
-        """Choose at most *count* samples at random after *skip*, always the same."""
+    def limit(self, count: int) -> None:
+        """Choose at most *count* samples at random, always the same."""
         if count > len(self.indices) and is_endless(self.dataset):
             self.indices = range(count)
-        chosen = shuffled(len(self.indices))[skip : skip + count].sort().values
+        chosen = shuffled(len(self.indices))[:count].sort().values
         self.indices = [self.indices[i] for i in chosen]
 
     def is_same(self, other: 'LabelledSamples') -> bool:
@@ -163,6 +167,41 @@ class LabelledSamples:
             'image': torch.stack([sample['image'] for sample in samples]),
             'label': check_label(labels, self.name),
         }
+
+
+def find_places(bank: LabelledSamples, queries: LabelledSamples | None = None) -> None:
+    """Find the places of chosen samples, and tell if queries are of places of the bank.
+
+    Without *queries*, the bank is about to be divided by place.
+    """
+    parts = [bank] if queries is None else [bank, queries]
+    names = [sample_places(part.dataset, part.indices) for part in parts]
+    if None in names:
+        rank_zero_info(
+            f'The data do not tell the places of the samples of the {bank.name}: if '
+            'images overlap or are neighbours, its scores are too high. Images of a '
+            'folder tell theirs by places, a pattern of their names'
+        )
+        return
+    known = [part for part in names if part is not None]
+    both = set.intersection(*map(set, known))
+    if queries is None and len(both) < 2:
+        rank_zero_warn(
+            f'All samples of the {bank.name} are of one place ({", ".join(both)}), which '
+            'neighbours find whatever the encoder has learnt: the scores are too high'
+        )
+        return
+    numbers = number_places([name for part in known for name in part])
+    for part, values in zip(parts, numbers.split([*map(len, known)]), strict=True):
+        part.places = values
+    if queries is not None and both:
+        count = sum(name in both for name in known[1])
+        rank_zero_warn(
+            f'{count} of {len(known[1])} samples of the {queries.name} are of places that '
+            f'the {bank.name} has, too, such as {min(both)}: neighbours find them whatever '
+            'the encoder has learnt, and the scores are too high. Keep places apart, such '
+            'as by val_fraction'
+        )
 
 
 def check_label(label: Tensor, name: str) -> Tensor:

@@ -19,7 +19,9 @@ _COLLAPSED, _NARROW = 0.02, 0.1
 _FALLEN = 0.03
 
 #: Metrics of :class:`.KNNProbe`.
-_PROBE = re.compile(r'(?:^|_)(?:knn|linear)_(?:accuracy|map)(?!.*_chance)')
+_PROBE = re.compile(
+    r'(?:^|_)(?:knn|linear)_(?:accuracy|map)(?!.*_(?:chance|spread|std))'
+)
 
 #: Part of a series whose median stands for its end: single batches differ.
 _TAIL = 0.1
@@ -39,21 +41,19 @@ class Finding:
         return f'{self.question} {mark}: {self.reason}'
 
 
-def judge(
-    series: Series, chance: Mapping[str, float], width: int | None
-) -> list[Finding]:
+def judge(series: Series, width: int | None) -> list[Finding]:
     """Answer the questions that a pretraining run raises.
 
     Args:
-        series: What was logged.
-        chance: Value of losses for an encoder that tells nothing apart.
+        series: What was logged. The value of a metric for an encoder that tells nothing
+            apart has the same name with ``_chance`` at its end.
         width: Number of features F of the encoder, if it is known.
     """
     finite = {k: [v for v in s if math.isfinite(v)] for k, s in series.items()}
     finite = {name: values for name, values in finite.items() if values}
     return [
         _spread(finite, width),
-        _loss(finite, chance),
+        _loss(finite),
         *(_probe(finite, name) for name in sorted(finite) if _PROBE.search(name)),
     ]
 
@@ -98,20 +98,23 @@ def _spread(series: Series, width: int | None) -> Finding:
     return Finding(question, True if share >= _NARROW else None, reason)
 
 
-def _loss(series: Series, chance: Mapping[str, float]) -> Finding:
+def _loss(series: Series) -> Finding:
     """Tell whether the loss is below that of guessing."""
     question = 'Does the loss fall?'
-    for name, guess in chance.items():
-        if name in series:
-            first, last = series[name][0], _end(series[name])
-            reason = f'{name} went from {first:.3g} to {last:.3g}; guessing gives {guess:.3g}'
-            return Finding(question, last < (1 - _FALLEN) * guess, reason)
-    for name in ('train_loss',):
-        if name in series and len(series[name]) > 1:
-            first, last = series[name][0], _end(series[name])
-            reason = f'{name} went from {first:.3g} to {last:.3g}'
-            return Finding(question, last < first, reason)
-    return Finding(question, None, 'no loss was logged')
+    names = [
+        n for n in series if n.startswith('train_loss') and f'{n}_chance' in series
+    ]
+    name = min([n for n in names if 'soft' not in n] or ['train_loss'])
+    if len(series.get(name, ())) < 2:
+        return Finding(question, None, 'no loss was logged more than once')
+    first, last = series[name][0], _end(series[name])
+    reason = f'{name} went from {first:.3g} to {last:.3g}'
+    if name not in names:
+        return Finding(question, last < first, reason)
+    guess = series[f'{name}_chance'][-1]
+    return Finding(
+        question, last < (1 - _FALLEN) * guess, f'{reason}; guessing gives {guess:.3g}'
+    )
 
 
 def _probe(series: Series, name: str) -> Finding:

@@ -12,9 +12,13 @@ from typing import Any
 import yaml
 from segmentation_models_pytorch.encoders import encoders
 
+from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, spell_band_name
 from ..models.encoders import Encoder
 
 _CARD = """\
+---
+{front}---
+
 # {title}
 
 | | |
@@ -35,13 +39,18 @@ _CARD = """\
 
 
 def model_card(
-    encoder: Encoder, pretrained_as: str, usage: str, written: Sequence[Path]
+    encoder: Encoder,
+    pretrained_as: str,
+    usage: str,
+    written: Sequence[Path],
+    license: str,
 ) -> str:
     """Tell what a file holds, how it was made, and how to load it."""
     checkpoint, name = encoder.checkpoint, encoder.name or ''
     channels = encoder.in_channels
     run = _run_files(Path(encoder.source))
     bands = encoder.bands or run.get('bands')
+    metrics = run.get('metrics', {})
     values = run.get('value range', 'not known')
     if encoder.unit_range:
         values = '[0, 1], as torchgeo_softcon.ToUnitRange scales bands'
@@ -62,12 +71,33 @@ def model_card(
         'data': run.get('data', 'not known'),
         'epochs, steps': f'{checkpoint.get("epoch", -1) + 1}, '
         f'{checkpoint.get("global_step", "not known")}',
-        'metrics at the end': run.get('metrics', 'not known'),
+        'metrics at the end': ', '.join(f'{k} {v}' for k, v in metrics.items())
+        or 'not known',
         'versions': ', '.join(f'{package} {version(package)}' for package in packages),
     }
     settings = {k: v for k, v in encoder.hparams.items() if not k.startswith('_')}
+    hub = written[0].name == 'config.json'
+    title = written[0].parent.name if hub else written[0].stem
+    sensors = {'sentinel-2': SENTINEL2_BANDS, 'sentinel-1': SENTINEL1_BANDS}
+    seen = {spell_band_name(band) for band in bands or ()}
+    front = {
+        'license': license,
+        'library_name': 'timm',
+        'pipeline_tag': 'image-feature-extraction',
+        'tags': [
+            *('timm', 'torchgeo', 'remote-sensing'),
+            *(str(encoder.method or 'self-supervised').lower(),),
+            *(sensor for sensor, known in sensors.items() if seen & {*known}),
+        ],
+        'bands': [*bands] if bands else channels,
+        'range': values,
+        'metrics': [*metrics],
+        # The form in which Hugging Face shows numbers
+        'model-index': [_results(title, run, metrics)] if metrics else None,
+    }
     return _CARD.format(
-        title=written[0].stem,
+        front=yaml.safe_dump(_plain(front), sort_keys=False, allow_unicode=True),
+        title=title,
         rows='\n'.join(f'| {name} | {value} |' for name, value in rows.items()),
         usage=usage.format(
             model=name,
@@ -75,10 +105,31 @@ def model_card(
             options=''.join(f', {k}={v}' for k, v in encoder.options.items()),
             smp=name if name in encoders else f'tu-{name}',
             file=written[0].name,
+            folder=title,
             last_file=written[-1].name,
         ),
         settings=yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True),
     )
+
+
+def _results(
+    name: str, run: Mapping[str, Any], metrics: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the metrics of a run as Hugging Face reads them."""
+    data = run.get('data', 'not known')
+    return {
+        'name': name,
+        'results': [
+            {
+                'task': {'type': 'image-feature-extraction'},
+                'dataset': {'name': data, 'type': data.partition('(')[0]},
+                'metrics': [
+                    {'name': key, 'type': key, 'value': float(value)}
+                    for key, value in metrics.items()
+                ],
+            }
+        ],
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -111,5 +162,5 @@ def _run_files(source: Path) -> dict[str, Any]:
             for row in csv.DictReader(file):
                 last.update({k: v for k, v in row.items() if v and k})
         if last:
-            result['metrics'] = ', '.join(f'{k} {v}' for k, v in last.items())
+            result['metrics'] = last
     return result

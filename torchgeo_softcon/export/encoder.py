@@ -13,6 +13,8 @@ from torch import Tensor
 from ..models.checkpoints import check_architecture
 from ..models.convert import fresh, resample_positions, to_patch_size
 from ..models.encoders import Encoder
+from ..models.loading import resample_grid
+from ..models.positions import native_grid
 from ..models.timm_models import timm_name
 
 _PATCHES = 'patch_embed.proj.weight'
@@ -50,6 +52,14 @@ def convert_encoder(
             state = resample_positions(state, img_size // patch)
     name, options = _find_model(encoder.name or '', state)
     return replace(encoder, name=name, state_dict=fresh(state), options=options)
+
+
+def at_native_size(encoder: Encoder) -> Encoder:
+    """Resample positions to the image size that timm builds the model for."""
+    grid = native_grid(encoder.name or '')
+    positions = resample_grid(encoder.model, encoder.state_dict['pos_embed'], grid)
+    state = {**encoder.state_dict, 'pos_embed': positions}
+    return replace(encoder, state_dict=state, options={})
 
 
 def _find_model(

@@ -7,6 +7,7 @@ A checkpoint of this package is large (optimizer, teacher, heads), but TorchGeo 
 it is. An export holds one encoder, in the layout of a tool, with a model card.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,20 +16,22 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from .._checks import check_choice
 from ..models.checkpoints import Branch, on_meta
 from ..models.convert import to_smp
 from ..models.encoders import Encoder, read_encoder
+from ..models.timm_models import timm_name
 from ..storage.whole_file import whole_file
 from .card import model_card
-from .encoder import convert_encoder
+from .encoder import at_native_size, convert_encoder
 
-Format = Literal['torchgeo', 'timm', 'safetensors', 'smp']
+Format = Literal['torchgeo', 'timm', 'safetensors', 'smp', 'hf', 'onnx']
 
 #: Suffixes of checkpoints, which an output may have whatever the format.
-_SUFFIXES = ('.ckpt', '.pt', '.pth', '.safetensors')
+_SUFFIXES = ('.ckpt', '.pt', '.pth', '.safetensors', '.onnx')
 
 
 def _host_checkpoint(encoder: Encoder, key: str, prefix: str, state: Any) -> Any:
@@ -71,6 +74,72 @@ def _state_dict(encoder: Encoder) -> Any:
     return encoder.state_dict
 
 
+def _model_args(encoder: Encoder) -> dict[str, Any]:
+    """Return what timm's own model of the architecture is built with."""
+    args: dict[str, Any] = {'in_chans': encoder.in_channels}
+    if 'pos_embed' in encoder.state_dict:
+        model: Any = encoder.model
+        args['img_size'] = model.patch_embed.img_size[0]
+    return args
+
+
+def _config(encoder: Encoder) -> dict[str, Any]:
+    """Return what timm reads of a repository of Hugging Face.
+
+    https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/_hub.py
+    """
+    model: Any = encoder.model
+    channels, args = encoder.in_channels, _model_args(encoder)
+    size = args.get('img_size', encoder.size or 224)
+    return {
+        'architecture': timm_name(encoder.name or ''),
+        'num_classes': 0,
+        'num_features': model.num_features,
+        'model_args': args,
+        'bands': encoder.bands,
+        'pretrained_cfg': {
+            'input_size': (channels, size, size),
+            'fixed_input_size': 'img_size' in args,
+            'interpolation': 'bicubic',
+            'crop_pct': 1.0,
+            'mean': (0.0,) * channels,
+            'std': (1.0,) * channels,
+            'num_classes': 0,
+            'pool_size': None,
+            # Else older timm takes any input layer for one of 3 bands, and replaces it by
+            # random numbers
+            'first_conv': None,
+            'classifier': model.pretrained_cfg.get('classifier'),
+        },
+    }
+
+
+def _onnx(encoder: Encoder) -> bytes:
+    """Return a graph from images (B, C, H, W) to features (B, F), of any batch size."""
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "format='onnx' needs onnxscript. Run: pip install 'torchgeo-softcon[onnx]'"
+        ) from error
+    args = _model_args(encoder)
+    # Not encoder.model, whose positions follow the size of each image
+    model = timm.create_model(timm_name(encoder.name or ''), num_classes=0, **args)
+    model.load_state_dict(encoder.state_dict, strict=False)
+    size = args.get('img_size', encoder.size or 224)
+    program = torch.onnx.export(
+        model.eval(),
+        (torch.zeros(2, encoder.in_channels, size, size),),
+        input_names=['image'],
+        output_names=['features'],
+        dynamic_shapes=({0: torch.export.Dim('batch')},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # as there is no file to write to
+    return program.model_proto.SerializeToString()
+
+
 class _Files(NamedTuple):
     """The files of a format."""
 
@@ -100,6 +169,16 @@ _FORMATS: dict[Format, _Files] = {
         '--model.backbone {smp} --model.weights {last_file}',
         False,
     ),
+    'hf': _Files(
+        {'/config.json': _config, '/model.safetensors': _state_dict},
+        "timm.create_model('local-dir:{folder}', pretrained=True)",
+        True,
+    ),
+    'onnx': _Files(
+        {'.onnx': _onnx},
+        "onnxruntime.InferenceSession('{file}').run(None, {{'image': images}})",
+        True,
+    ),
 }
 
 
@@ -110,6 +189,7 @@ def export(
     patch_size: int | None = None,
     img_size: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    license: str = 'unknown',
 ) -> list[Path]:
     """Write the encoder of a checkpoint for another tool, with a model card.
 
@@ -119,7 +199,10 @@ def export(
     * ``'safetensors'``: the same in safetensors;
     * ``'smp'``: a state dict for encoders of segmentation_models_pytorch (``tu-``
       encoders but for ResNets), and a checkpoint of it for ``weights=`` of TorchGeo's
-      segmentation tasks.
+      segmentation tasks;
+    * ``'hf'``: a folder for ``timm.create_model('local-dir:...', pretrained=True)``, and
+      for Hugging Face, see :func:`push_to_hub`;
+    * ``'onnx'``: a graph with weights for ONNX Runtime and others, for images of one size.
 
     Args:
         path: Path of the checkpoint of a pretraining task.
@@ -129,7 +212,9 @@ def export(
         img_size: See :func:`.convert_encoder`.
         output: Path of the new file, or a folder for it. It gets the suffix of the format
             in place of that of another checkpoint; ``.pt`` may stand for ``.pth``.
-            Defaults to the name of the checkpoint with the format, beside it.
+            Of *hf*, the folder that the files are in. Defaults to the name of the
+            checkpoint with the format, beside it.
+        license: For the card, one of https://hf.co/docs/hub/repositories-licenses.
     """
     check_choice('format', format, [*_FORMATS])
     contents, usage, any_size = _FORMATS[format]
@@ -149,6 +234,8 @@ def export(
         )
     pretrained_as = encoder.name
     encoder = convert_encoder(encoder, patch_size, img_size)
+    if encoder.options and not any_size and img_size is None:
+        encoder = at_native_size(encoder)
     if encoder.options and not any_size:
         raise ValueError(
             f'img_size must be one that a model of timm is built for, but {encoder.name} '
@@ -158,9 +245,48 @@ def export(
     made = [make(encoder) for make in contents.values()]
     for content, target in zip(made, targets, strict=True):
         _save(content, target, encoder)
-    card = Path(f'{targets[0]}.md')
-    card.write_text(model_card(encoder, pretrained_as, usage, targets))
+    hub = format == 'hf'
+    card = targets[0].with_name('README.md') if hub else Path(f'{targets[0]}.md')
+    card.write_text(model_card(encoder, pretrained_as, usage, targets, license))
     return [*targets, card]
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str], repo_id: str, private: bool = False, api: Any = None
+) -> str:
+    """Upload an export of the format ``'hf'`` to Hugging Face.
+
+    Args:
+        folder: The folder of the export.
+        repo_id: Owner and name of the repository, which is made if there is none.
+        private: Whether a new repository is.
+        api: A ``huggingface_hub.HfApi``. Defaults to one with the token of
+            ``hf auth login``.
+
+    Returns:
+        The name by which timm creates the model.
+
+    Raises:
+        ValueError: If *folder* has no export.
+    """
+    files = ('config.json', 'model.safetensors', 'README.md')
+    if missing := [name for name in files if not Path(folder, name).is_file()]:
+        raise ValueError(
+            f"folder must have an export of the format 'hf', but {os.fspath(folder)} "
+            f'has no {", ".join(missing)}. Run export first'
+        )
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=os.fspath(folder),
+        allow_patterns=[*files],
+        commit_message='Add the encoder',
+    )
+    return f'hf-hub:{repository}'
 
 
 def _targets(
@@ -171,12 +297,14 @@ def _targets(
 ) -> list[Path]:
     """Return the paths of the new files, one of each suffix."""
     name = f'{source.stem}_{format}'
-    if output is None or os.path.isdir(output):
+    hub = format == 'hf'
+    if output is None or (os.path.isdir(output) and not hub):
         folder = source.parent if output is None else Path(output)
         return [folder / f'{name}{suffix}' for suffix in suffixes]
     path = Path(output)
     # A path forgets that it ended in a separator
-    folder = path if os.fspath(output).endswith(('/', os.sep)) else path.parent
+    inside = os.fspath(output).endswith(('/', os.sep)) and not hub
+    folder = path if inside else path.parent
     if not folder.is_dir():
         raise ValueError(
             f'output must be in an existing folder, got {str(output)!r}. Make the folder '
@@ -187,12 +315,16 @@ def _targets(
     return [Path(f'{base}{".pt" if short and s == ".pth" else s}') for s in suffixes]
 
 
-def _save(content: dict[str, Any], target: Path, encoder: Encoder) -> None:
+def _save(content: Any, target: Path, encoder: Encoder) -> None:
     """Write a file, all or nothing."""
+    target.parent.mkdir(exist_ok=True)
     with whole_file(target) as partial:
         if target.suffix == '.safetensors':
-            from safetensors.torch import save_file
-
-            save_file(content, partial, {'format': 'pt', 'model': encoder.name or ''})
+            # Not save_file, whose files nobody else may read
+            content = save(content, {'format': 'pt', 'model': encoder.name or ''})
+        elif target.suffix == '.json':
+            content = json.dumps(content, indent=2).encode()
+        if isinstance(content, bytes):
+            partial.write_bytes(content)
         else:
             torch.save(content, partial)

@@ -6,7 +6,6 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -19,14 +18,23 @@ from ..bands import (
     RGB_BANDS,
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
-    SENTINEL2_SUBSETS,
     normalize_band_names,
     spell_band_name,
 )
+from .file_index import open_each
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
+from .numbers import (
+    Numbers,
+    OpenedFile,
+    guess_bands,
+    optical_unit,
+    read_sample,
+    snap_bands,
+)
 from .rasters import (
     RGB_COLORS,
+    Kind,
     Layer,
     Scene,
     check_place,
@@ -35,7 +43,7 @@ from .rasters import (
     open_raster,
     read_raster,
 )
-from .sentinel2 import Offset, product_offset, tell_offsets
+from .sentinel2 import hint_at_offset
 
 #: A band at the end of a file name, as Sentinel products, SSL4EO-S12 and BigEarthNet
 #: write it: B2, B02, B8A, B08A, VV, with or without a resolution.
@@ -45,10 +53,10 @@ _BAND_TOKEN = re.compile(
 )
 
 #: Files beside bands that are not bands themselves: of Sentinel-2 products, of items of
-#: STAC catalogues, of Major-TOM, Planet and BigEarthNet, and WorldCover itself.
+#: STAC catalogues, of Major-TOM, Planet, BigEarthNet and HLS, and WorldCover itself.
 _NOT_A_BAND = re.compile(
-    r'(?:^|_)(?:TCI|AOT|WVP|SCL|PVI|QA60)(?:_(?:10|20|60)m)?$'
-    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|_udm2?(?:_clip)?$'
+    r'(?:^|[_.])(?:TCI|AOT|WVP|SCL|PVI|QA60|Fmask|[SV][AZ]A)(?:_(?:10|20|60)m)?$'
+    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|(?:^|_)udm2?(?:_clip)?$'
     r'|_reference_map$|^MSK_|^ESA_WorldCover_',
     re.IGNORECASE,
 )
@@ -56,34 +64,60 @@ _NOT_A_BAND = re.compile(
 #: Files of Landsat, whose B1 to B12 are not those of Sentinel-2.
 _LANDSAT = re.compile(r'(?<![A-Za-z0-9])L[CET]0\d_|HLS\.L30')
 
-#: A band within a description, such as 0_B2, B2_median or Sigma0_VH_db.
+#: A band within a description or a name, such as 0_B2, B2_median or Sigma0_VH_db, and its
+#: resolution.
 _BAND_WORD = re.compile(
-    r'(?<![A-Za-z0-9])(B(?:0?8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?![A-Za-z0-9])',
+    r'(?<![A-Za-z0-9])(B(?:0?8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?![A-Za-z0-9])'
+    r'(?:_(?:10|20|60)m(?![A-Za-z0-9]))?',
     re.IGNORECASE,
 )
 
-#: Digital numbers of Sentinel-2 per unit of reflectance.
-_PER_REFLECTANCE = 10_000
+#: Statistics of a band that do not have its unit, as Earth Engine's reducers name them.
+_NO_VALUES = re.compile(
+    r'(?:std(?:dev)?|var(?:iance)?|count|cv|kurtosis|skew|slope|trend|phase|ratio)'
+    r'(?![a-z])',
+    re.IGNORECASE,
+)
+
+#: Sentinel-2 in a path, and the names of its bands as assets of STAC catalogues.
+_SENTINEL2 = re.compile(r'(?<![A-Za-z0-9])(?:S2[A-D]?_|sentinel-?2)', re.IGNORECASE)
+_ASSET_NAMES = (
+    *('coastal', 'blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3', 'nir'),
+    *('nir08', 'nir09', 'cirrus', 'swir16', 'swir22'),
+)
+_ASSETS = dict(zip(_ASSET_NAMES, SENTINEL2_BANDS, strict=True))
 
 #: Folders of a Level-2A product that hold bands of one scene.
 _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
 
 
-def find_rasters(paths: AnyPath | Iterable[AnyPath]) -> list[str]:
-    """List the rasters that may be images, see :func:`.find_files`."""
+def find_rasters(
+    paths: AnyPath | Iterable[AnyPath], left_out: dict[str, str] | None = None
+) -> list[str]:
+    """List the rasters that may be images, see :func:`.find_files`.
+
+    Those that are left out are noted in *left_out*, with the reason.
+    """
     named = path_list(paths)
-    files = [
-        file
-        for path in named
-        for file in find_files(path, RASTERS, 'images')
-        if file == path or not _NOT_A_BAND.search(PurePath(file).stem)
-    ]
+    files: dict[str, None] = {}
+    for path in named:
+        for file in find_files(path, RASTERS, 'images'):
+            if file != path and _NOT_A_BAND.search(PurePath(file).stem):
+                _note(left_out, file, 'by its name, not a band')
+            else:
+                files[file] = None
     if not files:
         raise FileNotFoundError(
             f'images must have at least one raster ({", ".join(RASTERS)}), found none in '
             f'{", ".join(named) or "an empty list"}'
         )
-    return list(dict.fromkeys(files))
+    return list(files)
+
+
+def _note(left_out: dict[str, str] | None, path: str, reason: str) -> None:
+    """Note why a file is left out, if someone wants to know."""
+    if left_out is not None:
+        left_out[path] = reason
 
 
 def find_scenes(
@@ -93,61 +127,44 @@ def find_scenes(
     nodata: float | None = None,
     offset: float | None = None,
     to_digital: bool = True,
+    left_out: dict[str, str] | None = None,
 ) -> list[Scene]:
     """Open files, and put those together that hold bands of one scene.
 
     The options are those of :class:`.WorldCoverScenes`. *to_digital* brings reflectance of
-    Sentinel-2 that a file declares by its scale to digital numbers.
+    Sentinel-2 to digital numbers, of which its statistics are. Files that are left out are
+    noted in *left_out*, with the reason.
     """
     named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
-    numbers = _Numbers(offset, to_digital)
-    whole: list[tuple[Layer, tuple[str, ...] | None]] = []
-    guessed: dict[tuple[str, ...], str] = {}
-    single: dict[tuple[str, str], dict[str, Layer]] = {}
-    for path in files:
-        layer, names, sure = _open_layer(path, named, nodata)
-        if names is not None and not sure:
-            guessed.setdefault(names, path)
-        name = PurePath(path)
-        match = _BAND_TOKEN.search(name.stem)
-        if match is None or len(layer.indexes) > 1:
-            whole.append((layer, names))
-            continue
-        (band,) = normalize_band_names([match['band']])
-        folder = name.parent
-        if _RESOLUTION_FOLDER.fullmatch(folder.name):
-            folder = folder.parent
-        group = single.setdefault((str(folder), name.stem[: match.start()]), {})
-        # Level-2A has the same band at several resolutions, only the finest counts
-        if band not in group or layer.grid.pixel_area < group[band].grid.pixel_area:
-            group[band] = layer
+    opened = open_each(_open_file, [*files], named, nodata)
+    # A dark image alone does not tell its unit, others beside it do
+    clear = {optical_unit(f) for f in opened if f.sample is not None} - {''}
+    numbers = Numbers(offset, to_digital, clear.pop() if len(clear) == 1 else '')
+    whole, single = _group(opened, left_out)
     if wanted is not None:
         # What has none of the bands lies beside a scene, such as a mask of clouds
         some = [
-            x for x in whole if set(wanted) & set(x[1] or ()) or _is_landsat(x[0].path)
+            file
+            for file in whole
+            if set(wanted) & set(file.names or ()) or _is_landsat(file.layer.path)
         ]
-        whole = some or ([] if single else whole)
-    scenes = [_from_file(layer, names, wanted, numbers) for layer, names in whole]
-    scenes += [
-        _from_bands(os.path.join(folder, stem), group, wanted, numbers)
-        for (folder, stem), group in single.items()
-    ]
-    layers = [layer for scene in scenes for layer in scene.layers]
-    numbers.tell()
-    if with_alpha := next((layer for layer in layers if layer.alpha is not None), None):
-        rank_zero_info(
-            f'band {with_alpha.alpha} of {with_alpha.path} is alpha, it tells where the '
-            'others have data. If that is not so, name it, too, with all_bands'
-        )
-    for names, path in guessed.items():
-        rank_zero_info(
-            f'{path} does not name its bands, they are taken for {", ".join(names)}. '
-            'If that is not so, give all_bands'
-        )
-
+        if some or single:
+            for file in whole:
+                if file not in some:
+                    reason = f'it has none of {", ".join(wanted)}'
+                    _note(left_out, file.layer.path, reason)
+            whole = some
+    scenes = [_from_file(file, wanted, numbers) for file in whole]
+    for name, group in single.items():
+        scenes.append(_from_bands(name, group, wanted, numbers))
+        for band, file in group.items():
+            if wanted and band not in wanted:
+                _note(left_out, file.layer.path, f'the band {band} is not wanted')
+    _tell(scenes, whole)
+    hint_at_offset(numbers.untold)
     first = scenes[0]
     for scene in scenes[1:]:
         if (scene.bands, scene.count) != (first.bands, first.count):
@@ -162,36 +179,116 @@ def find_scenes(
     return scenes
 
 
-def _open_layer(
+def _tell(scenes: Sequence[Scene], whole: Sequence[OpenedFile]) -> None:
+    """Say once what was chosen without a word from the files, and how to choose."""
+    layers = [layer for scene in scenes for layer in scene.layers]
+    if with_alpha := next((layer for layer in layers if layer.alpha is not None), None):
+        rank_zero_info(
+            f'band {with_alpha.alpha} of {with_alpha.path} is alpha, it tells where the '
+            'others have data. If that is not so, name it, too, with all_bands'
+        )
+    guessed: dict[tuple[str, ...], OpenedFile] = {}
+    for file in whole:
+        if file.guess and file.names:
+            guessed.setdefault(file.names, file)
+    for names, file in guessed.items():
+        rank_zero_info(
+            f'{file.layer.path} does not name its bands, they are taken for '
+            f'{", ".join(names)}, {file.guess}. If that is not so, give all_bands'
+        )
+
+
+def _group(
+    files: Iterable[OpenedFile], left_out: dict[str, str] | None
+) -> tuple[list[OpenedFile], dict[str, dict[str, OpenedFile]]]:
+    """Tell files of whole scenes from those of single bands, by band for each scene."""
+    whole: list[OpenedFile] = []
+    ends: dict[tuple[str, str], dict[str, OpenedFile]] = {}
+    middles: dict[tuple[str, str], dict[str, OpenedFile]] = {}
+    for file in files:
+        name = PurePath(file.layer.path)
+        words = [*_BAND_WORD.finditer(name.stem)]
+        end = _BAND_TOKEN.search(name.stem)
+        asset = _ASSETS.get(name.stem) if _SENTINEL2.search(str(name)) else None
+        if len(file.layer.indexes) > 1 or not (end or asset or len(words) == 1):
+            whole.append(file)
+            continue
+        folder = name.parent
+        if _RESOLUTION_FOLDER.fullmatch(folder.name):
+            folder = folder.parent
+        if end is not None:
+            word, stem = end['band'], name.stem[: end.start()]
+        elif asset is not None:
+            word, stem = asset, ''
+        else:
+            word, (start, stop) = words[0][1], words[0].span()
+            stem = f'{name.stem[:start]}*{name.stem[stop:]}'
+        sure = ends if end or asset else middles
+        group = sure.setdefault((str(folder), stem), {})
+        band = spell_band_name(word)
+        known = group.setdefault(band, file)
+        if known is not file:
+            # Level-2A has the same band at several resolutions, only the finest counts
+            finer = file.layer.grid.pixel_area < known.layer.grid.pixel_area
+            if finer:
+                group[band], file, known = file, known, file
+            reason = f'{known.layer.path} has the same band at least as fine'
+            _note(left_out, file.layer.path, reason)
+    for key, group in middles.items():
+        # A band in the middle of a name may be the number of a place, too
+        layers = [file.layer for file in group.values()]
+        finest = min((layer.grid for layer in layers), key=lambda grid: grid.pixel_area)
+        if len(group) > 1 and not any(_lies_apart(layer, finest) for layer in layers):
+            ends[key] = group
+        else:
+            whole += group.values()
+    return whole, {os.path.join(*key): group for key, group in ends.items()}
+
+
+def _open_file(
     path: str, all_bands: tuple[str, ...] | None, nodata: float | None
-) -> tuple[Layer, tuple[str, ...] | None, bool]:
-    """Read what is known of a file: its bands, their names, whether these are sure."""
+) -> OpenedFile:
+    """Read what is known of a file: its bands, their names, why these are guessed."""
     with open_raster(path) as source:
         check_place(source)
         alpha = find_alpha(source)
         if all_bands is not None and len(all_bands) == source.count:
             alpha = None
         indexes = tuple(i for i in source.indexes if i != alpha)
-        grid, dtype = Grid.of(source), str(source.dtypes[0])
-        values = nodata_of(source, indexes, nodata)
-        scale = tuple(source.scales[i - 1] for i in indexes)
-        shift = tuple(source.offsets[i - 1] for i in indexes)
+        layer = Layer(
+            path,
+            indexes,
+            Grid.of(source),
+            nodata_of(source, indexes, nodata),
+            str(source.dtypes[0]),
+            alpha,
+            tuple(source.scales[i - 1] for i in indexes),
+            tuple(source.offsets[i - 1] for i in indexes),
+        )
+        tags = source.tags()
         names, sure = all_bands, True
         if all_bands is None:
             names, sure = _name_bands(source, indexes)
+        band = _BAND_WORD.search(PurePath(path).stem)
+        radar = {*SENTINEL1_BANDS} & {*(names or ()), (band or ('',))[0].upper()}
+        real = layer.dtype.startswith('float') or any(s != 1 for s in layer.scale)
+        sample = None
+        if real or radar or (not sure and len(indexes) == len(SENTINEL2_BANDS)):
+            sample = read_sample(source, indexes, layer.nodata, alpha)
         # The last pixel of the last band is where a truncated file usually ends
-        corner = Window(grid.width - 1, grid.height - 1, 1, 1)
+        corner = Window(layer.grid.width - 1, layer.grid.height - 1, 1, 1)
         read_raster(source, [source.count], corner)
-
     if all_bands is not None and len(all_bands) != len(indexes) > 1:
         raise ValueError(
             f'all_bands must name the {len(indexes)} bands of {path}, got '
             f'{len(all_bands)}: {", ".join(all_bands)}'
         )
+    guess = ''
+    if not sure:
+        names, guess = guess_bands(len(indexes), layer.dtype, sample)
     if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
         names = None
-    layer = Layer(path, indexes, grid, values, dtype, alpha, scale, shift)
-    return layer, names, sure
+    return OpenedFile(layer, names, guess, tags, sample)
 
 
 def _is_landsat(path: str) -> bool:
@@ -202,8 +299,13 @@ def _is_landsat(path: str) -> bool:
 def _name_bands(
     source: Any, indexes: Sequence[int]
 ) -> tuple[tuple[str, ...] | None, bool]:
-    """Name the bands of a file, and tell whether it does so itself or they are guessed."""
-    texts = [_find_name(source.descriptions[i - 1] or '') for i in indexes]
+    """Name the bands of a file, and tell whether it says all that is to be known of them."""
+    descriptions = [source.descriptions[i - 1] or '' for i in indexes]
+    if len(indexes) > 1 and source.driver == 'GTiff' and not any(descriptions):
+        of_snap = snap_bands(source.name)
+        if len(of_snap) == source.count:
+            descriptions = [of_snap[i - 1] for i in indexes]
+    texts = [_find_name(text) for text in descriptions]
     known = [text for text in texts if text in KNOWN_BANDS]
     if known and len(set(known)) == len(known):
         # Earth Engine adds masks such as QA60, only all_bands can make use of them
@@ -211,67 +313,17 @@ def _name_bands(
         return tuple(names), True
     if tuple(source.colorinterp[i - 1] for i in indexes) == RGB_COLORS:
         return RGB_BANDS, True
-    if any(texts):
-        # Bands that have other names are other bands, whatever their number
-        return None, True
-    if len(indexes) in (12, 13):
-        return SENTINEL2_SUBSETS[len(indexes)], False
-    if len(indexes) == 2 and source.dtypes[0].startswith('float'):
-        return SENTINEL1_BANDS, False
-    return None, False
+    # Bands that have other names are other bands, whatever their number
+    return None, any(texts)
 
 
 def _find_name(description: str) -> str:
     """Return the band that a description names, else the description."""
     name = spell_band_name(description)
     words = {spell_band_name(word) for word in _BAND_WORD.findall(description)}
-    return words.pop() if name not in KNOWN_BANDS and len(words) == 1 else name
-
-
-class _Numbers:
-    """Scale and offset of the numbers in files, and the line that tells about them."""
-
-    def __init__(self, offset: float | None, to_digital: bool) -> None:
-        self.offset, self.to_digital = offset, to_digital
-        self.products: dict[str, Offset] = {}
-        self.declared: list[Layer] = []
-
-    def apply(self, layer: Layer, names: tuple[str, ...] | None) -> Layer:
-        """Complete the nodata value, scale and offset of some bands."""
-        count = len(layer.indexes)
-        sentinel2 = names is not None and set(names) <= set(SENTINEL2_BANDS)
-        # Bytes and floats were scaled by someone, who knows what became of 0 and 1000
-        whole = layer.dtype in ('uint16', 'uint32', 'uint64')
-        if sentinel2 and whole and all(value is None for value in layer.nodata):
-            layer = replace(layer, nodata=(0.0,) * count)
-        if self.offset is not None:
-            return replace(layer, scale=(1.0,) * count, offset=(self.offset,) * count)
-        if any(scale != 1 for scale in layer.scale) or any(layer.offset):
-            self.declared.append(layer)
-            reflectance = sentinel2 and max(map(abs, layer.scale)) < 0.01
-            if reflectance and self.to_digital:
-                # The statistics of bands are those of digital numbers
-                scale, offset = (
-                    tuple(round(value * _PER_REFLECTANCE, 6) for value in values)
-                    for values in (layer.scale, layer.offset)
-                )
-                layer = replace(layer, scale=scale, offset=offset)
-            return layer
-        if sentinel2 and whole:
-            found = self.products[layer.path] = product_offset(layer.path)
-            layer = replace(layer, offset=(found.value,) * count)
-        return layer
-
-    def tell(self) -> None:
-        """Say once for each kind of file what is applied, and how to choose otherwise."""
-        if self.declared:
-            first = self.declared[0]
-            rank_zero_info(
-                f'The scale and offset that {len(self.declared)} files such as '
-                f'{first.path} declare are applied: {first.scale[0]:g} times the number, '
-                f'{first.offset[0]:+g}. To read numbers as stored, give offset=0'
-            )
-        tell_offsets(self.products)
+    if name in KNOWN_BANDS or len(words) != 1 or _NO_VALUES.search(description):
+        return name
+    return words.pop()
 
 
 def _check_bands(
@@ -292,70 +344,73 @@ def _check_bands(
 
 
 def _from_file(
-    layer: Layer,
-    names: tuple[str, ...] | None,
-    wanted: tuple[str, ...] | None,
-    numbers: _Numbers,
+    file: OpenedFile, wanted: tuple[str, ...] | None, numbers: Numbers
 ) -> Scene:
     """Make a scene of one file."""
+    path, names = file.layer.path, file.names
+    # All of them tell the level, not only those that are wanted
+    level = numbers.products.level(path, file.tags, names or ())
     if wanted is not None:
-        landsat = names is None and _is_landsat(layer.path)
+        landsat = names is None and _is_landsat(path)
         if names is None and not landsat:
             raise ValueError(
-                f'{layer.path} does not name its {len(layer.indexes)} bands: give '
+                f'{path} does not name its {len(file.layer.indexes)} bands: give '
                 'all_bands in file order, or leave bands out to use all of them'
             )
         names = names or ()
-        _check_bands(layer.path, wanted, names, landsat)
-        positions = [names.index(band) for band in wanted]
-        layer = replace(
-            layer,
-            indexes=tuple(layer.indexes[position] for position in positions),
-            nodata=tuple(layer.nodata[position] for position in positions),
-            scale=tuple(layer.scale[position] for position in positions),
-            offset=tuple(layer.offset[position] for position in positions),
-        )
+        _check_bands(path, wanted, names, landsat)
+        file = file.choose([names.index(band) for band in wanted])
         names = wanted
-    return Scene(layer.path, names, (numbers.apply(layer, names),), layer.grid)
+    layer, unit, source = numbers.apply(file, names)
+    return Scene(path, names, (layer,), layer.grid, Kind(*level, unit, source))
 
 
 def _from_bands(
     name: str,
-    group: dict[str, Layer],
+    group: dict[str, OpenedFile],
     wanted: tuple[str, ...] | None,
-    numbers: _Numbers,
+    numbers: Numbers,
 ) -> Scene:
     """Make a scene of one file per band."""
     order = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
     present = sorted(
         group, key=lambda b: (order.index(b) if b in order else len(order), b)
     )
-    landsat = any(_is_landsat(layer.path) for layer in group.values())
+    landsat = any(_is_landsat(file.layer.path) for file in group.values())
     if wanted is not None:
         _check_bands(name, wanted, present, landsat)
     names = wanted or tuple(present)
-    layers = tuple(
-        numbers.apply(group[band], None if landsat else (band,)) for band in names
+    layers, units, sources = zip(
+        *(numbers.apply(group[band], None if landsat else (band,)) for band in names),
+        strict=True,
     )
     finest = min((layer.grid for layer in layers), key=lambda grid: grid.pixel_area)
     for layer in layers:
-        _check_same_ground(layer, finest, name)
-    return Scene(name, None if landsat else names, layers, finest)
+        if message := _lies_apart(layer, finest):
+            raise ValueError(f'the bands of {name} must {message}')
+    some = group[names[0]]
+    level = numbers.products.level(some.layer.path, some.tags, present)
+    # None if one of them is unknown
+    unit = '' if '' in units else ', '.join(dict.fromkeys(units))
+    source = ', '.join(dict.fromkeys(filter(None, sources)))
+    kind = Kind(*level, unit, source)
+    return Scene(name, None if landsat else names, layers, finest, kind)
 
 
-def _check_same_ground(layer: Layer, finest: Grid, name: str) -> None:
-    """Check that a band ends within one of its pixels of the finest band."""
+def _lies_apart(layer: Layer, finest: Grid) -> str:
+    """Say how a band differs if it does not end within one of its pixels of the finest."""
     if layer.grid.matches(finest):
-        return
+        return ''
     ours, theirs = layer.grid.transform, finest.transform
     if layer.grid.crs != finest.crs or any((ours.b, ours.d, theirs.b, theirs.d)):
-        raise ValueError(
-            f'the bands of {name} must share one CRS and be parallel to its axes, '
-            f'{layer.path} is not like the others'
+        return (
+            f'share one CRS and be parallel to its axes, {layer.path} is not like the '
+            'others'
         )
     apart = np.abs(np.subtract(layer.grid.bounds, finest.bounds))
     if (apart > np.abs([ours.a, ours.e, ours.a, ours.e])).any():
-        raise ValueError(
-            f'the bands of {name} must cover the same ground, {layer.path} covers '
-            f'{layer.grid.bounds} and the finest band {finest.bounds}'
+        return (
+            f'cover the same ground, {layer.path} covers {layer.grid.bounds} and the '
+            f'finest band {finest.bounds}'
         )
+    return ''

@@ -5,7 +5,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from ..bands import Level
 from .grid import LONLAT, Grid, parse_crs, projection
 from .open_files import OpenFiles
 
@@ -56,6 +57,24 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """The numbers of a scene, as far as its files tell.
+
+    Attributes:
+        level: Processing level of Sentinel-2, None if nothing tells it.
+        level_source: What tells the level.
+        unit: ``'digital numbers'``, ``'reflectance'``, ``'dB'``, ``'linear'``, ``'8 bit'``,
+            or several of them, '' if nothing tells it.
+        source: In words, where the scale and offset that are applied are from.
+    """
+
+    level: Level | None = None
+    level_source: str = ''
+    unit: str = ''
+    source: str = ''
+
+
+@dataclass(frozen=True)
 class Scene:
     """An image of one date.
 
@@ -67,6 +86,7 @@ class Scene:
     bands: tuple[str, ...] | None
     layers: tuple[Layer, ...]
     grid: Grid
+    kind: Kind = Kind()
 
     @property
     def count(self) -> int:
@@ -177,8 +197,8 @@ def read_values(
 ) -> tuple[Values, Flags]:
     """Read bands of an open raster as float32 of (C, H, W), NaN where they have no data.
 
-    See :class:`Layer` for the arguments. Also returned is where a band of integers is 0
-    and that is its nodata value: no data, too, but only if all bands are, so not NaN.
+    See :class:`Layer` for the arguments. Also returned is where a band is 0 and that is its
+    nodata value: no data, too, but only if all bands are, so not NaN.
     """
     wanted = [*indexes] if alpha is None else [*indexes, alpha]
     raw = read_raster(source, wanted, window)
@@ -187,7 +207,7 @@ def read_values(
         values = raw[: len(indexes)].astype(np.float32)
     zero = np.zeros(values.shape, np.bool_)
     for band, value in enumerate(nodata):
-        if value == 0 and raw.dtype.kind in 'iu':
+        if value == 0:
             zero[band] = raw[band] == 0
         elif value is not None:
             values[band][raw[band] == value] = np.nan
@@ -210,9 +230,9 @@ class RasterReader:
     Every process opens files on first use and keeps the last ones open.
     """
 
-    def __init__(self) -> None:
-        """Initialize a new RasterReader instance."""
-        self.files = OpenFiles(open_raster, _MAX_OPEN)
+    def __init__(self, opener: Callable[..., Any] = open_raster) -> None:
+        """Initialize a new RasterReader instance, see also :func:`.open_mapped`."""
+        self.files = OpenFiles(opener, _MAX_OPEN)
 
     def read(
         self, scene: Scene, top: int, left: int, height: int, width: int

@@ -1,16 +1,20 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""The offset of Sentinel-2's digital numbers, as products tell it."""
+"""Level and offset of Sentinel-2's digital numbers, as products tell them."""
 
 import functools
+import json
 import os
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from ..bands import SENTINEL2_BANDS, Level
 
 #: Name of a product of ESA, anywhere in a path, with its processing baseline.
 _PRODUCT = re.compile(
@@ -24,13 +28,41 @@ _PRODUCT = re.compile(
 _FIRST, _LAST = 400, 999
 _OFFSET = -1000.0
 
-#: Files without the name of their product, such as those of Planetary Computer, but with
-#: the tile and the time of acquisition: T32UNE_20230601T101031_B02_10m.tif.
-_GRANULE = re.compile(r'T\d{2}[A-Z]{3}_(?P<date>\d{8})T\d{6}')
+#: Tile and time of acquisition without the baseline, in the names of files or folders:
+#: T32UNE_20230601T101031_B02_10m.tif, Planetary Computer's S2B_MSIL2A_20230601T103629_R008,
+#: and Earth Engine's 20230601T101031_20230601T101123_T32UNE.
+_GRANULE = re.compile(
+    r'(?<![A-Za-z0-9])(?:(?:T\d{2}[A-Z]{3}|S2[A-Z]_MSIL(?:1C|2A))_(?P<date>\d{8})T\d{6}'
+    r'|(?P<taken>\d{8})T\d{6}_\d{8}T\d{6}_T\d{2}[A-Z]{3})'
+)
 
 #: Metadata of a product, and the folders above an image that may have it.
-_METADATA = ('MTD_MSIL2A.xml', 'MTD_MSIL1C.xml')
+_METADATA = {'MTD_MSIL2A.xml': 'L2A', 'MTD_MSIL1C.xml': 'L1C'}
 _LEVELS_UP = 5
+
+#: The level in the names of products (S2B_MSIL2A_...), of their granules (L2A_T32UNE_...),
+#: of items and collections of STAC catalogues (S2B_32UNE_20200101_0_L2A, sentinel-2-l2a),
+#: and of Major-TOM (Core-S2L2A).
+_LEVEL = re.compile(
+    r'(?:MSI|S2|(?<![A-Za-z0-9]))L(1C|2A)(?![A-Za-z0-9])', re.IGNORECASE
+)
+
+#: Collections whose names tell the level in another way: Earth Engine's and NASA's.
+_COLLECTIONS = (
+    (re.compile(r'(?<![A-Za-z0-9])(?:S2_SR(?![A-Za-z0-9])|HLS\.S30)'), 'L2A'),
+    (re.compile(r'(?<![A-Za-z0-9])S2_HARMONIZED(?![A-Za-z0-9])'), 'L1C'),
+)
+
+#: Tags of files, and properties of STAC items without their prefix, that tell the level:
+#: of GDAL's driver for products (PROCESSING_LEVEL=Level-2A), processing:level=L2A,
+#: s2:product_type=S2MSI2A.
+_LEVEL_TAGS = ('PROCESSING_LEVEL', 'LEVEL', 'PRODUCT_TYPE', 'PRODUCT_URI', 'PRODUCT_ID')
+_LEVEL_VALUE = re.compile(
+    r'(?:^|L|LEVEL|MSI)[- _]?(1C|2A)p?(?![A-Za-z0-9])', re.IGNORECASE
+)
+
+#: Layers that only Level-2A has.
+_OF_LEVEL2A = {'SCL', 'AOT', 'WVP', 'MSK_CLDPRB', 'MSK_SNWPRB'}
 
 
 class Offset(NamedTuple):
@@ -40,25 +72,139 @@ class Offset(NamedTuple):
     source: str | None
 
 
-def product_offset(path: str) -> Offset:
-    """Find the offset of the product that a file belongs to.
+class Products:
+    """The products that files belong to. Each folder is looked at once.
 
-    The product's metadata count before the baseline in its name, both of the real path,
-    so that a link or a relative path gives the same pixels.
+    Metadata count before names, and both are those of the real path, so that a link or a
+    relative path gives the same pixels.
     """
-    real = os.path.realpath(path)
-    for folder in [*Path(real).parents][:_LEVELS_UP]:
+
+    def __init__(self) -> None:
+        """Initialize a new Products instance."""
+        self._metadata = functools.cache(_find_metadata)
+        self._item = functools.cache(_read_item)
+        self._offset = functools.cache(_read_offset)
+
+    def offset(self, path: str, tags: Mapping[str, Any] | None = None) -> Offset:
+        """Find the offset of the digital numbers in a file.
+
+        Args:
+            path: The file.
+            tags: Its tags.
+        """
+        real = os.path.realpath(path)
+        metadata = self._metadata(os.path.dirname(real))
+        if metadata is not None:
+            return Offset(self._offset(metadata), os.path.basename(metadata))
+        for source, facts in self._facts(real, tags):
+            value = _tagged_offset(facts)
+            if value is not None:
+                return Offset(value, source)
+        if match := _PRODUCT.search(real):
+            return Offset(
+                _offset_since(int(match['baseline'])), 'the name of the product'
+            )
+        return Offset(0.0, None)
+
+    def level(
+        self,
+        path: str,
+        tags: Mapping[str, Any] | None = None,
+        bands: Iterable[str] = (),
+    ) -> tuple[Level | None, str]:
+        """Find the processing level of a file, and what tells it.
+
+        Metadata go first, then names of bands, then those of products. All twelve bands
+        but B10 are of Level-2A where nothing else tells it.
+
+        Args:
+            path: The file.
+            tags: Its tags.
+            bands: Names of all its bands, or of those in files beside it.
+        """
+        real = os.path.realpath(path)
+        names = set(bands)
+        level: str | None = None
+        source = ''
+        if metadata := self._metadata(os.path.dirname(real)):
+            source = os.path.basename(metadata)
+            return cast(Level, _METADATA[source]), source
+        for source, facts in self._facts(real, tags):
+            found = [_LEVEL_VALUE.search(facts.get(key, '')) for key in _LEVEL_TAGS]
+            if match := next(filter(None, found), None):
+                return cast(Level, f'L{match[1].upper()}'), source
+        others = names - {*SENTINEL2_BANDS}
+        if 'B10' in names:
+            level, source = 'L1C', 'the band B10'
+        elif others & _OF_LEVEL2A:
+            level, source = 'L2A', f'the band {min(others & _OF_LEVEL2A)}'
+        elif matches := _LEVEL.findall(real):
+            level, source = f'L{matches[-1].upper()}', 'names'
+        else:
+            told = [level for regex, level in _COLLECTIONS if regex.search(real)]
+            if told:
+                level, source = told[0], 'names'
+            elif {*SENTINEL2_BANDS} - names == {'B10'}:
+                level, source = 'L2A', 'all bands but B10'
+        return cast(Level | None, level), source if level else ''
+
+    def _facts(
+        self, real: str, tags: Mapping[str, Any] | None
+    ) -> Iterable[tuple[str, dict[str, str]]]:
+        """Yield what tags of a file and STAC items beside it say, after who says so."""
+        yield 'tags', _plain_tags(tags or {})
+        folder, name = os.path.split(real)
+        stem = os.path.splitext(name)[0]
+        for item in ('item', os.path.basename(folder), stem):
+            yield 'the STAC item', self._item(os.path.join(folder, f'{item}.json'))
+
+
+def _plain_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Return tags in upper case without a prefix such as `s2:`."""
+    return {key.rpartition(':')[2].upper(): str(value) for key, value in tags.items()}
+
+
+def _offset_since(baseline: int) -> float:
+    """Return the offset of a processing baseline, times 100."""
+    return _OFFSET if _FIRST <= baseline <= _LAST else 0.0
+
+
+def _tagged_offset(tags: Mapping[str, str]) -> float | None:
+    """Return the offset that tags or properties tell, None if they do not."""
+    if tags.get('BOA_OFFSET_APPLIED', '').lower() == 'true':
+        return 0.0  # by Earth Search, whose files have it no more
+    for key in ('BOA_ADD_OFFSET', 'RADIO_ADD_OFFSET'):
+        if re.fullmatch(r'-?\d+(\.\d*)?', tags.get(key, '')):
+            return float(tags[key])
+    if match := re.fullmatch(
+        r'(\d{1,2})\.(\d{2})', tags.get('PROCESSING_BASELINE', '')
+    ):
+        return _offset_since(int(match[1] + match[2]))
+    names = (
+        _PRODUCT.search(tags.get(key, '')) for key in ('PRODUCT_URI', 'PRODUCT_ID')
+    )
+    found = next(filter(None, names), None)
+    return None if found is None else _offset_since(int(found['baseline']))
+
+
+def _find_metadata(folder: str) -> str | None:
+    """Find the metadata of the product that a folder belongs to."""
+    for above in [Path(folder), *Path(folder).parents][:_LEVELS_UP]:
         for name in _METADATA:
-            if (folder / name).is_file():
-                return Offset(_read_offset(str(folder / name)), str(folder / name))
-    match = _PRODUCT.search(real)
-    if match is not None:
-        shifted = _FIRST <= int(match['baseline']) <= _LAST
-        return Offset(_OFFSET if shifted else 0.0, match[0])
-    return Offset(0.0, None)
+            if (above / name).is_file():
+                return str(above / name)
+    return None
 
 
-@functools.lru_cache(maxsize=1024)
+def _read_item(path: str) -> dict[str, str]:
+    """Read the properties of a STAC item, none if a file is none."""
+    try:
+        item = json.loads(Path(path).read_bytes())
+        return _plain_tags(item['properties']) if 'stac_version' in item else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
 def _read_offset(path: str) -> float:
     """Read the offset from the metadata of a product, 0 if they have none."""
     try:
@@ -80,23 +226,15 @@ def _read_offset(path: str) -> float:
     return found.pop() if found else 0.0
 
 
-def tell_offsets(offsets: dict[str, Offset]) -> None:
-    """Say which offsets were chosen, in a line for each kind, and where one may lack.
+def hint_at_offset(paths: Iterable[str]) -> None:
+    """Say once that an offset may be missing.
 
     Args:
-        offsets: Of files with digital numbers of Sentinel-2, by path.
+        paths: Files with digital numbers of Sentinel-2 whose baseline nothing tells.
     """
-    applied = [(path, o) for path, o in offsets.items() if o.value]
-    if applied:
-        path, offset = applied[0]
-        rank_zero_info(
-            f'{offset.value:g} is added to the digital numbers of {len(applied)} files '
-            f'such as {path}, as {offset.source} says. If that is not so, give offset'
-        )
-    for path, offset in offsets.items():
-        granule = _GRANULE.search(os.path.basename(path))
-        recent = granule is not None and granule['date'] >= '20220125'
-        if recent and offset.source is None:
+    for path in paths:
+        granule = _GRANULE.search(os.path.realpath(path))
+        if granule and (granule['date'] or granule['taken']) >= '20220125':
             rank_zero_info(
                 f'{path} does not tell its processing baseline, so its digital numbers '
                 'are taken as they are. Since January 2022 ESA adds 1000: if that is so '

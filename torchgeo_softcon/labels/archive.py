@@ -29,9 +29,9 @@ from ..storage.resumable import REMEDY
 from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_locations, write_json
 from .plan import Plan, count_unit
-from .sources import Images, find_images, find_layout, read
+from .sources import Images, Table, find_images, find_layout, read
 from .store import LabelStore, counts_table
-from .tables import Table, read_footprints
+from .tables import read_footprints
 from .workers import Workers, open_workers
 
 #: Footprints whose outlines are made at once.

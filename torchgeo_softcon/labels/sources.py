@@ -5,9 +5,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,10 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from ..geo.find_files import find_files, pattern_root, readable_name
 from ..geo.footprints import make_footprints
+
+if TYPE_CHECKING:
+    from ..ssl4eo.record_archive import RecordArchive
+    from ..ssl4eo.shards import ShardArchive
 
 #: Images of a work unit.
 _FILES = 1024
@@ -65,6 +69,28 @@ class Images:
                     strict=True,
                 )
             )
+
+
+class Table:
+    """A table of footprints, in memory.
+
+    Attributes:
+        ids: Names of all rows, also of those without a footprint.
+    """
+
+    def __init__(self, read: Read, ids: pa.StringArray) -> None:
+        """Initialize a new Table instance of footprints and the names of all rows."""
+        self.ids = ids
+        self._read = read
+
+    def units(self, rows: pa.Array) -> Iterator[Any]:
+        """Yield the footprints of the rows at some positions, as one unit."""
+        wanted = self.ids.take(rows)
+        table = self._read.table
+        there = pc.drop_null(pc.index_in(wanted, table['id'].combine_chunks()))
+        names = set(wanted.to_pylist()) if self._read.failures else ()
+        failures = {k: v for k, v in self._read.failures.items() if k in names}
+        yield Read(table.take(there), failures)
 
 
 def read(unit: Any) -> Read:
@@ -139,16 +165,16 @@ def find_images(pattern: str | os.PathLike[str]) -> Images:
     return images
 
 
-def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
+def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
     """List the images of an archive with known folders.
 
     Args:
         layout: ``ssl4eo-s12``: ``s2c``, ``s2a`` and ``s1`` with folders of locations,
-            with folders of dates, with a file per band.
+            with folders of dates, with a file per band; the same packed; or v1.1.
         root: Folder of the archive.
 
     Returns:
-        One patch per image, as :class:`.TiffArchive` finds them, with ids of its folders, such as
+        One patch per image, as :func:`.open_archive` finds them, with ids of its folders, such as
         ``s2c/0000000/20180710T125311_20180710T125627_T24KVE``. Where a 10 m band is, is
         its grid.
 
@@ -159,9 +185,13 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
     # Not before: it needs PyTorch
-    from ..ssl4eo.tiffs import list_images
+    from ..ssl4eo.shards import find_splits, open_archive
+    from ..ssl4eo.tiffs import TiffArchive, list_images
 
     ids, paths = [], []
+    if find_splits(root) and not any(list_images(root, name) for name in _SSL4EO_S12):
+        opened = [open_archive(root, name) for name in find_splits(root)]
+        return _footprints([a for a in opened if not isinstance(a, TiffArchive)])
     for product, band in _SSL4EO_S12.items():
         for location, date in list_images(root, product):
             ids.append(f'{product}/{location}/{date}')
@@ -172,3 +202,28 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images:
             f'SSL4EO-S12, found none in {os.fspath(root)!r}'
         )
     return Images(ids, paths)
+
+
+def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
+    """Return the footprints of archives that know them."""
+    tables, ids = [], []
+    failures = {}
+    for archive in archives:
+        crs, transforms, size = archive.grids()
+        names = ['/'.join((archive.split, *archive.name(n))) for n in range(len(crs))]
+        there = [n for n, one in enumerate(crs) if one is not None]
+        failures |= dict.fromkeys(
+            (names[n] for n, one in enumerate(crs) if one is None),
+            'has no coordinate reference system',
+        )
+        tables.append(
+            make_footprints(
+                [names[n] for n in there],
+                [crs[n] for n in there],
+                transforms[there],
+                np.tile(np.array(size, np.int32), (len(there), 1)),
+            )
+        )
+        ids += names
+    table = pa.concat_tables(tables).unify_dictionaries()
+    return Table(Read(table, failures), pa.array(ids, pa.string()))

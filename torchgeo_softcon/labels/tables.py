@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ from pyproj import CRS
 from ..geo.antimeridian import Floats
 from ..geo.footprints import make_footprints
 from ..geo.grid import parse_crs
-from .sources import Read, check_unique
+from .sources import Read, Table, check_unique
 
 #: Columns of a table that has boxes instead of geometries.
 _BOX = ('left', 'bottom', 'right', 'top')
@@ -39,28 +38,6 @@ _NO_PIXELS = 'has no height and width that are whole numbers of 1 or more'
 
 #: Rows that are read at once.
 _ROWS = 2**16
-
-
-class Table:
-    """A table of footprints, in memory.
-
-    Attributes:
-        ids: Names of all rows, also of those without a footprint.
-    """
-
-    def __init__(self, read: Read, ids: pa.StringArray) -> None:
-        """Initialize a new Table instance of footprints and the names of all rows."""
-        self.ids = ids
-        self._read = read
-
-    def units(self, rows: pa.Array) -> Iterator[Any]:
-        """Yield the footprints of the rows at some positions, as one unit."""
-        wanted = self.ids.take(rows)
-        table = self._read.table
-        there = pc.drop_null(pc.index_in(wanted, table['id'].combine_chunks()))
-        names = set(wanted.to_pylist()) if self._read.failures else ()
-        failures = {k: v for k, v in self._read.failures.items() if k in names}
-        yield Read(table.take(there), failures)
 
 
 def read_footprints(path: str | os.PathLike[str]) -> Table:

@@ -38,6 +38,9 @@ _CHUNK = 2**16
 #: Bytes of a file that are not pixels, at most.
 _HEADERS = 2**22
 
+#: How TIFF and BigTIFF begin, in both byte orders.
+_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+
 #: Answers that may be better later: wrong ranges, busy and broken servers.
 _RETRIED = (206, 408, 416, 429, 500, 502, 503, 504)
 
@@ -265,11 +268,14 @@ class _Fetch:
 
     def _append(self, response: requests.Response, partial: Path) -> None:
         """Write the body of an answer behind the bytes that there are."""
-        limit = self.product.grid.pixels**2 + _HEADERS
+        # Classes take less than half a byte per pixel, also with overviews
+        limit = self.product.grid.pixels**2 // 2 + _HEADERS
         with partial.open('ab') as stream:
             announced = stream.tell() + (response.raw.length_remaining or 0)
             for chunk in response.iter_content(_CHUNK):
                 self._check_stop()
+                if not stream.tell() and not chunk.startswith(_TIFF):
+                    raise ValueError(f'it begins with {chunk[:4]!r}, a TIFF does not')
                 if max(stream.tell() + len(chunk), announced) > limit:
                     stream.truncate(0)
                     raise OSError(f'{response.url}: a tile cannot have so many bytes')

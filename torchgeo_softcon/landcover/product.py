@@ -217,7 +217,8 @@ class LandCoverProduct:
         """
         known = ' or '.join(map(str, sorted(self.years))) or 'left out'
         require(
-            year is None or year in self.years, f'year must be {known}, got {year!r}'
+            year is None or year in self.years,
+            f'year must be {known}, got {year!r}: {self.title} has no other',
         )
         return max(self.years, default=None) if year is None else year
 

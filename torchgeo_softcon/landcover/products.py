@@ -161,3 +161,8 @@ WORLDCOVER = register(_read(Path(__file__).with_name('worldcover.yaml')))
 
 #: Class codes of ESA WorldCover in ordinal order, 0 is no data.
 WORLDCOVER_CODES = WORLDCOVER.codes
+
+# Those whose classes have mappings to the ones above. The layer LULC of SSL4EO-S12 v1.1 is
+# that of esri
+for _name in ('esri', 'lcm10', 'cgls', 'corine'):
+    register(_read(Path(__file__).with_name(f'{_name}.yaml')))

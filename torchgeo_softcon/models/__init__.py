@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .encoders import read_pretrained as read_pretrained
     from .encoders import read_weights as read_weights
     from .loading import create_encoder as create_encoder
     from .loading import feature_size as feature_size
     from .loading import is_vit as is_vit
     from .loading import load_encoder as load_encoder
-    from .loading import read_pretrained as read_pretrained
     from .weights import ResNet50_Weights as ResNet50_Weights
     from .weights import Swin_T_Weights as Swin_T_Weights
     from .weights import ViTBase14_DINOv2_Weights as ViTBase14_DINOv2_Weights
@@ -29,14 +29,8 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
-    encoders=('read_weights',),
-    loading=(
-        'create_encoder',
-        'feature_size',
-        'is_vit',
-        'load_encoder',
-        'read_pretrained',
-    ),
+    encoders=('read_pretrained', 'read_weights'),
+    loading=('create_encoder', 'feature_size', 'is_vit', 'load_encoder'),
     weights=(
         'ResNet50_Weights',
         'Swin_T_Weights',

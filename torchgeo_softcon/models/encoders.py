@@ -4,22 +4,26 @@
 """Encoders that were read from checkpoints or from published weights."""
 
 import functools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import timm
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._compat import WeightsEnum, get_weight
-from ..bands import spell_band_name
+from ..bands import SENTINEL2_SUBSETS, normalize_band_names, spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
-from .input_layer import input_layer
-from .loading import create_encoder, is_vit, load_encoder
+from .input_layer import COLOURS, InputLayerInit, Normalization, input_layer
+from .loading import create_encoder, load_encoder
+from .positions import POSITIONS, match_grid
+from .timm_models import model_for, timm_name
 from .weights import EncoderWeights
 
 #: Where the encoder is in checkpoints of tasks: in BYOL and segmentation of TorchGeo, in
@@ -50,6 +54,8 @@ class Encoder:
         bands: Names of its bands, if they are known.
         unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
             if that is not known.
+        normalization: Mean and standard deviation of its bands by which images in [0, 1]
+            were normalized, None if they were not, or that is not known.
         method: Name of the method that trained it, if it is known.
         reference: Paper of the method, if it is known.
         branch: Which of the encoders of its task it is, None if that is not known.
@@ -63,6 +69,7 @@ class Encoder:
     size: int | None = None
     bands: tuple[str, ...] | None = None
     unit_range: bool | None = None
+    normalization: Normalization | None = None
     method: str | None = None
     reference: str | None = None
     branch: Branch | None = None
@@ -91,15 +98,27 @@ class Encoder:
     def model(self) -> nn.Module:
         """A timm model that pools its features, in evaluation mode."""
         encoder: Any = create_encoder(self._known_name(), self.in_channels)
-        positions = self.state_dict.get('pos_embed')
-        if is_vit(encoder) and positions is not None:
-            prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-            side = math.isqrt(positions.shape[1] - prefix)
-            if side != encoder.patch_embed.grid_size[0]:
-                # Not resampled to timm's native size and back
-                encoder.set_input_size(side * encoder.patch_embed.patch_size[0])
+        # Not resampled to timm's native size and back
+        match_grid(encoder, self.state_dict.get('pos_embed'))
         load_encoder(encoder, self.state_dict)
         return encoder.eval()
+
+    def has_bands(self, bands: Sequence[str]) -> bool:
+        """Whether it has these bands, in any spelling and in this order."""
+        return self.bands is not None and _spelled(self.bands) == _spelled(bands)
+
+    def load_into(
+        self, encoder: nn.Module, init: InputLayerInit, bands: Sequence[str] | None
+    ) -> None:
+        """Load it into an encoder for *bands*, see :func:`.load_encoder`."""
+        if init == 'rgb' and self.normalization is None and not self.unit_range:
+            rank_zero_info(
+                f"in_layer_init='rgb' takes the values of images as they are: {self.source} "
+                'does not tell a mean and standard deviation for images in [0, 1]. Those '
+                'of timm (weights: true) and of DINO-MC do'
+            )
+        named = None if bands is not None and self.has_bands(bands) else bands
+        load_encoder(encoder, self.state_dict, init, named, self.normalization)
 
     def _known_name(self) -> str:
         if not self.name:
@@ -133,9 +152,11 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
     checkpoint = read_checkpoint(str(path))
     hparams = _mapping(checkpoint, 'hyper_parameters')
     note = _mapping(checkpoint, PRETRAINING)
-    name = hparams.get('model')
+    name, normalization = hparams.get('model'), None
     if 'state_dict' not in checkpoint and {'student', 'teacher'} <= checkpoint.keys():
         branch = branch or 'teacher'
+        # In the code of DINO-MC and of DINO
+        normalization = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         state_dict = dino_mc_encoder(checkpoint, branch)
     else:
         state = checkpoint.get('state_dict', checkpoint)
@@ -160,6 +181,8 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
             for key, value in state.items()
             if key.startswith(prefix)
         }
+        if prefix == 'model.' and POSITIONS in checkpoint:
+            state_dict['pos_embed'] = checkpoint[POSITIONS]
     if is_torchvision_swin(state_dict):
         state_dict = swin_to_timm(state_dict)
         name = None if name == 'swin_t' else name
@@ -172,6 +195,7 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         hparams.get('size') or None,
         None if bands is None else tuple(bands),
         True if in_unit_range else None,
+        normalization,
         note.get('method'),
         note.get('reference'),
         branch,
@@ -234,6 +258,47 @@ def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
     return find_weights(weights).state_dict
 
 
+def read_pretrained(
+    model: str, in_channels: int, bands: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Read the weights that the name of a timm model stands for.
+
+    Those of this package's models are for *in_channels* bands called *bands*, those of
+    timm's own for RGB.
+    """
+    return initial_weights(True, model, in_channels, bands).state_dict
+
+
+def initial_weights(
+    weights: WeightsEnum | str | bool,
+    model: str,
+    in_channels: int,
+    bands: Sequence[str] | None = None,
+) -> Encoder:
+    """Read the encoder that a task starts from: True is what *model* stands for."""
+    if not isinstance(weights, bool):
+        return find_weights(weights)
+    own = timm_name(model) != model.split('/')[-1].split('.')[0]
+    if own:
+        created: Any = timm.create_model(
+            model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
+        )
+    else:
+        created = create_encoder(model, pretrained=True)
+    mean, std = (created.pretrained_cfg[key] for key in ('mean', 'std'))
+    if own and bands is not None and any(mean):
+        names = [COLOURS.get(name, name) for name in normalize_band_names(bands)]
+        order = [SENTINEL2_SUBSETS[3].index(name) for name in names]
+        mean, std = ([values[i] for i in order] for values in (mean, std))
+    return Encoder(
+        dict(created.state_dict()),
+        model,
+        bands=tuple(bands) if own and bands is not None else None,
+        normalization=(mean, std) if any(mean) else None,
+        source=model,
+    )
+
+
 def find_weights(
     weights: WeightsEnum | str, bands: Sequence[str] | None = None
 ) -> Encoder:
@@ -261,8 +326,33 @@ def find_weights(
         None if names is None else tuple(_spelled(names)),
         # Those of DINO-MC are standardized after that
         meta.get('value_range') == (0, 1) and 'mean' not in meta,
+        (meta['mean'], meta['std']) if 'mean' in meta else None,
         meta.get('ssl_method'),
         source=str(weights),
+    )
+
+
+def own_weights(weights: Any) -> EncoderWeights | None:
+    """Return weights of this package, given as they are or by name, None for others."""
+    if isinstance(weights, str):
+        try:
+            weights = get_weight(weights)
+        except ValueError:  # a path
+            return None
+    return weights if isinstance(weights, EncoderWeights) else None
+
+
+def explain_misfit(task: Any) -> str | None:
+    """Tell which model to use with the weights of a task that does not take them."""
+    weights = own_weights(getattr(task, 'weights', None))
+    if weights is None:
+        return None
+    given = {k: task.hparams[k] for k in ('model', 'backbone') if task.hparams.get(k)}
+    fitting = model_for(type(weights).__name__, weights.name.lower())
+    return (
+        f'weights = {weights} do not fit {" and ".join(f"{k} = {v!r}" for k, v in given.items())}. '
+        f'Set model to {fitting!r} (or backbone to {"tu-" + fitting!r}) and weights to '
+        'true: that is the model with these weights, for images of any size'
     )
 
 
@@ -301,10 +391,10 @@ def open_encoder(
             raise OSError(str(error)) from error
     elif checkpoint is not None and weights is None:
         encoder = read_encoder(checkpoint)
-        known = encoder.bands
-        if bands and known and _spelled(bands) != _spelled(known):
+        if bands and encoder.bands and not encoder.has_bands(bands):
             raise ValueError(
-                f'bands must be those that {checkpoint} was trained with, {known}, got '
+                f'bands must be those that {checkpoint} was trained with, '
+                f'{encoder.bands}, got '
                 f'{tuple(bands)}. Leave bands out, and choose and order those of the '
                 'dataset'
             )

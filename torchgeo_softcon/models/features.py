@@ -41,8 +41,13 @@ def last_block_features(
             f'blocks must be from 1 to {len(vit.blocks)}, those of the encoder, got '
             f'{blocks}'
         )
-    layers = vit.get_intermediate_layers(
-        image, n=blocks, return_prefix_tokens=True, norm=True
+    layers = vit.forward_intermediates(
+        image,
+        blocks,
+        return_prefix_tokens=True,
+        norm=True,
+        output_fmt='NLC',
+        intermediates_only=True,
     )  # per block: patch tokens (B, N, F), class token and registers (B, P, F)
     tokens = [prefix[:, 0] for _, prefix in layers]
     if average_patches:

@@ -7,17 +7,25 @@ import codecs
 import hashlib
 import os
 import re
+import shutil
 import uuid
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
+from tqdm.auto import tqdm
 
 from .checkpoints import read_checkpoint
 
 #: Environment variable with the folder to look into before the network is used.
 WEIGHTS_VARIABLE = 'TORCHGEO_SOFTCON_WEIGHTS'
+
+#: Seconds without an answer or a byte, after which a download ends.
+_TIMEOUT = 30
+
+#: The most bytes of a file: the training checkpoint of a ViT-L has 3.7 GB.
+_MOST = 4 * 2**30
 
 #: The rule of torch.hub: a name may end in the first digits of the file's SHA-256.
 _HASH = re.compile(r'-([a-f0-9]{8,64})\.')
@@ -49,10 +57,13 @@ def find_file(
         progress: Whether to show the progress of a download.
 
     Raises:
-        ValueError: If *root* or *model_dir* is not a folder, or the file has another hash.
+        ValueError: If *root* or *model_dir* is not a folder, *file* is more than a name, or
+            the file has another hash.
         RuntimeError: If the download fails.
     """
     name = file or os.path.basename(urlparse(url).path)
+    if name in ('', '.', '..') or {'/', '\\', '\0'} & {*name}:
+        raise ValueError(f'file must be a name without folders, got {name!r}')
     option = WEIGHTS_VARIABLE if root is None else 'root'
     folder = os.environ.get(WEIGHTS_VARIABLE) if root is None else root
     if folder:
@@ -94,13 +105,12 @@ def _download(url: str, path: Path, check_hash: bool, progress: bool) -> None:
     # Ends in its own name, for the sake of the hash
     partial = path.with_name(f'.{uuid.uuid4().hex}.{path.name}')
     try:
-        torch.hub.download_url_to_file(url, str(partial), progress=progress)
-        _reject_page(partial)
+        _fetch(url, partial, progress)
         _checked(partial, check_hash)
         # Servers that break off do not always say so
         read_checkpoint(str(partial))
         partial.replace(path)
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).replace(str(partial), 'the file')
         raise RuntimeError(
             f'{path.name} could not be downloaded from {url}: {reason or repr(error)}. '
@@ -111,14 +121,40 @@ def _download(url: str, path: Path, check_hash: bool, progress: bool) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _reject_page(path: Path) -> None:
-    """Raise if a server has sent a page or a message instead of the file.
+def _fetch(url: str, path: Path, progress: bool) -> None:
+    """Copy a file from the network, through the proxies that the environment names."""
+    if url.startswith('file:'):
+        shutil.copyfile(url2pathname(urlparse(url).path), path)
+        return
+    import requests  # not before: a weight by its name needs no network
+
+    with (
+        requests.get(url, stream=True, timeout=_TIMEOUT) as response,
+        path.open('wb') as stream,
+    ):
+        response.raise_for_status()
+        size = response.raw.length_remaining or 0  # 0 if it is not announced
+        with tqdm(
+            total=size or None, unit='B', unit_scale=True, disable=not progress
+        ) as bar:
+            for chunk in response.iter_content(2**16):
+                if not stream.tell():
+                    _reject_page(chunk)
+                if max(size, stream.tell() + len(chunk)) > _MOST:
+                    raise ValueError(f'a file of weights has at most {_MOST} bytes')
+                stream.write(chunk)
+                bar.update(len(chunk))
+        if stream.tell() < size:  # before version 2, urllib3 accepts that
+            raise ValueError(f'{stream.tell()} of {size} bytes came: download it again')
+
+
+def _reject_page(start: bytes) -> None:
+    """Raise if a server sends a page or a message instead of the file.
 
     Google Drive does so to ask for confirmation, to ask for a login, and after too many
     downloads by others.
     """
-    with path.open('rb') as stream:
-        start = stream.read(65536).removeprefix(codecs.BOM_UTF8).lstrip()
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if b'\0' in start:  # not text, whatever the first byte is
         return
     if start[:1] in (b'{', b'['):

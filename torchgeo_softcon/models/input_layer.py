@@ -4,10 +4,11 @@
 """Input layers for any number of bands."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -15,9 +16,12 @@ from .._checks import check_choice
 from ..bands import normalize_band_names, rgb_indices
 
 #: What Sentinel-2 calls the colours of a photograph.
-_COLOURS = {'R': 'B4', 'G': 'B3', 'B': 'B2'}
+COLOURS = {'R': 'B4', 'G': 'B3', 'B': 'B2'}
 
 InputLayerInit = Literal['random', 'rgb', 'timm']
+
+#: Mean and standard deviation of each band by which images in [0, 1] are normalized.
+Normalization: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
 
 def input_layer(model: nn.Module) -> tuple[str, nn.Conv2d]:
@@ -40,7 +44,8 @@ def adapt_input_weight(
       choice: only the input layer starts from scratch, the rest is pretrained.
     * ``'rgb'``: red, green and blue of the pretrained layer go to the bands of those
       names, all other bands get their mean, and everything is scaled by 3 / *C* so that
-      the sum over bands keeps its size.
+      the sum over bands keeps its size. Images are in [0, 1], whatever normalization the
+      weights were trained with, see :func:`fold_normalization`.
     * ``'timm'``: channel *j* copies pretrained channel *j* modulo 3, as
       ``timm.create_model(..., pretrained=True, in_chans=C)`` does. Knows no band names:
       in the order of Sentinel-2, B1 gets the weights of red.
@@ -75,6 +80,74 @@ def adapt_input_weight(
     return new * (3 / in_channels)
 
 
+def fold_normalization(
+    model: nn.Module, state_dict: Mapping[str, Tensor], normalization: Normalization
+) -> dict[str, Tensor]:
+    r"""Let the input layer of pretrained weights see images that are not normalized.
+
+    :math:`W (x - \mu) / \sigma + b = W' x + b'` with :math:`W' = W / \sigma` and
+    :math:`b' = b - \sum W' \mu`. Layers without bias leave :math:`b'` to what follows: to
+    the running mean of batch norm, which is exact in evaluation mode and of no effect in
+    training, or to the positions of patches.
+
+    Exact for patches. Convolutions that pad by zeros see a black border where that of the
+    pretrained model had the mean colour: the outermost values of the first feature map
+    differ, as no parameter can tell them from others.
+
+    Args:
+        model: The encoder that the parameters are for.
+        state_dict: Its parameters, with an input layer (F, C, k, k) of any C.
+        normalization: Mean and standard deviation of the C bands.
+
+    Raises:
+        ValueError: If the model has no place for the mean.
+    """
+    name, layer = input_layer(model)
+    weight = state_dict[f'{name}.weight']
+    mean, std = (
+        torch.as_tensor(values, dtype=torch.float64)[:, None, None]
+        for values in normalization
+    )
+    scaled = weight.double() / std
+    shift = -(scaled * mean).sum((1, 2, 3))  # (F,)
+    place = _bias_place(model, name, layer)
+    bias = state_dict.get(place)
+    if bias is None:
+        raise ValueError(
+            "in_layer_init='rgb' cannot fold the normalization of the weights into "
+            f'{type(model).__name__}: its input layer has no bias, and no batch norm '
+            "behind it. Use in_layer_init='random', or a model such as resnet50"
+        )
+    moved = bias.double()
+    if place == 'pos_embed':
+        vit: Any = model
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        moved = torch.cat([moved[:, :prefix], moved[:, prefix:] + shift], 1)
+    else:  # batch norm subtracts its mean
+        moved = moved - shift if place.endswith('.running_mean') else moved + shift
+    return {
+        **state_dict,
+        f'{name}.weight': scaled.to(weight.dtype),
+        place: moved.to(bias.dtype),
+    }
+
+
+def _bias_place(model: nn.Module, name: str, layer: nn.Conv2d) -> str:
+    """Return the parameter or buffer that a bias can go to, empty if there is none."""
+    if isinstance(
+        layer, StdConv2d | StdConv2dSame | ScaledStdConv2d | ScaledStdConv2dSame
+    ):
+        return ''  # does not convolve with its weight as it is
+    if layer.bias is not None:
+        return f'{name}.bias'
+    modules = [n for n, m in model.named_modules() if m._parameters or m._buffers]
+    following = modules[modules.index(name) + 1]
+    if hasattr(model.get_submodule(following), 'running_mean'):
+        return f'{following}.running_mean'
+    plain = name == 'patch_embed.proj' and not following.startswith('patch_embed.')
+    return 'pos_embed' if plain else ''
+
+
 def _check_names(option: str, names: Sequence[str], channels: int) -> None:
     """Raise a ValueError unless there is one name per channel."""
     if len(names) != channels:
@@ -95,7 +168,7 @@ def select_bands(weight: Tensor, names: Sequence[str], bands: Sequence[str]) -> 
     if not bands:
         raise ValueError('bands must have at least one name, got none')
     chosen = [
-        band if band in known else _COLOURS.get(band, band)
+        band if band in known else COLOURS.get(band, band)
         for band in normalize_band_names(bands)
     ]
     missing = [band for band in chosen if band not in known]

@@ -4,6 +4,7 @@
 """Encoders from timm, for any number of bands and any image size."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,17 +12,26 @@ import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import is_model_in_modules
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .checkpoints import require_shapes
 from .convert import drop_head
-from .input_layer import InputLayerInit, adapt_input_weight, input_layer
+from .input_layer import (
+    InputLayerInit,
+    Normalization,
+    adapt_input_weight,
+    fold_normalization,
+    input_layer,
+)
 from .timm_models import timm_name
 
 #: Modules of timm with Vision Transformers, and with Swin Transformers.
 _VITS = ('vision_transformer', 'deit', 'eva')
-_SWIN = ('swin_transformer',)
+#: Vision Transformers in these modules that are not plain.
+_HYBRID = re.compile(r'_r\d*_|_resnet|distilled|_resmlp')
+_SWIN = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')
 
 
 def create_encoder(
@@ -29,18 +39,20 @@ def create_encoder(
     in_channels: int = 3,
     pretrained: bool = False,
     drop_path_rate: float = 0.0,
+    size: int | None = None,
 ) -> nn.Module:
     """Create a timm model that pools its features and takes images of any size.
 
-    Vision Transformers resample their position embedding in every forward pass, so that
-    the parameters are those of timm's own model of that name and size, and other tools
-    can load them.
+    Vision Transformers have the position embedding of one size, and resample it in the
+    forward pass for images of another.
 
     Args:
         model: Name of a timm model.
         in_channels: Number of bands.
         pretrained: Whether to load timm's weights.
         drop_path_rate: Stochastic depth rate of the last block.
+        size: Side of the images in pixels that the position embedding of a Vision
+            Transformer is for. Defaults to that of timm's model of the name.
 
     Returns:
         A model from (B, C, H, W) to (B, F).
@@ -60,6 +72,8 @@ def create_encoder(
         kwargs['drop_path_rate'] = drop_path_rate
     if is_model_in_modules(name, _VITS):
         kwargs['dynamic_img_size'] = True
+        if size is not None:
+            kwargs['img_size'] = size
     elif swin:
         kwargs['strict_img_size'] = False
     return timm.create_model(
@@ -70,16 +84,35 @@ def create_encoder(
 def is_vit(model: nn.Module) -> bool:
     """Whether a timm model is a plain Vision Transformer: patches that can be dropped.
 
-    Such as ViT, DeiT and DINOv2, but not hybrids with a convolutional stem.
+    Such as ViT, DeiT and DINOv2, and with rotary positions DINOv3, EVA-02 and Perception
+    Encoder, but not hybrids with a convolutional stem.
     """
-    return isinstance(model, VisionTransformer) and isinstance(
+    return isinstance(model, VisionTransformer | Eva) and isinstance(
         model.patch_embed, PatchEmbed
     )
 
 
+def nearest_vit(model: str) -> str:
+    """Return the name of the plain Vision Transformer of timm that is most like a model's."""
+    name = timm_name(model)
+    known = [
+        n for m in _VITS for n in timm.list_models(module=m) if not _HYBRID.search(n)
+    ]
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
 def has_class_token(model: nn.Module) -> bool:
     """Whether a timm model is a Vision Transformer with a class token."""
-    return isinstance(model, VisionTransformer) and model.cls_token is not None
+    return isinstance(model, VisionTransformer | Eva) and model.cls_token is not None
+
+
+def resample_grid(vit: nn.Module, positions: Tensor, grid: Sequence[int]) -> Tensor:
+    """Resample a position embedding of a Vision Transformer to other rows and columns."""
+    model = cast(VisionTransformer, vit)
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    return resample_abs_pos_embed(
+        positions, new_size=list(grid), num_prefix_tokens=prefix
+    )
 
 
 def default_drop_path_rate(model: str) -> float:
@@ -135,9 +168,12 @@ def feature_size(
         with torch.no_grad():
             out = (encode or encoder)(torch.zeros(1, in_channels, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
+        cfg = cast(Any, encoder).pretrained_cfg
+        name, native = cfg['architecture'], cfg['input_size'][-1]
         raise ValueError(
-            f'model {type(encoder).__name__} does not take images of {size} x {size} '
-            f'pixels: {error}. Change the sizes, or choose another model'
+            f'model {name} does not take images of {size} x {size} pixels: timm builds it '
+            f'for {native}, and other sizes do not fit its layers. Make all sizes {native}, '
+            f'or choose a model for any size, such as {nearest_vit(name)}'
         ) from error
     finally:
         encoder.train(training)
@@ -149,40 +185,27 @@ def feature_size(
     return int(out.shape[1])
 
 
-def read_pretrained(
-    model: str, in_channels: int, bands: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Read the weights that the name of a timm model stands for.
-
-    Those of this package's models are for *in_channels* bands called *bands*, those of
-    timm's own for RGB.
-    """
-    if timm_name(model) == model.split('/')[-1].split('.')[0]:
-        created = create_encoder(model, pretrained=True)
-    else:
-        created = timm.create_model(
-            model, pretrained=True, in_chans=in_channels, bands=bands, num_classes=0
-        )
-    return dict(created.state_dict())
-
-
 def load_encoder(
     encoder: nn.Module,
     state_dict: Mapping[str, Tensor],
     in_layer_init: InputLayerInit = 'random',
     bands: Sequence[str] | None = None,
+    normalization: Normalization | None = None,
 ) -> None:
     """Load pretrained parameters into an encoder, strictly.
 
     Classifiers are left out. The position embedding of a Vision Transformer is
     resampled to the encoder's grid. If the number of bands differs, the input layer is
-    adapted by :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
+    adapted by :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`; by its
+    ``'rgb'``, RGB weights with a *normalization* always are.
 
     Args:
         encoder: A model made by :func:`create_encoder`.
         state_dict: Parameters in timm's layout.
         in_layer_init: Rule for an input layer with another number of bands.
         bands: Names of the encoder's bands.
+        normalization: Mean and standard deviation that the parameters are for, None if
+            they are for images as they are, or that is not known.
 
     Raises:
         ValueError: If the parameters belong to another architecture, or the input layer
@@ -193,18 +216,20 @@ def load_encoder(
     loaded = {k: v for k, v in state_dict.items() if k in own or k in encoder_only}
     name, layer = input_layer(encoder)
     key = f'{name}.weight'
-    if key in loaded and loaded[key].shape[1] != layer.in_channels:
-        loaded[key] = adapt_input_weight(
-            loaded[key], layer.in_channels, in_layer_init, bands
-        )
+    if key in loaded:
+        normalized = in_layer_init == 'rgb' and normalization is not None
+        if normalized:
+            mean_std = cast(Normalization, normalization)
+            loaded = fold_normalization(encoder, loaded, mean_std)
+        named = normalized and bands is not None
+        if loaded[key].shape[1] != layer.in_channels or named:
+            loaded[key] = adapt_input_weight(
+                loaded[key], layer.in_channels, in_layer_init, bands
+            )
     key = 'pos_embed'
     if key in own and key in loaded and loaded[key].shape != own[key].shape:
-        vit = cast(VisionTransformer, encoder)
-        loaded[key] = resample_abs_pos_embed(
-            loaded[key],
-            new_size=list(vit.patch_embed.grid_size),
-            num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
-        )
+        grid = cast(VisionTransformer, encoder).patch_embed.grid_size
+        loaded[key] = resample_grid(encoder, loaded[key], grid)
     require_shapes(
         loaded,
         {k: tuple(v.shape) for k, v in own.items()},

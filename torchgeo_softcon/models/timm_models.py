@@ -108,6 +108,12 @@ def timm_name(model: str) -> str:
     return _MODELS[name].timm_name if name in _MODELS else name
 
 
+def model_for(enum: str, tag: str) -> str:
+    """Return the name, with its tag, of our model with the weights of an enum."""
+    models = _MODELS.items()
+    return next(f'{n}.{tag}' for n, m in models if m.enum == enum and tag in m.bands)
+
+
 def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
     """Return what timm wants to know of pretrained weights."""
     rgb = model.bands is _DINO_MC

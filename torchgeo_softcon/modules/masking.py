@@ -6,11 +6,17 @@
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_counts
-from .packing import embed_patches, encode_crops, encode_tokens, split_patches
+from .packed_blocks import Vit
+from .packing import (
+    embed_patches,
+    encode_crops,
+    encode_tokens,
+    rotation_table,
+    split_patches,
+)
 
 MaskMode: TypeAlias = Literal['drop', 'token', 'pixel']
 
@@ -56,11 +62,18 @@ def mask_pixels(image: Tensor, masked: Tensor, patch_size: int) -> Tensor:
     return image.masked_fill(grid[..., :height, :width], 0)
 
 
-def encode_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Tensor:
+def _add_positions(vit: Vit, tokens: Tensor) -> Tensor:
+    """Add class token, registers and learned positions to patches (B, H, W, F)."""
+    added = vit._pos_embed(tokens)
+    # With rotary positions, which do not know of the class token, beside them
+    return added[0] if isinstance(added, tuple) else added
+
+
+def encode_visible(vit: Vit, image: Tensor, visible: Tensor) -> Tensor:
     """Encode the visible patches of images; the others are never computed.
 
     Args:
-        vit: A timm Vision Transformer built with ``dynamic_img_size=True``.
+        vit: A timm Vision Transformer, or Eva, built with ``dynamic_img_size=True``.
         image: Images of shape (B, C, H, W), H and W multiples of the patch size.
         visible: Indices of the visible patches, shape (B, N).
 
@@ -69,17 +82,22 @@ def encode_visible(vit: VisionTransformer, image: Tensor, visible: Tensor) -> Te
         patches are visible.
     """
     patches = split_patches(image, vit.patch_embed.patch_size)
-    grid, shape = patches.shape[1:3], patches.shape[3:]
+    grid, shape = (patches.shape[1], patches.shape[2]), patches.shape[3:]
     index = visible[..., None, None, None].expand(-1, -1, *shape)
     patches = patches.flatten(1, 2).gather(1, index).flatten(2)  # (B, N, C * h * w)
     embedded = embed_patches(vit, patches)  # (B, N, F)
 
     # The positions (and the class token with its own) are what an image of zeros gets
-    positions = vit._pos_embed(embedded.new_zeros(1, *grid, vit.embed_dim))
-    prefix, positions = positions.tensor_split([vit.num_prefix_tokens], dim=1)
+    count = vit.num_prefix_tokens
+    positions = _add_positions(vit, embedded.new_zeros(1, *grid, vit.embed_dim))
+    prefix, positions = positions.tensor_split([count], dim=1)
     embedded = embedded + positions[0, visible]
     tokens = torch.cat([prefix.expand(len(embedded), -1, -1), embedded], dim=1)
-    return encode_tokens(vit, tokens)
+    rotation = rotation_table(vit, grid)
+    if rotation is not None:
+        first = torch.arange(count, device=visible.device).expand(len(visible), -1)
+        rotation = rotation[:, torch.cat([first, visible + count], 1)]
+    return encode_tokens(vit, tokens, rotation)
 
 
 class SiameseMasking(nn.Module):
@@ -137,18 +155,19 @@ class SiameseMasking(nn.Module):
 
         patch_size = self.patch_size
         if self.mode != 'pixel':
-            patch_size = cast(VisionTransformer, encoder).patch_embed.patch_size[0]
+            patch_size = cast(Vit, encoder).patch_embed.patch_size[0]
         rows, columns = (-(-size // patch_size) for size in image.shape[-2:])
         visible = random_visible(len(image), rows * columns, self.ratio, image.device)
         if self.mode == 'drop':
-            return encode_visible(cast(VisionTransformer, encoder), image, visible)
+            return encode_visible(cast(Vit, encoder), image, visible)
 
         masked = masked_patches(visible, rows * columns)
         if self.mode == 'pixel':
             return encode_crops(encoder, [mask_pixels(image, masked, patch_size)])[0]
 
-        vit = cast(VisionTransformer, encoder)
+        vit = cast(Vit, encoder)
         tokens = vit.patch_embed(image)  # (B, H, W, F)
         masked = masked.view(*tokens.shape[:-1], 1)
         tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
-        return encode_tokens(vit, vit._pos_embed(tokens))
+        rotation = rotation_table(vit, (rows, columns))
+        return encode_tokens(vit, _add_positions(vit, tokens), rotation)

@@ -6,11 +6,13 @@
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
+from timm.layers import apply_rot_embed_cat
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +22,17 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10, or built without it
     varlen_attn = None  # type: ignore[assignment]
+
+#: Vision Transformers whose blocks are run here, the second with rotary positions (DINOv3,
+#: EVA-02, Perception Encoder, ...), their blocks, and the attention in these.
+Vit: TypeAlias = VisionTransformer | Eva
+AnyBlock: TypeAlias = Block | EvaBlock
+AnyAttention: TypeAlias = Attention | EvaAttention | AttentionRope
+
+#: Rotary positions of the sequences of each length n, as timm's ``rope`` gives them, but of
+#: all tokens, for the tokens' axis before the heads': (1 or blocks, n, 1 or heads, 2 * d), or
+#: (1 or blocks, number, n, 1 or heads, 2 * d) if sequences differ.
+Rotations: TypeAlias = Sequence[Tensor]
 
 #: Attention of all crops at once is FlashAttention's. PyTorch 2.15 would prefer cuDNN's on
 #: Hopper, which takes single queries, those of the last block, for decoding: not tried.
@@ -80,7 +93,7 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def can_use_varlen(vit: VisionTransformer, device: torch.device) -> bool:
+def can_use_varlen(vit: Vit, device: torch.device) -> bool:
     """Whether attention can run once for sequences of all lengths.
 
     Returns:
@@ -90,7 +103,7 @@ def can_use_varlen(vit: VisionTransformer, device: torch.device) -> bool:
     """
     if varlen_attn is None or device.type != 'cuda' or torch.version.hip is not None:
         return False
-    widths = {cast(Attention, block.attn).head_dim for block in vit.blocks}
+    widths = {cast(AnyBlock, block).attn.head_dim for block in vit.blocks}
     return torch.cuda.get_device_capability(device) >= (8, 0) and all(
         width % 8 == 0 and width <= 256 for width in widths
     )
@@ -143,21 +156,64 @@ def _attend_sequences(
     return concatenate(out).flatten(1)
 
 
-def _attention(attn: Attention, x: Tensor, layout: Layout, class_only: bool) -> Tensor:
-    """Multi-head attention of tokens (T, F), or of the class tokens (N, F) to them."""
+def _project(
+    attn: AnyAttention, x: Tensor, first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make queries, keys and values (T, H, d) of tokens (T, F).
+
+    With *first*, queries (N, H, d) of these tokens only.
+    """
+    seen = x if first is None else x.index_select(0, first)
+    if attn.qkv is None:  # of keys and values, there may be fewer heads
+        layers = ((attn.q_proj, seen), (attn.k_proj, x), (attn.v_proj, x))
+        q, k, v = (layer(y).unflatten(1, (-1, attn.head_dim)) for layer, y in layers)
+        return attn.q_norm(q), attn.k_norm(k), v
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    if isinstance(attn, EvaAttention) and attn.q_bias is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     heads = (attn.num_heads, attn.head_dim)
-    if class_only:
+    if first is None:
+        # Unbound where it lies: to put the gradients together needs no second copy
+        q, k, v = F.linear(x, weight, bias).unflatten(1, (3, *heads)).unbind(1)
+    else:
         width = attn.num_heads * attn.head_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
         biases = (None, None) if bias is None else bias.split([width, 2 * width])
         weights = weight.split([width, 2 * width])
-        first = x.index_select(0, layout.first)
-        q = F.linear(first, weights[0], biases[0]).unflatten(1, heads)
+        q = F.linear(seen, weights[0], biases[0]).unflatten(1, heads)
         k, v = F.linear(x, weights[1], biases[1]).unflatten(1, (2, *heads)).unbind(1)
-    else:
-        # Unbound where it lies: to put the gradients together needs no second copy
-        q, k, v = attn.qkv(x).unflatten(1, (3, *heads)).unbind(1)
-    out = _attend_sequences(attn.q_norm(q), attn.k_norm(k), v, layout, class_only)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _rotate(x: Tensor, rotations: Rotations, layout: Layout, half: bool) -> Tensor:
+    """Rotate queries or keys (T, H, d) by the positions of their tokens."""
+    same_length = x.split([group.number * group.length for group in layout.groups])
+    parts = zip(same_length, rotations, layout.groups, strict=True)
+    rotated = [
+        apply_rot_embed_cat(part.unflatten(0, group), rotation, half).flatten(0, 1)
+        for part, rotation, group in parts
+    ]
+    return concatenate(rotated)
+
+
+def _attention(
+    attn: AnyAttention,
+    x: Tensor,
+    layout: Layout,
+    class_only: bool,
+    rotations: Rotations | None,
+) -> Tensor:
+    """Multi-head attention of tokens (T, F), or of the class tokens (N, F) to them."""
+    q, k, v = _project(attn, x, layout.first if class_only else None)
+    if rotations is not None:
+        half = attn.rotate_half
+        k = _rotate(k, rotations, layout, half).to(v.dtype)
+        if not class_only:  # which have no position
+            q = _rotate(q, rotations, layout, half)
+        q = q.to(v.dtype)
+    groups = getattr(attn, 'num_kv_groups', 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = _attend_sequences(q, k, v, layout, class_only)
     return attn.proj_drop(attn.proj(attn.norm(out)))
 
 
@@ -172,7 +228,7 @@ def _drop_path_shares(
         return share.to(device), divisor.to(device)
 
 
-def draw_drop_paths(vit: VisionTransformer, number: int) -> Tensor | None:
+def draw_drop_paths(vit: Vit, number: int) -> Tensor | None:
     """Draw the stochastic depth of N sequences, for all blocks at once.
 
     Returns factors of shape (2 * blocks, N) for the attention and the MLP of each block, of
@@ -188,27 +244,42 @@ def draw_drop_paths(vit: VisionTransformer, number: int) -> Tensor | None:
     return share.expand(-1, number).bernoulli() / divisor
 
 
+def _scale(block: AnyBlock, branch: int, x: Tensor) -> Tensor:
+    """Apply the LayerScale of the attention (branch 1) or the MLP (2), if there is one."""
+    if isinstance(block, EvaBlock):
+        gamma = getattr(block, f'gamma_{branch}')
+        return x if gamma is None else gamma * x
+    return cast(Tensor, getattr(block, f'ls{branch}')(x))
+
+
 def _run_block(
-    block: Block, x: Tensor, layout: Layout, drop: Sequence[Tensor], class_only: bool
+    block: AnyBlock,
+    x: Tensor,
+    layout: Layout,
+    drop: Sequence[Tensor],
+    class_only: bool,
+    rotations: Rotations | None,
 ) -> Tensor:
     """Run one transformer block on tokens (T, F), or for their class tokens (N, F) only.
 
     *drop* has factors of stochastic depth of the attention and the MLP, each of shape
     (T, 1), or (N, 1) with *class_only*, or is empty.
     """
-    attn = cast(Attention, block.attn)
-    y = block.ls1(_attention(attn, block.norm1(x), layout, class_only))
+    attn = cast(AnyAttention, block.attn)
+    y = _attention(attn, block.norm1(x), layout, class_only, rotations)
+    y = _scale(block, 1, y)
     if class_only:
         x = x.index_select(0, layout.first)
     x = x + (y * drop[0] if drop else y)
-    y = block.ls2(block.mlp(block.norm2(x)))
+    y = _scale(block, 2, block.mlp(block.norm2(x)))
     return x + (y * drop[1] if drop else y)
 
 
-def _branch_dtype(vit: VisionTransformer, x: Tensor) -> torch.dtype:
+def _branch_dtype(vit: Vit, x: Tensor) -> torch.dtype:
     """Return the dtype that branches of blocks end with: of linear layers or scales."""
     kind = x.device.type
-    linear = all(type(cast(Block, block).ls1) is nn.Identity for block in vit.blocks)
+    scales = [getattr(b, 'gamma_1', getattr(b, 'ls1', None)) for b in vit.blocks]
+    linear = all(scale is None or type(scale) is nn.Identity for scale in scales)
     if linear and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
@@ -222,7 +293,11 @@ def _same_backends() -> tuple[
 
 
 def run_blocks(
-    vit: VisionTransformer, x: Tensor, layout: Layout, drop_paths: Tensor | None
+    vit: Vit,
+    x: Tensor,
+    layout: Layout,
+    drop_paths: Tensor | None,
+    rotations: Rotations | None = None,
 ) -> Tensor:
     """Run all blocks and the head on packed tokens (T, F), to pooled features (N, F).
 
@@ -230,7 +305,7 @@ def run_blocks(
     the factors of :func:`draw_drop_paths`.
     """
     token = vit.global_pool == 'token'
-    blocks = [cast(Block, block) for block in vit.blocks]
+    blocks = [cast(AnyBlock, block) for block in vit.blocks]
     of_tokens: Tensor | None = None
     if drop_paths is not None:
         # As wide as what they are multiplied with: the residuals, not their sum
@@ -240,7 +315,9 @@ def run_blocks(
         class_only = token and i == len(blocks) - 1
         factors = drop_paths if class_only else of_tokens
         drop = () if factors is None else factors[2 * i : 2 * i + 2, :, None].unbind()
-        arguments = block, x, layout, drop, class_only
+        # One table serves all blocks, or each has its own
+        own = rotations and [table[i % len(table)] for table in rotations]
+        arguments = block, x, layout, drop, class_only, own
         if vit.grad_checkpointing and torch.is_grad_enabled():
             context = _same_backends if layout.varlen else noop_context_fn
             x = checkpoint(

@@ -8,21 +8,24 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import groupby
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.layers.attention import Attention
-from timm.models import checkpoint_seq
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from .packed_blocks import (
     BACKENDS,
     Group,
     Layout,
+    Rotations,
+    Vit,
     can_use_varlen,
     concatenate,
     draw_drop_paths,
@@ -31,29 +34,28 @@ from .packed_blocks import (
 )
 
 CropBatching: TypeAlias = Literal['auto', 'packed', 'by_size']
+PositionRule: TypeAlias = Literal['timm', 'dino']
 
 
 def can_pack(encoder: nn.Module) -> bool:
     """Tell whether :func:`encode_crops` packs the tokens of all sizes for an encoder.
 
     Returns:
-        True for Vision Transformers of timm's standard blocks that take any image size
-        and pool a token or an average: ViT, DeiT, DINO and DINOv2. False if the encoder
-        or a block was compiled or has hooks: these are for calls of the modules.
+        True for Vision Transformers of timm's standard blocks that take any image size:
+        ViT, DeiT, DINO and DINOv2, and those with rotary positions such as DINOv3, EVA-02
+        and Perception Encoder. False if the encoder or a block was compiled or has hooks:
+        these are for calls of the modules.
     """
     return (
-        type(encoder) is VisionTransformer
+        (type(encoder) is VisionTransformer or type(encoder) is Eva)
         and not any(map(_must_be_called, (encoder, *encoder.blocks)))
         and type(encoder.patch_embed) is PatchEmbed
         and encoder.dynamic_img_size
-        and encoder.pos_embed is not None
-        and encoder.global_pool in ('token', 'avg')
-        and encoder.attn_pool is None
-        and isinstance(encoder.patch_drop, nn.Identity)
+        and isinstance(encoder.patch_drop, nn.Identity | None)
         and all(
-            type(block) is Block
-            and type(block.attn) is Attention
-            and type(block.attn.qkv) is nn.Linear
+            type(block) in (Block, EvaBlock)
+            and type(block.attn) in (Attention, EvaAttention, AttentionRope)
+            and (block.attn.qkv is None or type(block.attn.qkv) is nn.Linear)
             and getattr(block.attn, 'gate', None) is None
             and block.attn.attn_drop.p == 0
             for block in encoder.blocks
@@ -77,6 +79,7 @@ def encode_crops(
     crops: Sequence[Tensor],
     compiled: bool = False,
     batching: CropBatching = 'auto',
+    position_rule: PositionRule = 'timm',
 ) -> Tensor:
     """Encode crops of several sizes, equal to one forward pass per crop.
 
@@ -101,6 +104,8 @@ def encode_crops(
         batching: ``'auto'`` as above, which was the fastest wherever it was measured,
             ``'packed'`` the same with attention once per size everywhere, ``'by_size'``
             one batch per size for all encoders.
+        position_rule: How learned positions are resampled for crops of another size, see
+            :func:`position_matrix`. ``'dino'`` needs packed tokens.
 
     Returns:
         Features of shape (S, B, F), in the order of the crops.
@@ -110,6 +115,11 @@ def encode_crops(
             encoder that cannot be packed was asked to.
     """
     packed = batching != 'by_size' and can_pack(encoder)
+    if position_rule == 'dino' and not packed:
+        raise ValueError(
+            "position_rule='dino' needs a Vision Transformer whose crops are packed, got "
+            f"{type(encoder).__name__} and batching={batching!r}. Use 'timm'"
+        )
     if batching == 'packed' and not packed:
         raise ValueError(
             "batching='packed' needs a Vision Transformer of timm's standard blocks that "
@@ -127,7 +137,7 @@ def encode_crops(
     sizes = groupby(crops, key=lambda crop: crop.shape[-2:])
     same_size = [concatenate(list(group)) for _, group in sizes]
     if packed:
-        vit = cast(VisionTransformer, encoder)
+        vit = cast(Vit, encoder)
         rows, columns = vit.patch_embed.patch_size
         grids = tuple((i.shape[2] // rows, i.shape[3] // columns) for i in same_size)
         device = same_size[0].device
@@ -140,31 +150,87 @@ def encode_crops(
             # Of one length, there is nothing to win
             batching == 'auto' and len(grids) > 1 and can_use_varlen(vit, device),
         )
-        matrix = _position_matrices(vit.patch_embed.grid_size, grids, device)
+        old = vit.patch_embed.grid_size
+        matrix = _position_matrices(old, grids, device, position_rule)
         run = _compiled() if compiled else _encode_packed
         drop_paths = draw_drop_paths(vit, len(layout.first))
+        tables = [rotation_table(vit, grid) for grid in grids]
+        rotations = None if tables[0] is None else cast(list[Tensor], tables)
         with sdpa_kernel(BACKENDS) if layout.varlen else nullcontext():
-            features = run(vit, same_size, layout, matrix, drop_paths)
+            features = run(vit, same_size, layout, matrix, drop_paths, rotations)
     else:
         features = concatenate([encoder(images) for images in same_size])
     return features.unflatten(0, (len(crops), -1))
 
 
-def encode_tokens(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+def rotation_table(vit: Vit, grid: tuple[int, int]) -> Tensor | None:
+    """Return the rotary positions of all tokens of an image, None of a model without any.
+
+    The class token and registers are not rotated.
+
+    Returns:
+        Sines and cosines of shape (1, N, 1, 2 * d), or (blocks, N, heads, 2 * d) if each
+        block has its own.
+    """
+    rope = getattr(vit, 'rope', None)
+    if rope is None:
+        return None
+    weight = vit.patch_embed.proj.weight
+    if getattr(rope, 'aug_active', False) or any(True for _ in rope.parameters()):
+        return _rotation_table(rope, grid, vit.num_prefix_tokens)  # drawn, or learned
+    # Made once, as it comes from the host
+    key = grid, vit.num_prefix_tokens, weight.device, weight.dtype
+    return _fixed_rotations(rope, *key)
+
+
+def _rotation_table(rope: nn.Module, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Make the table of :func:`rotation_table`."""
+    table: Tensor = cast(Any, rope).get_embed(shape=list(grid))
+    # (L, 2 * d), or (blocks, heads, L, 2 * d)
+    table = table[None, :, None] if table.ndim == 2 else table.transpose(1, 2)
+    still = table.new_zeros(len(table), prefix, *table.shape[2:])
+    still[..., still.shape[-1] // 2 :] = 1
+    return torch.cat([still, table], 1)
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed_rotations(
+    rope: nn.Module,
+    grid: tuple[int, int],
+    prefix: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Make a table that does not change, but with the device and the dtype."""
+    # A first call may come from prediction, and the second from training
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        return _rotation_table(rope, grid, prefix)
+
+
+def encode_tokens(vit: Vit, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
     """Encode tokens with positions (B, N, F), to pooled features (B, F).
 
     Runs the blocks and the head of a Vision Transformer. The last block computes only the
-    class token if nothing else is read.
+    class token if nothing else is read. *rotation* are their rotary positions, see
+    :func:`rotation_table`, of shape (1 or blocks, N, ...) or (1 or blocks, B, N, ...).
     """
     tokens = vit.norm_pre(tokens)
     if can_pack(vit):
         layout = make_layout((Group(*tokens.shape[:2]),), tokens.device, False)
         drop_paths = draw_drop_paths(vit, len(tokens))
-        return run_blocks(vit, tokens.flatten(0, 1), layout, drop_paths)
-    if vit.grad_checkpointing and torch.is_grad_enabled():
-        tokens = checkpoint_seq(vit.blocks, tokens)
-    else:
-        tokens = vit.blocks(tokens)
+        rotations = None if rotation is None else [rotation]
+        return run_blocks(vit, tokens.flatten(0, 1), layout, drop_paths, rotations)
+    # timm has heads before tokens, and none of the class token and registers
+    ropes: Sequence[Tensor | None] = [None]
+    if rotation is not None:
+        ropes = rotation[..., vit.num_prefix_tokens :, :, :].transpose(-3, -2).unbind()
+    for i, block in enumerate(vit.blocks):
+        rope = ropes[i % len(ropes)]
+        options = {} if rope is None else {'rope': rope}
+        if vit.grad_checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint(block, tokens, use_reentrant=False, **options)
+        else:
+            tokens = block(tokens, **options)
     return vit.forward_head(vit.norm(tokens), pre_logits=True)
 
 
@@ -180,28 +246,47 @@ def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
 
 
 def position_matrix(
-    old: tuple[int, int], new: tuple[int, int], device: torch.device
+    old: tuple[int, int],
+    new: tuple[int, int],
+    device: torch.device,
+    rule: PositionRule = 'timm',
 ) -> Tensor:
     """Make the matrix (new, old) that resamples position embeddings between grids.
 
-    Resampling is linear, so it is what timm's function makes of unit vectors. A matrix
+    Resampling is linear, so it is what a function makes of unit vectors. A matrix
     serves all sizes with one product, and its backward pass is deterministic on a GPU,
     where that of bicubic interpolation is not.
+
+    Args:
+        old: Rows and columns of the positions.
+        new: Rows and columns of the patches.
+        device: Where to make it.
+        rule: ``'timm'`` is timm's function, bicubic with antialiasing. ``'dino'`` is that
+            of DINO and DINO-MC: bicubic without, and with 0.1 cells more than there are,
+            so that all positions are a little shifted. See ``interpolate_pos_encoding`` in
+            https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
     """
-    unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)[None]
-    return resample_abs_pos_embed(
-        unit, new_size=list(new), old_size=list(old), num_prefix_tokens=0
-    )[0]
+    unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)
+    if rule == 'timm' or old == new:
+        return resample_abs_pos_embed(
+            unit[None], new_size=list(new), old_size=list(old), num_prefix_tokens=0
+        )[0]
+    factors = [(size + 0.1) / before for size, before in zip(new, old, strict=True)]
+    grid = unit.unflatten(1, (1, *old))
+    return F.interpolate(grid, scale_factor=factors, mode='bicubic').flatten(1).T
 
 
 @functools.lru_cache(maxsize=32)
 def _position_matrices(
-    old: tuple[int, int], grids: tuple[tuple[int, int], ...], device: torch.device
+    old: tuple[int, int],
+    grids: tuple[tuple[int, int], ...],
+    device: torch.device,
+    rule: PositionRule,
 ) -> Tensor:
     """Stack matrices of :func:`position_matrix`, one for each grid, made once."""
     # A first call may come from prediction, and the second from training
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        return torch.cat([position_matrix(old, grid, device) for grid in grids])
+        return torch.cat([position_matrix(old, grid, device, rule) for grid in grids])
 
 
 @functools.cache
@@ -216,7 +301,7 @@ def split_patches(image: Tensor, size: Sequence[int]) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5)
 
 
-def embed_patches(vit: VisionTransformer, patches: Tensor) -> Tensor:
+def embed_patches(vit: Vit, patches: Tensor) -> Tensor:
     """Embed flat patches (..., C * h * w) as a linear layer, equal to the convolution."""
     projection = vit.patch_embed.proj
     tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)
@@ -224,7 +309,7 @@ def embed_patches(vit: VisionTransformer, patches: Tensor) -> Tensor:
 
 
 def _embed(
-    vit: VisionTransformer, images: Sequence[Tensor], layout: Layout, matrix: Tensor
+    vit: Vit, images: Sequence[Tensor], layout: Layout, matrix: Tensor
 ) -> Tensor:
     """Return tokens with positions, shape (T, F), one batch of images after the other."""
     size = vit.patch_embed.patch_size
@@ -233,24 +318,24 @@ def _embed(
 
     prefix: list[Tensor] = [p for p in (vit.cls_token, vit.reg_token) if p is not None]
     skip = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    pos_embed = cast(Tensor, vit.pos_embed)
-    with torch.autocast(tokens.device.type, enabled=False):
-        positions = matrix.to(pos_embed) @ pos_embed[0, skip:]
+    pos_embed = vit.pos_embed
     counts = [group.length - vit.num_prefix_tokens for group in layout.groups]
     numbers = [group.number for group in layout.groups]
     if prefix:
         first = torch.cat(prefix, 1)  # (1, P, F)
-        if skip:
+        if skip and pos_embed is not None:
             first = first + pos_embed[:, :skip]
+    positions: Sequence[Tensor] = ()
+    if pos_embed is not None:
+        with torch.autocast(tokens.device.type, enabled=False):
+            positions = (matrix.to(pos_embed) @ pos_embed[0, skip:]).split(counts)
     # Under autocast, patches are half as wide, and tokens float32 from here on, as in timm
     out = []
-    for number, same_size, position in zip(
-        numbers,
-        tokens.split([n * count for n, count in zip(numbers, counts, strict=True)]),
-        positions.split(counts),
-        strict=True,
-    ):
-        sequences = same_size.unflatten(0, (number, -1)) + position
+    parts = tokens.split([n * count for n, count in zip(numbers, counts, strict=True)])
+    for i, (number, same_size) in enumerate(zip(numbers, parts, strict=True)):
+        sequences = same_size.unflatten(0, (number, -1))
+        if positions:
+            sequences = sequences + positions[i]
         if prefix:
             sequences = torch.cat([first.expand(number, -1, -1), sequences], 1)
         out.append(sequences.flatten(0, 1))
@@ -258,11 +343,13 @@ def _embed(
 
 
 def _encode_packed(
-    vit: VisionTransformer,
+    vit: Vit,
     images: Sequence[Tensor],
     layout: Layout,
     matrix: Tensor,
     drop_paths: Tensor | None,
+    rotations: Rotations | None,
 ) -> Tensor:
     """Return features (N, F) of batches of images of different sizes."""
-    return run_blocks(vit, _embed(vit, images, layout, matrix), layout, drop_paths)
+    tokens = _embed(vit, images, layout, matrix)
+    return run_blocks(vit, tokens, layout, drop_paths, rotations)

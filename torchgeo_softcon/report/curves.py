@@ -3,22 +3,18 @@
 
 """Curves of what a run has logged."""
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .page import Section
+from .page import Line, Panel, Section
 
 
 def find_logs(run: Path) -> list[Path]:
@@ -81,7 +77,7 @@ def _read_events(path: Path) -> pd.DataFrame:
 
 
 #: Metrics of :class:`.KNNProbe`.
-_PROBE = r'(?:^|_)(?:knn|linear)_(accuracy|map)'
+_PROBE = r'^(?!spread/)(?:.*_)?(?:knn|linear)_(accuracy|map)'
 
 #: Sections of the page by what the names of their metrics match. The first one counts.
 _CURVES = {
@@ -140,22 +136,54 @@ _LIMITS: dict[str, Callable[[float, float], tuple[float, float]]] = {
     'correlation$|explained$': lambda low, high: (min(low, -0.1), 1.02),
 }
 
-#: Width and height of a panel of one metric, and of a panel of all probes, in inches.
-_PANEL, _PROBE_PANEL = (3.6, 2.5), (5.4, 3.4)
+#: Names of metrics that are lines of reference, and how they are drawn.
+_REFERENCE = re.compile('_(chance|floor|even)$')
+_DASHES = {'chance': '6 4', 'floor': '2 3', 'even': '6 4'}
 
-_COLUMNS = 3
+#: Spreads of features that are even: on a sphere of F dimensions, see :func:`uniformity`.
+_EVEN: dict[str, Callable[[int], float]] = {
+    'train_feature_std': lambda width: width**-0.5,
+    'collapse/feature_std': lambda width: width**-0.5,
+    'collapse/uniformity': lambda width: -4.0,
+}
+
+#: Colours of curves in the style of the page, by turns.
+_COLOURS = 6
+
+#: Edges of the plot in a panel: left, right, top and bottom.
+_PLOT = (56.0, 334.0, 14.0, 172.0)
+
+#: Points of a curve, more than a panel has pixels for are left out.
+_POINTS = 300
 
 
-def curve_sections(log: pd.DataFrame) -> list[Section]:
-    """Plot all that was logged, by optimizer step."""
-    metrics = list(log.columns.drop(['step', 'epoch'], errors='ignore'))
+def curve_sections(logs: Mapping[str, pd.DataFrame]) -> list[Section]:
+    """Plot all that runs have logged, by optimizer step.
+
+    Args:
+        logs: What :func:`read_logs` gives, by the name of the run.
+    """
+    named = dict.fromkeys(name for log in logs.values() for name in log.columns)
+    metrics = [name for name in named if name not in ('step', 'epoch')]
     sections = []
     for pattern, section in _CURVES.items():
         chosen = [m for m in metrics if re.search(pattern, m)]
         metrics = [m for m in metrics if m not in chosen]
         if chosen:
-            sections.append(replace(section, figure=_plot(log, chosen)))
+            panels: dict[str, list[str]] = {}
+            for metric in chosen:
+                plain = _REFERENCE.sub('', metric)
+                panels.setdefault(_probed(metric) or plain, []).append(metric)
+            drawn = [_panel(logs, *panel) for panel in panels.items()]
+            sections.append(replace(section, panels=drawn))
     return sections
+
+
+def add_even_spread(log: pd.DataFrame, width: int) -> None:
+    """Add what features of *width* numbers that are spread evenly would have logged."""
+    for name, value in _EVEN.items():
+        if name in log:
+            log[f'{name}_even'] = value(width)
 
 
 def _probed(metric: str) -> str:
@@ -164,61 +192,76 @@ def _probed(metric: str) -> str:
     return found.group(1) if found else ''
 
 
-def _measured(metric: str) -> str:
-    """Return what a line of reference belongs to, other metrics as they are."""
-    return re.sub('_(chance|floor)$', '', metric)
+def _label(metric: str, name: str) -> str:
+    """Return how a curve is called in a panel of that name."""
+    if reference := _REFERENCE.search(metric):
+        return {'even': 'even spread'}.get(reference[1], reference[1])
+    if _probed(metric):
+        return re.sub(rf'_?{_probed(metric)}', '', metric).replace('_', ', ')
+    return metric if name == metric else metric.replace('_', ' ')
 
 
-def _plot(log: pd.DataFrame, metrics: Sequence[str]) -> Figure:
-    """Plot one panel per metric, which have different units, and one of all probes."""
-    panels: dict[str, list[str]] = {}
-    for metric in metrics:
-        panels.setdefault(_probed(metric) or _measured(metric), []).append(metric)
-    columns = min(len(panels), _COLUMNS)
-    rows = math.ceil(len(panels) / columns)
-    width, height = _PROBE_PANEL if _probed(metrics[0]) else _PANEL
-    figure = Figure((width * columns, height * rows), layout='constrained')
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, (name, lines) in zip(axes, panels.items(), strict=False):
-        group, _, title = name.rpartition('/')
-        title = _TITLES.get(name, title.replace('_', ' ') if group else title)
-        axis.set_title(title, fontsize='medium', loc='left')
-        # What guessing would give comes last in the legend
-        for metric in sorted(lines, key=lambda m: (m != _measured(m), m)):
-            _draw(axis, log, metric)
-        if len(lines) > 1 or _probed(lines[0]):
-            axis.legend(loc='best', fontsize='small')
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    figure.supxlabel('optimizer step', fontsize='medium')
-    return figure
-
-
-def _draw(axis: Axes, log: pd.DataFrame, metric: str) -> None:
-    """Draw the curve of a metric."""
-    values = log.set_index('step')[metric].dropna()
-    label = re.sub(rf'_?{_probed(metric)}', '', metric).replace('_', ', ')
-    style: dict[str, Any] = {'label': label.replace('knn, chance', 'chance')}
-    if metric != _measured(metric):
-        _, _, kind = metric.rpartition('_')
-        line = {'chance': '--', 'floor': ':'}[kind]
-        style = {'label': kind, 'color': 'grey', 'linestyle': line}
-    marker = 'o' if len(values) <= 30 else None
-    axis.plot(values, marker=marker, markersize=3, **style)
-    end = max(log['step'].max(), 1)
-    axis.set_xlim(-0.02 * end, 1.02 * end)
-    axis.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
-    axis.grid(alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-    finite = values[np.isfinite(values)]
-    if len(finite) < len(values):
-        text = f'{len(values) - len(finite)} values are not finite'
-        axis.text(0.5, 0.5, text, transform=axis.transAxes)
-    if finite.empty:
-        return
-    low, high = finite.min(), finite.max()
-    limits = [f for pattern, f in _LIMITS.items() if re.search(pattern, metric)]
+def _panel(
+    logs: Mapping[str, pd.DataFrame], name: str, metrics: Sequence[str]
+) -> Panel:
+    """Draw the metrics of one panel, lines of reference last."""
+    group, _, title = name.rpartition('/')
+    title = _TITLES.get(name, title.replace('_', ' ') if group else title)
+    curves: list[tuple[str, str, pd.Series]] = []
+    for metric in sorted(metrics, key=lambda m: (bool(_REFERENCE.search(m)), m)):
+        for run, log in logs.items():
+            if metric in log:
+                label = _label(metric, name)
+                label = f'{label}, {run}' if len(logs) > 1 else label
+                curves.append((metric, label, log.set_index('step')[metric].dropna()))
+    finite = pd.concat([v[np.isfinite(v)] for _, _, v in curves])
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    limits = [f for pattern, f in _LIMITS.items() if re.search(pattern, metrics[0])]
     if limits:
-        axis.set_ylim(limits[0](low, high))
-    elif low == high and metric == _measured(metric):
-        axis.set_ylim(0, 1.2 * low or 1)
+        low, high = limits[0](low, high)
+    elif low == high:
+        low, high = min(0, 1.2 * low), max(0, 1.2 * low) or 1
+    end = max(1, *(log['step'].max() for log in logs.values()))
+    left, right, top, bottom = _PLOT
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + (right - left) * step / end
+        y = bottom - (bottom - top) * (value - low) / (high - low)
+        return round(float(x), 1), round(float(y), 1)
+
+    lines = []
+    for metric, label, values in curves:
+        shown = values[np.isfinite(values)]
+        shown = shown.iloc[:: max(1, len(shown) // _POINTS)]
+        reference = _REFERENCE.search(metric)
+        plain = [line for line in lines if not line.dash]
+        colour = 'var(--soft)' if reference else f'var(--c{len(plain) % _COLOURS})'
+        points = [place(step, value) for step, value in shown.items()]
+        dash = _DASHES[reference[1]] if reference else ''
+        lines.append(Line(label, points, colour, dash))
+    strange = sum(int((~np.isfinite(values)).sum()) for _, _, values in curves)
+    return Panel(
+        title,
+        lines,
+        [(place(0, v)[1], f'{v:.4g}') for v in _ticks(low, high, 4)],
+        [(place(v, low)[0], f'{v:.0f}') for v in _ticks(0, end, 4, integer=True)],
+        f'{title}: {"; ".join(_words(label, values) for _, label, values in curves)}',
+        f'{strange} values are not finite' if strange else '',
+    )
+
+
+def _ticks(low: float, high: float, count: int, integer: bool = False) -> list[float]:
+    """Return round numbers in a range."""
+    values = MaxNLocator(count, integer=integer).tick_values(low, high)
+    return [float(value) for value in values if low <= value <= high]
+
+
+def _words(label: str, values: pd.Series) -> str:
+    """Say in words what a curve shows."""
+    if values.empty:
+        return f'{label} has no values'
+    first, last = values.iloc[0], values.iloc[-1]
+    if len(values) == 1:
+        return f'{label} {first:.3g}'
+    steps = f'step {values.index[0]} to {values.index[-1]}'
+    return f'{label} from {first:.3g} to {last:.3g}, {steps}'

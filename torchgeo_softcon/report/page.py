@@ -4,63 +4,112 @@
 """One page of HTML with everything in it."""
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from typing import Any
 
+import jinja2
 from matplotlib.figure import Figure
+from PIL import Image
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
-       padding: 0 1rem; color: #222; background: #fff; }
-img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; }
-th, td { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top;
-         overflow-wrap: anywhere; }
-th { font-weight: 600; white-space: nowrap; }
-h2 { margin: 2.2rem 0 .3rem; font-size: 1.25rem; }
-.note { color: #666; }
-"""
+from ..evaluation.verdict import Finding, summarize
+
+#: Class and sign of findings.
+_MARKS = {True: ('good', '✓'), False: ('bad', '✗ No.'), None: ('unknown', '?')}
+
+#: Qualities and scales of pictures to try, and bytes of all of them that are few enough:
+#: base64 adds a third, and a page shall have at most 1 MB.
+_QUALITIES, _FEW = ((80, 1), (60, 1), (40, 1), (40, 2), (40, 4)), 600_000
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: points in the panel's coordinates, and its colour and dashes in CSS."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: str
+    dash: str = ''
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves with one vertical axis: positions and texts of its ticks."""
+
+    title: str
+    lines: Sequence[Line]
+    rows: Sequence[tuple[float, str]]
+    columns: Sequence[tuple[float, str]]
+    alt: str
+    note: str = ''
 
 
 @dataclass(frozen=True)
 class Section:
-    """A picture with what to see in it, or why there is none."""
+    """A picture or curves with what to see in it, or why there is none."""
 
-    name: str  # of the PNG file, without suffix
+    name: str  # of the WebP file, without suffix
     title: str
     text: str
     figure: Figure | None = None
+    alt: str = ''  # the finding, for those who do not see the picture
+    panels: Sequence[Panel] = ()
+    warning: str = ''
 
 
 def write_page(
-    folder: Path, title: str, facts: Mapping[str, str], sections: Sequence[Section]
+    folder: Path,
+    title: str,
+    facts: Mapping[str, Sequence[str]],
+    sections: Sequence[Section],
+    findings: Mapping[str, Sequence[Finding]] | None = None,
+    configurations: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``report.html``, which needs no other file, and its pictures as PNG files.
+    """Write ``report.html``, which needs no other file, and its pictures as WebP files.
 
-    On top is a table of *facts*, below are the *sections*.
+    On top is the verdict of the *findings* of each run, below are the *sections*, and at
+    the end *facts*, one value per run, and *configurations*.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    title = escape(title)
-    body = f'<h1>{title}</h1>\n<table>\n'
-    for name, value in facts.items():
-        body += f'<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n'
-    body += '</table>\n'
-    for section in sections:
-        heading, text = escape(section.title), escape(section.text)
-        note = ' class="note"' if section.figure is None else ''
-        body += f'<h2>{heading}</h2>\n<p{note}>{text}</p>\n'
-        if section.figure is not None:
-            picture = folder / f'{section.name}.png'
-            section.figure.savefig(picture, dpi=110)
-            data = base64.b64encode(picture.read_bytes()).decode()
-            body += f'<img alt="{heading}" src="data:image/png;base64,{data}">\n'
+    pictures = _encode({s.name: s.figure for s in sections if s.figure is not None})
+    for name, data in pictures.items():
+        (folder / f'{name}.webp').write_bytes(data)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, '.'), autoescape=True
+    ).get_template('page.html.j2')
+    verdicts = [
+        (name if len(findings or {}) > 1 else '', summarize(found), found)
+        for name, found in (findings or {}).items()
+    ]
     page = folder / 'report.html'
-    page.write_text(
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
-        f'<body>\n{body}</body>\n</html>\n',
-        encoding='utf-8',
+    text = template.render(
+        title=title,
+        facts=facts,
+        sections=sections,
+        verdicts=verdicts,
+        marks=_MARKS,
+        configurations=configurations or {},
+        pictures={k: base64.b64encode(v).decode() for k, v in pictures.items()},
     )
+    page.write_text(text, encoding='utf-8')
     return page
+
+
+def _encode(figures: Mapping[str, Figure]) -> dict[str, bytes]:
+    """Write pictures as WebP, as well as few bytes allow."""
+    drawn: dict[str, Any] = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='png', dpi=110)
+        drawn[name] = Image.open(buffer).convert('RGB')
+    result: dict[str, bytes] = {}
+    for quality, shrink in _QUALITIES:
+        for name, image in drawn.items():
+            buffer = io.BytesIO()
+            image.reduce(shrink).save(buffer, 'WEBP', quality=quality)
+            result[name] = buffer.getvalue()
+        if sum(map(len, result.values())) <= _FEW:
+            break
+    return result

@@ -150,10 +150,11 @@ def feature_similarities(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
+def plot_similarities(features: Tensor, labels: Tensor) -> tuple[Figure, float]:
     """Plot similarities of labels and of features, of all pairs of images.
 
-    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,).
+    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,). Also
+    returns the rank correlation of both.
     """
     # Images with the same label side by side
     keys = labels[:, None] if labels.ndim == 1 else labels
@@ -191,19 +192,24 @@ def plot_similarities(features: Tensor, labels: Tensor) -> Figure:
     scatter.set(xlabel='label similarity', ylabel='embedding similarity')
     scatter.set_ylim(-1.03, 1.03)
     scatter.grid(alpha=0.3)
-    return figure
+    return figure, float(rank)
 
 
 def plot_neighbours(
-    thumbnails: Sequence[Array], features: Tensor, labels: Tensor, count: int = 10
+    thumbnails: Sequence[Array],
+    features: Tensor,
+    labels: Tensor,
+    apart: Tensor,
+    count: int = 10,
 ) -> Figure:
     """Plot *count* images with their five nearest neighbours by features (N, F).
 
-    Labels are multi-hot (N, K), or class indices (N,).
+    Labels are multi-hot (N, K), or class indices (N,). Neighbours are among those that are
+    *apart* (N, N).
     """
     by_label, similarity = label_similarities(labels), feature_similarities(features)
-    similarity.fill_diagonal_(-math.inf)
-    neighbours = min(5, len(features) - 1)
+    similarity[~apart] = -math.inf
+    neighbours = min(5, int(apart.sum(1).min()))
     queries = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
     columns = 2 if len(queries) > 1 else 1
     rows = math.ceil(len(queries) / columns)
@@ -257,13 +263,15 @@ def plot_classes(
     masks: Sequence[Tensor],
     thumbnails: Sequence[Array],
     product: LandCoverProduct = WORLDCOVER,
+    columns: int | None = None,
 ) -> Figure:
     """Plot images, and below the classes of their masks (H, W), with a legend."""
     colours = np.ones((256, 4))  # white where there is no data
     colours[list(product.codes)] = [product.colors[code] for code in product.codes]
     colours[list(product.codes)] /= 255
     pictures = [colours[mask.long().numpy()] for mask in masks]
-    figure = _plot_below(thumbnails, pictures, product.title, 0.2)
+    extra = 0.2 if columns is None else 0.05
+    figure = _plot_below(thumbnails, pictures, product.title, extra, columns)
     present = {int(code) for mask in masks for code in mask.unique()}
     handles = [
         Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
@@ -271,21 +279,38 @@ def plot_classes(
         if code in present
     ]
     figure.legend(
-        handles=handles, loc='outside lower center', ncols=6, fontsize='small'
+        handles=handles,
+        loc='outside lower center',
+        ncols=6 if columns is None else columns,
+        fontsize='small',
     )
     return figure
 
 
+def plot_images(thumbnails: Sequence[Array], columns: int | None = None) -> Figure:
+    """Plot images, by default in a row."""
+    return _plot_below(thumbnails, None, columns=columns)
+
+
 def _plot_below(
     thumbnails: Sequence[Array],
-    pictures: Sequence[Array],
-    label: str,
+    pictures: Sequence[Array] | None,
+    label: str = '',
     extra: float = 0.0,
+    columns: int | None = None,
 ) -> Figure:
-    """Plot images above, and a picture of each below."""
-    figure, axes = _grid(2, len(thumbnails), 1.5, extra)
-    for row, (colours, name) in enumerate(((thumbnails, 'image'), (pictures, label))):
-        axes[row, 0].set_ylabel(name)
-        for axis, picture in zip(axes[row], colours, strict=True):
+    """Plot images above, and a picture of each below, in as many rows as needed."""
+    columns = min(columns or len(thumbnails), len(thumbnails))
+    blocks = [(thumbnails, 'image')]
+    if pictures is not None:
+        blocks.append((pictures, label))
+    rows = math.ceil(len(thumbnails) / columns) * len(blocks)
+    figure, axes = _grid(rows, columns, 1.5, extra)
+    for row, (colours, name) in enumerate(blocks):
+        for number, picture in enumerate(colours):
+            line, column = divmod(number, columns)
+            axis = axes[line * len(blocks) + row, column]
             axis.imshow(picture, interpolation='nearest' if row else None)
+            if not column:
+                axis.set_ylabel(name)
     return figure

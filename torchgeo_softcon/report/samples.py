@@ -4,9 +4,10 @@
 """The images that a report shows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
@@ -15,9 +16,15 @@ from torch.utils.data import DataLoader
 
 from .._compat import Sample
 from ..datamodules.normalization import match_images
-from ..datamodules.protocol import dataset_bands, dataset_product, without_transforms
+from ..datamodules.protocol import (
+    dataset_bands,
+    dataset_product,
+    offer_of,
+    without_transforms,
+)
 from ..evaluation.features import prepare
 from ..evaluation.loop import batch_transform, encode_batches
+from ..evaluation.places import sample_places
 from ..evaluation.samples import check_label, set_up, split_samples
 from ..landcover import LandCoverProduct
 from ..landcover.products import WORLDCOVER
@@ -45,19 +52,36 @@ class Gallery:
     bands: Sequence[str] | None
     show: Display
     features: Tensor  # (N, F)
+    statistics: Tensor  # (N, 2 C), mean and standard deviation of each band
     labels: Tensor | None  # class indices (N,) or multi-labels (N, K)
     thumbnails: list[Array]  # colours of all images
     samples: list[Sample]  # the first ones, as the datamodule gives them
     masks: list[Tensor] | None  # land cover of *samples*, codes of shape (H, W)
     product: LandCoverProduct = WORLDCOVER  # of the codes
+    places: list[str] | None = None  # of all images
+    trained_on: bool = False  # whether the ground is that of the training
 
-    def labelled(self) -> tuple[Tensor, Tensor | None, list[Array]]:
-        """Return features, labels and thumbnails of the images whose label is known."""
+    @property
+    def apart(self) -> Tensor:
+        """Whether images are of different places, (N, N): no image is with itself."""
+        names = self.places or [str(i) for i in range(len(self.features))]
+        numbers = torch.from_numpy(np.unique(names, return_inverse=True)[1])
+        return numbers[:, None] != numbers
+
+    def labelled(self) -> 'Gallery':
+        """Return the part whose labels are known. The first samples are the same."""
         if self.labels is None or self.labels.ndim == 1:
-            return self.features, self.labels, self.thumbnails
+            return self
         known = self.labels.any(1)
-        shown = [t for t, k in zip(self.thumbnails, known, strict=True) if k]
-        return self.features[known], self.labels[known], shown
+        numbers = known.nonzero()[:, 0].tolist()
+        return replace(
+            self,
+            features=self.features[known],
+            statistics=self.statistics[known],
+            labels=self.labels[known],
+            thumbnails=[self.thumbnails[i] for i in numbers],
+            places=self.places and [self.places[i] for i in numbers],
+        )
 
 
 @torch.no_grad()
@@ -88,6 +112,7 @@ def collect(
         return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in keys}
 
     small: list[Tensor] = []
+    statistics: list[Tensor] = []
     features: list[Tensor] = []
     labels: list[Tensor] = []
     kept: list[Sample] = []
@@ -103,6 +128,7 @@ def collect(
             side = (_THUMBNAIL, _THUMBNAIL)
             first = F.interpolate(first, side, mode='bilinear', antialias=True)
         small.append(first)
+        statistics.append(torch.cat([first.mean((2, 3)), first.std((2, 3))], 1))
         features.append(next(iter(found.values())))
         if 'label' in batch:
             labels.append(check_label(batch['label'], f'{split} split'))
@@ -116,11 +142,14 @@ def collect(
         bands,
         show,
         torch.cat(features),
+        torch.cat(statistics).nan_to_num(),
         torch.cat(labels) if len(labels) == len(features) else None,
         [show(image) for image in pictures],
         kept,
         _masks(dataset, chosen[:_KEPT], kept),
         dataset_product(dataset) or WORLDCOVER,
+        sample_places(dataset, chosen),
+        split == 'train' or offer_of(datamodule).shares_ground,
     )
 
 

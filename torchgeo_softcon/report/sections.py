@@ -3,6 +3,7 @@
 
 """The sections of the page of a run."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,16 +14,19 @@ import torch
 import torch.nn.functional as F
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from ..evaluation.features import prepare
+from ..evaluation.probes import evaluate
+from ..evaluation.verdict import Finding
 from ..models import is_vit
 from ..models.checkpoints import read_checkpoint
 from ..models.encoders import Encoder
 from ..tasks import loading as tasks
 from .page import Section
 from .pictures import (
+    feature_similarities,
+    label_similarities,
     patch_tokens,
     plot_classes,
     plot_components,
@@ -30,7 +34,15 @@ from .pictures import (
     plot_similarities,
     plot_views,
 )
-from .samples import Gallery, collect
+from .samples import Gallery
+
+#: Neighbours that are asked for the label of an image.
+_NEIGHBOURS = 10
+
+_TRAINED_ON = (
+    'This is ground that the run was trained on: what is seen here says little about other '
+    'places. Keep some apart, such as by --data.val_fraction 0.25.'
+)
 
 
 def run_augmentations(config: Path) -> nn.Module | None:
@@ -74,21 +86,43 @@ def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
 
 @torch.no_grad()
 def picture_sections(
-    encoder: Encoder,
-    datamodule: LightningDataModule,
-    checkpoint: str | None = None,
-    split: str | None = None,
-    count: int = 200,
+    gallery: Gallery, encoder: Encoder, checkpoint: str | None = None
 ) -> Iterator[Section]:
-    """Draw what an encoder makes of *count* images of a split, see :func:`.collect`.
+    """Draw what an encoder makes of images.
 
     With the views of the task if the encoder is from a *checkpoint*.
     """
-    gallery = collect(encoder, datamodule, split, count)
     yield _views(gallery, checkpoint)
     yield from _comparisons(gallery)
     yield _components(gallery, encoder)
     yield _classes(gallery)
+
+
+def judge_features(gallery: Gallery) -> list[Finding]:
+    """Tell whether features find labels of other images better than colours do.
+
+    By the mean average precision, or accuracy, of each image from its nearest neighbours
+    among those of other places.
+    """
+    known = gallery.labelled()
+    question = 'Do the features tell labels better than the colours of the images?'
+    if known.labels is None or int(known.apart.sum(1).min()) < _NEIGHBOURS:
+        return [Finding(question, None, 'there are too few labelled images apart')]
+    labels = known.labels if known.labels.ndim == 2 else F.one_hot(known.labels)
+    values = []
+    scale = known.statistics.std(0).clamp_min(1e-12)
+    for features in (known.features, known.statistics / scale):
+        similarity = feature_similarities(features)
+        similarity[~known.apart] = -math.inf
+        nearest = similarity.topk(_NEIGHBOURS).indices
+        values.append(evaluate(labels[nearest].float().mean(1), known.labels))
+    ours, colours = values
+    reason = (
+        f'{ours:.3g} by the {_NEIGHBOURS} nearest of {len(labels)} images of the '
+        f'{gallery.split} split by features, {colours:.3g} by mean and standard deviation '
+        'of the bands'
+    )
+    return [Finding(question, ours > colours, reason)]
 
 
 def _views(gallery: Gallery, checkpoint: str | None) -> Section:
@@ -127,17 +161,21 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     if hasattr(task, 'masking'):
         text += 'Pink patches are masked. '
     text += f'{gallery.show.caption}, on one scale.'
-    return replace(section, text=text, figure=figure)
+    alt = f'Two or more views of each of {len(samples)} images, and their boxes'
+    return replace(section, text=text, figure=figure, alt=alt)
 
 
 def _comparisons(gallery: Gallery) -> Iterator[Section]:
     """Compare labels and features of all images whose label is known."""
-    features, labels, thumbnails = gallery.labelled()
+    known = gallery.labelled()
     name, title = 'similarities', 'Labels and embeddings'
+    labels, features, apart = known.labels, known.features, known.apart
     if labels is None or len(labels) < 2:
         yield Section(name, title, f'The {gallery.split} split has no labels.')
         return
     number = f'{len(features)} images of the {gallery.split} split'
+    warning = _TRAINED_ON if gallery.trained_on else ''
+    figure, rank = plot_similarities(features, labels)
     yield Section(
         name,
         title,
@@ -145,15 +183,28 @@ def _comparisons(gallery: Gallery) -> Iterator[Section]:
         '(or whether classes are the same), embedding similarity the cosine of '
         'features minus their mean. Blocks that are in both matrices, and medians '
         'that rise, mean that the encoder finds the labels.',
-        plot_similarities(features, labels),
+        figure,
+        f'Rank correlation of label and embedding similarity: {rank:.2f}',
+        warning=warning,
     )
+    title = 'Nearest neighbours'
+    if not apart.any(1).all():
+        yield Section('neighbours', title, 'All images are of one place.')
+        return
+    by_label = label_similarities(labels)
+    similarity = feature_similarities(features).masked_fill(~apart, -math.inf)
+    nearest = by_label.gather(1, similarity.argmax(1, keepdim=True)).mean()
+    others = 'other places' if known.places else 'all others'
     yield Section(
         'neighbours',
-        'Nearest neighbours',
-        f'Ten of {number}, and the five most similar among all. Below each: '
+        title,
+        f'Ten of {number}, and the five most similar of {others}. Below each: '
         'similarity of the embedding | of the label. '
         f'{gallery.show.caption}, all images on one scale.',
-        plot_neighbours(thumbnails, features, labels),
+        plot_neighbours(known.thumbnails, features, labels, apart),
+        f'Mean label similarity to the nearest neighbour: {nearest:.2f}, to any image: '
+        f'{by_label[apart].mean():.2f}',
+        warning=warning,
     )
 
 
@@ -180,7 +231,8 @@ def _components(gallery: Gallery, encoder: Encoder) -> Section:
         'the encoder. Fields and shores that stand out are a good sign.'
     )
     figure = plot_components(tokens, gallery.thumbnails[: len(tokens)])
-    return replace(section, text=text, figure=figure)
+    alt = f'Principal components of the tokens of {len(tokens)} images, as colours'
+    return replace(section, text=text, figure=figure, alt=alt)
 
 
 def _classes(gallery: Gallery) -> Section:
@@ -193,4 +245,7 @@ def _classes(gallery: Gallery) -> Section:
         return Section('classes', 'Land cover', text)
     text = f'What the labels are made of: {product.title} under the images.'
     figure = plot_classes(masks, gallery.thumbnails[: len(masks)], product)
-    return Section('classes', 'Land cover', text, figure)
+    present = {int(code) for mask in masks for code in mask.unique()}
+    names = [name for code, name in product.names.items() if code in present]
+    alt = f'Land cover of {len(masks)} images: {", ".join(names)}'
+    return Section('classes', 'Land cover', text, figure, alt)

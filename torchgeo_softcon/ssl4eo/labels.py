@@ -26,7 +26,7 @@ from .tiffs import days, pair
 _CLASS_COLUMN = re.compile(r'(count|fraction)_(\d+)')
 
 #: Smallest share of the pixels that must have a class, else the label is unknown.
-_MIN_VALID = 0.5
+MIN_VALID = 0.5
 
 #: Images that a message names.
 _NAMED = 3
@@ -166,7 +166,7 @@ def _read_parquet(path: Path) -> SeasonLabels:
     counts = np.stack([table[name].to_numpy() for name in of_classes], 1).astype(float)
     known = np.isfinite(counts).all(1)
     if valid:
-        known &= table['valid'].to_numpy() >= _MIN_VALID
+        known &= table['valid'].to_numpy() >= MIN_VALID
     counts[~known] = 0
     if (counts < 0).any():
         raise ValueError(f'labels {path} must not be negative, got {counts.min():g}')

@@ -30,10 +30,13 @@ from tqdm import tqdm
 from ..storage.lock import exclusive
 from ..storage.whole_file import whole_file
 from .labels import SeasonLabels, match_labels, read_labels
+from .lulc import LULC, lulc_labels
 from .record_archive import (
+    CLOUD_MASK,
     SCHEMA,
     RecordArchive,
     checksum,
+    cloud_shares,
     has_records,
     index_path,
     open_archives,
@@ -42,7 +45,8 @@ from .record_archive import (
     write_index,
     write_records,
 )
-from .tiffs import BANDS, Georeference, TiffArchive, split_names
+from .shards import ShardArchive, find_splits, open_archive
+from .tiffs import BANDS, MODALITIES, Georeference, TiffArchive, split_names
 
 #: Images per file. Those of Sentinel-2 take 200 MB, which is also what a process holds in
 #: memory and what is lost if it is killed.
@@ -72,17 +76,18 @@ def pack(
     shard_size: int = SHARD_SIZE,
     progress: bool = False,
 ) -> list[Failure]:
-    """Write the images of SSL4EO-S12 in a form that is fast to read.
+    """Write the images of SSL4EO-S12, in any of its forms, so that they are fast to read.
 
     A run that was interrupted goes on when started again, and images that came later are
     added. Images that cannot be read are returned, listed in ``failures.csv`` and tried
     again by the next run.
 
     Args:
-        root: Folder with the folders ``s1``, ``s2c`` or ``s2a``.
+        root: Folder with the folders ``s1``, ``s2c`` or ``s2a``, or with those of v1.1.
         out: Folder to write, see :mod:`torchgeo_softcon.ssl4eo.record_archive`.
         split: Which of them, by default all that there are.
-        labels: File of labels to put into the index, see :func:`.read_labels`.
+        labels: File of labels to put into the index, see :func:`.read_labels`, or
+            ``lulc`` for the land-cover layer of v1.1.
         workers: Number of processes.
         shard_size: Images per file.
         progress: Whether to show a bar.
@@ -93,20 +98,28 @@ def pack(
         )
     _check_out(root, out)
     if split is None:
-        split = [name for name in BANDS if (Path(root) / name).is_dir()]
+        split = find_splits(root)
         if not split:
+            folders = (*BANDS, *MODALITIES.values())
             raise FileNotFoundError(
-                f'root must have a folder {", ".join(BANDS)}, found none of them in {root}'
+                f'root must have a folder {", ".join(folders)}, found none of them in '
+                f'{root}'
             )
     splits = split_names(split)
     for name in splits:
         _check_ours(Path(out) / name)
-    archives = [TiffArchive(root, name) for name in splits]
-    table = None if labels is None else read_labels(labels)
-    if table is not None:
+    opened = (open_archive(root, name, masks=True) for name in splits)
+    archives = [a for a in opened if not isinstance(a, RecordArchive)]
+    if len(archives) < len(splits):
+        raise ValueError(f'root must not be packed already, {root} is')
+    tables: dict[str, SeasonLabels | None] = dict.fromkeys(splits)
+    if labels is not None:
         for archive in archives:
+            lulc = labels == LULC
+            table = lulc_labels(root, archive) if lulc else read_labels(labels)
             # Only to find out now, and not after hours, whether they fit
             match_labels(table, archive.split, archive.location, archive.season)
+            tables[archive.split] = table
 
     failures = []
     for archive in archives:
@@ -114,7 +127,7 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / '.lock', folder):
             failures += _pack_split(
-                archive, folder, table, workers, shard_size, progress
+                archive, folder, tables[archive.split], workers, shard_size, progress
             )
     return failures
 
@@ -185,7 +198,7 @@ def _for_each(
 
 
 def _pack_split(
-    archive: TiffArchive,
+    archive: TiffArchive | ShardArchive,
     folder: Path,
     table: SeasonLabels | None,
     workers: int,
@@ -204,6 +217,7 @@ def _pack_split(
         [archive.location.astype(str), archive.season.astype(str)]
     )
     rows = np.flatnonzero(~ours.isin(_names(done)))
+    rows = rows[np.argsort(archive.order[rows], kind='stable')]
     if labels is not None and table is None and len(rows) + len(not_indexed):
         raise ValueError(
             f'labels must be given again: {index} has some, and there are images that it '
@@ -268,7 +282,11 @@ def _check_ours(folder: Path) -> None:
 
 
 def _read_rows(path: Path) -> pa.Table:
-    return pq.read_table(path).replace_schema_metadata(None)
+    """Read rows of an index, also one of before there were clouds in it."""
+    rows = pq.read_table(path).replace_schema_metadata(None)
+    if 'cloud' not in rows.column_names:
+        rows = rows.append_column('cloud', pa.nulls(len(rows), pa.float32()))
+    return rows
 
 
 def _names(rows: pa.Table) -> pd.MultiIndex:
@@ -292,7 +310,7 @@ def _with_labels(rows: pa.Table, labels: SeasonLabels, split: str) -> pa.Table:
 
 
 def _resume(
-    archive: TiffArchive, folder: Path, indexed: pa.Table
+    archive: TiffArchive | ShardArchive, folder: Path, indexed: pa.Table
 ) -> tuple[pa.Table, list[pa.Table]]:
     """Delete what a killed run left unfinished, and return the rows of complete files.
 
@@ -339,7 +357,7 @@ def _shard_files(folder: Path, suffix: str) -> list[Path]:
 
 
 def _write_shards(
-    folder: Path, shards: Mapping[int, TiffArchive], workers: int
+    folder: Path, shards: Mapping[int, TiffArchive | ShardArchive], workers: int
 ) -> Iterator[tuple[int, list[Failure]]]:
     """Write files of records, and yield how many images each had, and its failures."""
     if workers == 1 or len(shards) < 2:
@@ -360,7 +378,9 @@ def _write_shards(
             raise
 
 
-def _write_shard(archive: TiffArchive, folder: Path, number: int) -> list[Failure]:
+def _write_shard(
+    archive: TiffArchive | ShardArchive, folder: Path, number: int
+) -> list[Failure]:
     """Write a file of records and then, as a sign that it is complete, its rows."""
     records = np.empty(len(archive), archive.dtype)
     entries: list[dict[str, Any]] = []
@@ -374,6 +394,10 @@ def _write_shard(archive: TiffArchive, folder: Path, number: int) -> list[Failur
             continue
         offset = len(entries)
         records[offset] = record
+        cloud = None
+        if CLOUD_MASK in (archive.dtype.names or ()):
+            counts = np.bincount(record[CLOUD_MASK].reshape(-1), minlength=256)
+            (cloud,) = cloud_shares(counts[None]).tolist()
         entries.append(
             {
                 'id': location,
@@ -383,6 +407,7 @@ def _write_shard(archive: TiffArchive, folder: Path, number: int) -> list[Failur
                 **grids._asdict(),
                 'transforms': [x for transform in grids.transforms for x in transform],
                 'checksum': checksum(record),
+                'cloud': cloud,
             }
         )
     if entries:
@@ -404,20 +429,22 @@ def _write_tiffs(
     for band, transform, nodata in zip(
         bands, grids.transforms, grids.nodata, strict=True
     ):
+        half = record.dtype[band].base == np.float16  # which GeoTIFFs rarely have
+        values = record[band].astype(np.float32) if half else record[band]
         # GDAL does not always tell when the disk is full
         with MemoryFile() as memory:
             with memory.open(
                 driver='GTiff',
-                height=record[band].shape[0],
-                width=record[band].shape[1],
+                height=values.shape[0],
+                width=values.shape[1],
                 count=1,
-                dtype=record[band].dtype.name,
+                dtype=values.dtype.name,
                 crs=crs,
                 transform=rasterio.Affine(*transform),
                 nodata=nodata,
                 compress='lzw',
             ) as file:
-                file.write(record[band], 1)
+                file.write(values, 1)
             with whole_file(unfinished / f'{band}.tif') as path:
                 path.write_bytes(memory.read())
     os.replace(unfinished, folder)

@@ -6,8 +6,8 @@
 ``s2c/00000.npy`` and so on hold the records of one split, and ``s2c/index.parquet`` has one
 row per image: ``id`` (location), ``season``, ``shard`` (number of the file), ``offset``
 (number of the record in it), ``crs``, ``bounds``, ``transforms`` and ``nodata`` (of all
-bands), ``checksum`` (CRC-32 of the record) and ``label``. Its metadata tell what the labels
-are.
+bands), ``checksum`` (CRC-32 of the record), ``label`` and ``cloud`` (share of clouds, if
+known). Its metadata tell what the labels are. Records of v1.1 end with the cloud mask.
 """
 
 import functools
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from ..storage.whole_file import whole_file
 from .labels import SeasonLabels
-from .tiffs import BANDS, Archive, Georeference, check_names, split_names
+from .tiffs import BANDS, Archive, Georeference, Grids, check_names, split_names
 
 #: Version of the format.
 FORMAT = 1
@@ -48,8 +48,16 @@ SCHEMA = pa.schema(
         ('nodata', pa.list_(pa.float64())),
         ('checksum', pa.uint32()),
         ('label', pa.list_(pa.float32())),
+        ('cloud', pa.float32()),
     ]
 )
+
+#: Name of the classes of clouds and shadows in a record.
+CLOUD_MASK = 'cloud_mask'
+
+#: Thin and thick clouds, and pixels without data, in the cloud mask.
+#: https://github.com/DLR-MF-DAS/SSL4EO-S12-v1.1#returning-metadata
+_CLOUDS, _NO_DATA = (3, 4), 6
 
 #: Columns that tell where the record of which image is.
 _NAMES = ('id', 'season', 'shard', 'offset')
@@ -71,6 +79,16 @@ def shard_path(folder: Path, shard: int) -> Path:
 def checksum(record: npt.NDArray[Any]) -> int:
     """Return the CRC-32 of a record, or of its bytes."""
     return zlib.crc32(np.ascontiguousarray(record).reshape(-1).view(np.uint8).data)
+
+
+def cloud_shares(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Return the share of thin and thick clouds in N cloud masks, 1 without any data.
+
+    *counts* are the pixels of each code from 0 to 6 or more, shape (N, K).
+    """
+    known = counts.sum(1) - counts[:, _NO_DATA]
+    shares = counts[:, _CLOUDS].sum(1) / np.maximum(known, 1)
+    return np.where(known > 0, shares, 1).astype(np.float32)
 
 
 class BufferPool:
@@ -117,6 +135,7 @@ class RecordArchive(Archive):
         self.season = np.array(table['season'].to_pylist(), dtype=np.bytes_)
         self._shard = table['shard'].to_numpy()
         self._offset = table['offset'].to_numpy()
+        self.order = np.lexsort([self._offset, self._shard]).argsort()
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
         self._buffers = BufferPool()
         self.dtype = self._check()
@@ -176,6 +195,27 @@ class RecordArchive(Archive):
         nodata, bounds = tuple(entry['nodata']), tuple(entry['bounds'])
         return Georeference(entry['crs'], transforms, nodata, bounds)
 
+    def clouds(self) -> npt.NDArray[np.float32] | None:
+        """Return the share of clouds of each image, see :meth:`.Archive.clouds`."""
+        if 'cloud' not in pq.read_schema(self.index).names:
+            return None
+        shares = self._columns('cloud')['cloud'].to_numpy()
+        return None if np.isnan(shares).any() else shares
+
+    def cloud_mask(self, row: int) -> npt.NDArray[np.uint8]:
+        """Read the cloud mask of an image, see :meth:`.Archive.cloud_mask`."""
+        if CLOUD_MASK not in (self.dtype.names or ()):
+            return super().cloud_mask(row)
+        return np.asarray(self.read([row]).view(self.dtype)[0, 0][CLOUD_MASK])
+
+    def grids(self) -> Grids:
+        """Return CRS, transform and size of each image, see :meth:`.ShardArchive.grids`."""
+        sizes = [self.dtype[band].shape for band in self.bands]
+        finest = sizes.index(max(sizes))
+        flat = self._grids['transforms'].combine_chunks().flatten().to_numpy()
+        transforms = flat.reshape(len(self), len(self.bands), 6)[:, finest]
+        return self._grids['crs'].to_pylist(), transforms, sizes[finest]
+
     @functools.cached_property
     def _checksums(self) -> npt.NDArray[np.uint32]:
         return np.asarray(self._columns('checksum')['checksum'])
@@ -197,7 +237,7 @@ class RecordArchive(Archive):
         """Return the type of the records, and check the length of all files."""
         counts = pd.Series(self._offset + 1).groupby(self._shard).max()
         dtype, start = _read_header(shard_path(self.root, counts.index[0]))
-        if set(self.bands) != set(dtype.names or ()):
+        if {*self.bands} != {*(dtype.names or ())} - {CLOUD_MASK}:
             raise ValueError(
                 f'records of {self.split} must have the bands {", ".join(self.bands)}, '
                 f'those in {self.root} have {", ".join(dtype.names or ())}'

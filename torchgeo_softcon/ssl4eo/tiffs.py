@@ -18,37 +18,51 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import rasterio
 
-from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
+from ..bands import RGB_BANDS, SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from ..geo.rasters import open_raster, read_raster
 from .image_records import record_dtype
 
-#: Sentinel-1 GRD, Sentinel-2 Level-1C and Level-2A. The names are those of the folders.
-Split = Literal['s1', 's2c', 's2a']
+#: Sentinel-1 GRD, Sentinel-2 Level-1C and Level-2A, by the folders of 2022 or of v1.1.
+#: S2RGB and S1RTC are in v1.1 and TerraMesh only.
+Split = Literal['s1', 's2c', 's2a', 'S1GRD', 'S2L1C', 'S2L2A', 'S2RGB', 'S1RTC']
 
 #: Bands of each, in the order of TorchGeo.
 BANDS: dict[str, tuple[str, ...]] = {
     's1': SENTINEL1_BANDS,
     's2c': SENTINEL2_BANDS,
     's2a': SENTINEL2_SUBSETS[12],
+    's2rgb': RGB_BANDS,
+    's1rtc': SENTINEL1_BANDS,
 }
 
-#: Height and width of a patch at 10 m in pixels.
-SIZE = 264
+#: Those of Sentinel-1.
+RADAR = ('s1', 's1rtc')
+
+#: Their folders in v1.1 and TerraMesh.
+MODALITIES = {
+    's1': 'S1GRD',
+    's2c': 'S2L1C',
+    's2a': 'S2L2A',
+    's2rgb': 'S2RGB',
+    's1rtc': 'S1RTC',
+}
+
+#: Height and width of a patch at 10 m in pixels, and size of a pixel in metres.
+SIZE, PIXEL = 264, 10.0
 
 #: Images that are looked at to find out what all are like.
 _TRIED = 10
 
-#: Names of locations, such as 0000200.
+#: Names of locations, such as 0000200, and in TerraMesh majortom_train_0000200.
 _LOCATION = re.compile(r'\d+', re.ASCII)
+_SAFE_LOCATION = re.compile(r'[A-Za-z0-9]\w*', re.ASCII)
 
 #: Names of images are those of Earth Engine and contain the time of acquisition:
-#: 20200604T054639_20200604T054831_T43RCP, S1A_IW_GRDH_1SDV_20200607T010800_...
+#: 20200604T054639_20200604T054831_T43RCP, S1A_IW_GRDH_1SDV_20200607T010800_... Images of
+#: v1.1 without such a name have that time alone.
+_SENTINEL1_IMAGE = re.compile(r'(?:S1[A-Z]_\w{12}_)?(\d{8})T\d{6}\w*', re.ASCII)
 _SENTINEL2_IMAGE = re.compile(r'(\d{8})T\d{6}\w*', re.ASCII)
-_IMAGE = {
-    's1': re.compile(r'S1[A-Z]_\w{12}_(\d{8})T\d{6}\w*', re.ASCII),
-    's2c': _SENTINEL2_IMAGE,
-    's2a': _SENTINEL2_IMAGE,
-}
+_IMAGE = {s: _SENTINEL1_IMAGE if s in RADAR else _SENTINEL2_IMAGE for s in BANDS}
 
 #: The seasons of a location are a quarter of a year apart, and the images of the sensors
 #: were taken within 30 days of one another. Halfway to the next season is too far.
@@ -72,6 +86,11 @@ class Georeference(NamedTuple):
     bounds: tuple[float, float, float, float]
 
 
+#: CRS of each of N images, transforms of shape (N, 6), and height and width in pixels, of
+#: their finest band.
+Grids = tuple[list[str | None], npt.NDArray[np.float64], tuple[int, int]]
+
+
 class Archive(abc.ABC):
     """Images of one split, by number.
 
@@ -82,11 +101,13 @@ class Archive(abc.ABC):
         location: Location of each image, shape (N,).
         season: Name of each image in its location, shape (N,).
         dtype: Type of the image records, see :func:`.record_dtype`.
+        order: Rank of each image in the order that is fastest to read, shape (N,).
     """
 
     location: npt.NDArray[np.bytes_]
     season: npt.NDArray[np.bytes_]
     dtype: np.dtype[Any]
+    order: npt.NDArray[np.int64]
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         """Initialize a new Archive instance, of a folder in *root*."""
@@ -114,6 +135,20 @@ class Archive(abc.ABC):
         """Return the pixel grids of an image."""
         return self.load(row)[1]
 
+    def clouds(self) -> npt.NDArray[np.float32] | None:
+        """Return the share of clouds of each image, shape (N,), None if it is unknown."""
+        return None
+
+    def cloud_mask(self, row: int) -> npt.NDArray[np.uint8]:
+        """Return the classes of clouds and shadows of an image, shape (H, W).
+
+        Land (0), water, snow, thin cloud (3), thick cloud, cloud shadow, no data (6).
+
+        Raises:
+            ValueError: If there are none.
+        """
+        raise ValueError(f'{self.root} has no cloud masks')
+
 
 class TiffArchive(Archive):
     """Images of one split in folders, as published.
@@ -136,12 +171,14 @@ class TiffArchive(Archive):
         location, season = zip(*found, strict=True)
         self.location = np.array(location, dtype=np.bytes_)
         self.season = np.array(season, dtype=np.bytes_)
+        self.order = np.arange(len(found))
         self.dtype = self._first_dtype()
 
     def only(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an archive of some of the images."""
         other = copy.copy(self)
-        other.location, other.season = self.location[rows], self.season[rows]
+        for name in ('location', 'season', 'order'):
+            setattr(other, name, getattr(self, name)[rows])
         return other
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
@@ -212,18 +249,26 @@ class TiffArchive(Archive):
 
 def split_names(split: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of splits, of which there may be one as text, or several."""
-    names = (split,) if isinstance(split, str) else tuple(split)
+    given = (split,) if isinstance(split, str) else tuple(split)
+    ours = {name: short for short, name in MODALITIES.items()}
+    names = tuple(ours.get(name, name) for name in given)
     if not names or len({*names}) < len(names) or not {*names} <= {*BANDS}:
         raise ValueError(
-            f'split must be one or several of {", ".join(BANDS)}, got {split!r}'
+            f'split must be one or several of s1, s2c, s2a, got {split!r}. In v1.1 and '
+            f'TerraMesh, they are also called {", ".join(ours)}'
         )
     return names
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a name is that of an image of some split."""
+    return _SENTINEL1_IMAGE.fullmatch(name) is not None
 
 
 def check_names(source: Path, split: str, location: pa.Array, season: pa.Array) -> None:
     """Check names that were read from a file, before a path is made of them."""
     for kind, names, pattern in (
-        ('location', location, _LOCATION),
+        ('location', location, _SAFE_LOCATION),
         ('image', season, _IMAGE[split]),
     ):
         # RE2 knows ASCII only for these classes, as our patterns do

@@ -6,7 +6,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .lock import exclusive
 from .parquet import write_parquet
 from .whole_file import whole_file
 
-#: Rows of a row group of a joined file.
+#: Rows of a part.
 ROWS = 4096
 
 #: What to do about something else at the place of a file.
@@ -141,8 +141,13 @@ class ResumableParquet:
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 
-    def join(self, samples: int) -> int:
-        """Make the file of the parts of all kinds, which must have a row per sample."""
+    def join(
+        self, samples: int, arrange: Callable[[pa.Table], pa.Table] | None = None
+    ) -> int:
+        """Make the file of the parts of all kinds, which must have a row per sample.
+
+        *arrange* makes the table to write of that of all rows.
+        """
         part_files, rows = self.part_files(), self.count_rows()
         if rows != samples:
             raise ValueError(
@@ -152,23 +157,13 @@ class ResumableParquet:
             )
         if not rows:
             raise ValueError(f'there are no rows to write to {self.path}')
-        schema = pq.read_schema(part_files[0]).remove_metadata()
-        return self.finish(_row_groups(part_files), schema)
+        parts = [pq.read_table(p).replace_schema_metadata(None) for p in part_files]
+        table = pa.concat_tables(parts)
+        table = table if arrange is None else arrange(table)
+        return self.finish([table], table.schema)
 
 
 def _numbered(part: Path) -> tuple[str, int]:
     """Return the kind and the number of a part."""
     kind, _, number = part.stem.rpartition('-')
     return kind, int(number)
-
-
-def _row_groups(part_files: Sequence[Path]) -> Iterator[pa.Table]:
-    """Read parts, as tables that are worth a row group."""
-    held: list[pa.Table] = []
-    for part in part_files:
-        held.append(pq.read_table(part).replace_schema_metadata(None))
-        if sum(table.num_rows for table in held) >= ROWS:
-            yield pa.concat_tables(held)
-            held = []
-    if held:
-        yield pa.concat_tables(held)

@@ -13,20 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .._checks import check_counts, check_fractions, check_not_negative, check_positive
-from .._compat import Sample, WeightsEnum
+from .._compat import Sample, WeightsEnum, extend_host_tasks
 from ..bands import normalize_band_names
-from ..models import (
-    create_encoder,
-    feature_size,
-    load_encoder,
-    read_pretrained,
-    read_weights,
-)
-from ..models.encoders import PRETRAINING
+from ..models import create_encoder, feature_size
+from ..models.encoders import PRETRAINING, explain_misfit, initial_weights
 from ..models.input_layer import input_layer
 from ..models.loading import check_patches
+from ..models.positions import load_positions, save_positions
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
+from .accumulation import save_once, warn_of_lost_gradients
 from .continual import ContinualTask
 from .guard import NonFiniteGuard
 from .memory import (
@@ -45,6 +41,8 @@ from .optimizers import (
     run_length,
     with_schedule,
 )
+
+extend_host_tasks(explain_misfit)
 
 #: How the hyperparameters that tasks share are checked.
 _CHECKS: dict[Callable[..., None], tuple[str, ...]] = {
@@ -77,6 +75,9 @@ class PretrainingTask(ContinualTask):
     #: opens safely and without this package.
     ignore: tuple[str, ...] = ('weights', 'augmentations')
 
+    #: Whether there is, or was, a task of this package in the process.
+    created = False
+
     weights: WeightsEnum | bool | str | None
     augmentations: nn.Module
     rng_seed: Tensor
@@ -104,6 +105,7 @@ class PretrainingTask(ContinualTask):
             augmentations: Module that draws views of images, None to take them as they
                 are.
         """
+        PretrainingTask.created = True
         self.weights = weights
         super().__init__()
         self.augmentations = nn.Identity() if augmentations is None else augmentations
@@ -137,18 +139,16 @@ class PretrainingTask(ContinualTask):
                 f'{tuple(bands)}'
             )
 
-        encoder = create_encoder(name, channels, False, drop_path_rate)
+        size = self.hparams['size']
+        encoder = create_encoder(name, channels, False, drop_path_rate, size)
         key, layer = input_layer(encoder)
         #: Number of features F of the encoder.
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
-            if self.weights is True:
-                state_dict = read_pretrained(name, channels, bands)
-            else:
-                state_dict = read_weights(self.weights)
             init = self.option('in_layer_init')
-            load_encoder(encoder, state_dict, init, bands)
-            others = state_dict[f'{key}.weight'].shape[1] != channels
+            source = initial_weights(self.weights, name, channels, bands)
+            source.load_into(encoder, init, bands)
+            others = source.state_dict[f'{key}.weight'].shape[1] != channels
             self.new_input_layer = others and init == 'random'
         self.choose_batch_norm(encoder, bool(self.weights))
         if self.option('freeze_patch_embed'):
@@ -231,6 +231,7 @@ class PretrainingTask(ContinualTask):
         for key in [k for k in state if k.startswith('augmentations.')]:
             del state[key]
         contiguous(state)
+        save_positions(checkpoint, self.model, self.hparams['model'])
         checkpoint['unsaved'] = self.unsaved()
         checkpoint[PRETRAINING] = {
             'task': class_path(type(self)),
@@ -245,9 +246,13 @@ class PretrainingTask(ContinualTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint does not hold from this task, and warn if it differs."""
+        state = checkpoint['state_dict']
+        load_positions(
+            checkpoint, {n: getattr(self, n) for n in self.branches.values()}
+        )
         for key, value in self.state_dict().items():
             if key.startswith('augmentations.'):
-                checkpoint['state_dict'][key] = value
+                state[key] = value
         for name, value in checkpoint.get('unsaved', {}).items():
             own = self.unsaved().get(name)
             if value != own:
@@ -257,6 +262,7 @@ class PretrainingTask(ContinualTask):
                 )
         # The seed is the checkpoint's
         self.__dict__.pop('_seed', None)
+        warn_of_lost_gradients(checkpoint, self._trainer)
         self.keep_as_before(checkpoint)
 
     def on_train_start(self) -> None:
@@ -269,6 +275,7 @@ class PretrainingTask(ContinualTask):
         self.tell_frozen()
         for optimizer in self.trainer.optimizers:
             follow_parameters(optimizer)
+        save_once(self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch, see :class:`.NonFiniteGuard`."""

@@ -19,15 +19,16 @@ from .._checks import check_counts, check_not_negative, check_positive, check_ty
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss, SoftLabelLoss
 from ..models.input_layer import InputLayerInit
-from ..models.loading import default_drop_path_rate
+from ..models.loading import default_drop_path_rate, nearest_vit
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
-from ..modules.packing import CropBatching, can_pack, encode_crops
+from ..modules.packing import CropBatching, PositionRule, can_pack, encode_crops
 from ..transforms import MultiCropView
 from .continual import BatchNorm
 from .guard import is_chance, plateau_message
 from .multi_crop import MultiCropTask
 from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
+from .training_file import go_on, load_networks
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
@@ -76,6 +77,7 @@ class DINOMCTask(MultiCropTask):
         self,
         model: str = 'vit_small_patch8_224',
         weights: WeightsEnum | bool | str | None = None,
+        continue_training: bool = False,
         in_channels: int = 3,
         bands: Sequence[str] | None = None,
         in_layer_init: InputLayerInit = 'random',
@@ -117,6 +119,7 @@ class DINOMCTask(MultiCropTask):
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
         crop_batching: CropBatching = 'auto',
+        position_rule: PositionRule = 'timm',
         grad_checkpointing: bool = False,
         channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
@@ -127,6 +130,10 @@ class DINOMCTask(MultiCropTask):
             model: Name of a timm model that pools its features and takes images of any
                 size.
             weights: Initial weights of both encoders, see :class:`.SoftConTask`.
+            continue_training: Whether to go on where the training file of the authors of
+                DINO-MC (or DINO) in *weights* stopped: with both encoders, heads, centre,
+                optimizer and epoch. The data and the batch size should be those of then.
+                Checkpoints of this task go on with Lightning's ``--ckpt_path`` instead.
             in_channels: Number of bands of one image.
             bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
             in_layer_init: What to do if *weights* are for another number of bands, see
@@ -183,6 +190,10 @@ class DINOMCTask(MultiCropTask):
             compile_encoder: Whether to use ``torch.compile`` (Vision Transformers only).
             crop_batching: ``'auto'``, ``'packed'`` or ``'by_size'``, see
                 :func:`~torchgeo_softcon.modules.encode_crops`.
+            position_rule: How learned positions of Vision Transformers are resampled for
+                crops of other sizes: ``'timm'``, as the exported encoder does, or
+                ``'dino'``, the rule of the paper's code, see
+                :func:`~torchgeo_softcon.modules.packing.position_matrix`.
             grad_checkpointing: Whether to save memory, see :class:`.SoftConTask`.
             channels_last: How parameters lie in memory, see :class:`.SoftConTask`.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
@@ -239,6 +250,8 @@ class DINOMCTask(MultiCropTask):
             options = self.hparams['soft_options'] or {}
             soft = SoftLabelLoss(**{'gather_distributed': True, **options})
             self.criterion.add_module('soft', soft)
+        if self.hparams['continue_training'] and self.weights:
+            load_networks(self, self.weights)
         # Optimizer steps in a row in which the loss was that of no opinion
         self.register_buffer('plateau', torch.zeros((), dtype=torch.long))
 
@@ -260,20 +273,27 @@ class DINOMCTask(MultiCropTask):
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
         compiled = self.hparams['compile_encoder']
         batching = self.hparams['crop_batching']
-        at_once = {'crop_batching': batching == 'packed', 'compile_encoder': compiled}
+        rule = self.hparams['position_rule']
+        at_once = {
+            'crop_batching': batching == 'packed',
+            'compile_encoder': compiled,
+            'position_rule': rule == 'dino',
+        }
         for name, asked in at_once.items():
             if asked and not can_pack(self.student):
                 raise ValueError(
                     f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes '
-                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out'
+                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out, or use '
+                    f'a model such as {nearest_vit(self.hparams["model"])}'
                 )
-        if compiled and batching == 'by_size':
+        if batching == 'by_size' and any(at_once.values()):
+            first = next(name for name, value in at_once.items() if value)
             raise ValueError(
-                "compile_encoder needs all crops at once, got crop_batching = 'by_size'. "
-                "Set that to 'auto'"
+                f"{first} needs all crops at once, got crop_batching = 'by_size'. Set that "
+                "to 'auto'"
             )
         self.encode = functools.partial(
-            encode_crops, compiled=compiled, batching=batching
+            encode_crops, compiled=compiled, batching=batching, position_rule=rule
         )
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -305,6 +325,9 @@ class DINOMCTask(MultiCropTask):
         optimizers = super().configure_optimizers()
         self._temperature_steps = self.warmup_steps('teacher_temperature_epochs')
         self._frozen_steps = self.warmup_steps('freeze_last_layer')
+        # A run that is resumed has all of it in its own checkpoint
+        if self.hparams['continue_training'] and self.trainer.ckpt_path is None:
+            go_on(self, self.weights, optimizers)
         return optimizers
 
     def configure_gradient_clipping(

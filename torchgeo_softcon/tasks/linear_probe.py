@@ -15,12 +15,13 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from .._checks import check_counts, check_positive, check_types
 from .._compat import ClassificationTask, Sample, WeightsEnum
-from ..models import create_encoder, load_encoder, read_pretrained
+from ..models import create_encoder, load_encoder
 from ..models.convert import choose_bands
-from ..models.encoders import find_weights
+from ..models.encoders import initial_weights
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
-from ..models.loading import has_class_token
+from ..models.loading import check_patches, has_class_token
+from ..models.positions import load_positions, save_positions
 from ..transforms import RandomView
 from ..transforms.center_view import center_view
 from .optimizers import peak_lr, run_length, with_schedule
@@ -129,7 +130,8 @@ class LinearProbeTask(ClassificationTask):
         # For several labels, the same as MultiLabelSoftMarginLoss of the papers
         hparams['loss'] = 'ce' if hparams['task'] == 'multiclass' else 'bce'
         channels, size = hparams['in_channels'], hparams['size']
-        self.model = create_encoder(hparams['model'], channels)
+        self.model = create_encoder(hparams['model'], channels, size=size)
+        check_patches(self.model, (size, size), 'size')
         if self.weights:
             state_dict = self._read_weights()
             name = f'{input_layer(self.model)[0]}.weight'
@@ -160,11 +162,14 @@ class LinearProbeTask(ClassificationTask):
 
     def _read_weights(self) -> dict[str, Tensor]:
         """Read the parameters of the encoder, for the bands of the images."""
-        channels, bands = self.hparams['in_channels'], self.hparams['bands']
-        if self.weights is True:
-            return read_pretrained(self.hparams['model'], channels, bands)
-        encoder = find_weights(cast(WeightsEnum | str, self.weights))
-        if bands is None:
+        weights, bands = (
+            cast(WeightsEnum | str | bool, self.weights),
+            self.hparams['bands'],
+        )
+        encoder = initial_weights(
+            weights, self.hparams['model'], self.hparams['in_channels'], bands
+        )
+        if weights is True or bands is None:
             return encoder.state_dict
         if not encoder.bands:
             raise ValueError(
@@ -173,6 +178,14 @@ class LinearProbeTask(ClassificationTask):
                 'weights in their order'
             )
         return choose_bands(encoder.state_dict, encoder.bands, bands)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let TorchGeo open the encoder, see :func:`.save_positions`."""
+        save_positions(checkpoint, self.model, self.hparams['model'])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take positions as they are, see :func:`.load_positions`."""
+        load_positions(checkpoint, {'model': self.model})
 
     def configure_metrics(self) -> None:
         """Initialize the performance metrics."""

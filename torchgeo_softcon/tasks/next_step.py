@@ -11,6 +11,7 @@ from torch import nn
 
 from .._compat import finetune_command
 from ..models import is_vit
+from ..models.positions import native_grid
 
 
 def tell_next_step(task: Any) -> None:
@@ -32,10 +33,11 @@ def tell_next_step(task: Any) -> None:
         return
     datamodule = getattr(task.trainer, 'datamodule', None)
     options = getattr(datamodule, 'finetune_options', None)
-    # The host builds Vision Transformers for one image size
-    size = task.model.patch_embed.img_size[0] if is_vit(task.model) else None
+    name, size = task.hparams['model'], None
+    if is_vit(task.model):  # which the host builds for one image size
+        size = native_grid(name)[0] * task.model.patch_embed.patch_size[0]
     command = finetune_command(
-        task.hparams['model'],
+        name,
         path,
         task.hparams['in_channels'],
         None if options is None else options(size),

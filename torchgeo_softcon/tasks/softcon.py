@@ -19,6 +19,7 @@ from ..losses import SoftContrastiveLoss
 from ..losses.soft_labels import SoftBias, SoftLoss, SoftReduction
 from ..models import is_vit
 from ..models.input_layer import InputLayerInit
+from ..models.loading import nearest_vit
 from ..modules.ema import make_teacher
 from ..modules.heads import mlp_head
 from ..modules.masking import (
@@ -110,7 +111,8 @@ class SoftConTask(LabelGuidedTask):
 
         Args:
             model: Name of a timm model that pools its features. The defaults for "Vision
-                Transformers" are for timm's class of that name (ViT, DeiT, DINOv2).
+                Transformers" are for ViT, DeiT and DINOv2, and those with rotary positions
+                such as DINOv3 and EVA-02 (the table in ``examples/README.md`` has all).
             weights: Initial weights: a weight enum or its name, True for timm's own (such
                 as those of DINOv2), None or False for random ones, or the path of a
                 checkpoint of a TorchGeo task or of a state dict.
@@ -145,7 +147,7 @@ class SoftConTask(LabelGuidedTask):
                 :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
                 gradients start at about the same size for 128 images, and features tell
                 land cover of unseen ground better in ``examples/study.py``, but not with
-                144 images to train on (README). ``'auto'`` finds it while training, for
+                144 images to train on (``examples/README.md``). ``'auto'`` finds it while training, for
                 any batch size: the gradient of the soft term at the features is kept
                 *soft_ratio* times as long as that of the contrastive one, as measured
                 every 10 steps, a backward pass through the heads.
@@ -266,9 +268,11 @@ class SoftConTask(LabelGuidedTask):
 
         mode: MaskMode = self.hparams['mask_mode'] or ('drop' if vit else 'pixel')
         if mode != 'pixel' and not vit:
+            name = self.hparams['model']
             raise ValueError(
-                f'mask_mode={mode!r} needs a Vision Transformer, got '
-                f"{self.hparams['model']!r}. Use mask_mode='pixel'"
+                f'mask_mode={mode!r} needs a Vision Transformer whose patches can be left '
+                f"out, got {name!r}. Use mask_mode='pixel', or a model such as "
+                f'{nearest_vit(name)}'
             )
         self.masking = SiameseMasking(
             mode, self.hparams['mask_ratio'], self.hparams['mask_patch_size'], width

@@ -1,0 +1,191 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""The terminal of a pretraining run: what users need to see, and nothing else."""
+
+import logging
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from ..evaluation.verdict import judge, summarize
+from ..tasks import PretrainingTask
+
+#: Lines of Lightning that tell users of our tasks nothing: advertisements, and the callback
+#: that the plugin adds to every trainer.
+_ADVERTS = re.compile(
+    r"Tip: For seamless|TPU available: False|entry point 'torchgeo_sof"
+)
+
+#: Warnings about what is as it should be: our tasks have validation data for probes only,
+#: and the rest is between Lightning and its own dependencies.
+_WARNINGS = (
+    '.*You passed in a `val_dataloader` but have no `validation_step`',
+    '.*`isinstance\\(treespec, LeafSpec\\)` is deprecated',
+)
+
+#: Loggers of Lightning that print advertisements.
+_LOGGERS = (
+    'lightning.fabric.utilities.registry',
+    'lightning.pytorch.utilities.rank_zero',
+)
+
+#: Lines about the progress of a run without a terminal, at most.
+_LINES = 100
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return _ADVERTS.search(record.getMessage()) is None
+
+
+def silence_adverts() -> None:
+    """Keep Lightning from printing what is not for users of our tasks."""
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_for_users)
+    for message in _WARNINGS:
+        warnings.filterwarnings('ignore', message)
+
+
+class _ShortSummary(ModelSummary):
+    """Tells the size of the encoder and of all that is trained, in one line."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sizes = [
+            sum(p.numel() for p in module.parameters() if p.requires_grad or every)
+            for module, every in ((pl_module.model, True), (pl_module, False))
+        ]
+        rank_zero_info(
+            f'{getattr(pl_module, "method", type(pl_module).__name__)}: '
+            f'{pl_module.hparams["model"]} with {sizes[0] / 1e6:.1f} M parameters, '
+            f'{sizes[1] / 1e6:.1f} M are trained with the heads'
+        )
+
+
+class _ProgressLines(ProgressBar):
+    """Prints a line every so many steps, where no bar can be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = trainer.global_step, time.monotonic()
+        total = trainer.estimated_stepping_batches
+        self._total = int(total) if total != float('inf') else 0
+        every = max(trainer.log_every_n_steps, self._total // _LINES, 1)
+        self._every, self._printed = every, trainer.global_step
+        self._images = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._images += len(batch['image']) * trainer.world_size
+        step = trainer.global_step
+        if step % self._every or step == self._printed or not self._enabled:
+            return
+        self._printed = step
+        steps, seconds = step - self._start[0], time.monotonic() - self._start[1]
+        left = (self._total - step) * seconds / max(steps, 1) / 60
+        values = {
+            name.removeprefix('train_'): float(value)
+            for name, value in trainer.logged_metrics.items()
+            if name.startswith(('train_loss', 'train_feature_std', 'train_soft_expl'))
+            and not name.endswith(('_chance', '_floor', '_step', '_epoch'))
+        }
+        shown = [f'{name} {value:.3g}' for name, value in values.items()]
+        shown.append(f'{self._images / seconds:.0f} images/s')
+        if self._total:
+            shown.append(f'{left:.0f} min left')
+        of = f'/{self._total}' if self._total else ''
+        rank_zero_info(f'step {step}{of}: {", ".join(shown)}')
+
+
+class Terminal(Callback):
+    """Says what a run of this package's tasks is, how it goes, and what it has learned.
+
+    The plugin adds it to every trainer; on other tasks than ours, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        """Initialize a new Terminal instance, when a trainer is made."""
+        super().__init__()
+        self._series: dict[str, list[float]] = defaultdict(list)
+        self._active = False
+        if PretrainingTask.created:
+            silence_adverts()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace Lightning's table of layers, and its bar where there is no terminal."""
+        self._series.clear()
+        self._active = stage == 'fit' and isinstance(pl_module, PretrainingTask)
+        if not self._active:
+            return
+        silence_adverts()
+        callbacks: list[Any] = []
+        for callback in trainer.callbacks:
+            ours: Callback = callback
+            if isinstance(callback, ModelSummary) and callback._max_depth == 1:
+                ours = _ShortSummary()
+            elif type(callback) in _bars() and not sys.stderr.isatty():
+                ours = _ProgressLines()
+            if ours is not callback:
+                ours.setup(trainer, pl_module, stage)
+            callbacks.append(ours)
+        run: Any = trainer
+        run.callbacks = callbacks
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Take note of metrics, for the end."""
+        if self._active:
+            for name, value in values.items():
+                self._series[name].append(float(value))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Take note of what was logged of a step."""
+        # Only where loggers read them, too, as that waits for the device
+        if self._active and trainer.global_step % trainer.log_every_n_steps == 0:
+            self.note(trainer.logged_metrics)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the run has learned."""
+        if not self._active or not self._series:
+            return
+        findings = judge(self._series, getattr(pl_module, 'feature_size', None))
+        rank_zero_info('\n'.join([summarize(findings), *(f'  {f}' for f in findings)]))
+        if trainer.log_dir is not None:
+            run = shlex.quote(str(trainer.log_dir))
+            rank_zero_info(f'See it with:\n  torchgeo-softcon report {run}')
+
+
+def _bars() -> tuple[type, ...]:
+    """Return the classes of the bars that Lightning makes by itself."""
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+    return RichProgressBar, TQDMProgressBar
