@@ -50,7 +50,7 @@ from torchgeo_softcon.evaluation.probes import evaluate, knn_scores, linear_scor
 from torchgeo_softcon.transforms import MultiCropView, WorldCoverMultiLabel
 
 SIZE = 64  # of windows and views, in pixels
-BATCH = 128
+ENCODED = 128  # at a time
 HEADS = {'hidden_dim': 512, 'output_dim': 128}
 # Per 256 images: short runs of small networks take more than the defaults
 LR = {'scratch': 4e-3, 'continual': 1e-3}
@@ -64,6 +64,7 @@ ROWS = (
     'classifier',
     'MoCo',
     'DINO-MC',
+    'DINO-MC soft_weight=30',
 )
 CONTINUAL_ROWS = (
     'start',
@@ -212,11 +213,10 @@ def scored(path: str) -> Scored:
         with Image.open(root / 'images' / row['file']) as image:
             pixels = torch.from_numpy(np.array(image.convert('RGB')))
         images.append(resize(pixels.permute(2, 0, 1)[None] / 255, SIZE))
-    if classes:
-        labels = [[int(row[name]) for name in classes] for row in rows]
-    else:
-        labels = [int(row['label']) for row in rows]
-    return Scored(root.name, torch.cat(images), torch.tensor(labels))
+    labels = torch.tensor([[int(row[n]) for n in classes or ['label']] for row in rows])
+    if not classes:
+        labels = labels[:, 0]
+    return Scored(root.name, torch.cat(images), labels)
 
 
 class Statistics(nn.Module):
@@ -237,10 +237,10 @@ class ClassifierTask(SoftConTask):
 
     def compare_views(self, views: Any, labels: Any) -> Any:
         """Replace the soft term."""
-        terms, features, *rest = super().compare_views(views, labels)
+        terms, features, compared = super().compare_views(views, labels)
         logits = self.classifier(features)
         found = F.binary_cross_entropy_with_logits(logits, labels[0])
-        return torch.stack([terms[0], found]), features, *rest
+        return torch.stack([terms[0], found]), features, compared
 
 
 def alike(label: Tensor, key_label: Tensor) -> Tensor:
@@ -286,6 +286,7 @@ class Run(NamedTuple):
     model: str = 'test_resnet'
     weights: str | None = None
     steps: int = 200
+    batch: int = 128
     windows: int = 2000
     data: str = 'synthetic'
 
@@ -335,10 +336,10 @@ class Run(NamedTuple):
         raise ValueError(f'--rows: unknown method {method}, or not for --weights')
 
 
-def train(task: LightningModule, windows: Windows, epochs: int) -> float:
+def train(task: LightningModule, windows: Windows, batch: int, epochs: int) -> float:
     """Train a task, and give the seconds of CPU time that it took."""
     loader: Any = DataLoader(
-        windows, BATCH, sampler=Stream(len(windows) // epochs), collate_fn=collate
+        windows, batch, sampler=Stream(len(windows) // epochs), collate_fn=collate
     )
     trainer = Trainer(
         accelerator='cpu',
@@ -358,7 +359,7 @@ def encode(encoder: nn.Module, windows: Windows) -> tuple[Tensor, Tensor]:
     """Features (N, F) and labels (N, K) of the windows whose label is known."""
     encoder.eval()
     parts = []
-    for batch in DataLoader(windows, BATCH, collate_fn=collate):
+    for batch in DataLoader(windows, ENCODED, collate_fn=collate):
         parts.append((encoder(batch['image']), batch['label']))
     features, labels = zip(*parts, strict=True)
     label = torch.cat(labels)
@@ -380,7 +381,9 @@ def cross_validate(features: Tensor, labels: Tensor) -> tuple[float, float]:
     return evaluate(knn, labels), evaluate(linear, labels)
 
 
-def execute(run: Run, grounds: Sequence[Ground], others: Sequence[Scored]) -> dict:
+def execute(
+    run: Run, grounds: Sequence[Ground], others: Sequence[Scored]
+) -> dict[str, Any]:
     """Train with one method and seed, and probe the encoder: a line of the results."""
     for name in ('lightning.pytorch', 'lightning.fabric'):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -394,8 +397,8 @@ def execute(run: Run, grounds: Sequence[Ground], others: Sequence[Scored]) -> di
     seconds = 0.0
     if task is not None and run.parse()[0] != 'start':
         shuffled = labels == 'shuffled'
-        stream = Windows(train_on, run.steps * BATCH, run.seed, shuffled)
-        seconds = train(task, stream, run.epochs)
+        stream = Windows(train_on, run.steps * run.batch, run.seed, shuffled)
+        seconds = train(task, stream, run.batch, run.epochs)
     encoder: nn.Module = Statistics()
     if task is not None:  # TorchGeo's tasks call it so
         encoder = task.backbone if isinstance(task, MoCoTask) else task.model
@@ -409,7 +412,7 @@ def execute(run: Run, grounds: Sequence[Ground], others: Sequence[Scored]) -> di
         scores['linear mAP'] = evaluate(linear_scores(queries, bank, known), answers)
     for name, images, answer in others if scores else ():
         with torch.no_grad():
-            features = torch.cat([encoder(part) for part in images.split(BATCH)])
+            features = torch.cat([encoder(part) for part in images.split(ENCODED)])
         knn, linear = cross_validate(features, answer)
         scores |= {f'{name} k-NN': knn, f'{name} linear': linear}
     return {**run._asdict(), 'scores': scores, 'seconds': round(seconds, 1)}
@@ -420,7 +423,8 @@ def table(results: Sequence[dict[str, Any]], against: str = 'contrast') -> str:
     groups: dict[str, dict[str, dict[int, Any]]] = {}
     for result in results:
         start = Path(result['weights'] or 'random').stem
-        name = f'{result["model"]}, start: {start}, {result["steps"]} steps of {BATCH}'
+        name = f'{result["model"]}, start: {start}, {result["steps"]} steps of '
+        name += str(result['batch'])
         rows = groups.setdefault(name, {})
         rows.setdefault(result['row'], {})[result['seed']] = result
 
@@ -495,6 +499,7 @@ def main() -> None:
     add('--model', default='test_resnet', help='timm name of the encoder')
     add('--weights', help='file of weights to go on from, instead of random ones')
     add('--steps', type=int, default=200, help='optimizer steps per run')
+    add('--batch', type=int, default=128, help='windows per step')
     add('--windows', type=int, default=2000, help='of the bank; half as many queries')
     add('--seeds', type=int, default=3)
     add('--jobs', type=int, default=2, help='processes of one thread')
@@ -518,7 +523,7 @@ def main() -> None:
 
     rows = args.rows or (CONTINUAL_ROWS if args.weights else ROWS)
     data = Path(args.folder).name if args.folder else 'synthetic'
-    fixed = (args.model, args.weights, args.steps, args.windows, data)
+    fixed = (args.model, args.weights, args.steps, args.batch, args.windows, data)
     # By seed: a table of all rows is there when the first seed is done
     runs = [Run(row, seed, *fixed) for seed in range(args.seeds) for row in rows]
     done = {Run(*(line[field] for field in Run._fields)) for line in read(args.results)}

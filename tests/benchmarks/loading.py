@@ -112,7 +112,8 @@ def run_shards(args: argparse.Namespace, tiff: Path, folder: Path) -> None:
 
     def decode(key: str, value: bytes) -> Any:
         mapper = filesystem('zip', fo=io.BytesIO(value)).get_mapper('')
-        return zarr.open_consolidated(mapper, mode='r', zarr_format=2)['bands'][...]
+        group: Any = zarr.open_consolidated(mapper, mode='r', zarr_format=2)
+        return group['bands'][...]
 
     def published() -> int:
         dataset = webdataset.WebDataset(str(shard), shardshuffle=False)

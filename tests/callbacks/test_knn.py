@@ -202,7 +202,7 @@ class TestMetrics:
         probed = reads[: len(reads) // 2]
         assert probed == sorted(set(probed))
         assert len(probed) == 128
-        assert column(tmp_path, 'spread/knn_map_cls')[0] < 0.1
+        assert column(tmp_path, 'knn_spread_map_cls')[0] < 0.1
 
     @pytest.mark.parametrize('val_fraction', [0, 1 / 3])
     def test_windows_of_the_same_ground(
@@ -346,7 +346,7 @@ class TestStart:
         assert len([w for w in told if 'worse than before' in str(w.message)]) == 1
         assert lines[0] == 'KNNProbe, step 0: knn_map_cls 0.900 ± 0.100'
         assert lines[2].endswith('knn_map_cls 0.700 ± 0.100 (start 0.900)')
-        assert column(tmp_path, 'spread/knn_map_cls')[0] == 0.1
+        assert column(tmp_path, 'knn_spread_map_cls')[0] == 0.1
         # A run that goes on remembers both
         other = KNNProbe(PatchesDataModule(), k=3)
         other.load_state_dict(probe.state_dict())

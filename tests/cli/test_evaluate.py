@@ -110,7 +110,7 @@ class TestEvaluate:
         )
         samples = LabelledSamples(Patches(7), range(7), 'seven')
         encoder = of_module(model, 'test_vit', 4, 32)
-        features, _ = extract_features(encoder, samples, 32, torch.device('cpu'))
+        features, *_ = extract_features(encoder, samples, 32, torch.device('cpu'))
         assert sizes == [7]
         image = torch.stack([Patches(7)[i]['image'] for i in range(7)])
         image = center_view(image, 32)

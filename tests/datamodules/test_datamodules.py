@@ -226,7 +226,7 @@ class TestImageMaskFolderDataModule:
             str(folder), batch_size=2, places=r'p\d|x', val_root=str(other)
         )
         parts = loaders(datamodule)
-        assert len(datamodule.train_dataset) == 10
+        assert len(parts['train']) == 5
         for split in ('val', 'test'):
             (batch,) = parts[split]
             assert batch['image'].unique() == pytest.approx(0.2)
@@ -383,17 +383,17 @@ SHARED = {'batch_size', 'num_workers', 'val_fraction', 'seed'}
 OPTIONS = {
     ImageMaskFolderDataModule: {
         *('root', 'images', 'masks', 'image_bands', 'mask_band', 'bands', 'nodata'),
-        *('value_range', 'level', 'seasons', 'places', 'size'),
+        *('value_range', 'level', 'offset', 'seasons', 'places', 'size', 'on_error'),
         *('target', 'min_fraction', 'fractions'),
     },
     SSL4EOS12MLDataModule: {
         *('root', 'split', 'labels', 'seasons', 'require_labels', 'min_fraction'),
-        *('fractions', 'value_range'),
+        *('fractions', 'value_range', 'on_error'),
     },
     WorldCoverScenesDataModule: {
         *('images', 'worldcover', 'year', 'product', 'allow_unlabelled', 'bands'),
         *('all_bands', 'patch_size', 'length', 'seasons', 'min_valid', 'value_range'),
-        *('nodata', 'offset', 'level', 'radar_quantiles'),
+        *('nodata', 'offset', 'level', 'radar_quantiles', 'on_error'),
         *('target', 'min_fraction', 'fractions'),
     },
     SyntheticScenesDataModule: {

@@ -17,7 +17,11 @@ from torch import nn
 from tests.datamodules.helpers import DATA, write_raster
 from torchgeo_softcon.datasets import image_cache
 from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
-from torchgeo_softcon.transforms.worldcover import WORLDCOVER_CODES, class_fractions
+from torchgeo_softcon.transforms.worldcover import (
+    WORLDCOVER_CODES,
+    WorldCoverMultiLabel,
+    class_fractions,
+)
 
 
 def save(path: Path, values: Any) -> Path:
@@ -94,10 +98,27 @@ class TestImageMaskFolder:
             seen.add(first)
         assert seen == {0, 10, 20}
 
+    @pytest.mark.parametrize('seasons', [1, 2])
+    def test_samples_read_together(self, dated: Path, seasons: int) -> None:
+        seen: list[int] = []
+
+        class Label(WorldCoverMultiLabel):
+            def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+                seen.append(sample['mask'].ndim)
+                return super().forward(sample)
+
+        dataset = folder(dated, seasons=seasons, transforms=nn.Sequential(Label()))
+        together = dataset.__getitems__([0, 5, 1])
+        assert seen == [3]
+        for sample, index in zip(together, (0, 5, 1), strict=True):
+            assert sample.keys() == {'image', 'label'}
+            assert torch.equal(sample['image'], dataset[index]['image'])
+            assert torch.equal(sample['label'], dataset[index]['label'])
+
     @pytest.mark.parametrize(
         ('places', 'expected'),
         [
-            (r'(\d+\.\d)\d*_(\d+\.\d)', ['28.2/76.8', '28.2/76.9', '28.2/76.8']),
+            (r'(\d+\.\d)\d*_(\d+\.\d)', ['28.2/76.8', '28.2/76.8', '28.2/76.9']),
             (r'(\d+)\.\d*_(\d+)', ['28/76'] * 3),
             (None, [None] * 3),
         ],
@@ -404,15 +425,14 @@ class TestCache:
         monkeypatch.setattr(image_cache, '_SHARD', 1)  # a file per image
         options: Any = {'cache': root / 'cache'}
         before = folder(root, **options)
-        decoded: list[Any] = []
+        decoded: list[int] = []
         decode = ImageMaskFolder._decode
-        monkeypatch.setattr(
-            ImageMaskFolder,
-            '_decode',
-            lambda self, patch, *args: (
-                decoded.append(patch.number) or decode(self, patch, *args)
-            ),
-        )
+
+        def counted(self: ImageMaskFolder, patch: Any, *args: Any) -> Any:
+            decoded.append(patch.number)
+            return decode(self, patch, *args)
+
+        monkeypatch.setattr(ImageMaskFolder, '_decode', counted)
         first, second, _ = sorted((root / 'cache').rglob('*.npy'))
         first.write_bytes(first.read_bytes()[:-1])  # as an interrupted copy
         second.unlink()

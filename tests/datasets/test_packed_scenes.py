@@ -45,11 +45,12 @@ class TestPackedScenes:
         assert (direct.bands, direct.level, len(direct)) == (
             *(mapped.bands, mapped.level, len(mapped)),
         )
-        for one in (mapped, pickle.loads(pickle.dumps(mapped))):
-            assert all(equal(direct[index], one[index]) for index in range(8))
+        for again in (mapped, pickle.loads(pickle.dumps(mapped))):
+            assert all(equal(direct[index], again[index]) for index in range(8))
         mapped.transforms = direct.transforms = lambda sample: sample
-        for one, other in zip(SceneGrid(direct), SceneGrid(mapped), strict=True):
-            assert equal(one, other)
+        one, other = SceneGrid(direct), SceneGrid(mapped)
+        assert len(one) == len(other)
+        assert all(equal(one[index], other[index]) for index in range(len(one)))
         with mapped._reader.files.use(
             mapped.places[0].scenes[0].layers[0].path
         ) as file:
@@ -57,6 +58,7 @@ class TestPackedScenes:
 
     def test_datamodule(self, scenes: SyntheticScenes, packed: Path) -> None:
         batches = []
+        options: dict[str, Any]
         for options in (
             {'root': str(packed)},
             {'images': str(scenes.images), 'worldcover': str(scenes.worldcover)},

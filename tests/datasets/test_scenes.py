@@ -25,15 +25,12 @@ from tests.datamodules.helpers import (
     write_worldcover,
 )
 from torchgeo_softcon.bands import BAND_STATISTICS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
-from torchgeo_softcon.datasets.scaling import (
-    choose_level,
-    resolve_value_range,
-    to_unit_range,
-)
+from torchgeo_softcon.datasets.scaling import resolve_value_range, to_unit_range
 from torchgeo_softcon.datasets.scene_grid import SceneGrid
 from torchgeo_softcon.datasets.scenes import WorldCoverScenes
 from torchgeo_softcon.datasets.worldcover import ESAWorldCover
 from torchgeo_softcon.geo.rasters import interpolate_axis
+from torchgeo_softcon.geo.sentinel2 import Products
 
 
 @pytest.fixture(scope='module')
@@ -669,19 +666,11 @@ class TestValueRange:
             (['PROL2AB/image.tif', 'XL1C2.tif'], SENTINEL2_SUBSETS[4], 'L1C'),
             (['image.tif'], SENTINEL2_SUBSETS[12], 'L2A'),
             (['image.tif'], SENTINEL2_BANDS, 'L1C'),
-            (['S1A_IW_GRDH.tif'], ['VV', 'VH'], 'L1C'),
         ],
     )
     def test_level(self, names: list[str], bands: Any, expected: str) -> None:
-        assert choose_level(None, bands, names, True) == expected
-        assert choose_level('L2A', bands, names, True) == 'L2A'
-
-    def test_images_of_two_levels_are_not_scaled_alike(self) -> None:
-        names = ['S2A_MSIL1C_1.SAFE/B02.jp2', 'S2A_MSIL2A_1.SAFE/B02.jp2']
-        with pytest.raises(ValueError, match='one level of Sentinel-2, got S2A_MSIL1C'):
-            choose_level(None, ['B2'], names, True)
-        # A range of the user's own has no level
-        assert choose_level(None, ['B2'], names, False) == 'L1C'
+        found = {Products().level(name, bands=bands)[0] or 'L1C' for name in names}
+        assert found == {expected}
 
     def test_level_2a_is_scaled_by_its_statistics(self) -> None:
         ((low, high),) = resolve_value_range('softcon', ('B1',), 1, ['uint16'], 'L2A')

@@ -192,7 +192,7 @@ class TestBadInput:
 
     def test_no_crs(self, tmp_path: Path) -> None:
         write(tmp_path / 'lost.tif', random_codes(4, 4), crs=None)
-        with pytest.raises(ValueError, match=r'lost\.tif has no coordinate reference'):
+        with pytest.raises(ValueError, match=r'lost\.tif has no CRS'):
             ESAWorldCover(tmp_path)
 
     def test_many_bands(self, tmp_path: Path) -> None:

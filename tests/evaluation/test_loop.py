@@ -109,9 +109,11 @@ def test_unknown_labels_are_left_out() -> None:
     label = torch.tensor([[1, 0], [0, 0], [0, 1], [1, 1]])
     batches = [{'image': images, 'label': label}] * 2
     encoded = encode_batches(Mean(), batches, None, 2, None)
-    features, labels = collect_labelled(encoded, 'data', 'cpu')
+    places = torch.arange(8) // 2
+    features, labels, known = collect_labelled(encoded, 'data', 'cpu', places=places)
     assert torch.equal(labels, label[[0, 2, 3]].repeat(2, 1))
     assert features['pooled'].shape == (6, 2)
+    assert known.tolist() == [0, 1, 1, 2, 3, 3]
     encoded = encode_batches(
         Mean(), [{'image': images, 'label': label + 1}], None, 2, None
     )
@@ -119,12 +121,14 @@ def test_unknown_labels_are_left_out() -> None:
         collect_labelled(encoded, 'data', 'cpu')
 
 
-def test_scores_of_a_perfect_encoder() -> None:
+@pytest.mark.parametrize('split', [False, True])
+def test_scores_of_a_perfect_encoder(split: bool) -> None:
     labels = torch.arange(12) % 3
-    known = LabelledFeatures({'pooled': torch.eye(3)[labels]}, labels)
+    features = {'pooled': torch.eye(3)[labels]}
+    known = LabelledFeatures(features, labels, torch.arange(12) // 3)
     scores = {
         (s.method, s.k, s.feature, s.metric): s.value
-        for s in score_probes(known, known, (1, 2), 0.07)
+        for s in score_probes(known, None if split else known, (1, 2), 0.07)
     }
     assert scores == {
         ('chance', None, '', 'accuracy'): pytest.approx(1 / 3),

@@ -277,6 +277,26 @@ class TestUnits:
         ((line, _),) = scenes(tmp_path).kinds
         assert ', reflectance,' in line
 
+    @pytest.mark.parametrize('factor', [1e-4, 1])
+    def test_radar_and_reflectance_in_one_file(
+        self, tmp_path: Path, factor: float
+    ) -> None:
+        radar, optical = noise(2, -22, -5, 'f4', 32), noise(2, 100, 3000, 'f4', 32)
+        values = np.concatenate([radar, optical * factor]).astype('f4')
+        dataset = scenes(write(tmp_path / 'L2A.tif', values, ('VV', 'VH', 'B2', 'B3')))
+        read = dataset.read_middle(dataset.kinds[0][1])
+        np.testing.assert_allclose(read, np.concatenate([radar, optical]), rtol=1e-5)
+
+    def test_radar_in_bytes(self, tmp_path: Path) -> None:
+        path = write(tmp_path / 'a.tif', noise(2, 0, 255, 'uint8'), ('VV', 'VH'))
+        assert scenes(path).value_range == ((0, 255),) * 2
+
+    def test_complex_numbers(self, tmp_path: Path) -> None:
+        values = noise(1, 0, 9, 'f4').astype('complex64')
+        path = write(tmp_path / 'slc.tif', values, ('VV',))
+        with pytest.raises(ValueError, match=r'slc.tif has complex numbers: make'):
+            scenes(path)
+
     @pytest.mark.parametrize('scale', [1 / 255, 1 / 65535])
     def test_bytes_that_declare_reflectance(self, tmp_path: Path, scale: float) -> None:
         dtype = 'uint8' if scale > 1e-3 else 'uint16'

@@ -234,6 +234,25 @@ class TestTables:
         with pytest.raises(ValueError, match=r"list<.*: write it with .*'WKB'"):
             read_footprints(tmp_path / 'a.parquet')
 
+    @pytest.mark.parametrize('geo', ['{', '[]', '{"columns": [1]}', '[' * 10**5])
+    def test_metadata_that_are_not_those_of_geoparquet(
+        self, tmp_path: Path, geo: str
+    ) -> None:
+        table = pa.table({'id': ['a'], 'geometry': [shapely.box(0, 0, 1, 1).wkb]})
+        pq.write_table(
+            table.replace_schema_metadata({'geo': geo}), tmp_path / 'a.parquet'
+        )
+        with pytest.raises(ValueError, match=r'a\.parquet has metadata that are not'):
+            read_footprints(tmp_path / 'a.parquet')
+
+    def test_boxes_that_are_no_numbers(self, tmp_path: Path) -> None:
+        columns = {'left': ['0', 'x'], 'bottom': [0, 0], 'right': [1, 1], 'top': [1, 1]}
+        table = pa.table({'id': ['a', 'b'], **columns})
+        pq.write_table(table, tmp_path / 'a.parquet')
+        whole = read_all(read_footprints(tmp_path / 'a.parquet'))
+        assert whole.table['id'].to_pylist() == ['a']
+        assert whole.failures == {'b': 'has no area'}
+
     @pytest.mark.parametrize('height', ['', '10.7', '0', 'ten'])
     def test_rows_without_a_size(self, tmp_path: Path, height: str) -> None:
         path = tmp_path / 'a.csv'

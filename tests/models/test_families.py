@@ -16,16 +16,16 @@ from .families import MEMBERS, abilities, abilities_of_all, read
         ('vision_transformer', 'test_vit'),
         ('eva', 'vit_tiny_patch16_dinov3_qkvb'),
         ('resnet', 'test_resnet'),
-        ('swin_transformer_v2', 'swinv2_tiny_window8_256'),
-        ('hiera', 'hiera_tiny_224'),
+        ('convnext', 'test_convnext'),
+        ('convit', 'convit_tiny'),
     ],
 )
 def test_table_tells_what_is(family: str, model: str) -> None:
     assert read()[family] == abilities(model)
 
 
-def test_table_has_all_families() -> None:
-    assert read().keys() == MEMBERS.keys()
+def test_families_of_the_table() -> None:
+    assert read().keys() <= MEMBERS.keys()
     assert all(timm.is_model(model) for model in MEMBERS.values())
 
 
@@ -38,7 +38,8 @@ def test_table_of_all_families() -> None:
 @pytest.mark.parametrize(
     ('model', 'nearest'),
     [
-        ('beit_base_patch16_224', 'deit_base_patch16_224'),
+        ('beit_base_patch16_224', 'beit3_base_patch16_224'),
+        ('dla34', 'vit_small_patch16_224'),
         ('naflexvit_base_patch16_gap', 'vit_base_patch16_gap_224'),
     ],
 )
@@ -48,7 +49,7 @@ def test_nearest_model(model: str, nearest: str) -> None:
 
 def test_refusals_name_a_model_that_works() -> None:
     with pytest.raises(
-        ValueError, match=r"'drop' needs .*'test_resnet'.* such as test_vit"
+        ValueError, match=r"'drop' needs .*'test_resnet'.* such as vit_small"
     ):
         SoftConTask('test_resnet', mask_mode='drop')
     with pytest.raises(

@@ -67,6 +67,9 @@ class TestJSON:
             ([1], 'the file has something else'),
             ({'0': {}}, 'no entries'),
             ('{"0": {', 'not a valid JSON'),
+            ('{"0":' * 10**5, 'not a valid JSON'),
+            ({'0': {'a': [[1]]}}, 'an image has'),
+            ({'0': {'a': {'b': [1]}}}, 'an image has'),
             ('{"0": {"a": [1]}, "0": {"b": [1]}}', "'0' comes twice"),
             ('{"0": {"a": [1], "a": [2]}}', "'a' comes twice"),
         ],
@@ -129,6 +132,17 @@ class TestParquet:
             ([None, '0/a'], {'count_10': [1, 1]}, r'1 of 2 are not: None'),
             (['0/a', '0/b'], {'label': [1, 1]}, 'count_10 or fraction_10'),
             (['0/a', '0/b'], {'count_10': [1, -1]}, 'negative, got -1'),
+            (
+                ['0/a', '0/b'],
+                {'count_10': ['1', 'b']},
+                'numbers .* count_10, got .*string',
+            ),
+            (['0/a', '0/b'], {'fraction_10': [[1], [0]]}, 'fraction_10, got list'),
+            (
+                ['0/a', '0/b'],
+                {'count_10': [1, 1], 'valid': ['yes', 'no']},
+                'column valid, got .*string',
+            ),
         ],
     )
     def test_other_content(

@@ -194,6 +194,7 @@ class TestReading:
         batch = datamodule.aug(batch)
         assert batch['image'].shape == (2, 15, 24, 24)
         assert 0 <= batch['image'].min() <= batch['image'].max() <= 1
+        assert datamodule.value_range is not None
         assert datamodule.value_range[-1] == (0, 255)
         assert batch['label'].shape == (2, 8)
 
@@ -297,13 +298,14 @@ class TestFormats:
         dataset = SSL4EOS12ML(
             tmp_path, ['S1RTC', 'S2L2A'], labels='lulc', fractions=True
         ).images()
+        assert dataset.bands is not None
         assert dataset.bands[:2] == ('VV', 'VH')
-        for number, one in enumerate(dataset):
+        for number, image in enumerate(dataset):
             assert dataset.names(number)[0].startswith(
                 f'majortom_train_{number:07}/2020'
             )
             expected = [(layers[number] == code).mean() for code in ESRI.codes]
-            torch.testing.assert_close(one['label'][0].tolist(), expected)
+            torch.testing.assert_close(image['label'][0].tolist(), expected)
         pack(tmp_path, tmp_path / 'out', 'S1RTC')
         assert len(SSL4EOS12ML(tmp_path / 'out', 'S1RTC')) == 3
 

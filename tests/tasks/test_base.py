@@ -48,6 +48,16 @@ def test_split_seasons() -> None:
     assert torch.equal(split_seasons(image.view(2, 3, 2, 2, 2), 2)[:, 2], image[:, 4:])
 
 
+@pytest.mark.parametrize(
+    'shape', [(2, 4, 0, 0), (2, 4, 8, 0), (0, 4, 8, 8), (2, 0, 8, 8)]
+)
+def test_batches_without_pixels(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"batch\['image'\] must have images, and these"
+    ):
+        split_seasons(torch.empty(shape), 4)
+
+
 class TestParameterGroups:
     @pytest.mark.parametrize(
         'model', ['vit_tiny_patch16_224', 'vit_small_patch14_dinov2', 'resnet18']

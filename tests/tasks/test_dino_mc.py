@@ -77,7 +77,7 @@ class TestConstructor:
             ({'position_rule': 'moco'}, "position_rule must be 'timm' or 'dino'"),
             (
                 {'position_rule': 'dino', 'model': 'test_resnet'},
-                "position_rule = 'dino' needs a Vision Transformer .* such as test_vit",
+                "position_rule = 'dino' needs a Vision Transformer .* such as vit_small",
             ),
             (
                 {'compile_encoder': True, 'crop_batching': 'by_size'},

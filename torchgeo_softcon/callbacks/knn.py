@@ -64,7 +64,7 @@ class KNNProbe(EncoderWatch):
     places are not known, the log says so: patches that overlap find each other whatever
     an encoder has learnt.
 
-    ``spread/...`` is the standard deviation of a score over draws of the places that
+    ``knn_spread_...`` is the standard deviation of a score over draws of the places that
     are asked for, see :func:`.score_spread`. A line of the log has both, and the score
     before the training. A warning is given once a score is below that by more than its
     spread: the training takes from the encoder.
@@ -246,21 +246,21 @@ class KNNProbe(EncoderWatch):
             if bank.labels.ndim == 2:
                 _check_classes(queries.labels, self._queries.name)
 
-        values, spreads = {}, {}
+        values, spreads, own = {}, {}, {}
         with torch.autocast(bank.labels.device.type, enabled=False):
             for score in score_probes(
                 bank, queries, (self.k,), self.temperature, self.linear, micro=False
             ):
-                name = f'{score.method}_{score.metric}'
+                rest = f'_{score.feature}' if len(bank.features) > 1 else ''
                 if score.method == 'chance':
-                    name = f'knn_{score.metric}_chance'
-                elif len(bank.features) > 1:
-                    name += f'_{score.feature}'
-                values[self.prefix + name] = score.value
-                if score.method != 'chance':
-                    spreads[self.prefix + name] = score.spread
-        self._report(trainer.global_step, values, spreads)
-        return values | {f'spread/{name}': value for name, value in spreads.items()}
+                    values[f'{self.prefix}knn_{score.metric}_chance'] = score.value
+                    continue
+                name = f'{self.prefix}{score.method}_{score.metric}{rest}'
+                values[name], own[name] = score.value, score.spread
+                name = f'{self.prefix}{score.method}_spread_{score.metric}{rest}'
+                spreads[name] = score.spread
+        self._report(trainer.global_step, values, own)
+        return values | spreads
 
     def _report(
         self, step: int, values: dict[str, float], spreads: dict[str, float]

@@ -143,7 +143,7 @@ def _collect_notes() -> Iterator[list[str]]:
 def _check(paths: Sequence[str]) -> dict[str, str]:
     """Read all files, and print and return those that cannot be read, with the reason."""
     from .._cores import count_cores
-    from ..datasets.image_masks import SUFFIXES
+    from ..datasets.patches import SUFFIXES
     from ..geo.find_files import find_files
 
     files = find_files(paths, SUFFIXES, 'images')
@@ -205,8 +205,8 @@ def _open_scenes(
     )
     dataset.left_out = {**left_out, **dataset.left_out}
     if size is None:
-        sides = [(place.grid.height, place.grid.width) for place in dataset.places]
-        dataset.patch_size = min(_PATCH_SIZE, *map(min, sides))
+        sides = [min(p.grid.height, p.grid.width) for p in dataset.places]
+        dataset.patch_size = min(_PATCH_SIZE, *sides)
         dataset = dataset.with_windows()
     return dataset
 
@@ -335,8 +335,7 @@ def _no_data(scene: 'Scene') -> str:
     parts = []
     for value in dict.fromkeys(v for layer in scene.layers for v in layer.nodata):
         if value is not None:
-            whole = not scene.layers[0].dtype.startswith('float')
-            parts.append(f'{value:g}{" in all bands" * (value == 0 and whole)}')
+            parts.append(f'{value:g}{" in all bands" * (value == 0)}')
     parts += [f'where band {layer.alpha} is 0' for layer in scene.layers if layer.alpha]
     with open_raster(scene.layers[0].path) as source:
         parts += ['the mask of the file'] * has_mask(source)

@@ -74,7 +74,10 @@ def parser() -> CommandParser:
         '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
     )
     group.add_argument(
-        '--year', type=int, help='of the product, by default its last one'
+        '--year',
+        type=_year,
+        help='of the product, by default its last one. nearest takes for each patch the '
+        'year it was taken in, as names of files or a column date tell, or the nearest',
     )
     group.add_argument(
         '--classes',
@@ -130,6 +133,13 @@ def parser() -> CommandParser:
         help='no progress bar',
     )
     return parser
+
+
+def _year(text: str) -> int | str:
+    """Return a year, or the word that stands for that of each patch."""
+    if text == 'nearest' or text.isdecimal():
+        return int(text) if text.isdecimal() else text
+    raise argparse.ArgumentTypeError(f'must be a year or nearest, got {text!r}')
 
 
 def main(args: Sequence[str]) -> int:

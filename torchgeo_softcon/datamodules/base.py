@@ -32,6 +32,8 @@ _MAX_WORKERS = 8
 class _LongLabel(nn.Module):
     """Make a multi-hot label whole numbers, as the metrics of the host want it."""
 
+    batched = True
+
     def forward(self, sample: Sample) -> Sample:
         return {**sample, 'label': sample['label'].long()}
 
@@ -210,6 +212,8 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             persistent_workers=self.num_workers > 0,
         )
         loader.pending = self._pending
+        if (damage := getattr(dataset, 'damage', None)) is not None:
+            loader.ended = damage.tell_epoch
         if self._resume is not None:
             loader.load_state_dict(self._resume)
         elif self._train_loader and self.trainer and self.trainer.global_step > 0:
@@ -228,6 +232,14 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             collate_fn=self.collate_fn,
             pin_memory=uses_cuda(self.trainer),
         )
+
+    def teardown(self, stage: str) -> None:
+        """Name the damaged files that were left out."""
+        super().teardown(stage)
+        # Not opened for this
+        if damage := getattr(self.__dict__.get('source'), 'damage', None):
+            damage.tell_epoch()
+            damage.tell_files()
 
     def _pending(self) -> int:
         """Return the number of batches whose step is not done.

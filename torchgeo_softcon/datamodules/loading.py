@@ -86,6 +86,8 @@ class ResumableDataLoader(DataLoader[Sample]):
         super().__init__(*args, **kwargs)
         #: How many of the batches handed out are not used yet.
         self.pending: Callable[[], int] = int
+        #: What to do when all batches of an epoch are read.
+        self.ended: Callable[[], object] = int
         self._samples = 0
 
     @property
@@ -100,9 +102,11 @@ class ResumableDataLoader(DataLoader[Sample]):
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         """Batches of the next epoch."""
         self._draws.start = self._samples
-        for batch in super().__iter__():
+        for number, batch in enumerate(super().__iter__(), 1):
             # Counted here and not in the sampler: workers are ahead of the training
             self._samples += self._step
+            if number == len(self):
+                self.ended()
             yield batch
 
     def state_dict(self) -> dict[str, int]:

@@ -91,16 +91,15 @@ class WorldCoverScenesDataModule(DrawDataModule):
             raise ValueError(
                 f'one of images and root must be given, got {images!r} and {root!r}'
             )
-        self._images: Any = images if root is None else root
+        folder: Any = images if root is None else root
+        self._images = folder
         if root is not None and not is_packed(root):
             raise FileNotFoundError(
                 f'root must be a folder of `torchgeo-softcon pack`, got {root}: pack '
                 'the scenes, or give images and worldcover'
             )
-        if is_packed(self._images) and worldcover is None:
-            cover = (
-                None if kwargs.get('allow_unlabelled') else PackedCover(self._images)
-            )
+        if is_packed(folder) and worldcover is None:
+            cover = None if kwargs.get('allow_unlabelled') else PackedCover(folder)
             product = cover.product if cover else product
         self._worldcover, self._product = worldcover, product
         self._target = target_transform(target, min_fraction, fractions, product)

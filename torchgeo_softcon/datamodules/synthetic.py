@@ -68,6 +68,8 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             nodata=None,
             offset=None,
             level='L1C',
+            radar_quantiles=False,
+            on_error='raise',
             allow_unlabelled=False,
             seed=seed,
             **kwargs,

@@ -3,17 +3,18 @@
 
 """Datasets whose samples are draws: images of random dates or windows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._compat import NonGeoDataset, Sample
 from ..bands import shown_channels
+from .damage import Damage, Read
 
 
 class DrawnImages(NonGeoDataset):  # type: ignore[misc]
@@ -23,15 +24,38 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         bands: Names of the bands, None if they are unknown.
         seasons: Number of different dates per sample.
         seed: Seed of the choices.
+        damage: What is damaged and left out, None where that is an error.
     """
 
     bands: tuple[str, ...] | None
     seasons: int
     seed: int
+    damage: Damage | None = None
 
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the samples of the first epoch."""
         return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return a sample."""
+        return self._read_intact(self._draw_sample, index)
+
+    def _draw_sample(self, index: int) -> Sample:
+        """Read a sample, an error if a file is damaged."""
+        raise NotImplementedError
+
+    def _read_intact(self, read: Callable[[int], Read], index: int) -> Read:
+        """Read a sample, or another one if files are damaged and that is no error.
+
+        Which one is a pure function of *seed* and the index, too.
+        """
+        if self.damage is None:
+            return read(index)
+
+        def other(number: int) -> int:
+            return int(self._generator(index, number).integers(2**32))
+
+        return self.damage.read(read, index, other)
 
     def _generator(self, index: int, *stream: int) -> np.random.Generator:
         """Return the random numbers of a draw."""
@@ -105,6 +129,13 @@ class DivisibleImages(DrawnImages):
         cuts = np.split(names[order], [len(names) - 2 * count, len(names) - count])
         first, second, third = (self._only(np.sort(cut)) for cut in cuts)
         return first, second, third
+
+
+def is_batched(transform: Any) -> bool:
+    """Tell whether a transform gives for a batch what it gives for its samples."""
+    if isinstance(transform, nn.Sequential):
+        return all(is_batched(part) for part in transform)
+    return bool(getattr(transform, 'batched', False))
 
 
 def check_seed(seed: int) -> None:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..geo.rasters import Values
 from ..ssl4eo.record_archive import has_records, shard_path, write_records
 from ..storage.lock import exclusive
+from .scaling import to_unit_range
 
 #: Bytes in a file of the cache, about: as much memory as writing it takes.
 _SHARD = 256 * 2**20
@@ -25,10 +26,10 @@ _Flags = npt.NDArray[np.bool_]
 
 
 class Decoded(NamedTuple):
-    """An image with its mask, as they are in their files."""
+    """An image with its mask."""
 
-    image: Values  # (C, H, W), NaN where there is no data
-    empty: _Flags  # (H, W), where the mask of the image itself says so
+    image: Values  # (C, H, W)
+    empty: _Flags  # (H, W), where no band has data
     mask: npt.NDArray[Any]  # (H, W), 0 is no data
 
 
@@ -47,6 +48,7 @@ class ImageCache:
         dtype: str,
         decode: Callable[[int], Decoded],
         count: int,
+        value_range: Sequence[tuple[float, float]],
     ) -> None:
         """Write what is missing.
 
@@ -55,8 +57,9 @@ class ImageCache:
             files: Files whose change makes another cache.
             options: What else does.
             dtype: Type of the images, where it fits into 16 bits.
-            decode: Reads an image by its number.
+            decode: Reads an image by its number, NaN where it has no data.
             count: Number of images.
+            value_range: What becomes 0 and 1 when images are read, a pair per band.
 
         Raises:
             ValueError: If images or masks are not all of one size and type.
@@ -78,6 +81,11 @@ class ImageCache:
         key = hashlib.sha256(repr((states, options, self.dtype)).encode())
         self.folder = Path(folder, key.hexdigest()[:16])
         self._rows = max(1, _SHARD // self.dtype.itemsize)
+        self._range = value_range
+        # All values that an image of 8 bits can have, (C, 256)
+        values = np.arange(256, dtype=np.float32)[None, :, None]
+        table = to_unit_range(np.repeat(values, shape[0], 0), value_range)
+        self._table = table[..., 0] if self.dtype['image'].base == np.uint8 else None
         self._maps: dict[int, npt.NDArray[Any]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         # The processes of one training all come here
@@ -119,15 +127,21 @@ class ImageCache:
         return {**self.__dict__, '_maps': {}}
 
     def read(self, number: int, rows: slice, columns: slice) -> Decoded:
-        """Read a window of an image. What is not finite is NaN."""
+        """Read a window of an image, in [0, 1], 0 where it has no data."""
         shard, offset = divmod(number, self._rows)
         if shard not in self._maps:
             self._maps[shard] = np.load(shard_path(self.folder, shard), mmap_mode='r')
         record = self._maps[shard][offset]
         stored = record['image']
-        image = stored[:, rows, columns].astype(np.float32)
-        if record['missing'].any():
+        window = stored[:, rows, columns]
+        if self._table is not None and not record['missing'].any():
+            image = np.empty(window.shape, np.float32)
+            for band, values in enumerate(self._table):
+                np.take(values, window[band], out=image[band], mode='clip')
+        else:
+            image = window.astype(np.float32)
             image[_unpack(record['missing'], stored.shape)[:, rows, columns]] = np.nan
+            to_unit_range(image, self._range)
         empty = np.zeros(image.shape[1:], np.bool_)
         if record['empty'].any():
             empty = _unpack(record['empty'], stored.shape[1:])[rows, columns]

@@ -8,46 +8,57 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rasterio.windows import Window
+from torch.utils.data import default_collate
 
 from .._checks import check_counts, check_types
 from .._compat import Sample
-from ..bands import RGB_BANDS, Level, normalize_band_names
-from ..geo.find_files import find_files
+from ..bands import Level, normalize_band_names
+from ..geo.mosaic import scale_codes
+from ..geo.numbers import Numbers, OpenedFile
 from ..geo.rasters import (
-    RGB_COLORS,
-    drop_empty,
-    find_alpha,
-    has_mask,
-    nodata_of,
+    DamagedFileError,
+    RasterReader,
+    Scene,
+    Values,
     open_raster,
+    read_mask,
     read_raster,
-    read_values,
 )
+from ..geo.sentinel2 import hint_at_offset
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DivisibleImages, check_seed
+from .base import DivisibleImages, check_seed, is_batched
+from .damage import Damage, OnError
 from .image_cache import Decoded, ImageCache
-from .scaling import ValueRange, choose_level, resolve_value_range, to_unit_range
-
-#: File types that a folder is searched for.
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
+from .patches import (
+    Patch,
+    check_mask,
+    choose_bands,
+    describe_image,
+    find_images,
+    in_pixels,
+    match_masks,
+)
+from .scaling import (
+    ValueRange,
+    scene_level,
+    scene_ranges,
+    tell_scenes,
+    to_unit_range,
+    with_level,
+)
 
 #: Files that an error message lists.
 _MAX_NAMED = 5
 
 
-class Patch(NamedTuple):
-    """Files of an image and its mask, one if the mask is a band, and rows and columns."""
-
-    image: Path
-    mask: Path
-    shape: tuple[int, int]
-    number: int
+#: Top, left, height and width.
+_Window = tuple[int, int, int, int]
 
 
 class ImageMaskFolder(DivisibleImages):
@@ -67,11 +78,15 @@ class ImageMaskFolder(DivisibleImages):
     Dataset features:
 
     * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
-      Pixels without data (nodata value, NaN, infinity, transparent) are 0. A nodata
-      value of 0 in integers counts only where all bands have it
-    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data. Masks of floats stay
-      floats. The default *transforms* replace it by a multi-hot *label* of shape
-      (K,)
+      Pixels without data (nodata value, NaN, infinity, masked, transparent) are 0. A
+      nodata value of 0 in integers counts only where all bands have it
+    * *mask*: WorldCover codes, long of shape (H, W), 0 is no data, also where one of the
+      dates has none in all of its bands. Masks of floats stay floats. The default
+      *transforms* replace it by a multi-hot *label* of shape (K,)
+
+    Images are read as by :class:`.WorldCoverScenes`: scale and offset that a file declares
+    are applied, and a colour table becomes red, green and blue. A mask with a colour table
+    keeps its codes.
     """
 
     _where = 'places'
@@ -93,6 +108,8 @@ class ImageMaskFolder(DivisibleImages):
         seed: int = 0,
         level: Level | None = None,
         cache: str | os.PathLike[str] | None = None,
+        offset: float | None = None,
+        on_error: OnError = 'raise',
     ) -> None:
         r"""Initialize a new ImageMaskFolder instance.
 
@@ -104,7 +121,9 @@ class ImageMaskFolder(DivisibleImages):
             image_bands: Positions of the bands to use, from 1. All by default, without
                 the mask and an alpha band, which tells where the others have data.
             mask_band: Position of the mask in the image file, from 1, if it is there.
-            bands: Names of the bands in *image_bands*.
+            bands: Names of the bands in *image_bands*. Without these, bands that files
+                name in their descriptions are chosen by name, in each file on its own.
+                By default the names that the first file has.
             value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per
                 band, with the defaults of :class:`.WorldCoverScenes`.
             nodata: Value of pixels without data, None for what each file says.
@@ -120,11 +139,18 @@ class ImageMaskFolder(DivisibleImages):
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
             level: Processing level of Sentinel-2, whose statistics scale the images,
-                ``'L1C'`` or ``'L2A'``. By default what names and bands tell, see
-                :func:`.choose_level`.
+                ``'L1C'`` or ``'L2A'``. By default what metadata, bands and names of each
+                image tell, see :meth:`.Products.level`.
             cache: Folder to which decoded images and masks are written, once, to be read
                 from there: much faster than JPEG or PNG, and the same to the bit. About
-                one byte per value of 8-bit images. For images of one size.
+                one byte per value of 8-bit images. For images of one size. A damaged
+                file is an error when it is written.
+            offset: What is added to the numbers as they are stored, None for what files
+                and the names of their products tell, see :class:`.WorldCoverScenes`.
+            on_error: ``'skip'`` leaves images out whose files, or those of their masks, are
+                damaged. A sample that would show one is another one, always the same.
+                :class:`.ImageMaskFolderDataModule` counts these draws per epoch and names
+                the files at the end. By default a damaged file is an error.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -154,59 +180,88 @@ class ImageMaskFolder(DivisibleImages):
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
         image_root = Path(root or '', 'images') if images is None else Path(images)
-        files = _find(image_root, 'images')
+        files = find_images(image_root, 'images')
         mask_files = list(files.values())
         if mask_band is None:
             mask_root = Path(root or '', 'masks') if masks is None else Path(masks)
-            mask_files = _match(files, _find(mask_root, 'masks'), image_root, mask_root)
-
-        first = next(iter(files.values()))
-        with open_raster(first) as source:
-            needed = source.count
-            self.image_bands, self.bands = self._choose_bands(
-                source, image_bands, bands
+            mask_files = match_masks(
+                files, find_images(mask_root, 'masks'), image_root, mask_root
             )
-        if image_bands is not None:
-            needed = max(*self.image_bands, mask_band or 1)
-        patches = []
-        dtypes = set()
-        pairs = zip(files.values(), mask_files, strict=True)
-        for number, (path, mask) in enumerate(pairs):
-            with open_raster(path) as source:
-                dtypes.add(str(source.dtypes[0]))
-                patches.append(Patch(path, mask, source.shape, number))
-                more = source.count > needed and image_bands is None
-                if source.count < needed or more:
-                    raise ValueError(
-                        f'{path} must have {needed} bands as {first}, got {source.count}'
-                    )
-            if mask != path:
-                _check_mask(patches[-1])
+
+        described: dict[str, tuple[OpenedFile, Path]] = {}
+        damaged: dict[str, str] = {}
+        for (stem, path), mask in zip(files.items(), mask_files, strict=True):
+            try:
+                file = describe_image(path, image_bands, mask_band, nodata)
+                if mask != path:
+                    check_mask(file.layer, mask)
+                described[stem] = file, mask
+            except DamagedFileError as error:
+                if on_error == 'raise':
+                    raise
+                damaged[stem] = error.path
+        if not described:
+            raise OSError(
+                f'all {len(damaged)} images or masks are damaged, such as '
+                f'{next(iter(damaged.values()))}'
+            )
+        opened = [file for file, _ in described.values()]
+        numbers = Numbers.of(opened, offset, value_range in (None, 'softcon'))
+        given = None if bands is None else normalize_band_names(bands)
+        scenes = choose_bands(opened, given, image_bands is None, numbers)
+        self.bands = scenes[0].bands
+        self.image_bands = scenes[0].layers[0].indexes
+        hint_at_offset(numbers.untold)
+        scenes = with_level(scenes, level)
+        masks = [mask for _, mask in described.values()]
+        patches = list(map(Patch, scenes, masks, range(len(scenes))))
         self._check_sizes(patches)
-        self.level = choose_level(
-            level,
-            self.bands,
-            files.values(),
-            value_range == 'softcon' or (value_range is None and dtypes != {'uint8'}),
-        )
-        self.value_range = resolve_value_range(
-            value_range, self.bands, len(self.image_bands), dtypes, self.level
-        )
+        self._ranges = scene_ranges(scenes, value_range)
+        self.level = scene_level(scenes[0])
+        self.value_range = self._ranges[self.level]
+        # Not kept open: there may be any number of files, each read once in an epoch
+        self._reader = RasterReader(max_open=0)
+        tell_scenes(scenes, value_range, self._ranges, self._read_whole)
 
         self._cache = None
         if cache is not None:
+            if len({scene_level(scene) for scene in scenes}) > 1:
+                raise ValueError(
+                    'cache needs images of one processing level, got L1C and L2A. Give '
+                    'level, or leave cache out'
+                )
+            layers = [patch.scene.layers[0] for patch in patches]
+            as_stored = not any(
+                any(x.offset) or any(factor != 1 for factor in x.scale) for x in layers
+            )
+            dtypes = {x.dtype for x in layers} if as_stored else {'float32'}
             self._cache = ImageCache(
                 cache,
-                [*files.values(), *dict.fromkeys(mask_files)],
-                (self.image_bands, mask_band, nodata),
+                [*(patch.image for patch in patches), *dict.fromkeys(masks)],
+                [
+                    mask_band,
+                    *(
+                        (x.indexes, x.nodata, x.alpha, x.scale, x.offset)
+                        for x in layers
+                    ),
+                ],
                 str(np.result_type(*dtypes)),
-                lambda number: self._decode(patches[number]),
+                lambda number: self._decode(
+                    patches[number], (0, 0, *patches[number].shape)
+                ),
                 len(patches),
+                self.value_range,
             )
 
         groups: dict[str, list[Patch]] = {}
-        for stem, patch in zip(files, patches, strict=True):
+        for stem, patch in zip(described, patches, strict=True):
             groups.setdefault(self._place(stem, places), []).append(patch)
+        if on_error == 'skip':
+            self.damage = Damage(damaged.values())
+            # Places that have too few dates because of damage
+            lost = {self._place(stem, places) for stem in damaged}
+            few = {name for name in lost if len(groups.get(name, ())) < seasons}
+            groups = {k: v for k, v in groups.items() if k not in few} or groups
         self.samples, self.places = list(groups.values()), list(groups)
         self._knows_places = seasons > 1 or places is not None
         if seasons == 1:
@@ -215,33 +270,8 @@ class ImageMaskFolder(DivisibleImages):
         else:
             self._check_dates()
 
-    def _choose_bands(
-        self,
-        source: Any,
-        image_bands: Sequence[int] | None,
-        bands: Sequence[str] | None,
-    ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
-        """Return positions and names of the bands of the first image."""
-        if image_bands is None:
-            without = (self.mask_band, find_alpha(source))
-            image_bands = [i for i in source.indexes if i not in without]
-        indexes = tuple(image_bands)
-        mask_band = (1 if self.mask_band is None else self.mask_band,)
-        for option, chosen in ('mask_band', mask_band), ('image_bands', indexes):
-            if not chosen or not {*chosen} <= {*source.indexes}:
-                raise ValueError(
-                    f'{option} must be from 1 to {source.count}, the number of bands of '
-                    f'{source.name}, got {", ".join(map(str, chosen)) or "none"}'
-                )
-        if bands is not None:
-            names = normalize_band_names(bands)
-            if len(names) != len(indexes):
-                raise ValueError(
-                    f'bands must name the {len(indexes)} image_bands, got {names}'
-                )
-            return indexes, names
-        colors = tuple(source.colorinterp[i - 1] for i in indexes)
-        return indexes, RGB_BANDS if colors == RGB_COLORS else None
+    def _read_whole(self, scene: Scene) -> Values:
+        return self._reader.read(scene, 0, 0, scene.grid.height, scene.grid.width)
 
     def _check_sizes(self, patches: Sequence[Patch]) -> None:
         """Check that crops, or whole images, make a batch."""
@@ -250,13 +280,13 @@ class ImageMaskFolder(DivisibleImages):
             if self.size is None and patch.shape != first.shape:
                 raise ValueError(
                     'images must have one size, or size must be given for random crops: '
-                    f'{first.image} has {_pixels(first.shape)} and {patch.image} '
-                    f'{_pixels(patch.shape)} pixels'
+                    f'{first.image} has {in_pixels(first.shape)} and {patch.image} '
+                    f'{in_pixels(patch.shape)} pixels'
                 )
             if min(patch.shape) < (self.size or 0):
                 raise ValueError(
                     f'size must fit into every image, got {self.size} and {patch.image} '
-                    f'of {_pixels(patch.shape)} pixels'
+                    f'of {in_pixels(patch.shape)} pixels'
                 )
 
     def _check_dates(self) -> None:
@@ -300,6 +330,8 @@ class ImageMaskFolder(DivisibleImages):
         other = copy.copy(self)
         other._separate()
         other.seasons, other._random = 1, False
+        # Another image would stand for one that is damaged
+        other.damage = None
         return other
 
     def place(self, index: int) -> str | None:
@@ -320,118 +352,75 @@ class ImageMaskFolder(DivisibleImages):
         """Return the number of samples."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read a sample."""
+    def _draw_sample(self, index: int) -> Sample:
+        # The transform says what is wrong with masks of floats, if anything is
+        return self.transforms(self._draw(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Read samples; transforms that say they are *batched* see them together."""
+        samples = [self._read_intact(self._draw, index) for index in indices]
+        types = {sample['mask'].dtype for sample in samples}
+        if len(samples) < 2 or len(types) > 1 or not is_batched(self.transforms):
+            return [self.transforms(sample) for sample in samples]
+        batch = self.transforms(default_collate(samples))
+        keys, columns = batch.keys(), batch.values()
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _draw(self, index: int) -> Sample:
+        """Read a sample as it is before the transforms, an error if a file is damaged."""
         rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
 
         # The mask is that of the first date
-        images = [self._read(place[date], window, date == dates[0]) for date in dates]
-        pixels = [to_unit_range(image, self.value_range) for image, _, _ in images]
-        image = pixels[0] if self.seasons == 1 else np.stack(pixels)
-        mask = images[0].mask
+        read = [self._read(place[date], window, date == dates[0]) for date in dates]
+        image = read[0].image
+        if self.seasons > 1:
+            image = np.stack([one.image for one in read])
+        mask = read[0].mask
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
-            # What a mask of an image leaves out has no label, as in WorldCoverScenes
-            mask[np.any([empty for _, empty, _ in images], 0)] = 0
-        # The transform says what is wrong with floats, if anything is
-        sample: Sample = {
-            'image': torch.from_numpy(image),
-            'mask': torch.from_numpy(mask),
-        }
-        return self.transforms(sample)
+            # A label must not speak of what the image does not show
+            mask[np.any([one.empty for one in read], 0)] = 0
+        return {'image': torch.from_numpy(image), 'mask': torch.from_numpy(mask)}
 
-    def _crop(self, patch: Patch, rng: np.random.Generator) -> Window | None:
+    def _crop(self, patch: Patch, rng: np.random.Generator) -> _Window:
+        """Return top, left, height and width of a part of an image."""
         if self.size is None:
-            return None
+            return 0, 0, *patch.shape
         down, right = (length - self.size for length in patch.shape)
         top, left = down // 2, right // 2
         if self._random:
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
-        return Window(left, top, self.size, self.size)
+        return top, left, self.size, self.size
 
-    def _read(self, patch: Patch, window: Window | None, masked: bool) -> Decoded:
-        """Read an image and, if *masked*, its mask, from the cache if there is one."""
+    def _read(self, patch: Patch, window: _Window, masked: bool) -> Decoded:
+        """Read an image in [0, 1] and, if *masked*, its mask, from the cache or files."""
         if self._cache is None:
-            return self._decode(patch, window, masked)
-        rows, columns = (slice(None),) * 2 if window is None else window.toslices()
+            found = self._decode(patch, window, masked)
+            limits = self._ranges[scene_level(patch.scene)]
+            return found._replace(image=to_unit_range(found.image, limits))
+        top, left, height, width = window
+        rows, columns = slice(top, top + height), slice(left, left + width)
         return self._cache.read(patch.number, rows, columns)
 
-    def _decode(
-        self, patch: Patch, window: Window | None = None, masked: bool = True
-    ) -> Decoded:
-        """Read an image and, if *masked*, its mask from their files."""
-        with open_raster(patch.image) as source:
-            alpha = find_alpha(source)
-            if alpha in (*self.image_bands, self.mask_band):
-                alpha = None
-            nodata = nodata_of(source, self.image_bands, self.nodata)
-            values, zero = read_values(source, self.image_bands, nodata, alpha, window)
-            empty = np.zeros(values.shape[1:], np.bool_)
-            if has_mask(source):
-                empty = source.dataset_mask(window=window) == 0
-        mask = self._mask(patch, window) if masked else empty
-        return Decoded(drop_empty(values, zero), empty, mask)
+    def _decode(self, patch: Patch, window: _Window, masked: bool = True) -> Decoded:
+        """Read an image, NaN without data, and, if *masked*, its mask from files."""
+        image = self._reader.read(patch.scene, *window)
+        empty = ~np.isfinite(image).any(0)
+        return Decoded(image, empty, self._mask(patch, window) if masked else empty)
 
-    def _mask(self, patch: Patch, window: Window | None) -> npt.NDArray[Any]:
+    def _mask(self, patch: Patch, window: _Window) -> npt.NDArray[Any]:
+        """Read the codes of a mask, 0 where it has no data."""
         band = self.mask_band or 1
+        top, left, height, width = window
+        part = Window(left, top, width, height)
         with open_raster(patch.mask) as source:
-            mask: npt.NDArray[Any] = read_raster(source, [band], window)[0]
-            nodata = source.nodatavals[band - 1]
-        if nodata is not None:
-            mask[mask == nodata] = 0
+            stored = read_raster(source, [band], part)[0]
+            empty = stored == source.nodatavals[band - 1]
+            empty |= ~read_mask(source, part, band)
+            scale, offset = source.scales[band - 1], source.offsets[band - 1]
+        mask = scale_codes(stored, scale, offset)
+        mask[empty] = 0
         return mask
-
-
-def _find(folder: Path, what: str) -> dict[str, Path]:
-    """List files by their path below a folder, without suffix."""
-    files: dict[str, Path] = {}
-    found = find_files(folder, SUFFIXES, what) if folder.is_dir() else []
-    for path in map(Path, found):
-        stem = path.relative_to(folder).with_suffix('').as_posix()
-        if stem in files:
-            raise ValueError(
-                f'{what} must have one file per name: {files[stem]}, {path}'
-            )
-        files[stem] = path
-    if not files:
-        raise FileNotFoundError(
-            f'{what} must be a folder with files ({", ".join(SUFFIXES)}), found none in '
-            f'{folder}'
-        )
-    return files
-
-
-def _match(
-    images: dict[str, Path], masks: dict[str, Path], image_root: Path, mask_root: Path
-) -> list[Path]:
-    """Find the mask of each image, its own or that of its folder."""
-    found = [masks.get(stem) or masks.get(os.path.dirname(stem)) for stem in images]
-    missing = [stem for stem, mask in zip(images, found, strict=True) if mask is None]
-    if missing:
-        raise FileNotFoundError(
-            f'{len(missing)} of {len(images)} images in {image_root} have no mask of the '
-            f'same name in {mask_root}: {", ".join(missing[:_MAX_NAMED])}'
-        )
-    return [mask for mask in found if mask is not None]
-
-
-def _check_mask(patch: Patch) -> None:
-    """Check that a mask has one band, and as many pixels as its image."""
-    with open_raster(patch.mask) as source:
-        count, shape = source.count, source.shape
-    if count != 1:
-        raise ValueError(
-            f'a mask must have one band of WorldCover codes, {patch.mask} has {count}'
-        )
-    if shape != patch.shape:
-        raise ValueError(
-            f'an image and its mask must have one size, {patch.image} has '
-            f'{_pixels(patch.shape)} and {patch.mask} {_pixels(shape)} pixels'
-        )
-
-
-def _pixels(shape: tuple[int, int]) -> str:
-    return f'{shape[0]} x {shape[1]}'

@@ -3,9 +3,9 @@
 
 """From the numbers in a file to [0, 1], per band."""
 
-import os
+import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
 from ..geo.rasters import Scene
-from ..geo.sentinel2 import Products
 
 #: What a dataset accepts as *value_range*, see :func:`resolve_value_range`.
 ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]] | None
@@ -39,51 +38,6 @@ _NEGATIVE = -100
 #: Quantiles that bands of radar are clipped to by the authors of SoftCon.
 #: https://github.com/zhu-xlab/Copernicus-Bench (wrappers of Sentinel-1)
 _RADAR_QUANTILES = (0.01, 0.99)
-
-
-def choose_level(
-    level: Level | None,
-    bands: Sequence[str] | None,
-    names: Iterable[str | os.PathLike[str]],
-    scaled: bool,
-) -> Level:
-    """Choose whose statistics images are scaled by, and say so where it matters.
-
-    What tells it is looked for in the order of :meth:`.Products.level`.
-
-    Args:
-        level: What the user says, None for what the images tell.
-        bands: Names of the bands, None if they are unknown.
-        names: Files or scenes.
-        scaled: Whether images are scaled by these statistics.
-
-    Returns:
-        The level, L1C where nothing tells it.
-
-    Raises:
-        ValueError: If images are of both levels, and would be scaled alike.
-    """
-    optical = {*(bands or ())} & {*SENTINEL2_BANDS}
-    if level is not None or not optical or not scaled:
-        return level or 'L1C'
-    found: dict[Level | None, tuple[str, str]] = {}
-    products = Products()
-    for name in map(os.fspath, names):
-        told, source = products.level(name, bands=optical)
-        found.setdefault(told, (name, source))
-    known = [told for told in found if told is not None]
-    if len(known) > 1:
-        raise ValueError(
-            f'images must be of one level of Sentinel-2, got {found["L1C"][0]} of L1C and '
-            f'{found["L2A"][0]} of L2A: give them to two datasets, or give level'
-        )
-    chosen: Level = known[0] if known else 'L1C'
-    name, source = found[chosen] if known else ('', 'nothing, so it may be wrong')
-    rank_zero_info(
-        f'Images of Sentinel-2 are scaled by {chosen} statistics, the level is from '
-        f'{source}{" of " * bool(name)}{name}. If that is not so, give level'
-    )
-    return chosen
 
 
 def resolve_value_range(
@@ -233,6 +187,32 @@ def describe_scenes(
         )
         lines.append((line, first))
     return lines
+
+
+def tell_scenes(
+    scenes: Sequence[Scene],
+    value_range: ValueRange,
+    ranges: Mapping[Level, Sequence[tuple[float, float]]],
+    read: Callable[[Scene], npt.NDArray[np.float32]],
+) -> list[tuple[str, Scene]]:
+    """Say what each kind of scene is taken for, and check a window of it.
+
+    Args:
+        scenes: Scenes of the same bands.
+        value_range: See :func:`resolve_value_range`.
+        ranges: Those of :func:`scene_ranges`.
+        read: Reads a window of a scene, before it is scaled.
+
+    Returns:
+        What :func:`describe_scenes` says.
+    """
+    kinds = describe_scenes(scenes, value_range)
+    for line, scene in kinds:
+        rank_zero_info(line)
+        if value_range in (None, 'softcon') and scene.kind.unit != '8 bit':
+            with contextlib.suppress(OSError):  # damaged, which its windows will say
+                check_sample(read(scene), scene, ranges[scene_level(scene)])
+    return kinds
 
 
 def with_level(scenes: Iterable[Scene], level: Level | None) -> list[Scene]:

@@ -6,18 +6,15 @@
 import datetime
 import itertools
 import os
-import re
 
 import shapely
 from pyproj import CRS
 from torch.utils.data import Dataset
 
 from .._compat import Sample
+from ..geo.dates import find_date
 from ..geo.grid import apply
 from .scenes import WorldCoverScenes
-
-#: Year, month and day in the name of a file, not in the middle of a number.
-_DATE = re.compile(r'(?<!\d)((?:19|20)\d{2})([-_]?)(\d{2})\2(\d{2})(?!\d)')
 
 
 class SceneGrid(Dataset[Sample]):
@@ -58,17 +55,7 @@ class SceneGrid(Dataset[Sample]):
         window = place.grid.window(top, left, size, size)
         corners = ((0, 0), (size, 0), (size, size), (0, size))
         polygon = shapely.Polygon([apply(window.transform, *end) for end in corners])
-        return polygon, window.crs, _date(scene.name)
-
-
-def _date(name: str) -> datetime.date | None:
-    """Return the first date in a file name, such as 20210630 or 2021-06-30."""
-    for match in _DATE.finditer(os.path.basename(name)):
-        try:
-            return datetime.date(*map(int, match.group(1, 3, 4)))
-        except ValueError:  # a number that is no date
-            continue
-    return None
+        return polygon, window.crs, find_date(os.path.basename(scene.name))
 
 
 def _starts(first: int, last: int, size: int) -> list[int]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..geo.discovery import find_rasters
 from ..geo.grid import Grid
 from ..geo.mapped import create_mapped, write_mapped
-from ..geo.sentinel2 import product_offset
+from ..geo.sentinel2 import Products
 from ..landcover.products import ProductLike
 from ..storage.lock import exclusive
 from ..storage.user_cache import file_stamp
@@ -73,6 +73,7 @@ def pack_scenes(
         raise ValueError(f'out must be a new folder or packed scenes, got {out}')
     target.mkdir(parents=True, exist_ok=True)
     failures = []
+    products = Products()
     with exclusive(target / '.lock', target), open(target / INDEX, 'a') as index:
         known = read_index(target)
         for path in tqdm(find_rasters(source), 'pack', disable=not progress):
@@ -88,8 +89,7 @@ def pack_scenes(
             except OSError as error:
                 failures.append(SceneFailure(path, str(error)))
                 continue
-            told = product_offset(path).source
-            if told is not None and os.path.isfile(told):
+            for told in products.files(path):
                 shutil.copy(told, packed.parent)
             _note(index, target, packed, source=stamp)
         if worldcover is not None:

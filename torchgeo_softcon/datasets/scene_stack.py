@@ -4,13 +4,16 @@
 """Scenes on the same pixels: the dates of a place."""
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pyproj import CRS
 
 from ..geo.grid import Bounds, Grid, group_by_grid
 from ..geo.rasters import Scene
+from .worldcover import ESAWorldCover
 
 #: Files that an error message lists.
 _MAX_NAMED = 3
@@ -67,3 +70,34 @@ def stack_scenes(scenes: Sequence[Scene]) -> tuple[SceneStack, ...]:
         SceneStack(scenes[group[0]].grid, tuple(scenes[i] for i in group))
         for group in groups
     )
+
+
+def choose_maps(
+    places: Sequence[SceneStack], maps: Mapping[int | None, ESAWorldCover]
+) -> dict[str, ESAWorldCover]:
+    """Choose the map of each scene: of those with a tile there, that of the nearest year.
+
+    Args:
+        places: Places with their scenes.
+        maps: Maps by their year, the last one first. It is for scenes of unknown year.
+
+    Returns:
+        The map of each scene, by its name.
+    """
+    last = next(iter(maps))
+    chosen, unknown = {}, []
+    for place in places:
+        there = [year for year in maps if maps[year].covers(*place.box)] or [last]
+        for scene in place.scenes:
+            if scene.year is None:
+                unknown.append(scene.name)
+            gaps = {y: abs((y or 0) - (scene.year or last or 0)) for y in there}
+            chosen[scene.name] = maps[min(gaps, key=gaps.__getitem__)]
+    counts = Counter(str(one.year) for one in chosen.values())
+    parts = [f'{number} of {year}' for year, number in sorted(counts.items())]
+    example = f', as {unknown[0]}' if unknown else ''
+    rank_zero_info(
+        f'Scenes have the map of the nearest year: {", ".join(parts)} '
+        f'({len(unknown)} do not tell their year{example})'
+    )
+    return chosen

@@ -3,15 +3,14 @@
 
 """Windows of georeferenced images, with ESA WorldCover as the mask."""
 
-import contextlib
 import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from .._checks import check_counts, check_fractions, check_types
@@ -23,19 +22,25 @@ from ..geo.rasters import RasterReader, Scene, Values
 from ..landcover.products import ProductLike, find_product
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
+from .damage import Damage, OnError
 from .packed_scenes import PackedCover, is_packed
 from .scaling import (
     ValueRange,
-    check_sample,
     clip_radar,
-    describe_scenes,
     scene_level,
     scene_ranges,
+    tell_scenes,
     to_unit_range,
     with_level,
 )
-from .scene_stack import SceneStack, list_names, stack_scenes, warn_single_bands
-from .worldcover import ESAWorldCover
+from .scene_stack import (
+    SceneStack,
+    choose_maps,
+    list_names,
+    stack_scenes,
+    warn_single_bands,
+)
+from .worldcover import ESAWorldCover, open_years
 
 #: One or more folders or files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -88,7 +93,7 @@ class WorldCoverScenes(DrawnImages):
         self,
         images: Paths,
         worldcover: Paths | ESAWorldCover | PackedCover | None = None,
-        year: int | None = None,
+        year: int | Literal['nearest'] | None = None,
         bands: Sequence[str] | None = None,
         patch_size: int = 264,
         length: int | None = None,
@@ -105,6 +110,7 @@ class WorldCoverScenes(DrawnImages):
         product: ProductLike = 'worldcover',
         level: Level | None = None,
         radar_quantiles: bool = False,
+        on_error: OnError = 'raise',
     ) -> None:
         """Initialize a new WorldCoverScenes instance.
 
@@ -114,7 +120,11 @@ class WorldCoverScenes(DrawnImages):
             worldcover: Folders or files of WorldCover tiles (or of rasters of *product*),
                 or a dataset of them. None for what is packed, or for no labels at all,
                 together with *allow_unlabelled*.
-            year: Year of the map, 2020 (v100) or by default 2021 (v200).
+            year: Year of the map, 2020 (v100) or by default 2021 (v200). With
+                ``'nearest'``, a window has the map of the year that its first image was
+                taken in, or of the nearest one that has a tile there. Tags, a STAC item
+                and names of files and folders tell the year of an image. Where nothing
+                does, it is the last one.
             bands: Names of the bands to use, None for all bands of the files.
             patch_size: Height and width of a window in pixels. SSL4EO-S12, which
                 SoftCon was trained on, has patches of 264.
@@ -155,6 +165,10 @@ class WorldCoverScenes(DrawnImages):
                 scene tell, see :meth:`.Products.level`.
             radar_quantiles: Clip each band of radar to its own 1 and 99 % quantiles in a
                 window before it is scaled, as SoftCon's authors do in evaluation.
+            on_error: ``'skip'`` takes another window for one whose files are damaged,
+                always the same, and leaves out scenes with files that cannot be opened.
+                :class:`.WorldCoverScenesDataModule` counts these draws per epoch and names
+                the files at the end. By default a damaged file is an error.
 
         Raises:
             FileNotFoundError: If a path does not exist, if there is no raster, or if an
@@ -191,6 +205,7 @@ class WorldCoverScenes(DrawnImages):
         self.transforms = transforms
 
         self.left_out: dict[str, str] = {}
+        damaged: list[str] | None = [] if on_error == 'skip' else None
         scenes = find_scenes(
             find_rasters(images, self.left_out),
             bands,
@@ -199,39 +214,48 @@ class WorldCoverScenes(DrawnImages):
             offset,
             to_digital=value_range in (None, 'softcon'),
             left_out=self.left_out,
+            damaged=damaged,
         )
         scenes = with_level(scenes, level)
         self.bands = scenes[0].bands
         self.places = stack_scenes(scenes)
+        if damaged is not None:
+            self.damage = Damage(damaged)
+        if damaged:
+            enough = [place for place in self.places if len(place.scenes) >= seasons]
+            self.places = tuple(enough) or self.places
         warn_single_bands(self.places)
         self._ranges = scene_ranges(scenes, value_range)
         self.level = scene_level(scenes[0])
         self.value_range = self._ranges[self.level]
         self.radar_quantiles = radar_quantiles
         self._reader = RasterReader(open_mapped)
-        self.kinds = describe_scenes(scenes, value_range)
-        for line, scene in self.kinds:
-            rank_zero_info(line)
-            if value_range in (None, 'softcon'):
-                with contextlib.suppress(
-                    OSError
-                ):  # damaged, which its windows will say
-                    check_sample(self.read_middle(scene), scene, self._range(scene))
+        self.kinds = tell_scenes(scenes, value_range, self._ranges, self.read_middle)
         self._check_dates()
         self._set_rows(rows, length)
 
         self._covers = {}
+        self._maps: dict[str, ESAWorldCover] = {}  # of scenes, where it is another one
         if isinstance(worldcover, PackedCover):
-            worldcover.check_year(year)
+            if year != 'nearest':
+                worldcover.check_year(year)
             self._covers = {
                 place.name: worldcover.find(place.grid, place.name)
                 for place in self.places
             }
         elif worldcover is not None and not isinstance(worldcover, ESAWorldCover):
-            worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+            if year == 'nearest' and self.product.years:
+                maps = open_years(worldcover, self.product)
+                self._maps = choose_maps(self.places, maps)
+                worldcover = next(iter(maps.values()))
+            else:
+                worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
         self.worldcover = worldcover
         if not (allow_unlabelled or self._covers):
             self._check_tiles()
+
+    def _map_of(self, scene: Scene) -> ESAWorldCover | PackedCover | None:
+        return self._maps.get(scene.name, self.worldcover)
 
     def _check_dates(self) -> None:
         for place in self.places:
@@ -268,8 +292,12 @@ class WorldCoverScenes(DrawnImages):
         if worldcover is None or isinstance(worldcover, PackedCover):
             raise ValueError('worldcover must be given, or allow_unlabelled set')
 
-        partly = [p for p in self.places if not worldcover.covers(*p.box, wholly=True)]
-        without = [p for p in partly if not worldcover.covers(*p.box)]
+        def covered(place: SceneStack, wholly: bool) -> bool:
+            maps = {self._maps.get(scene.name, worldcover) for scene in place.scenes}
+            return all(one.covers(*place.box, wholly) for one in maps)
+
+        partly = [place for place in self.places if not covered(place, wholly=True)]
+        without = [place for place in partly if not covered(place, wholly=False)]
         if not partly:
             return
         concerned = without or partly
@@ -334,8 +362,7 @@ class WorldCoverScenes(DrawnImages):
         """Return the number of samples per epoch."""
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
-        """Draw a window, see :class:`.DrawnImages`."""
+    def _draw_sample(self, index: int) -> Sample:
         rng = self._generator(index, self.stream)
         best: tuple[float, SceneStack, int, int, list[tuple[Scene, Values]]]
         best = (-1.0, self.places[0], 0, 0, [])
@@ -400,16 +427,22 @@ class WorldCoverScenes(DrawnImages):
         valid = np.logical_and.reduce([np.isfinite(v).any(0) for _, v in seasons])
         images = [self.scale(scene, values) for scene, values in seasons]
         image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        mask = self._mask(place, top, left)
+        mask = self._mask(place, top, left, self._map_of(seasons[0][0]))
         mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
         sample: Sample = {'image': image, 'mask': mask}
         return self.transforms(sample)
 
-    def _mask(self, place: SceneStack, top: int, left: int) -> Tensor:
+    def _mask(
+        self,
+        place: SceneStack,
+        top: int,
+        left: int,
+        worldcover: ESAWorldCover | PackedCover | None,
+    ) -> Tensor:
         size = self.patch_size
-        if self.worldcover is None:
+        if worldcover is None:
             return torch.full((size, size), self.product.fill)
-        if isinstance(self.worldcover, PackedCover):
-            return self.worldcover.read(self._covers[place.name], top, left, size)
+        if isinstance(worldcover, PackedCover):
+            return worldcover.read(self._covers[place.name], top, left, size)
         window = place.grid.window(top, left, size, size)
-        return self.worldcover.read_window(window.crs, window.transform, size, size)
+        return worldcover.read_window(window.crs, window.transform, size, size)

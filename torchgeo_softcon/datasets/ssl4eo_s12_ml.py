@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
+from ..geo.rasters import DamagedFileError
 from ..ssl4eo.image_records import decode
 from ..ssl4eo.labels import match_labels, read_labels
 from ..ssl4eo.lulc import LULC, lulc_labels
@@ -30,6 +31,7 @@ from ..ssl4eo.shards import check_aligned, open_archive
 from ..ssl4eo.tiffs import BANDS, RADAR, Split, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
 from .base import DivisibleImages, check_seed
+from .damage import Damage, OnError
 from .scaling import softcon_range
 
 #: Locations that a message names.
@@ -79,6 +81,7 @@ class SSL4EOS12ML(DivisibleImages):
         seed: int = 0,
         max_cloud: float | None = None,
         offset: int | None = None,
+        on_error: OnError = 'raise',
     ) -> None:
         """Initialize a new SSL4EOS12ML instance.
 
@@ -103,6 +106,8 @@ class SSL4EOS12ML(DivisibleImages):
                 out. Needs the cloud masks of v1.1.
             offset: What is added to the numbers of Sentinel-2 in files of v1.1, which is
                 taken off. By default it is found, see :func:`.find_offsets`.
+            on_error: ``'skip'`` takes another sample for one whose files are damaged, see
+                :class:`.ImageMaskFolder`. By default a damaged file is an error.
 
         Raises:
             FileNotFoundError: If there are no images, or no file of labels.
@@ -126,6 +131,7 @@ class SSL4EOS12ML(DivisibleImages):
         self.seasons = seasons
         self.transforms = transforms
         self.seed = seed
+        self.damage = Damage() if on_error == 'skip' else None
         self.archives = [open_archive(self.root, name, offset) for name in splits]
         check_aligned(self.archives)
         self.bands = tuple(band for name in splits for band in BANDS[name])
@@ -211,9 +217,8 @@ class SSL4EOS12ML(DivisibleImages):
         main = self._main
         packed = main.labels if isinstance(main, RecordArchive) else None
         if path == LULC:
-            labels = lulc_labels(self.root, main)
-        else:
-            labels = packed if path is None else read_labels(path)
+            packed = lulc_labels(self.root, main)
+        labels = packed if path in (None, LULC) else read_labels(str(path))
         self.codes = None if labels is None else tuple(labels.codes)
         if labels is None:
             if required or fractions:
@@ -276,15 +281,35 @@ class SSL4EOS12ML(DivisibleImages):
             OSError: If a file cannot be read, it is named.
         """
         images = np.concatenate([self._draw(index) for index in indices])
+        try:
+            read = self._read(images)
+        except DamagedFileError:
+            if self.damage is None:
+                raise
+            intact = [self._read_intact(self._draw_readable, i) for i in indices]
+            images = np.concatenate(intact)
+            read = self._read(images)
         shape = len(indices), self.seasons
-        records = {}
-        for column, archive in enumerate(self.archives):
-            read = archive.read(self._rows[images, column])
-            records[archive.split] = torch.from_numpy(read).view(*shape, -1)
+        records = {
+            name: torch.from_numpy(r).view(*shape, -1) for name, r in read.items()
+        }
         label = None
         if self._labels is not None:
             label = torch.from_numpy(self._labels[images]).view(*shape, -1)
         return RecordBatch(self, records, label)
+
+    def _read(self, images: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.uint8]]:
+        """Read the records of N images, of each split."""
+        return {
+            archive.split: archive.read(self._rows[images, column])
+            for column, archive in enumerate(self.archives)
+        }
+
+    def _draw_readable(self, index: int) -> npt.NDArray[np.int64]:
+        """Draw the images of a sample, an error if they cannot be read."""
+        images = self._draw(index)
+        self._read(images)
+        return images
 
     def _draw(self, index: int) -> npt.NDArray[np.int64]:
         """Draw the numbers of the images of a sample, shape (T,)."""
@@ -353,7 +378,7 @@ class SSL4EOS12ML(DivisibleImages):
         locations = zip(self._start, self._count, strict=True)
         other._start = np.concatenate([np.arange(s, s + n) for s, n in locations])
         other._count = np.ones_like(other._start)
-        other.seasons = 1
+        other.seasons, other.damage = 1, None
         return other
 
     def _wheres(self) -> npt.NDArray[np.int64]:

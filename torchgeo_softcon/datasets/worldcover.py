@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import shapely
 import torch
 from affine import Affine
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -28,9 +30,10 @@ from .._compat import (
     georeference,
 )
 from ..geo.find_files import AnyPath as Path
+from ..geo.find_files import path_list
 from ..geo.grid import Bounds, Grid, outline
 from ..geo.mosaic import Mosaic, open_tile
-from ..landcover.files import find_map_files, warn_of_resampled
+from ..landcover.files import assumed_year, find_map_files, map_year, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
 
@@ -163,6 +166,8 @@ class ESAWorldCover(RasterDataset):
         self._map[list(classes)] = [*self._code_of][1:]
 
         rasters = [open_tile(path) for path in self.files]
+        if text := assumed_year((r.path for r in rasters), product, self.year):
+            rank_zero_info(text)
         for raster in rasters:
             # Of the caller of this class
             warn_of_resampled(raster, product, stacklevel=2)
@@ -314,3 +319,26 @@ class ESAWorldCover(RasterDataset):
         if suptitle is not None:
             fig.suptitle(suptitle)
         return fig
+
+
+def open_years(
+    paths: Path | Iterable[Path], product: LandCoverProduct
+) -> dict[int | None, ESAWorldCover]:
+    """Open the map of every year of which there are files, the last one first.
+
+    Raises:
+        DatasetNotFoundError: If there are none.
+    """
+    paths = path_list(paths)
+    maps: dict[int | None, ESAWorldCover] = {}
+    for year in sorted(product.years, reverse=True):
+        with suppress(FileNotFoundError):
+            # Also of files that are named, only those of the year
+            files = find_map_files(paths, product, year)
+            files = [file for file in files if map_year(file, product) in (None, year)]
+            if files:
+                maps[year] = ESAWorldCover(files, year=year, product=product)
+    if not maps:
+        worldcover = ESAWorldCover(paths, product=product)
+        maps[worldcover.year] = worldcover
+    return maps

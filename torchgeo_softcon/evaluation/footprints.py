@@ -4,25 +4,25 @@
 """Where and when the samples of a batch are from, as far as data tell."""
 
 import datetime
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import shapely
-from pyproj import CRS, Transformer
+from pyproj import CRS
 from torch import Tensor
 
 from ..datamodules.protocol import LocatedDataset
+from ..geo.footprints import to_crs
+from ..geo.grid import LONLAT, parse_crs
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Place and time of one sample."""
 
-    outline: shapely.Polygon  # in longitude and latitude (WGS 84)
+    outline: shapely.Geometry  # in longitude and latitude (WGS 84), may leave ±180
     crs: str  # of the sample, as an authority code or WKT
     start: datetime.datetime | None = None  # in UTC
     stop: datetime.datetime | None = None
@@ -90,11 +90,6 @@ def _moment(time: Any) -> datetime.datetime | None:
     return stamp.floor('us').to_pydatetime()
 
 
-@functools.lru_cache(maxsize=1024)
-def _transformer(crs: str) -> Transformer:
-    return Transformer.from_crs(crs, 'OGC:CRS84', always_xy=True)
-
-
 def _to_degrees(
     outline: shapely.Polygon,
     crs: Any,
@@ -103,6 +98,5 @@ def _to_degrees(
 ) -> Footprint:
     """Return the footprint of an outline in *crs*."""
     name = CRS.from_user_input(crs).to_string()
-    transform = _transformer(name).transform
-    degrees = shapely.transform(outline, lambda xy: np.stack(transform(*xy.T), axis=1))
+    degrees = to_crs(outline, parse_crs(name), parse_crs(LONLAT))
     return Footprint(degrees, name, start, stop)

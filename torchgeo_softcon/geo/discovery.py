@@ -24,22 +24,15 @@ from ..bands import (
 from .file_index import open_each
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
-from .numbers import (
-    Numbers,
-    OpenedFile,
-    guess_bands,
-    optical_unit,
-    read_sample,
-    snap_bands,
-)
+from .numbers import Numbers, OpenedFile, guess_bands, read_sample, snap_bands
 from .rasters import (
     RGB_COLORS,
+    DamagedFileError,
     Kind,
     Layer,
     Scene,
     check_place,
-    find_alpha,
-    nodata_of,
+    describe_layer,
     open_raster,
     read_raster,
 )
@@ -128,22 +121,31 @@ def find_scenes(
     offset: float | None = None,
     to_digital: bool = True,
     left_out: dict[str, str] | None = None,
+    damaged: list[str] | None = None,
 ) -> list[Scene]:
     """Open files, and put those together that hold bands of one scene.
 
     The options are those of :class:`.WorldCoverScenes`. *to_digital* brings reflectance of
     Sentinel-2 to digital numbers, of which its statistics are. Files that are left out are
-    noted in *left_out*, with the reason.
+    noted in *left_out*, with the reason. Scenes with damaged files are left out if there is
+    a list of *damaged* files, to which those are added.
     """
     named = None if all_bands is None else tuple(map(spell_band_name, all_bands))
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
-    opened = open_each(_open_file, [*files], named, nodata)
-    # A dark image alone does not tell its unit, others beside it do
-    clear = {optical_unit(f) for f in opened if f.sample is not None} - {''}
-    numbers = Numbers(offset, to_digital, clear.pop() if len(clear) == 1 else '')
+    files = [*files]
+    read = _open_file if damaged is None else _open_unless_damaged
+    each = open_each(read, files, named, nodata)
+    opened = [file for file in each if file is not None]
+    if damaged is not None:
+        damaged += [path for path, file in zip(files, each, strict=True) if not file]
+    numbers = Numbers.of(opened, offset, to_digital)
     whole, single = _group(opened, left_out)
+    for path in damaged or ():
+        single.pop(_find_band(path)[0], None)
+    if not (whole or single):
+        raise OSError(f'all images are damaged, such as {(damaged or [""])[0]}')
     if wanted is not None:
         # What has none of the bands lies beside a scene, such as a mask of clouds
         some = [
@@ -157,7 +159,7 @@ def find_scenes(
                     reason = f'it has none of {", ".join(wanted)}'
                     _note(left_out, file.layer.path, reason)
             whole = some
-    scenes = [_from_file(file, wanted, numbers) for file in whole]
+    scenes = [scene_from_file(file, wanted, numbers) for file in whole]
     for name, group in single.items():
         scenes.append(_from_bands(name, group, wanted, numbers))
         for band, file in group.items():
@@ -203,29 +205,14 @@ def _group(
 ) -> tuple[list[OpenedFile], dict[str, dict[str, OpenedFile]]]:
     """Tell files of whole scenes from those of single bands, by band for each scene."""
     whole: list[OpenedFile] = []
-    ends: dict[tuple[str, str], dict[str, OpenedFile]] = {}
-    middles: dict[tuple[str, str], dict[str, OpenedFile]] = {}
+    ends: dict[str, dict[str, OpenedFile]] = {}
+    middles: dict[str, dict[str, OpenedFile]] = {}
     for file in files:
-        name = PurePath(file.layer.path)
-        words = [*_BAND_WORD.finditer(name.stem)]
-        end = _BAND_TOKEN.search(name.stem)
-        asset = _ASSETS.get(name.stem) if _SENTINEL2.search(str(name)) else None
-        if len(file.layer.indexes) > 1 or not (end or asset or len(words) == 1):
+        scene, band, at_end = _find_band(file.layer.path)
+        if len(file.layer.indexes) > 1 or band is None:
             whole.append(file)
             continue
-        folder = name.parent
-        if _RESOLUTION_FOLDER.fullmatch(folder.name):
-            folder = folder.parent
-        if end is not None:
-            word, stem = end['band'], name.stem[: end.start()]
-        elif asset is not None:
-            word, stem = asset, ''
-        else:
-            word, (start, stop) = words[0][1], words[0].span()
-            stem = f'{name.stem[:start]}*{name.stem[stop:]}'
-        sure = ends if end or asset else middles
-        group = sure.setdefault((str(folder), stem), {})
-        band = spell_band_name(word)
+        group = (ends if at_end else middles).setdefault(scene, {})
         known = group.setdefault(band, file)
         if known is not file:
             # Level-2A has the same band at several resolutions, only the finest counts
@@ -242,7 +229,27 @@ def _group(
             ends[key] = group
         else:
             whole += group.values()
-    return whole, {os.path.join(*key): group for key, group in ends.items()}
+    return whole, ends
+
+
+def _find_band(path: str) -> tuple[str, str | None, bool]:
+    """Return the scene that a file of one band is of, the band, and if its name ends so."""
+    name = PurePath(path)
+    folder = name.parent
+    if _RESOLUTION_FOLDER.fullmatch(folder.name):
+        folder = folder.parent
+    words = [*_BAND_WORD.finditer(name.stem)]
+    end = _BAND_TOKEN.search(name.stem)
+    if end is not None:
+        band, stem = spell_band_name(end['band']), name.stem[: end.start()]
+        return os.path.join(folder, stem), band, True
+    if name.stem in _ASSETS and _SENTINEL2.search(path):
+        return os.path.join(folder, ''), _ASSETS[name.stem], True
+    if len(words) != 1:
+        return path, None, False
+    start, stop = words[0].span()
+    stem = f'{name.stem[:start]}*{name.stem[stop:]}'
+    return os.path.join(folder, stem), spell_band_name(words[0][1]), False
 
 
 def _open_file(
@@ -251,44 +258,61 @@ def _open_file(
     """Read what is known of a file: its bands, their names, why these are guessed."""
     with open_raster(path) as source:
         check_place(source)
-        alpha = find_alpha(source)
-        if all_bands is not None and len(all_bands) == source.count:
-            alpha = None
-        indexes = tuple(i for i in source.indexes if i != alpha)
-        layer = Layer(
-            path,
-            indexes,
-            Grid.of(source),
-            nodata_of(source, indexes, nodata),
-            str(source.dtypes[0]),
-            alpha,
-            tuple(source.scales[i - 1] for i in indexes),
-            tuple(source.offsets[i - 1] for i in indexes),
-        )
-        tags = source.tags()
-        names, sure = all_bands, True
-        if all_bands is None:
-            names, sure = _name_bands(source, indexes)
-        band = _BAND_WORD.search(PurePath(path).stem)
-        radar = {*SENTINEL1_BANDS} & {*(names or ()), (band or ('',))[0].upper()}
-        real = layer.dtype.startswith('float') or any(s != 1 for s in layer.scale)
-        sample = None
-        if real or radar or (not sure and len(indexes) == len(SENTINEL2_BANDS)):
-            sample = read_sample(source, indexes, layer.nodata, alpha)
+        grid = Grid.of(source)
+        file = describe_file(source, grid, all_bands, nodata)
         # The last pixel of the last band is where a truncated file usually ends
-        corner = Window(layer.grid.width - 1, layer.grid.height - 1, 1, 1)
+        corner = Window(grid.width - 1, grid.height - 1, 1, 1)
         read_raster(source, [source.count], corner)
-    if all_bands is not None and len(all_bands) != len(indexes) > 1:
+    if all_bands is not None and len(all_bands) != len(file.layer.indexes) > 1:
         raise ValueError(
-            f'all_bands must name the {len(indexes)} bands of {path}, got '
+            f'all_bands must name the {len(file.layer.indexes)} bands of {path}, got '
             f'{len(all_bands)}: {", ".join(all_bands)}'
         )
+    return file
+
+
+def _open_unless_damaged(
+    path: str, all_bands: tuple[str, ...] | None, nodata: float | None
+) -> OpenedFile | None:
+    """Read what is known of a file, None if it is damaged."""
+    try:
+        return _open_file(path, all_bands, nodata)
+    except DamagedFileError:
+        return None
+
+
+def describe_file(
+    source: Any,
+    grid: Grid,
+    all_bands: tuple[str, ...] | None = None,
+    nodata: float | None = None,
+    indexes: Sequence[int] | None = None,
+    skip: int | None = None,
+) -> OpenedFile:
+    """Return what an open file of some pixels tells, see :func:`describe_layer`."""
+    count = None if all_bands is None else len(all_bands)
+    layer = describe_layer(source, grid, nodata, indexes, skip, count)
+    path = source.name
+    if layer.dtype.startswith('complex'):
+        raise ValueError(
+            f'{path} has complex numbers: make backscatter of them (SNAP: Calibration, '
+            'Multilook and Terrain Correction)'
+        )
+    names, sure = all_bands, True
+    if all_bands is None:
+        names, sure = _name_bands(source, layer)
+    band = _BAND_WORD.search(PurePath(path).stem)
+    radar = {*SENTINEL1_BANDS} & {*(names or ()), (band or ('',))[0].upper()}
+    real = layer.dtype.startswith('float') or any(s != 1 for s in layer.scale)
+    sample = None
+    if real or radar or (not sure and len(layer.indexes) == len(SENTINEL2_BANDS)):
+        sample = read_sample(source, layer.indexes, layer.nodata, layer.alpha)
     guess = ''
     if not sure:
-        names, guess = guess_bands(len(indexes), layer.dtype, sample)
+        names, guess = guess_bands(len(layer.indexes), layer.dtype, sample)
     if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
         names = None
-    return OpenedFile(layer, names, guess, tags, sample)
+    return OpenedFile(layer, names, guess, source.tags(), sample)
 
 
 def _is_landsat(path: str) -> bool:
@@ -296,10 +320,9 @@ def _is_landsat(path: str) -> bool:
     return _LANDSAT.search(f'{name.parent.name}/{name.name}') is not None
 
 
-def _name_bands(
-    source: Any, indexes: Sequence[int]
-) -> tuple[tuple[str, ...] | None, bool]:
+def _name_bands(source: Any, layer: Layer) -> tuple[tuple[str, ...] | None, bool]:
     """Name the bands of a file, and tell whether it says all that is to be known of them."""
+    indexes = layer.indexes
     descriptions = [source.descriptions[i - 1] or '' for i in indexes]
     if len(indexes) > 1 and source.driver == 'GTiff' and not any(descriptions):
         of_snap = snap_bands(source.name)
@@ -311,7 +334,8 @@ def _name_bands(
         # Earth Engine adds masks such as QA60, only all_bands can make use of them
         names = (t or f'BAND {i}' for i, t in zip(indexes, texts, strict=True))
         return tuple(names), True
-    if tuple(source.colorinterp[i - 1] for i in indexes) == RGB_COLORS:
+    colors = tuple(source.colorinterp[i - 1] for i in indexes)
+    if layer.palette or colors == RGB_COLORS:
         return RGB_BANDS, True
     # Bands that have other names are other bands, whatever their number
     return None, any(texts)
@@ -343,10 +367,10 @@ def _check_bands(
         )
 
 
-def _from_file(
+def scene_from_file(
     file: OpenedFile, wanted: tuple[str, ...] | None, numbers: Numbers
 ) -> Scene:
-    """Make a scene of one file."""
+    """Make a scene of one file, of the bands that are wanted."""
     path, names = file.layer.path, file.names
     # All of them tell the level, not only those that are wanted
     level = numbers.products.level(path, file.tags, names or ())
@@ -362,7 +386,8 @@ def _from_file(
         file = file.choose([names.index(band) for band in wanted])
         names = wanted
     layer, unit, source = numbers.apply(file, names)
-    return Scene(path, names, (layer,), layer.grid, Kind(*level, unit, source))
+    year = numbers.products.year(path, file.tags)
+    return Scene(path, names, (layer,), layer.grid, Kind(*level, unit, source), year)
 
 
 def _from_bands(
@@ -394,7 +419,8 @@ def _from_bands(
     unit = '' if '' in units else ', '.join(dict.fromkeys(units))
     source = ', '.join(dict.fromkeys(filter(None, sources)))
     kind = Kind(*level, unit, source)
-    return Scene(name, None if landsat else names, layers, finest, kind)
+    year = numbers.products.year(some.layer.path, some.tags)
+    return Scene(name, None if landsat else names, layers, finest, kind, year)
 
 
 def _lies_apart(layer: Layer, finest: Grid) -> str:

@@ -87,7 +87,7 @@ def pattern_root(path: AnyPath) -> str:
     return str(PurePath(*parts[: magic[0] if magic else -1]))
 
 
-def readable_name(file: str) -> str:
+def readable_name(file: AnyPath) -> str:
     r"""Return a name as UTF-8, with escapes such as ``\xff`` for all other bytes."""
     return os.fsencode(file).decode('utf-8', 'backslashreplace')
 

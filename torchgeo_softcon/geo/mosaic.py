@@ -4,13 +4,13 @@
 """Windows out of many rasters of class codes, on any grid, by nearest neighbour."""
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rasterio
 import shapely
 from pyproj import CRS
 from rasterio.errors import RasterioError
@@ -19,6 +19,7 @@ from shapely.affinity import translate
 from .antimeridian import TURNS, Floats, turned_boxes
 from .grid import LONLAT, Bounds, Grid, outline, parse_crs
 from .open_files import OpenFiles
+from .rasters import check_place, find_alpha, has_mask, open_raster
 from .warp import Warp
 
 Codes = npt.NDArray[np.uint8]
@@ -35,40 +36,75 @@ _MAX_OPEN = 32
 
 @dataclass(frozen=True)
 class Tile(Grid):
-    """A raster file of class codes, *nodata* is None without a code for no data."""
+    """A raster file of class codes.
+
+    Attributes:
+        path: The file.
+        nodata: Code for no data, None if there is none.
+        masked: Whether a mask in the file or beside it, or an alpha band, tells, too.
+        scale: Factor from the numbers in the file to codes.
+        offset: What is added to them then.
+    """
 
     path: str
     nodata: float | None
+    masked: bool = False
+    scale: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether codes are stored as they are, and nothing but *nodata* is no data."""
+        return not self.masked and (self.scale, self.offset) == (1, 0)
+
+
+def _open(path: str) -> Any:
+    """Open a raster, on a server without a look at what lies beside it."""
+    return open_raster(path, alone=not os.path.exists(path))
 
 
 def open_tile(path: str) -> Tile:
     """Check a raster of class codes."""
     try:
-        with rasterio.open(path) as source:
-            count, dtype, nodata = source.count, source.dtypes[0], source.nodata
-            grid = None if source.crs is None else Grid.of(source)
-    except (RasterioError, UnicodeEncodeError) as error:
+        source = _open(path)
+    except OSError as error:
         raise OSError(
             f'{path} cannot be opened, it is truncated or no raster: fetch it again or '
             f'take it out of the folder ({error})'
         ) from error
+    with source:
+        check_place(source)
+        alpha, dtype = find_alpha(source), source.dtypes[0]
+        if [i for i in source.indexes if i != alpha] != [1]:
+            raise ValueError(
+                f'{path} must have one band of class codes, got {source.count} bands: '
+                'keep other rasters in another folder'
+            )
+        if not np.issubdtype(np.dtype(dtype), np.integer):
+            raise ValueError(
+                f'{path} must hold class codes as whole numbers, got {dtype}: convert '
+                'it with `gdal_translate -ot Byte`'
+            )
+        return Tile(
+            **vars(Grid.of(source)),
+            path=path,
+            nodata=source.nodata,
+            masked=alpha is not None or has_mask(source),
+            scale=source.scales[0],
+            offset=source.offsets[0],
+        )
 
-    if grid is None:
-        raise ValueError(
-            f'{path} has no coordinate reference system: set it, for example with '
-            '`rio edit-info --crs EPSG:4326`'
-        )
-    if count != 1:
-        raise ValueError(
-            f'{path} must have one band of class codes, got {count} bands: keep other '
-            'rasters in another folder'
-        )
-    if not np.issubdtype(np.dtype(dtype), np.integer):
-        raise ValueError(
-            f'{path} must hold class codes as whole numbers, got {dtype}: convert it '
-            'with `gdal_translate -ot Byte`'
-        )
-    return Tile(grid.crs, grid.transform, grid.height, grid.width, path, nodata)
+
+def scale_codes(
+    codes: npt.NDArray[Any], scale: float, offset: float
+) -> npt.NDArray[Any]:
+    """Apply the scale and offset of a file to codes, which become whole if they can."""
+    if (scale, offset) == (1, 0):
+        return codes
+    values = codes * scale + offset
+    whole = np.rint(values)
+    near = np.allclose(values, whole, rtol=0, atol=1e-3)
+    return whole.astype(np.int64) if near else values
 
 
 class Mosaic:
@@ -105,7 +141,7 @@ class Mosaic:
         self._legend = np.isin(np.arange(256), [self.fill, *codes])
         # Bytes often have 255 for no data without saying so
         self._ignored = np.setdiff1d([*no_data, 255], [self.fill, *codes])
-        self.files = OpenFiles(rasterio.open, _MAX_OPEN if cache else 0)
+        self.files = OpenFiles(_open, _MAX_OPEN if cache else 0)
 
     def read(self, grid: Grid) -> Codes:
         """Read the codes at the pixel centres of a grid, no data where no tile has any.
@@ -160,10 +196,16 @@ class Mosaic:
     def _block(self, tile: Tile, part: Block) -> Codes:
         """Read a part of a tile, all codes of no data as the first of them."""
         block = self._stored(tile, part)
-        if tile.nodata is not None and tile.nodata != self.fill:
+        if not tile.plain:
+            empty = block == tile.nodata
+            if tile.masked:
+                empty |= self._read(tile, part, 'dataset_mask') == 0
+            block = scale_codes(block, tile.scale, tile.offset)
+            block[empty] = self.fill
+        elif tile.nodata not in (None, self.fill):
             block[block == tile.nodata] = self.fill
         if block.dtype != np.uint8:
-            foreign = block[(block < 0) | (block > 255)]
+            foreign = block[(block < 0) | (block > 255) | (block != np.rint(block))]
             self._check(tile, np.unique(foreign))
             block = block.astype(np.uint8)
         known = self._legend[block]
@@ -176,9 +218,16 @@ class Mosaic:
         self, tile: Tile, part: Block, out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
         """Read a part of a tile as it is stored, into *out* if it is given."""
+        return self._read(tile, part, 'read', 1, out=out)
+
+    def _read(
+        self, tile: Tile, part: Block, method: str, *args: Any, **options: Any
+    ) -> npt.NDArray[Any]:
+        """Read a part of a tile by a method of rasterio."""
         try:
             with self.files.use(tile.path) as source:
-                return np.asarray(source.read(1, window=part, out=out))
+                read = getattr(source, method)
+                return np.asarray(read(*args, window=part, **options))
         except RasterioError as error:
             raise OSError(
                 f'{tile.path} cannot be read at rows and columns {part}, it is '

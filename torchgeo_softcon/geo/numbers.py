@@ -5,7 +5,7 @@
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,6 +25,9 @@ _MOST_REFLECTANCE, _SOME_DIGITAL = 2.0, 100.0
 
 #: Side of the window that tells the unit of a file, in pixels.
 _SAMPLE = 64
+
+#: Pixels of it along each side that are kept.
+_KEPT = 16
 
 #: Order of bands without names in the files of EuroSAT, where B8A is the last.
 _EUROSAT = (*(band for band in SENTINEL2_BANDS if band != 'B8A'), 'B8A')
@@ -54,13 +57,8 @@ class OpenedFile(NamedTuple):
 
     def choose(self, positions: Sequence[int]) -> 'OpenedFile':
         """Return the same with some of the bands."""
-        layer = self.layer
-        chosen = {
-            key: tuple(getattr(layer, key)[i] for i in positions)
-            for key in ('indexes', 'nodata', 'scale', 'offset')
-        }
         return self._replace(
-            layer=replace(layer, **chosen),
+            layer=self.layer.select(positions),
             sample=None if self.sample is None else self.sample[list(positions)],
         )
 
@@ -90,7 +88,8 @@ def read_sample(
         if share >= 0.5:
             break
     assert best is not None
-    return best
+    # Every nth is enough, and little to keep for a hundred thousand files
+    return best[:, :: max(1, side[0] // _KEPT), :: max(1, side[1] // _KEPT)].copy()
 
 
 def guess_bands(count: int, dtype: str, sample: Values | None) -> tuple[Any, str]:
@@ -166,7 +165,7 @@ def optical_unit(file: OpenedFile) -> str:
         return '8 bit'
     whole = not layer.dtype.startswith('float')
     if whole and not declared:
-        return 'digital numbers'
+        return 'digital numbers' if np.iinfo(layer.dtype).max > 255 else ''
     if whole and max(map(abs, layer.scale)) * np.iinfo(layer.dtype).max <= 10:
         return 'reflectance'
     if file.sample is None:
@@ -211,6 +210,14 @@ class Numbers:
         self.products = Products()
         self.untold: list[str] = []
 
+    @classmethod
+    def of(
+        cls, files: Iterable[OpenedFile], offset: float | None, to_digital: bool
+    ) -> 'Numbers':
+        """Return the numbers of some files: a dark one alone does not tell its unit."""
+        clear = {optical_unit(f) for f in files if f.sample is not None} - {''}
+        return cls(offset, to_digital, clear.pop() if len(clear) == 1 else '')
+
     def apply(
         self, file: OpenedFile, names: tuple[str, ...] | None
     ) -> tuple[Layer, str, str]:
@@ -221,56 +228,68 @@ class Numbers:
         """
         layer, text = file.layer, ''
         count = len(layer.indexes)
-        optical = names is not None and set(names) <= set(SENTINEL2_BANDS)
+        positions = [i for i, name in enumerate(names or ()) if name in SENTINEL2_BANDS]
+        others = [i for i in range(count) if i not in positions]
+        optical = not others
         # Bytes and floats were scaled by someone, who knows what became of 0 and 1000
         whole = layer.dtype in ('uint16', 'uint32', 'uint64')
-        if optical and whole and all(value is None for value in layer.nodata):
+        empty = all(value is None for value in layer.nodata)
+        if optical and whole and empty:
             layer = replace(layer, nodata=(0.0,) * count)
+        declared = any(scale != 1 for scale in layer.scale) or any(layer.offset)
         if self.offset is not None:
-            layer = replace(layer, scale=(1.0,) * count, offset=(self.offset,) * count)
-            # An offset of digital numbers says nothing of their type
-            unit = optical_unit(
-                file._replace(layer=replace(layer, offset=(0.0,) * count))
+            # It says nothing of the unit
+            file = file._replace(
+                layer=replace(layer, scale=(1.0,) * count, offset=(0.0,) * count)
             )
+            layer = replace(file.layer, offset=(self.offset,) * count)
             text = f'offset {self.offset:g} as given'
-        else:
-            unit = optical_unit(file)
-            if any(scale != 1 for scale in layer.scale) or any(layer.offset):
-                text = f'scale {layer.scale[0]:g} and offset {layer.offset[0]:g} of the files'
-            elif optical and unit == 'digital numbers':
-                found = self.products.offset(layer.path, file.tags)
-                if whole:
-                    layer = replace(layer, offset=(found.value,) * count)
-                if found.source is None:
-                    self.untold += [layer.path] * whole
-                elif whole:
-                    text = f'offset {found.value:g} from {found.source}'
-                elif found.value:
-                    text = (
-                        f'no offset as they are {layer.dtype}, though {found.source} tells '
-                        f'{found.value:g}'
-                    )
-        if not optical:
-            unit = self._other_unit(file, names)
-        unit = unit or self.unit * optical
-        if (
-            unit
-            and layer.dtype.startswith('float')
-            and not any(value is not None for value in layer.nodata)
-        ):
+        elif declared:
+            text = (
+                f'scale {layer.scale[0]:g} and offset {layer.offset[0]:g} of the files'
+            )
+        units = []
+        if positions:
+            units.append(optical_unit(file.choose(positions)) or self.unit)
+        if others:
+            named = [names[i] for i in others] if names else []
+            units.append(self._other_unit(file.choose(others), named))
+        if optical and units == ['digital numbers'] and not text:
+            layer, text = self._add_offset(layer, file.tags, whole)
+        known = '' not in units
+        if known and empty and layer.dtype.startswith('float'):
             # Exactly 0 in all bands is the frame around an image
             layer = replace(layer, nodata=(0.0,) * count)
-        if optical and unit == 'reflectance' and self.to_digital:
+        if self.to_digital and 'reflectance' in units:
+            factors = [_PER_REFLECTANCE if i in positions else 1 for i in range(count)]
             scale, offset = (
-                tuple(round(value * _PER_REFLECTANCE, 6) for value in values)
+                tuple(
+                    float(f'{f * v:.12g}') for f, v in zip(factors, values, strict=True)
+                )
                 for values in (layer.scale, layer.offset)
             )
             layer = replace(layer, scale=scale, offset=offset)
-        return layer, unit, text
+        return layer, ', '.join(dict.fromkeys(units)) * known, text
 
-    def _other_unit(self, file: OpenedFile, names: tuple[str, ...] | None) -> str:
-        """Tell the unit of bands that are not all of Sentinel-2."""
-        if set(names or ()) & {*SENTINEL1_BANDS} and file.sample is not None:
-            values = _physical(file)
-            return 'linear' if np.nanmin(values, initial=np.inf) >= 0 else 'dB'
-        return '8 bit' if optical_unit(file) == '8 bit' else ''
+    def _add_offset(
+        self, layer: Layer, tags: Mapping[str, Any], whole: bool
+    ) -> tuple[Layer, str]:
+        """Add the offset of the product to digital numbers, and say where it is from."""
+        found = self.products.offset(layer.path, tags)
+        if found.source is None:
+            self.untold += [layer.path] * whole
+            return layer, ''
+        if whole:
+            offset = (found.value,) * len(layer.indexes)
+            text = f'offset {found.value:g} from {found.source}'
+            return replace(layer, offset=offset), text
+        told = f'though {found.source} tells {found.value:g}'
+        return layer, f'no offset as they are {layer.dtype}, {told}' * bool(found.value)
+
+    def _other_unit(self, file: OpenedFile, names: Sequence[str]) -> str:
+        """Tell the unit of bands that are not of Sentinel-2."""
+        if optical_unit(file) == '8 bit':
+            return '8 bit'
+        if not set(names) & {*SENTINEL1_BANDS} or file.sample is None:
+            return ''
+        return 'linear' if np.nanmin(_physical(file), initial=np.inf) >= 0 else 'dB'

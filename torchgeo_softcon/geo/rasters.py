@@ -5,8 +5,9 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from ..bands import Level
+from .find_files import readable_name
 from .grid import LONLAT, Grid, parse_crs, projection
 from .open_files import OpenFiles
 
@@ -44,6 +46,8 @@ class Layer:
         alpha: Position of a band that is 0 where all others have no data.
         scale: Factor of the values of the file, one for each band.
         offset: What is added to the values then, one for each band.
+        palette: Part of the colour (0 red, 1 green, 2 blue) that each band is of the
+            file's colour table, empty if its values are no numbers of colours.
     """
 
     path: str
@@ -54,6 +58,14 @@ class Layer:
     alpha: int | None = None
     scale: tuple[float, ...] = ()
     offset: tuple[float, ...] = ()
+    palette: tuple[int, ...] = ()
+
+    def select(self, positions: Sequence[int]) -> 'Layer':
+        """Return some of the bands."""
+        names = ('indexes', 'nodata', 'scale', 'offset', 'palette')
+        values = {name: getattr(self, name) for name in names}
+        chosen = {k: tuple(v[p] for p in positions) for k, v in values.items() if v}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ class Scene:
     """An image of one date.
 
     It is named after its file, or the common part of the names of its files. *layers*
-    are in the order of *bands* (None if unknown), *grid* is that of the finest.
+    are in the order of *bands* (None if unknown), *grid* is that of the finest, *year* is
+    when it was taken (None if nothing tells it).
     """
 
     name: str
@@ -87,11 +100,29 @@ class Scene:
     layers: tuple[Layer, ...]
     grid: Grid
     kind: Kind = Kind()
+    year: int | None = None
 
     @property
     def count(self) -> int:
         """Number of bands."""
         return sum(len(layer.indexes) for layer in self.layers)
+
+
+class DamagedFileError(OSError):
+    """Raised if a raster cannot be opened or read.
+
+    Attributes:
+        path: The file.
+    """
+
+    path = ''
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], message: str) -> 'DamagedFileError':
+        """Return the error of a file. One argument alone survives a worker process."""
+        error = cls(message)
+        error.path = os.fspath(path)
+        return error
 
 
 def open_raster(path: str | os.PathLike[str], alone: bool = False) -> Any:
@@ -109,8 +140,14 @@ def open_raster(path: str | os.PathLike[str], alone: bool = False) -> Any:
             # The caller looks at the CRS, and images in a folder have none
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             return rasterio.open(path)
-    except (RasterioError, UnicodeEncodeError) as error:
-        raise OSError(f'cannot open {path} as a raster: {error}') from error
+    except UnicodeEncodeError as error:
+        name = readable_name(path)
+        raise OSError(
+            f'cannot open {name}: its name is not UTF-8, rename it'
+        ) from error
+    except RasterioError as error:
+        message = f'cannot open {path} as a raster: {error}'
+        raise DamagedFileError.of(path, message) from error
 
 
 def read_raster(
@@ -118,20 +155,36 @@ def read_raster(
 ) -> npt.NDArray[Any]:
     """Read bands, by position from 1, as (C, H, W) in the type of the file."""
     windows = [window]
-    if window is None and source.driver == 'PNG' and source.height > 1:
+    whole = Window(0, 0, source.width, source.height)
+    if window in (None, whole) and source.driver == 'PNG' and source.height > 1:
         # The fast way of GDAL for whole PNGs does not notice if one is truncated
         first = Window(0, 0, source.width, 1)
         windows = [first, Window(0, 1, source.width, source.height - 1)]
+    # Without this, GDAL fills the missing part of a truncated JPEG with grey
+    with _naming(source), rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True):
+        rows = [source.read(list(indexes), window=w) for w in windows]
+        return np.concatenate(rows, 1) if len(rows) > 1 else np.asarray(rows[0])
+
+
+def read_mask(
+    source: Any, window: Window | None = None, band: int | None = None
+) -> Flags:
+    """Read where an open raster, or one band of it, has data, (H, W)."""
+    with _naming(source):
+        if band is None:
+            return np.asarray(source.dataset_mask(window=window) > 0)
+        return np.asarray(source.read_masks(band, window=window) > 0)
+
+
+@contextmanager
+def _naming(source: Any) -> Iterator[None]:
+    """Name the file in errors of rasterio."""
     try:
-        # Without this, GDAL fills the missing part of a truncated JPEG with grey
-        with rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True):
-            rows = [source.read(list(indexes), window=w) for w in windows]
-            return np.concatenate(rows, 1) if len(rows) > 1 else np.asarray(rows[0])
+        yield
     except RasterioError as error:
         reason = error.__cause__ or error
-        raise OSError(
-            f'cannot read {source.name}, is it truncated or damaged? {reason}'
-        ) from error
+        message = f'cannot read {source.name}, is it truncated or damaged? {reason}'
+        raise DamagedFileError.of(source.name, message) from error
 
 
 def check_place(source: Any) -> None:
@@ -145,8 +198,8 @@ def check_place(source: Any) -> None:
         )
     if source.crs is None:
         raise ValueError(
-            f'{path} has no CRS, so its place is unknown. Use ImageMaskFolder for '
-            'images that come with masks of their own'
+            f'{path} has no CRS, so its place is unknown: set it, `gdal_edit.py -a_srs '
+            'EPSG:CODE FILE`, or use ImageMaskFolder for images with masks of their own'
         )
     try:
         projection(parse_crs(source.crs.to_wkt()), parse_crs(LONLAT))
@@ -155,6 +208,11 @@ def check_place(source: Any) -> None:
             f'{path} has a CRS that is nowhere on Earth, {source.crs.to_wkt()[:60]!r}: '
             'set the one it is in, `gdal_edit.py -a_srs EPSG:CODE FILE`'
         ) from error
+    if source.transform.is_identity:
+        raise ValueError(
+            f'{path} has a CRS, but no georeference: write it again with the transform '
+            'of its grid'
+        )
     numbers = source.transform[:6]
     if not np.isfinite(numbers).all() or source.transform.determinant == 0:
         raise ValueError(
@@ -179,6 +237,46 @@ def has_mask(source: Any) -> bool:
     """Tell whether a file has a mask of its own, inside or beside it (.msk)."""
     flags = source.mask_flag_enums[0]
     return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+
+
+def describe_layer(
+    source: Any,
+    grid: Grid,
+    nodata: float | None = None,
+    indexes: Sequence[int] | None = None,
+    skip: int | None = None,
+    bands: int | None = None,
+) -> Layer:
+    """Return what an open raster says of its bands.
+
+    Args:
+        source: The raster.
+        grid: Its pixels.
+        nodata: Value without data, None for what the file says.
+        indexes: Bands to take as they are stored, None for all but an alpha band.
+        skip: Band that is no part of the image, such as a mask.
+        bands: Number of bands that the user has named. An alpha band among them is one
+            of the image, and one band alone is no colour.
+    """
+    alpha = find_alpha(source)
+    if alpha == skip or alpha in (indexes or ()) or bands == source.count:
+        alpha = None
+    chosen = tuple(indexes or (i for i in source.indexes if i not in (alpha, skip)))
+    dtype, palette = str(source.dtypes[0]), ()
+    colors = [source.colorinterp[i - 1] for i in chosen]
+    if colors == [ColorInterp.palette] and indexes is None and bands != 1:
+        chosen, palette, dtype = chosen * 3, (0, 1, 2), 'uint8'
+    return Layer(
+        source.name,
+        chosen,
+        grid,
+        nodata_of(source, chosen, nodata),
+        dtype,
+        alpha,
+        tuple(source.scales[i - 1] for i in chosen),
+        tuple(source.offsets[i - 1] for i in chosen),
+        palette,
+    )
 
 
 def nodata_of(
@@ -214,7 +312,7 @@ def read_values(
     if alpha is not None:
         values[:, raw[-1] == 0] = np.nan
     elif has_mask(source):
-        values[:, source.dataset_mask(window=window) == 0] = np.nan
+        values[:, ~read_mask(source, window)] = np.nan
     return values, zero
 
 
@@ -230,9 +328,16 @@ class RasterReader:
     Every process opens files on first use and keeps the last ones open.
     """
 
-    def __init__(self, opener: Callable[..., Any] = open_raster) -> None:
-        """Initialize a new RasterReader instance, see also :func:`.open_mapped`."""
-        self.files = OpenFiles(opener, _MAX_OPEN)
+    def __init__(
+        self, opener: Callable[..., Any] = open_raster, max_open: int = _MAX_OPEN
+    ) -> None:
+        """Initialize a new RasterReader instance.
+
+        Args:
+            opener: Opens a file, see also :func:`.open_mapped`.
+            max_open: Files that stay open.
+        """
+        self.files = OpenFiles(opener, max_open)
 
     def read(
         self, scene: Scene, top: int, left: int, height: int, width: int
@@ -262,6 +367,8 @@ class RasterReader:
             values, zero = read_values(
                 source, layer.indexes, layer.nodata, layer.alpha, window
             )
+            if layer.palette:
+                _expand_colors(values, source.colormap(layer.indexes[0]), layer.palette)
         if any(factor != 1 for factor in layer.scale):
             values *= np.array(layer.scale, np.float32)[:, None, None]
         if any(layer.offset):
@@ -291,6 +398,18 @@ class RasterReader:
             values = interpolate_axis(values, positions, axis)
             share = interpolate_axis(share, positions, axis)
         return values, share > 0
+
+
+def _expand_colors(
+    values: Values, table: dict[int, tuple[int, ...]], parts: Sequence[int]
+) -> None:
+    """Replace numbers of colours, in place, NaN where a colour is transparent."""
+    colors = np.full((max(table) + 2, 4), np.nan, np.float32)
+    colors[list(table)] = list(table.values())
+    colors[colors[:, 3] == 0] = np.nan
+    # The last row stands for no data
+    number = np.nan_to_num(values[0], nan=len(colors) - 1).astype(np.int64)
+    values[:] = colors[number][..., list(parts)].transpose(2, 0, 1)
 
 
 def _to_band(band: Grid, grid: Grid) -> tuple[tuple[float, float], ...]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..bands import SENTINEL2_BANDS, Level
+from .dates import name_year
 
 #: Name of a product of ESA, anywhere in a path, with its processing baseline.
 _PRODUCT = re.compile(
@@ -59,6 +60,15 @@ _COLLECTIONS = (
 _LEVEL_TAGS = ('PROCESSING_LEVEL', 'LEVEL', 'PRODUCT_TYPE', 'PRODUCT_URI', 'PRODUCT_ID')
 _LEVEL_VALUE = re.compile(
     r'(?:^|L|LEVEL|MSI)[- _]?(1C|2A)p?(?![A-Za-z0-9])', re.IGNORECASE
+)
+
+#: Tags and properties that tell when an image was taken: of GDAL's drivers, and of STAC.
+_DATE_TAGS = (
+    'ACQUISITIONDATETIME',
+    'PRODUCT_START_TIME',
+    'SENSING_TIME',
+    'DATETIME',
+    'START_DATETIME',
 )
 
 #: Layers that only Level-2A has.
@@ -148,15 +158,36 @@ class Products:
                 level, source = 'L2A', 'all bands but B10'
         return cast(Level | None, level), source if level else ''
 
+    def year(self, path: str, tags: Mapping[str, Any] | None = None) -> int | None:
+        """Find the year of a file: by its tags, a STAC item, or :func:`.name_year`."""
+        real = os.path.realpath(path)
+        for _, facts in self._facts(real, tags):
+            for key in _DATE_TAGS:
+                if match := re.match(r'((?:19|20)\d{2})-\d{2}-', facts.get(key, '')):
+                    return int(match[1])
+        return name_year(real)
+
     def _facts(
         self, real: str, tags: Mapping[str, Any] | None
     ) -> Iterable[tuple[str, dict[str, str]]]:
         """Yield what tags of a file and STAC items beside it say, after who says so."""
         yield 'tags', _plain_tags(tags or {})
-        folder, name = os.path.split(real)
-        stem = os.path.splitext(name)[0]
-        for item in ('item', os.path.basename(folder), stem):
-            yield 'the STAC item', self._item(os.path.join(folder, f'{item}.json'))
+        for item in _items(real):
+            yield 'the STAC item', self._item(item)
+
+    def files(self, path: str) -> list[str]:
+        """Return the metadata of its product and the STAC items of a file."""
+        real = os.path.realpath(path)
+        metadata = self._metadata(os.path.dirname(real))
+        items = [item for item in _items(real) if os.path.isfile(item)]
+        return [*items, *([] if metadata is None else [metadata])]
+
+
+def _items(real: str) -> list[str]:
+    """Return where STAC items of a file may be."""
+    folder, name = os.path.split(real)
+    names = ('item', os.path.basename(folder), os.path.splitext(name)[0])
+    return [os.path.join(folder, f'{item}.json') for item in names]
 
 
 def _plain_tags(tags: Mapping[str, Any]) -> dict[str, str]:
@@ -201,7 +232,14 @@ def _read_item(path: str) -> dict[str, str]:
     try:
         item = json.loads(Path(path).read_bytes())
         return _plain_tags(item['properties']) if 'stac_version' in item else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         return {}
 
 

@@ -5,10 +5,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +28,13 @@ from ..geo.footprints import outlines
 from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
 from ..storage.resumable import REMEDY
-from .cover import download_folder, find_cover, find_year, reasons, remote_bucket
+from .cover import Cover, download_folder, find_cover, find_year, reasons, remote_bucket
 from .export import check_locations, write_json
 from .plan import Plan, count_unit
 from .sources import Images, Table, find_images, find_layout, read
-from .store import LabelStore, counts_table
+from .store import LabelStore
 from .tables import read_footprints
-from .workers import Workers, open_workers
+from .workers import Workers, check_scheduler, open_workers
 
 #: Footprints whose outlines are made at once.
 _CHUNK = 2**16
@@ -64,7 +66,7 @@ def label_archive(
     images: Path | None = None,
     worldcover: Path | Iterable[Path] = 'data',
     out: Path = 'labels.parquet',
-    year: int | None = None,
+    year: int | Literal['nearest'] | None = None,
     *,
     footprints: Path | None = None,
     layout: tuple[str, Path] | None = None,
@@ -96,7 +98,11 @@ def label_archive(
         worldcover: Folders of ESA WorldCover tiles (or of *product*), or files. To read
             tiles on a server in place, ``/vsicurl/https://...`` of a file or of a bucket.
         out: The file to write.
-        year: Year of the map, by default the last one.
+        year: Year of the map, by default the last one. With ``'nearest'``, each patch has
+            the map of the year it was taken in, or of the nearest year that has a tile
+            there, and the column *product* tells which. Names of files and folders tell
+            the year of an image, a column *date* or *year* that of a footprint. Where
+            nothing does, it is the last one.
         footprints: A table of footprints instead of images, see
             :func:`.read_footprints`.
         layout: Instead of images, a layout and its root: ``('ssl4eo-s12', ROOT)``, see
@@ -132,7 +138,13 @@ def label_archive(
             labels of another map, legend or archive, or is none of labels.
     """
     product = find_product(product)
-    year = product.check_year(year)
+    nearest = year == 'nearest' and len(product.years) > 1
+    years: Sequence[int | None]
+    if nearest:
+        # The last one first, which is taken where two are as near
+        years = sorted(product.years, reverse=True)
+    else:
+        years = [product.check_year(cast(int | None, year))]
     legend, of_code = find_legend(product, classes)
     check_counts(workers=workers)
     if not 0 < min_fraction <= 1:
@@ -143,6 +155,8 @@ def label_archive(
     if format not in ('parquet', 'json'):
         raise ValueError(f'format must be parquet or json, got {format!r}')
 
+    if scheduler is not None:
+        check_scheduler(scheduler)
     if not isinstance(worldcover, str | os.PathLike):
         worldcover = list(worldcover)
     if download or remote_bucket(worldcover) is not None:
@@ -150,7 +164,7 @@ def label_archive(
     if download:
         download_folder(worldcover)
     elif remote_bucket(worldcover) is None:
-        find_year(worldcover, product, year)
+        years = _find_years(worldcover, product, years)
     source, name = _find_archive(images, footprints, layout)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
@@ -163,12 +177,17 @@ def label_archive(
             f'{json} is there, but not {file} of which it would be made: it may not be of '
             'this command. Choose another file, or set overwrite to replace it'
         )
-    store = LabelStore(file, name, legend, of_code, year, product.edition(year))
+    # Of all years: one that is missing may be there in the next run
+    of_years = product.years if nearest else years
+    editions = {one: product.edition(one) for one in of_years}
+    origin = 'nearest' if nearest else years[0]
+    store = LabelStore(file, name, legend, of_code, origin, editions)
     count = workers or count_cores()
     with store.open(overwrite), open_workers(count, scheduler) as pool:
-        labelled = _Run(source, store, pool, product, year, progress).run(
-            worldcover, (base_url or product.url) if download else None
-        )
+        url = (base_url or product.url) if download else None
+        labelled = _Run(
+            source, store, pool, product, years, worldcover, url, progress
+        ).run()
     if format == 'json':
         write_json(store.path, json, min_fraction, min_valid)
     return labelled
@@ -194,6 +213,22 @@ def _find_archive(
     return table, f'footprints {digest}'
 
 
+def _find_years(
+    worldcover: Path | Iterable[Path],
+    product: LandCoverProduct,
+    years: Sequence[int | None],
+) -> list[int | None]:
+    """Return the years of which there are tiles, an error if there are none at all."""
+    found: list[int | None] = []
+    for year in years:
+        with suppress(FileNotFoundError):
+            find_year(worldcover, product, year)
+            found.append(year)
+    if not found:
+        find_year(worldcover, product, years[0])  # says what is missing
+    return found
+
+
 def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Tell which ids are not among others, of shape (N,)."""
     if isinstance(among, pa.ChunkedArray):
@@ -211,34 +246,42 @@ class _Run:
         store: LabelStore,
         workers: Workers,
         product: LandCoverProduct,
-        year: int | None,
+        years: Sequence[int | None],
+        worldcover: Path | Iterable[Path],
+        base_url: str | None,
         progress: bool,
     ) -> None:
         self.source, self.store, self.workers = source, store, workers
-        self.product, self.year, self.progress = product, year, progress
+        self.product, self.years, self.progress = product, years, progress
+        self.worldcover, self.base_url = worldcover, base_url
         self.failures: dict[str, str] = {}
         self.decoded = 0
 
-    def run(self, worldcover: Path | Iterable[Path], base_url: str | None) -> Labelled:
+    def run(self) -> Labelled:
         """Read footprints, count their pixels, and write the file."""
-        missing = self._find_missing(self._tile_names(worldcover))
+        missing = self._find_missing(self._tile_names())
         footprints, boxes = self._locate(self._read_footprints(missing))
-        cover = find_cover(
-            *(worldcover, self.product, self.year, boxes, self.workers),
-            *(base_url, self.progress),
-        )
-        plan = Plan(boxes, cover.tiles)
-        bare = np.flatnonzero(plan.first < 0).tolist()
-        lost = reasons(cover, boxes, bare, self.product, self.year)
         ids = footprints['id'].combine_chunks()
-        self.failures |= {ids[row].as_py(): reason for row, reason in lost.items()}
+        plans = []
+        for year, rows in self._by_year(ids, boxes):
+            cover = self._cover(year, boxes[rows])
+            plan = Plan(boxes[rows], cover.tiles)
+            bare = np.flatnonzero(plan.first < 0).tolist()
+            lost = reasons(cover, plan.boxes, bare, self.product, year)
+            part = footprints.take(pa.array(rows))
+            names = part['id'].take(pa.array([*lost], pa.int64())).to_pylist()
+            self.failures |= dict(zip(names, lost.values(), strict=True))
+            plans.append((year, plan, part, [*lost]))
 
-        tiles = self._tile_names(worldcover)  # with those that were downloaded
+        tiles = self._tile_names()  # with those that were downloaded
         self.store.start_counting(tiles)
         wanted = self.source.ids.take(missing)
-        uncounted = ~_absent(ids, wanted) & self._uncounted(ids)
-        uncounted[list(lost)] = False
-        new = self._count(plan, footprints, uncounted)
+        new = 0
+        for year, plan, part, without_tile in plans:
+            ids = part['id'].combine_chunks()
+            uncounted = ~_absent(ids, wanted) & self._uncounted(ids)
+            uncounted[without_tile] = False
+            new += self._count(plan, part, uncounted, year)
 
         without = wanted.filter(pa.array(self._uncounted(wanted))).to_pylist()
         unknown = [name for name in without if name not in self.failures]
@@ -254,15 +297,49 @@ class _Run:
             self.store.path, rows, new, self.failures, self.decoded, partial
         )
 
-    def _tile_names(self, worldcover: Path | Iterable[Path]) -> list[str]:
+    def _cover(self, year: int | None, boxes: Floats) -> Cover:
+        """Find the tiles of a year under boxes."""
+        return find_cover(
+            *(self.worldcover, self.product, year, boxes, self.workers),
+            *(self.base_url, self.progress),
+        )
+
+    def _by_year(
+        self, ids: pa.Array, boxes: Floats
+    ) -> Iterator[tuple[int | None, npt.NDArray[np.int64]]]:
+        """Yield each year of the map with the rows of footprints that it is for."""
+        if len(self.years) == 1 or not len(ids):
+            yield self.years[0], np.arange(len(ids))
+            return
+        years = np.array(self.years, np.float64)
+        taken = np.array(self.source.years(ids), np.float64)  # NaN if unknown
+        unknown = np.isnan(taken)
+        if unknown.any():
+            warnings.warn(
+                f'{unknown.sum()} of {len(ids)} patches such as {ids[int(unknown.argmax())]} '
+                f'do not tell their year, they have the map of {self.years[0]}',
+                UserWarning,
+                stacklevel=4,
+            )
+        gaps = abs(np.where(unknown, years[0], taken)[:, None] - years)  # (N, Y)
+        if self.base_url is None and remote_bucket(self.worldcover) is None:
+            for column, year in enumerate(self.years):
+                without = Plan(boxes, self._cover(year, boxes).tiles).first < 0
+                gaps[without, column] += 1e6
+        chosen = gaps.argmin(1)
+        for column, year in enumerate(self.years):
+            if len(rows := np.flatnonzero(chosen == column)):
+                yield year, rows
+
+    def _tile_names(self) -> list[str]:
         """Return the names of the tiles that are there, none if they are on a server."""
-        if remote_bucket(worldcover) is not None:
+        if remote_bucket(self.worldcover) is not None:
             return []
-        try:
-            files = find_year(worldcover, self.product, self.year)
-            return sorted(map(os.path.basename, files))
-        except FileNotFoundError:
-            return []
+        files = set()
+        for year in self.years:
+            with suppress(FileNotFoundError):
+                files |= {*find_year(self.worldcover, self.product, year)}
+        return sorted(map(os.path.basename, files))
 
     def _find_missing(self, tiles: list[str]) -> pa.Array:
         """Return the positions of patches that are not in the file, or lack data there."""
@@ -314,7 +391,11 @@ class _Run:
         return footprints.filter(pa.array(placed)), boxes[placed]
 
     def _count(
-        self, plan: Plan, footprints: pa.Table, todo: npt.NDArray[np.bool_]
+        self,
+        plan: Plan,
+        footprints: pa.Table,
+        todo: npt.NDArray[np.bool_],
+        year: int | None,
     ) -> int:
         """Count the pixels of footprints."""
         codes, no_data = self.product.codes, self.product.no_data
@@ -322,12 +403,10 @@ class _Run:
         done = 0
         with self._bar(int(todo.sum()), 'patches') as bar:
             for ids, result in self.workers.map(count_unit, units):
-                table = counts_table(ids, result)
-                self.store.append('counts', table)
+                done += self.store.append_counts(ids, result, year)
                 for row, reason in result.reasons.items():
                     self.failures[ids[row].as_py()] = reason
                 self.decoded += result.decoded
-                done += len(table)
                 bar.update(len(ids))
         return done
 

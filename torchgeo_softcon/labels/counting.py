@@ -195,7 +195,9 @@ class _Counter:
         self.mosaic = mosaic
         # Bytes are compared with bytes eight times as fast as with int64
         self.codes = np.array(codes, np.uint8)
-        self.plain = [tile.nodata in (None, mosaic.fill) for tile in mosaic.tiles]
+        self.plain = [
+            tile.plain and tile.nodata in (None, mosaic.fill) for tile in mosaic.tiles
+        ]
         # The most frequent first: once all pixels are found, no other code has any
         self.order = list(range(len(codes)))
 

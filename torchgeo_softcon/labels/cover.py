@@ -4,6 +4,7 @@
 """The tiles under an archive: in folders, to be downloaded, or read where they are."""
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from ..geo.find_files import AnyPath as Path
 from ..geo.find_files import path_list
 from ..geo.mosaic import Tile
 from ..landcover.download import download_tiles
-from ..landcover.files import find_map_files, warn_of_resampled
+from ..landcover.files import assumed_year, find_map_files, map_year, warn_of_resampled
 from ..landcover.product import LandCoverProduct
 from .blocks import open_path
 from .workers import Workers
@@ -91,8 +92,10 @@ def find_cover(
         if not isinstance(opened, Tile):
             raise OSError(opened if file in opened else f'{file}: {opened}')
         # Of the caller of label_archive
-        warn_of_resampled(opened, product, stacklevel=4)
+        warn_of_resampled(opened, product, stacklevel=5)
         cover.tiles.append(opened)
+    if text := assumed_year(files, product, year):
+        warnings.warn(text, UserWarning, stacklevel=5)
     return cover
 
 
@@ -102,15 +105,10 @@ def find_year(
     """Find the tiles of a year, also among files that are named one by one.
 
     A dataset takes every file that is named. Labels are said to be those of one map, so
-    here the year of an official name counts, wherever the file is.
+    here their year counts, too.
     """
     files = find_map_files(worldcover, product, year)
-    names = ((f, product.official.search(os.path.basename(f))) for f in files)
-    chosen = [
-        file
-        for file, name in names
-        if name is None or name.groupdict().get('year') in (None, str(year))
-    ]
+    chosen = [file for file in files if map_year(file, product) in (None, year)]
     if not chosen:
         raise FileNotFoundError(
             f'worldcover must have tiles of {year}, got only those of other years, such '

@@ -4,7 +4,6 @@
 """Archives of images, in any folders and in known layouts."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from ..geo.dates import image_year, name_year
 from ..geo.find_files import find_files, pattern_root, readable_name
 from ..geo.footprints import make_footprints
+from ..geo.rasters import check_place, open_raster
 
 if TYPE_CHECKING:
     from ..ssl4eo.record_archive import RecordArchive
@@ -58,6 +57,11 @@ class Images:
         # Bytes: names of files are not always UTF-8
         self._paths = pa.array(map(os.fsencode, paths), pa.binary())
 
+    def years(self, ids: pa.Array) -> list[int | None]:
+        """Return the year of each patch, None where nothing tells it."""
+        paths = self._paths.take(pc.index_in(ids, self.ids)).to_pylist()
+        return [image_year(os.fsdecode(path)) for path in paths]
+
     def units(self, rows: pa.Array) -> Iterator[Any]:
         """Yield work units of :func:`read` for the patches at some positions."""
         for start in range(0, len(rows), _FILES):
@@ -78,10 +82,20 @@ class Table:
         ids: Names of all rows, also of those without a footprint.
     """
 
-    def __init__(self, read: Read, ids: pa.StringArray) -> None:
-        """Initialize a new Table instance of footprints and the names of all rows."""
+    def __init__(
+        self, read: Read, ids: pa.StringArray, years: pa.Array | None = None
+    ) -> None:
+        """Initialize a new Table instance of footprints, names and years of all rows."""
         self.ids = ids
-        self._read = read
+        self._read, self._years = read, years
+
+    def years(self, ids: pa.Array) -> list[int | None]:
+        """Return the year of each patch, None where nothing tells it."""
+        names = ids.to_pylist()
+        told = [None] * len(names)
+        if self._years is not None:
+            told = self._years.take(pc.index_in(ids, self.ids)).to_pylist()
+        return [y or name_year(name) for y, name in zip(told, names, strict=True)]
 
     def units(self, rows: pa.Array) -> Iterator[Any]:
         """Yield the footprints of the rows at some positions, as one unit."""
@@ -101,28 +115,14 @@ def read(unit: Any) -> Read:
     failures = {}
     for name, path in unit:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', NotGeoreferencedWarning)
-                with rasterio.open(path) as source:
-                    crs, transform = source.crs, source.transform
-                    shape = source.height, source.width
-        except UnicodeEncodeError:
-            failures[name] = 'has a name that is not UTF-8, rename it'
-            continue
-        except RasterioError as error:
-            failures[name] = (
-                f'cannot be opened as a raster: {" ".join(str(error).split())}'
-            )
-            continue
-        if crs is None:
-            failures[name] = 'has no coordinate reference system'
-        elif transform.is_identity or transform.determinant == 0:
-            failures[name] = 'has no georeference, only a coordinate reference system'
-        else:
-            ids.append(name)
-            systems.append(crs.to_string())
-            transforms.append(transform[:6])
-            shapes.append(shape)
+            with open_raster(path) as source:
+                check_place(source)
+                ids.append(name)
+                systems.append(source.crs.to_string())
+                transforms.append(source.transform[:6])
+                shapes.append(source.shape)
+        except (OSError, ValueError) as error:
+            failures[name] = ' '.join(str(error).split())
     grids = np.array(transforms, np.float64).reshape(-1, 6)
     return Read(
         make_footprints(ids, systems, grids, np.array(shapes, np.int32).reshape(-1, 2)),
@@ -207,7 +207,7 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
 def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
     """Return the footprints of archives that know them."""
     tables, ids = [], []
-    failures = {}
+    failures: dict[str, str] = {}
     for archive in archives:
         crs, transforms, size = archive.grids()
         names = ['/'.join((archive.split, *archive.name(n))) for n in range(len(crs))]
@@ -219,7 +219,7 @@ def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
         tables.append(
             make_footprints(
                 [names[n] for n in there],
-                [crs[n] for n in there],
+                [str(crs[n]) for n in there],
                 transforms[there],
                 np.tile(np.array(size, np.int32), (len(there), 1)),
             )

@@ -43,10 +43,14 @@ class LabelStore(ResumableParquet):
         archive: str,
         legend: LandCoverProduct,
         of_code: Mapping[int, int],
-        year: int | None,
-        product: str,
+        year: int | str | None,
+        editions: Mapping[int | None, str],
     ) -> None:
-        """Initialize a new LabelStore instance."""
+        """Initialize a new LabelStore instance, for editions of a product by year."""
+        product = next(iter(editions.values()))
+        if len(editions) > 1:
+            product = f'{" and ".join(editions.values())}, of the nearest year'
+        self.editions = editions
         origin = {'archive': archive, 'year': year, 'product': product}
         super().__init__(path, {**origin, 'version': _VERSION})
         self.failures = path.with_name(f'{path.stem}.failed.csv')
@@ -97,10 +101,32 @@ class LabelStore(ResumableParquet):
 
     def read_parts(self, kind: Literal['counts', 'footprints']) -> pa.Table:
         """Read all parts of a kind, those that were written last first."""
-        schema = SCHEMA if kind == 'footprints' else counts_schema(len(self.of_code))
+        schema = SCHEMA if kind == 'footprints' else self.counts_schema()
         tables = [pq.read_table(part).cast(schema) for part in self.part_files(kind)]
         tables.append(schema.empty_table())
         return pa.concat_tables(tables[::-1]).unify_dictionaries()
+
+    def counts_schema(self) -> pa.Schema:
+        """Return the columns of the parts with counts."""
+        counts = pa.list_(pa.int64(), len(self.of_code))
+        schema = pa.schema({'id': pa.string(), 'pixels': pa.int64(), 'counts': counts})
+        dated = len(self.editions) > 1
+        return schema.append(pa.field('year', pa.int32())) if dated else schema
+
+    def append_counts(self, ids: pa.Array, counted: Counted, year: int | None) -> int:
+        """Keep counts, but of patches that have none, and return of how many."""
+        good = np.ones(len(ids), bool)
+        good[list(counted.reasons)] = False
+        flat = pa.array(counted.counts[good].reshape(-1))
+        columns = [
+            ids.filter(pa.array(good)),
+            pa.array(counted.pixels[good]),
+            pa.FixedSizeListArray.from_arrays(flat, counted.counts.shape[1]),
+            pa.array([year] * int(good.sum()), pa.int32()),
+        ]
+        schema = self.counts_schema()
+        self.append('counts', pa.table(columns[: len(schema)], schema=schema))
+        return int(good.sum())
 
     def start_counting(self, tiles: Sequence[str]) -> None:
         """Drop counts that lack data, if there are tiles they were not made with."""
@@ -157,7 +183,7 @@ class LabelStore(ResumableParquet):
         shares = (values / np.maximum(found, 1)[:, None]).astype(np.float32)
         columns: list[Any] = [
             counts['id'],
-            pa.array([self.product] * len(counts), pa.string()),
+            pa.array(self._editions(counts), pa.string()),
             footprints['crs'].cast(pa.string()),
             pixels,
             (found / np.maximum(pixels, 1)).astype(np.float32),
@@ -166,6 +192,12 @@ class LabelStore(ResumableParquet):
             pa.array(shapely.to_wkb(outlines(footprints)), pa.binary()),
         ]
         return pa.table(columns, names=self._schema().names)
+
+    def _editions(self, counts: pa.Table) -> list[str]:
+        """Return the map, with its year, that each row was counted in."""
+        if len(self.editions) == 1:
+            return [self.product] * len(counts)
+        return [self.editions[year] for year in counts['year'].to_pylist()]
 
     def _to_legend(self, counts: pa.Table) -> Any:
         """Add up counts for the legend's classes, of shape (N, K)."""
@@ -205,27 +237,6 @@ class LabelStore(ResumableParquet):
             writer.writerows(
                 (name, failures[name]) for name in ids.to_pylist() if name in failures
             )
-
-
-def counts_table(ids: pa.Array, counted: Counted) -> pa.Table:
-    """Make a part of counts, without the patches that have none."""
-    good = np.ones(len(ids), bool)
-    good[list(counted.reasons)] = False
-    flat = pa.array(counted.counts[good].reshape(-1))
-    return pa.table(
-        [
-            ids.filter(pa.array(good)),
-            pa.array(counted.pixels[good]),
-            pa.FixedSizeListArray.from_arrays(flat, counted.counts.shape[1]),
-        ],
-        schema=counts_schema(counted.counts.shape[1]),
-    )
-
-
-def counts_schema(classes: int) -> pa.Schema:
-    """Return the columns of the parts with counts of a number of classes."""
-    counts = pa.list_(pa.int64(), classes)
-    return pa.schema({'id': pa.string(), 'pixels': pa.int64(), 'counts': counts})
 
 
 def _by_code(counts: pa.Table) -> Counts:

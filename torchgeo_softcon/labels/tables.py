@@ -5,7 +5,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import shapely
 from pyproj import CRS
+from pyproj.exceptions import CRSError
 
 from ..geo.antimeridian import Floats
 from ..geo.footprints import make_footprints
@@ -30,6 +31,9 @@ _CSV_TYPES = {
     **dict.fromkeys(('id', 'crs', 'geometry', 'wkt'), pa.string()),
     **dict.fromkeys(_BOX, pa.float64()),
 }
+
+#: Columns that may tell when a patch was taken.
+_DATES = ('date', 'datetime', 'year')
 
 #: Why a row is left out.
 _NO_POLYGON = 'is no polygon'
@@ -52,15 +56,16 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
     and, if wanted, *crs* (where there is none: that of the file, else longitude and
     latitude), and *height* and *width*: then the box of each patch has so many pixels, and
     is labelled on these. Without them it is labelled by the pixels of the map inside of
-    it. Names of columns may be in any case, the first of each name counts.
+    it. A column *date*, *datetime* or *year* tells its year for ``year='nearest'``. Names of columns may be in any case, the first of each name counts.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f'footprints must be a file, {path!r} does not exist')
-    names, tables = [], []
+    names, years, tables = [], [], []
     failures: dict[str, str] = {}
     for batch, crs in _batches(path):
         names.append(batch['id'].combine_chunks().cast(pa.string()))
+        years.append(_find_years(batch))
         without = pc.equal(names[-1].fill_null(''), '').sum().as_py()
         if without:
             raise ValueError(
@@ -79,7 +84,17 @@ def read_footprints(path: str | os.PathLike[str]) -> Table:
         )
     ids = pa.concat_arrays(names)
     check_unique(ids)
-    return Table(Read(table, failures), ids)
+    return Table(Read(table, failures), ids, pa.concat_arrays(years))
+
+
+def _find_years(table: pa.Table) -> pa.Array:
+    """Return the years of the rows of a file by a column of dates, null without."""
+    for name in _DATES:
+        if name in table.column_names:
+            texts = table[name].cast(pa.string()).to_pandas()
+            years = texts.str.extract(r'(?<!\d)((?:19|20)\d{2})', expand=False)
+            return pa.array(pd.to_numeric(years), pa.float64()).cast(pa.int64())
+    return pa.nulls(len(table), pa.int64())
 
 
 def _batches(path: str) -> Iterator[tuple[pa.Table, str | None]]:
@@ -98,7 +113,13 @@ def _batches(path: str) -> Iterator[tuple[pa.Table, str | None]]:
                 yield _rename(pa.Table.from_batches([batch]), path), None
     elif suffix in ('.parquet', '.geoparquet', '.pq'):
         with pq.ParquetFile(path) as file:
-            geometry, crs = _geoparquet(file.schema_arrow.metadata)
+            try:
+                geometry, crs = _geoparquet(file.schema_arrow.metadata)
+            except (AttributeError, CRSError, RecursionError, ValueError) as error:
+                raise ValueError(
+                    f'footprints {path} has metadata that are not those of GeoParquet '
+                    f'({error}): write it again, for example with GeoPandas'
+                ) from error
             for batch in file.iter_batches(_ROWS):
                 yield _rename(pa.Table.from_batches([batch]), path, geometry), crs
     else:
@@ -110,7 +131,7 @@ def _batches(path: str) -> Iterator[tuple[pa.Table, str | None]]:
                 columns = {
                     name: pa.array(frame[name])
                     for name in frame.columns
-                    if name.lower() in ('id', 'crs', 'height', 'width')
+                    if name.lower() in ('id', 'crs', 'height', 'width', *_DATES)
                 }
                 columns['geometry'] = pa.array(frame.geometry.to_wkb(), pa.binary())
                 crs = None if frame.crs is None else frame.crs.to_string()
@@ -164,7 +185,7 @@ def _normalize(table: pa.Table, crs: str, path: str) -> Read:
     reasons = np.full(len(names), '', object)
     sized = 'height' in columns
     if sized:
-        sizes = _sizes(table)
+        sizes = _numbers(table, ('height', 'width'))
         integers = (sizes >= 1) & (sizes < 2**31) & (sizes == np.floor(sizes))
         reasons[~integers.all(1)] = _NO_PIXELS
     if 'geometry' in columns:
@@ -174,7 +195,7 @@ def _normalize(table: pa.Table, crs: str, path: str) -> Read:
         shapes = parse(geometry, on_invalid='ignore')
         bounds = shapely.bounds(shapes)
     else:
-        bounds = np.stack([table[n].to_numpy().astype(np.float64) for n in _BOX], 1)
+        bounds = _numbers(table, _BOX)
         geometry = shapes = shapely.box(*bounds.T)
     left, bottom, right, top = bounds.T
     with np.errstate(invalid='ignore'):
@@ -209,9 +230,9 @@ def _normalize(table: pa.Table, crs: str, path: str) -> Read:
     return Read(make_footprints(names, systems, transforms, pixels), failures)
 
 
-def _sizes(table: pa.Table) -> Floats:
-    """Return heights and widths of shape (N, 2), NaN where they are missing."""
-    columns = (table[name].to_pandas() for name in ('height', 'width'))
+def _numbers(table: pa.Table, names: Sequence[str]) -> Floats:
+    """Return columns of shape (N, C), NaN where there is no number."""
+    columns = (table[name].to_pandas() for name in names)
     numbers = (pd.to_numeric(column, errors='coerce') for column in columns)
     arrays = (column.to_numpy(np.float64, na_value=np.nan) for column in numbers)
     return np.stack([*arrays], 1)

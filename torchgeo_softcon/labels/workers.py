@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import types
@@ -16,6 +17,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 Unit = TypeVar('Unit')
 Result = TypeVar('Result')
@@ -27,8 +29,8 @@ _TRIES = 3
 #: Units that are handed out per worker, so that none waits for the next one.
 _AHEAD = 2
 
-#: How long a scheduler has to answer.
-_ANSWER = '30s'
+#: How long a scheduler has to answer, and the seconds in which it must be reached.
+_ANSWER, _REACHED = '30s', 5.0
 
 #: Seconds without any result after which processes of this machine have stopped: the
 #: largest unit takes seconds with tiles on a disk, and minutes with those on a server.
@@ -229,7 +231,22 @@ def _connect(scheduler: str) -> Any:
         raise ImportError(
             f'scheduler {scheduler} needs Dask: pip install "torchgeo-softcon[dask]"'
         ) from error
+    check_scheduler(scheduler)
     try:
         return Client(scheduler, timeout=_ANSWER, set_as_default=False)
     except OSError as error:
         raise OSError(f'scheduler {scheduler} does not answer ({error})') from error
+
+
+def check_scheduler(address: str) -> None:
+    """Find out at once whether a scheduler is there, for which Dask takes half a minute.
+
+    Raises:
+        OSError: If its address cannot be reached.
+    """
+    try:
+        url = urlsplit(address if '://' in address else f'tcp://{address}')
+        if url.scheme in ('tcp', 'tls') and url.hostname and url.port:
+            socket.create_connection((url.hostname, url.port), _REACHED).close()
+    except (OSError, ValueError) as error:
+        raise OSError(f'scheduler {address} does not answer ({error})') from error

@@ -3,13 +3,19 @@
 
 """Find the files of a land-cover product."""
 
+import functools
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..geo.find_files import AnyPath, find_files, path_list
 from ..geo.mosaic import Tile
+from ..geo.rasters import open_raster
 from .product import LandCoverProduct
+
+#: Metadata of official tiles with their year, which GDAL keeps in clips.
+_YEAR_TAGS = ('time_start', 'title', 'description', 'TIFFTAG_IMAGEDESCRIPTION')
 
 
 def find_map_files(
@@ -17,9 +23,8 @@ def find_map_files(
 ) -> list[str]:
     """Find the rasters of a year of a land-cover map, official tiles first.
 
-    In a folder, files with an official name are taken if they are of *year*. TIFFs with
-    any other name are taken as clips of *year*. Files that are named in *paths* are
-    always taken.
+    In a folder, files are taken if they are of *year*, or if nothing tells their year,
+    see :func:`map_year`. Files that are named in *paths* are always taken.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -30,14 +35,13 @@ def find_map_files(
     for path in named:
         for file in find_files(path, ('.tif', '.tiff')):
             match = product.official.search(os.path.basename(file))
-            if match is None or file == path:
+            if match is not None and match['map'] is None and file != path:
+                continue
+            found = map_year(file, product)
+            if file == path or found in (None, year):
                 files.add(file)
-            elif match['map'] is not None:
-                found = match.groupdict().get('year')
-                if found in (None, str(year)):
-                    files.add(file)
-                else:
-                    years.add(found)
+            else:
+                years.add(str(found))
 
     if not files:
         raise FileNotFoundError(
@@ -48,6 +52,58 @@ def find_map_files(
             + _hint(product, year)
         )
     return sorted(files, key=lambda file: (not is_official(file, product), file))
+
+
+def map_year(path: str, product: LandCoverProduct) -> int | None:
+    """Return the year of a file of a land-cover map, None if nothing tells it.
+
+    The official name tells it, or a year or version in another name, or in what a clip
+    has kept of the metadata of official tiles.
+    """
+    if len(product.years) < 2:
+        return None
+    name = os.path.basename(path)
+    match = product.official.search(name)
+    if match is not None and match.groupdict().get('year'):
+        return int(match['year'])
+    found = _find_year(os.path.splitext(name)[0], product)
+    if found is None and os.path.isfile(path):
+        tags = _read_tags(path, os.stat(path).st_mtime_ns)
+        years = (_find_year(tags.get(tag, ''), product) for tag in _YEAR_TAGS)
+        found = next((year for year in years if year is not None), None)
+    return found
+
+
+def _find_year(text: str, product: LandCoverProduct) -> int | None:
+    """Return the year of a product that a text has, or whose version it has."""
+    words = {*re.split(r'[^a-z0-9.]+', text.lower())}
+    versions = product.years.items()
+    found = {year for year, name in versions if words & {str(year), name.lower()}}
+    return found.pop() if len(found) == 1 else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_tags(path: str, changed: int) -> Mapping[str, str]:
+    """Read the metadata of a file, none if it is damaged, which is told elsewhere."""
+    try:
+        with open_raster(path) as source:
+            return dict(source.tags())
+    except OSError:
+        return {}
+
+
+def assumed_year(
+    files: Iterable[str], product: LandCoverProduct, year: int | None
+) -> str | None:
+    """Say which year clips are assumed to be of, None if all tell it."""
+    unknown = [file for file in files if map_year(file, product) is None]
+    if not unknown or len(product.years) < 2:
+        return None
+    return (
+        f'{len(unknown)} files of {product.title} such as {unknown[0]} do not tell their '
+        f'year in name or metadata, they are taken for {year}. If that is not so, give '
+        'year, or have it in their names'
+    )
 
 
 def _hint(product: LandCoverProduct, year: int | None) -> str:

@@ -29,8 +29,8 @@ from .timm_models import timm_name
 
 #: Modules of timm with Vision Transformers, and with Swin Transformers.
 _VITS = ('vision_transformer', 'deit', 'eva')
-#: Vision Transformers in these modules that are not plain.
-_HYBRID = re.compile(r'_r\d*_|_resnet|distilled|_resmlp')
+#: Models in these modules that are no plain Vision Transformers, or are for tests.
+_NOT_PLAIN = re.compile(r'_r\d*_|_resnet|distilled|_resmlp|^test_')
 _SWIN = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')
 
 
@@ -95,10 +95,9 @@ def is_vit(model: nn.Module) -> bool:
 def nearest_vit(model: str) -> str:
     """Return the name of the plain Vision Transformer of timm that is most like a model's."""
     name = timm_name(model)
-    known = [
-        n for m in _VITS for n in timm.list_models(module=m) if not _HYBRID.search(n)
-    ]
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    listed = [n for module in _VITS for n in timm.list_models(module=module)]
+    known = [n for n in listed if not _NOT_PLAIN.search(n)]
+    return [*difflib.get_close_matches(name, known, n=1), 'vit_small_patch16_224'][0]
 
 
 def has_class_token(model: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def _read_events(path: Path) -> pd.DataFrame:
 
 
 #: Metrics of :class:`.KNNProbe`.
-_PROBE = r'^(?!spread/)(?:.*_)?(?:knn|linear)_(accuracy|map)'
+_PROBE = r'(?:^|_)(?:knn|linear)_(accuracy|map)'
 
 #: Sections of the page by what the names of their metrics match. The first one counts.
 _CURVES = {

@@ -75,7 +75,7 @@ def _read_json(path: Path) -> SeasonLabels:
     try:
         text = path.read_text(encoding='utf-8')
         content = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'labels {path} is not a valid JSON file: {error}') from error
 
     def check(valid: bool, what: str) -> None:
@@ -147,6 +147,13 @@ def _read_parquet(path: Path) -> SeasonLabels:
         )
     of_classes = [columns[code] for code in codes]
     valid = ['valid'] if 'valid' in schema.names else []
+    for name in (*valid, *of_classes):
+        kind = schema.field(name).type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise ValueError(
+                f'labels {path} must have numbers in the column {name}, got {kind}: '
+                'convert it, or make the file by `torchgeo-softcon labels`'
+            )
     table = pq.read_table(path, columns=['id', *valid, *of_classes])
     ids = pd.Series(table['id'].to_pylist(), dtype=object)
     names = ids.astype(str).str.extract(r'^(?:(?:.*/)?(s1|s2c|s2a)/)?([^/]+)/([^/]+)$')

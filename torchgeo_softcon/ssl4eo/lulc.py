@@ -64,7 +64,7 @@ def lulc_labels(root: str | os.PathLike[str], archive: Archive) -> SeasonLabels:
         for split, one in ((archive.split, archive), ('s2c', layer))
     )
     found = pair(archive.location, dates, layer.location, layer_dates)
-    values = shares[found]
+    values = shares[found].astype(np.float32)
     values[found < 0] = 0
     split = np.full(len(archive), archive.split.encode())
     return SeasonLabels(

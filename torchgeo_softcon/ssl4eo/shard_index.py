@@ -170,9 +170,9 @@ def _grid(
     x, y = (np.asarray(axis, np.float64) for axis in axes)
     if x.shape != (width,) or y.shape != (height,) or min(size) < 2:
         to_crs = projection(parse_crs(LONLAT), parse_crs(crs))
-        easting, northing = (
-            center if to_crs is None else to_crs.transform(*map(float, center))
-        )
+        easting, northing = map(float, center)
+        if to_crs is not None:
+            easting, northing = to_crs.transform(easting, northing)
         left, top = easting - width / 2 * PIXEL, northing + height / 2 * PIXEL
         return crs, [PIXEL, 0.0, left, 0.0, -PIXEL, top]
     dx, dy = ((axis[-1] - axis[0]) / (len(axis) - 1) for axis in (x, y))

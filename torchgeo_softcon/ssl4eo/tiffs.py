@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import rasterio
 
 from ..bands import RGB_BANDS, SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
-from ..geo.rasters import open_raster, read_raster
+from ..geo.rasters import has_mask, open_raster, read_raster
 from .image_records import record_dtype
 
 #: Sentinel-1 GRD, Sentinel-2 Level-1C and Level-2A, by the folders of 2022 or of v1.1.
@@ -227,6 +227,13 @@ class TiffArchive(Archive):
                             f'{source.dtypes[0]} of {source.height} x {source.width} '
                             f'pixels, {self._model / path.name} is {field.base.name} of '
                             f'{field.shape[0]} x {field.shape[1]}'
+                        )
+                    if has_mask(source) or source.scales[0] != 1 or source.offsets[0]:
+                        raise ValueError(
+                            f'the images of an archive must be as published: {path} has '
+                            'a mask, or a scale and an offset, which a record cannot '
+                            'hold. Apply them (`gdal_translate -unscale -mask none`), or '
+                            'read the files as images of WorldCoverScenes'
                         )
                     yield band, source, read_raster(source, [1])[0]
 

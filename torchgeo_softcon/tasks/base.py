@@ -272,6 +272,7 @@ class PretrainingTask(ContinualTask):
         before, in evaluation mode, would never learn its statistics.
         """
         self.train()
+        self.guard.value_range = getattr(self.augmentations, 'value_range', None)
         self.tell_frozen()
         for optimizer in self.trainer.optimizers:
             follow_parameters(optimizer)

@@ -34,13 +34,18 @@ def split_seasons(image: Tensor, in_channels: int, expected: bool = True) -> Ten
         The images, shape (B, T, C, H, W), T = 1 for single images.
 
     Raises:
-        ValueError: If the number of bands does not fit.
+        ValueError: If the number of bands does not fit, or if there are no pixels.
 
     Warns:
         UserWarning: Once, if stacked seasons are not *expected*: they may be the bands of
             one image, and *in_channels* wrong.
     """
-    if image.ndim == 4 and image.shape[1] and image.shape[1] % in_channels == 0:
+    if not image.numel():
+        raise ValueError(
+            "batch['image'] must have images, and these pixels, got the shape "
+            f'{tuple(image.shape)}: look at size and batch_size of the datamodule'
+        )
+    if image.ndim == 4 and image.shape[1] % in_channels == 0:
         channels = image.shape[1]
         seasons = channels // in_channels
         reading = (

@@ -134,6 +134,9 @@ class WorldCoverMultiLabel(nn.Module):
     An all-zero label means *unknown*, never *nothing there*.
     """
 
+    #: Whether a batch gives the labels of its samples, see :class:`.ImageMaskFolder`.
+    batched = True
+
     def __init__(
         self,
         codes: Sequence[int] | None = None,

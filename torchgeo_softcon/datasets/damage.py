@@ -1,0 +1,103 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Damaged files that a training leaves out."""
+
+import json
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeVar
+
+from ..geo.rasters import DamagedFileError
+
+#: What to do about a damaged file: an error that names it, or to leave it out.
+OnError = Literal['raise', 'skip']
+
+#: Samples to try in place of one that is damaged. If so many are, it is not the files.
+_MAX_TRIES = 10
+
+#: Files that a message lists.
+_MAX_NAMED = 20
+
+Read = TypeVar('Read')
+
+
+class Damage:
+    """Damaged files, noted by all processes that read.
+
+    Copies, also those that are pickled for other processes, note in the same place: a
+    temporary file.
+    """
+
+    def __init__(self, left_out: Iterable[str] = ()) -> None:
+        """Initialize a new Damage instance, with files that could not be opened at all."""
+        self.left_out = list(left_out)
+        self._told = 0
+        handle, self._notes = tempfile.mkstemp(prefix='damaged-')
+        os.close(handle)
+        weakref.finalize(self, _remove, self._notes, os.getpid())
+
+    def read(
+        self, read: Callable[[int], Read], index: int, other: Callable[[int], int]
+    ) -> Read:
+        """Read the sample of an index, or if that is damaged, of another one.
+
+        Args:
+            read: Reads a sample.
+            index: Its index.
+            other: Returns the index to take instead, for the number of the try.
+
+        Raises:
+            DamagedFileError: If too many samples in a row are damaged.
+        """
+        for number in range(1, _MAX_TRIES + 1):
+            try:
+                return read(index)
+            except DamagedFileError as error:
+                if number == _MAX_TRIES:
+                    raise
+                # Whole lines, also from several processes at once
+                with open(self._notes, 'a') as file:
+                    file.write(json.dumps(error.path) + '\n')
+            index = other(number)
+        raise AssertionError('the last try returns or raises')
+
+    def _noted(self) -> list[str]:
+        """Return the file of each damaged draw."""
+        with open(self._notes) as file:
+            return [json.loads(line) for line in file]
+
+    def tell_epoch(self) -> None:
+        """Tell how many draws met damaged files since the last time."""
+        total = len(self._noted())
+        if total > self._told:
+            warnings.warn(
+                f'{total - self._told} draws of this epoch met damaged files, and others '
+                f'were taken instead ({total} since the start)',
+                UserWarning,
+                stacklevel=2,
+            )
+        self._told = total
+
+    def tell_files(self) -> None:
+        """Name all files that were found to be damaged."""
+        names = [*dict.fromkeys([*self.left_out, *sorted(self._noted())])]
+        if names:
+            more = len(names) - _MAX_NAMED
+            warnings.warn(
+                f'{len(names)} files are damaged and were left out (on_error=skip): '
+                f'{", ".join(names[:_MAX_NAMED])}'
+                + (f' and {more} more' if more > 0 else '')
+                + '. Fetch them again, or take them out of the folders',
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _remove(path: str, process: int) -> None:
+    """Remove a file, but not in a fork of the process that has made it."""
+    if os.getpid() == process:
+        os.unlink(path)

@@ -1,0 +1,151 @@
+# Copyright (c) torchgeo-softcon contributors. All rights reserved.
+# Licensed under the MIT License.
+
+"""Image patches in folders, their bands, and the masks that belong to them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from affine import Affine
+
+from ..geo.discovery import describe_file, scene_from_file
+from ..geo.find_files import find_files
+from ..geo.grid import LONLAT, Grid, parse_crs
+from ..geo.numbers import Numbers, OpenedFile
+from ..geo.rasters import Layer, Scene, find_alpha, open_raster
+
+#: File types that a folder is searched for.
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
+
+#: Files that an error message lists.
+_MAX_NAMED = 5
+
+
+class Patch(NamedTuple):
+    """An image, whose place is unknown, the file of its mask, and its number."""
+
+    scene: Scene
+    mask: Path
+    number: int
+
+    @property
+    def image(self) -> Path:
+        """File of the image, that of the mask, too, if it is one of the bands."""
+        return Path(self.scene.name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.scene.grid.height, self.scene.grid.width
+
+
+def find_images(folder: Path, what: str) -> dict[str, Path]:
+    """List files by their path below a folder, without suffix."""
+    files: dict[str, Path] = {}
+    found = find_files(folder, SUFFIXES, what) if folder.is_dir() else []
+    for path in map(Path, found):
+        stem = path.relative_to(folder).with_suffix('').as_posix()
+        if stem in files:
+            raise ValueError(
+                f'{what} must have one file per name: {files[stem]}, {path}'
+            )
+        files[stem] = path
+    if not files:
+        raise FileNotFoundError(
+            f'{what} must be a folder with files ({", ".join(SUFFIXES)}), found none in '
+            f'{folder}'
+        )
+    return files
+
+
+def match_masks(
+    images: dict[str, Path], masks: dict[str, Path], image_root: Path, mask_root: Path
+) -> list[Path]:
+    """Find the mask of each image, its own or that of its folder."""
+    found = [masks.get(stem) or masks.get(os.path.dirname(stem)) for stem in images]
+    missing = [stem for stem, mask in zip(images, found, strict=True) if mask is None]
+    if missing:
+        raise FileNotFoundError(
+            f'{len(missing)} of {len(images)} images in {image_root} have no mask of the '
+            f'same name in {mask_root}: {", ".join(missing[:_MAX_NAMED])}'
+        )
+    return [mask for mask in found if mask is not None]
+
+
+def check_mask(image: Layer, path: Path) -> None:
+    """Check that a mask has one band, and as many pixels as its image."""
+    with open_raster(path) as source:
+        count = source.count - (find_alpha(source) is not None)
+        shape, expected = source.shape, (image.grid.height, image.grid.width)
+    if count != 1:
+        raise ValueError(
+            f'a mask must have one band of WorldCover codes, {path} has {count}'
+        )
+    if shape != expected:
+        raise ValueError(
+            f'an image and its mask must have one size, {image.path} has '
+            f'{in_pixels(expected)} and {path} {in_pixels(shape)} pixels'
+        )
+
+
+def in_pixels(shape: tuple[int, int]) -> str:
+    """Word a size for messages."""
+    return f'{shape[0]} x {shape[1]}'
+
+
+def describe_image(
+    path: Path,
+    image_bands: Sequence[int] | None,
+    mask_band: int | None,
+    nodata: float | None,
+) -> OpenedFile:
+    """Describe an image, and name its bands if it does so itself."""
+    with open_raster(path) as source:
+        mask = (1 if mask_band is None else mask_band,)
+        chosen = (1,) if image_bands is None else tuple(image_bands)
+        for option, positions in ('mask_band', mask), ('image_bands', chosen):
+            if not positions or not {*positions} <= {*source.indexes}:
+                raise ValueError(
+                    f'{option} must be from 1 to {source.count}, the number of bands '
+                    f'of {path}, got {", ".join(map(str, positions)) or "none"}'
+                )
+        # Nobody asks for its place
+        grid = Grid(parse_crs(LONLAT), Affine.identity(), *source.shape)
+        file = describe_file(source, grid, None, nodata, image_bands, mask_band)
+    return file._replace(names=None if file.guess else file.names)
+
+
+def choose_bands(
+    files: Sequence[OpenedFile],
+    given: tuple[str, ...] | None,
+    by_name: bool,
+    numbers: Numbers,
+) -> list[Scene]:
+    """Bring the bands of all images, *given* or of the first one, into one order."""
+    bands = files[0].names if given is None else given
+    scenes: list[Scene] = []
+    for file in files:
+        names, wanted = file.names, None
+        if bands and names and by_name and {*bands} <= {*names}:
+            wanted = bands
+        elif bands and names and given is None and bands != names:
+            raise ValueError(
+                f'{file.layer.path} must have the bands {", ".join(bands)} as '
+                f'{files[0].layer.path}, it has {", ".join(names)}: choose common '
+                'ones with bands'
+            )
+        else:
+            file = file._replace(names=bands)
+        scenes.append(scene_from_file(file, wanted, numbers))
+        if scenes[-1].count != scenes[0].count:
+            raise ValueError(
+                f'{file.layer.path} must have {scenes[0].count} bands as '
+                f'{files[0].layer.path}, got {scenes[-1].count}'
+            )
+    if bands is not None and len(bands) != scenes[0].count:
+        raise ValueError(
+            f'bands must name the {scenes[0].count} image_bands, got {bands}'
+        )
+    return scenes
