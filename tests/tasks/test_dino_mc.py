@@ -86,9 +86,9 @@ class TestConstructor:
             ({'teacher_statistics': 'none'}, "must be 'own' or 'student', got 'none'"),
             ({'drop_path_rate': 1.0}, r'drop_path_rate must be in \[0, 1\), got 1.0'),
             ({'drop_path_rate': -0.5}, r'drop_path_rate must be in \[0, 1\), got -0.5'),
-            ({'teacher_temperature': math.nan}, 'teacher_temperature must be > 0'),
-            ({'warmup_epochs': math.nan}, 'warmup_epochs must be >= 0, got nan'),
-            ({'value_range': (0, 1, 2)}, r'value_range must be \(low, high\)'),
+            ({'teacher_temperature': math.nan}, 'teacher_temperature must be finite'),
+            ({'warmup_epochs': math.nan}, 'warmup_epochs must be finite, got nan'),
+            ({'value_range': (0, 1, 2)}, r'value_range must be \(a number, a number\)'),
             ({'num_local_crops': -1}, 'num_local_crops must be >= 0, got -1'),
             ({'num_local_crops': 4}, 'num_local_crops = 4 .* a size for each crop'),
             ({'global_scale': (1, 0.5)}, 'global_scale'),
@@ -108,7 +108,7 @@ class TestConstructor:
         ],
     )
     def test_bad_argument(self, kwargs: dict[str, Any], match: str) -> None:
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             make_dino(**kwargs)
 
     def test_defaults_are_those_of_the_paper(self) -> None:

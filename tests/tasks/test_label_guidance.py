@@ -170,6 +170,7 @@ class TestSoftProjector:
         terms[1].backward()
         for head, learns in ((task.projector, False), (task.soft_projector, True)):
             (weight, *_) = head.parameters()
+            assert weight.grad is not None
             assert bool(weight.grad.any()) == learns
 
     def test_has_a_teacher(self, tmp_path: Path) -> None:

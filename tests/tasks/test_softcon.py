@@ -34,7 +34,7 @@ class TestConstructor:
             ({'momentum': 1.1}, r'momentum must be in \[0, 1\], got 1.1'),
             ({'seasons': 'all'}, "seasons must be .* got 'all'"),
             ({'lr': 0}, 'lr must be > 0'),
-            ({'lr': math.nan}, 'lr must be > 0, got nan'),
+            ({'lr': math.nan}, 'lr must be finite, got nan'),
             ({'optimizer': 'adam'}, r"optimizer must be .* got 'adam'"),
             ({'in_layer_init': 'x'}, r"in_layer_init must be .* got 'x'"),
             ({'weight_decay': -1}, 'weight_decay must be >= 0, got -1'),

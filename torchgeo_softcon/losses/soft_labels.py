@@ -21,7 +21,7 @@ SoftBias: TypeAlias = Literal['none', 'batch', 'learned']
 SoftReduction: TypeAlias = Literal['pairs', 'rows']
 
 #: Forms of the soft term that a bias, or a temperature of the targets, is for.
-_BIASED = {'batch': ('bce', 'mse'), 'learned': ('bce',)}
+_BIASED: dict[str, tuple[str, ...]] = {'batch': ('bce', 'mse'), 'learned': ('bce',)}
 
 #: Images of a batch whose similarities are ranked: sorting all pairs of 4,096 would take
 #: longer than what it tells is worth.
@@ -179,7 +179,8 @@ def _batch_bias(
     if distributed:
         # (B, N, 3): all pairs of all ranks, for a bias that is the same on each
         stacked = gather(torch.stack([logits, target, known.to(logits)], -1))
-        logits, target, known = *stacked.unbind(-1)[:2], stacked[..., 2] > 0
+        logits, target, known = stacked.unbind(-1)
+        known = known > 0
     count = known.sum().clamp_min(1)
     mean = (target.sum() / count).clamp(1e-6, 1 - 1e-6)
     level = mean.logit()

@@ -371,10 +371,10 @@ class DINOMCTask(MultiCropTask):
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)
             features = self.encode(self.student, crops)  # (S, B, F)
-        logits, student = self.assign(self.head, features)
+        logits = self.assign(self.head, features)
         with torch.no_grad():
             teacher_features = self.encode(self.model, crops[: self.num_global])
-            targets, teacher = self.assign(self.teacher_head, teacher_features)
+            targets = self.assign(self.teacher_head, teacher_features)
         temperature = self.teacher_temperature_at(self.global_step)
         loss = cast(Tensor, self.criterion(logits, targets, temperature))
         prototypes = self.hparams['output_dim']
@@ -384,7 +384,7 @@ class DINOMCTask(MultiCropTask):
             'train_feature_std': std_of_l2_normalized(teacher_features[0].float())
         }
         if self.uses_labels:
-            pairs = self.pair_crops(batch, student, teacher)
+            pairs = self.pair_crops(batch, features, teacher_features)
             values |= self.beside_chance('train_loss_dino', loss, prototypes)
             loss = self.add_soft(loss, pairs, features, values)
         self.watch_step(loss, batch)

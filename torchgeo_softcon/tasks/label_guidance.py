@@ -32,6 +32,7 @@ class LabelGuidedTask(PretrainingTask):
     keeps the term in *criterion* as *soft* where :attr:`uses_labels` says so.
     """
 
+    criterion: Any
     label_similarity: Any
     auto_weight: Tensor
 

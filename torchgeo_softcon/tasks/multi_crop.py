@@ -6,10 +6,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .._compat import Sample
 from ..models.loading import feature_size
+from ..modules.heads import DINOHead
 from ..modules.packing import encode_crops
 from .label_guidance import LabelGuidedTask, LabelPairs
 
@@ -22,6 +24,10 @@ class MultiCropTask(LabelGuidedTask):
 
     #: Sides of the crops in pixels, as far as they are known.
     _sizes: tuple[int, ...]
+
+    #: Heads of student and teacher.
+    head: DINOHead
+    teacher_head: Any
 
     def try_sizes(self, encoder: nn.Module) -> int:
         """Return the number of features of an encoder, if it takes the sizes of all crops."""
@@ -68,28 +74,29 @@ class MultiCropTask(LabelGuidedTask):
         return 3 if self.hparams['views'] == 'temporal' else 2
 
     @staticmethod
-    def assign(head: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (S, B, K) of features (S, B, F), and what has them (S, B, D)."""
-        compared: Tensor = head.embed(features.flatten(0, 1))
-        logits: Tensor = head.last_layer(compared)
-        shape = features.shape[:2]
-        return logits.unflatten(0, shape), compared.unflatten(0, shape)
+    def assign(head: nn.Module, features: Tensor) -> Tensor:
+        """Compare features (S, B, F) with the prototypes: logits (S, B, K)."""
+        logits: Tensor = head(features.flatten(0, 1))
+        return logits.unflatten(0, features.shape[:2])
 
     def pair_crops(
-        self, batch: Sample, student: Tensor, teacher: Tensor
+        self, batch: Sample, features: Tensor, teacher_features: Tensor
     ) -> list[LabelPairs]:
-        """Pair each global crop of the student (B, D) with the teacher's next one."""
+        """Pair each global crop of the student with the teacher's next one.
+
+        In the bottleneck (B, D) of the heads, of features (S, B, F).
+        """
         image = self.read_image(batch, self.hparams['views'] == 'temporal')
         label = cast(Tensor, self.read_label(batch, image)).mean(1)
-        pairs = zip(student, teacher.roll(-1, 0), strict=False)
-        return [(query, key, label, label) for query, key in pairs]
+        queries = self.head.embed(features[: self.num_global])
+        with torch.no_grad():
+            keys = self.teacher_head.embed(teacher_features).roll(-1, 0)
+        return [(*pair, label, label) for pair in zip(queries, keys, strict=True)]
 
     def label_pairs(self, batch: Sample, batch_idx: int) -> LabelPairs:
         """Return what the soft term of a step compares first, see the base class."""
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)[: self.num_global]
-            student, teacher = [
-                self.assign(head, self.encode(encoder, crops))[1]
-                for encoder, head in zip(*self.ema_pairs(), strict=True)
-            ]
-        return self.pair_crops(batch, student, teacher)[0]
+            (student, teacher), _ = self.ema_pairs()
+            features = [self.encode(encoder, crops) for encoder in (student, teacher)]
+        return self.pair_crops(batch, *features)[0]

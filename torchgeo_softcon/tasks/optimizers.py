@@ -71,7 +71,7 @@ def create_optimizer(
     check_choice('optimizer', name, get_args(OptimizerName))
     # The schedule starts from the learning rate of each group
     for group in groups:
-        group['lr'] = lr * group.pop('lr_scale')
+        group['lr'] = lr * group.pop('lr_scale', 1.0)
     if name == 'adamw':
         return AdamW(groups, lr=lr, fused=fused)
     return {'sgd': SGD, 'lars': LARS}[name](groups, lr=lr, momentum=0.9)
