@@ -249,7 +249,7 @@ class TestWeights:
         ({'size': 0}, 'size must be at least 1, got 0'),
         ({'in_channels': 0}, 'in_channels must be at least 1, got 0'),
         ({'lr': 0}, 'lr must be > 0, got 0'),
-        ({'lr': math.nan}, 'lr must be > 0, got nan'),
+        ({'lr': math.nan}, 'lr must be finite, got nan'),
         ({'bands': ['B2']}, 'bands must name all in_channels = 4 bands, got 1'),
         ({'model': 'resnet18', 'last_blocks': 4}, 'with a class token, got ResNet'),
         ({'last_blocks': 9}, 'from 1 to 6'),
