@@ -70,7 +70,9 @@ class ContinualTask(BaseTask):
         """Freeze batch norm of a pretrained encoder, unless the task was told what to do."""
         self._chosen_batch_norm = self.option('batch_norm') is None
         if self._chosen_batch_norm:
-            frozen = pretrained and bool(_batch_norms(encoder))
+            # A run that goes on learns them as before
+            fresh = pretrained and not self.hparams.get('continue_training')
+            frozen = fresh and bool(_batch_norms(encoder))
             self.hparams['batch_norm'] = 'frozen' if frozen else 'train'
 
     def keep_as_before(self, checkpoint: Mapping[str, Any]) -> None:
