@@ -213,8 +213,8 @@ class ImageMaskFolder(DivisibleImages):
         self.image_bands = scenes[0].layers[0].indexes
         hint_at_offset(numbers.untold)
         scenes = with_level(scenes, level)
-        masks = [mask for _, mask in described.values()]
-        patches = list(map(Patch, scenes, masks, range(len(scenes))))
+        kept = [mask for _, mask in described.values()]
+        patches = list(map(Patch, scenes, kept, range(len(scenes))))
         self._check_sizes(patches)
         self._ranges = scene_ranges(scenes, value_range)
         self.level = scene_level(scenes[0])
@@ -237,7 +237,7 @@ class ImageMaskFolder(DivisibleImages):
             dtypes = {x.dtype for x in layers} if as_stored else {'float32'}
             self._cache = ImageCache(
                 cache,
-                [*(patch.image for patch in patches), *dict.fromkeys(masks)],
+                [*(patch.image for patch in patches), *dict.fromkeys(kept)],
                 [
                     mask_band,
                     *(
