@@ -408,7 +408,7 @@ class ImageMaskFolder(DivisibleImages):
     def _decode(self, patch: Patch, window: _Window, masked: bool = True) -> Decoded:
         """Read an image, NaN without data, and, if *masked*, its mask from files."""
         image = self._reader.read(patch.scene, *window)
-        empty = ~np.isfinite(image).any(0)
+        empty = ~np.any(np.isfinite(image), 0)
         return Decoded(image, empty, self._mask(patch, window) if masked else empty)
 
     def _mask(self, patch: Patch, window: _Window) -> npt.NDArray[Any]:
