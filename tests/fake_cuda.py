@@ -7,7 +7,7 @@ PyTorch's fake tensors have a shape, a dtype and a device, but no values. Code t
 on them takes the branches of a GPU, and is refused what a GPU refuses or pays for: tensors
 of the CPU among those of the GPU, kernels that do not exist for a dtype, values that the
 host would have to wait for, and shapes that depend on them. Backward passes are not
-possible: PyTorch's engine wants a driver.
+possible, as PyTorch's engine wants a driver: gradients that code asks for are made up.
 """
 
 import sys
@@ -41,6 +41,11 @@ def _forget() -> None:
                     value.cache_clear()
 
 
+def _gradients(outputs: Tensor, inputs: Tensor, **kwargs: Any) -> tuple[Tensor]:
+    """Make up the gradient of one tensor."""
+    return (torch.empty_like(inputs, requires_grad=False),)
+
+
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Make tensors of the device ``'cuda'``, and those of the CPU, fake ones."""
@@ -51,6 +56,7 @@ def fake_cuda() -> Iterator[None]:
         for name, value in ANSWERS.items():
             stack.enter_context(mock.patch(name, return_value=value))
         stack.enter_context(mock.patch('torch.cuda.Event', Event))
+        stack.enter_context(mock.patch('torch.autograd.grad', _gradients))
         _forget()
         yield
 

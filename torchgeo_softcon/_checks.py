@@ -113,7 +113,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         number = hasattr(value, '__index__' if hint is int else '__float__')
         return number and not isinstance(value, bool)
-    if origin in (tuple, Sequence, Iterable):
+    if origin in (tuple, list, Sequence, Iterable):
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
             return False
         if origin is Iterable or not isinstance(value, Sized):
@@ -131,7 +131,7 @@ def _describe(hint: Any) -> str:
     simple |= {str: 'text', NoneType: 'None'}
     if origin is tuple:
         return f'({", ".join(map(_describe, args))})'
-    if origin in (Sequence, Iterable):
+    if origin in (list, Sequence, Iterable):
         return f'a list of {_describe(args[0])}'
     if origin is Literal:
         return ', '.join(map(repr, args))

@@ -82,7 +82,7 @@ class Host(LightningModule):
 
 
 def test_other_tasks_are_left_alone(tmp_path: Path) -> None:
-    trainer = make_trainer(
+    trainer: Any = make_trainer(
         tmp_path, max_epochs=1, enable_progress_bar=True, enable_model_summary=True
     )
     before = [type(callback) for callback in trainer.callbacks]
@@ -95,7 +95,8 @@ def test_other_tasks_are_left_alone(tmp_path: Path) -> None:
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv('TORCHGEO_SOFTCON_AUTOLOAD', '0')
     assert plugin.callbacks() == []
-    assert not any('Terminal' in repr(c) for c in Trainer(logger=False).callbacks)
+    trainer: Any = Trainer(logger=False)
+    assert not any('Terminal' in repr(c) for c in trainer.callbacks)
 
 
 def test_other_messages_pass() -> None:

@@ -264,7 +264,7 @@ class TestEmbed:
         assert (right, bottom) == pytest.approx((502960, 5539360), abs=320)
 
 
-def _disk_full(self: Any, samples: int) -> int:
+def _disk_full(self: Any, samples: int, arrange: Any = None) -> int:
     raise OSError('the disk is full')
 
 

@@ -11,6 +11,7 @@ from tests.datamodules.helpers import make_two_zones
 from tests.geo import layouts
 from tests.geo.layouts import noise, numbers, write
 from torchgeo_softcon.__main__ import main
+from torchgeo_softcon.datasets.scene_pack import pack_scenes
 
 
 @pytest.fixture(scope='module')
@@ -120,3 +121,20 @@ def test_images_and_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert picture.exists()
     assert main(['inspect', str(tmp_path), '--worldcover', 'x']) == 2
     assert '--worldcover must be left out' in capsys.readouterr().err
+
+
+def test_packed_scenes(
+    zones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, tiles, packed = zones / 'images', zones / 'worldcover', tmp_path / 'packed'
+    assert pack_scenes(images, packed, tiles) == []
+
+    def lines(*args: object) -> list[str]:
+        assert main(['inspect', *map(str, args)]) == 0
+        out = capsys.readouterr().out.splitlines()
+        starts = ('4 scenes', '  size', '  land cover')
+        return [line for line in out if line.startswith(starts)]
+
+    expected = lines(images, '--worldcover', tiles)
+    assert any(line.startswith('  land cover') for line in expected)
+    assert lines(packed) == expected

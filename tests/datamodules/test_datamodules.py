@@ -384,17 +384,17 @@ OPTIONS = {
     ImageMaskFolderDataModule: {
         *('root', 'images', 'masks', 'image_bands', 'mask_band', 'bands', 'nodata'),
         *('value_range', 'level', 'offset', 'seasons', 'places', 'size', 'on_error'),
-        *('target', 'min_fraction', 'fractions'),
+        *('target', 'min_fraction', 'fractions', 'cache', 'val_root'),
     },
     SSL4EOS12MLDataModule: {
         *('root', 'split', 'labels', 'seasons', 'require_labels', 'min_fraction'),
-        *('fractions', 'value_range', 'on_error'),
+        *('fractions', 'value_range', 'on_error', 'offset', 'max_cloud'),
     },
     WorldCoverScenesDataModule: {
         *('images', 'worldcover', 'year', 'product', 'allow_unlabelled', 'bands'),
         *('all_bands', 'patch_size', 'length', 'seasons', 'min_valid', 'value_range'),
         *('nodata', 'offset', 'level', 'radar_quantiles', 'on_error'),
-        *('target', 'min_fraction', 'fractions'),
+        *('root', 'target', 'min_fraction', 'fractions'),
     },
     SyntheticScenesDataModule: {
         *('root', 'places', 'size', 'dates', 'bands', 'patch_size', 'length'),

@@ -58,11 +58,11 @@ class TestPackedScenes:
 
     def test_datamodule(self, scenes: SyntheticScenes, packed: Path) -> None:
         batches = []
-        options: dict[str, Any]
-        for options in (
+        roots: list[dict[str, Any]] = [
             {'root': str(packed)},
             {'images': str(scenes.images), 'worldcover': str(scenes.worldcover)},
-        ):
+        ]
+        for options in roots:
             datamodule = WorldCoverScenesDataModule(
                 **options, batch_size=2, patch_size=16, val_fraction=0.2
             )

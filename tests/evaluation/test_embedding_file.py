@@ -44,7 +44,9 @@ def embeddings(count: int = 12) -> Tensor:
 
 def about() -> dict[str, Any]:
     state = create_encoder('test_vit', 3).state_dict()
-    encoder = Encoder(state, 'test_vit', 96, BANDS, True, 'SoftCon', source='run.ckpt')
+    encoder = Encoder(
+        state, 'test_vit', 96, BANDS, True, method='SoftCon', source='run.ckpt'
+    )
     return describe(encoder, 'cls', 96, (120, 100), 'Scenes', Scenes())
 
 

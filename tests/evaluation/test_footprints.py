@@ -41,9 +41,8 @@ def test_outlines_stay_together_at_the_antimeridian(crs: str, box: Any) -> None:
 
 
 def test_small_outlines_are_their_corners() -> None:
-    (found,) = footprints(
-        {}, [0], Patches('EPSG:32632', (5e5, 5e6, 502_640, 5_002_640))
-    )
+    patches = Patches('EPSG:32632', (5e5, 5e6, 502_640, 5_002_640))
+    (found,) = footprints({}, [0], patches) or []
     assert shapely.get_num_coordinates(found.outline) == 5
     (long,) = footprints({}, [0], Patches('EPSG:32632', (5e5, 5e6, 6e5, 51e5))) or []
     assert shapely.get_num_coordinates(long.outline) > 50

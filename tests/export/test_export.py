@@ -250,7 +250,7 @@ class TestHuggingFace:
         written = export(path, 'hf', output=out, **kwargs)  # type: ignore[arg-type]
         names = ['config.json', 'model.safetensors', 'README.md']
         assert written == [out / name for name in names]
-        opened = timm.create_model(f'local-dir:{out}', pretrained=True)
+        opened: Any = timm.create_model(f'local-dir:{out}', pretrained=True)
         encoder = convert_encoder(read_encoder(path), **kwargs)
         assert torch.equal(features(opened, size), features(encoder.model, size))
         # With a new classifier

@@ -486,17 +486,21 @@ def test_forms_of_files(tmp_path: Path, form: str) -> None:
     if form == 'bigtiff':
         path = write(tmp_path / 'b' / 'L2A.tif', values, ('B2', 'B3'), BIGTIFF='YES')
     elif form == 'jp2':
-        options = {'driver': 'JP2OpenJPEG', 'QUALITY': 100, 'REVERSIBLE': 'YES'}
+        options: dict[str, Any] = {
+            'driver': 'JP2OpenJPEG',
+            'QUALITY': 100,
+            'REVERSIBLE': 'YES',
+        }
         path = write(tmp_path / 'b' / 'L2A.jp2', values, **options)
     else:
         path = tmp_path / 'b' / 'L2A.vrt'
         path.parent.mkdir()
         with rasterio.open(plain) as source:
             rasterio.shutil.copy(source, path, driver='VRT')
-    images = [
+    first, second = (
         scenes(p, all_bands=['B2', 'B3']).read_middle(
             scenes(p, all_bands=['B2', 'B3']).kinds[0][1]
         )
         for p in (plain, path)
-    ]
-    np.testing.assert_array_equal(*images)
+    )
+    np.testing.assert_array_equal(first, second)

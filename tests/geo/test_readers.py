@@ -18,6 +18,7 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.warp import reproject
 
 from torchgeo_softcon.datasets import ESAWorldCover, ImageMaskFolder, WorldCoverScenes
+from torchgeo_softcon.datasets.scaling import ValueRange
 from torchgeo_softcon.labels import label_archive
 from torchgeo_softcon.landcover.products import WORLDCOVER_CODES
 from torchgeo_softcon.ssl4eo.tiffs import TiffArchive
@@ -112,7 +113,7 @@ def test_patches_are_read_as_scenes(tmp_path: Path, case: str) -> None:
     write(mask, np.full((1, 32, 32), 30, np.uint8))
     with rasterio.open(image) as source:
         floats = source.dtypes[0].startswith('float') and 'radar' not in case
-    value_range = 'softcon' if floats else None
+    value_range: ValueRange = 'softcon' if floats else None
     expected = scenes(tmp_path / 'images', value_range=value_range)
     dataset = ImageMaskFolder(
         tmp_path, value_range=value_range, transforms=lambda sample: sample
@@ -153,8 +154,8 @@ class TestPatches:
         write(tmp_path / 'images' / 'b.tif', values[::-1], ('B4', 'B3', 'B2'))
         for name in ('a', 'b'):
             write(tmp_path / 'masks' / f'{name}.tif', numbers(1, 30))
-        for options in ({}, {'bands': ('B4', 'B2')}):
-            dataset = ImageMaskFolder(tmp_path, **options)
+        for bands in (None, ('B4', 'B2')):
+            dataset = ImageMaskFolder(tmp_path, bands=bands)
             assert dataset[0]['image'].equal(dataset[1]['image'])
         assert dataset[0]['image'].shape[0] == 2
         # Positions are those of the file, whatever it calls them

@@ -88,7 +88,7 @@ class TestFile:
         out = tmp_path / 'labels.parquet'
         labelled = run(images=images / '**' / '*.tif', worldcover=tiles, out=out)
         assert (labelled.rows, labelled.new, labelled.failures) == (12, 12, {})
-        table = geopandas.read_parquet(out)
+        table = geopandas.read_parquet(out).sort_values('id')
         paths = sorted(images.rglob('*.tif'))
         assert table.id.tolist() == [f'{p.parent.name}/{p.name}' for p in paths]
         for path, (_, row) in zip(paths, table.iterrows(), strict=True):
@@ -575,7 +575,7 @@ class TestBadInput:
         command += ['--footprints', str(table), '--worldcover', str(tiles)]
         command += ['--out', str(out), '--workers', '2']
         process = subprocess.Popen(command, start_new_session=True)
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
         assert len(list(tmp_path.glob('a.parquet.parts/counts-*.parquet'))) == 1
         assert capfd.readouterr().err == 'interrupted, start again to go on\n'
         assert not out.exists()
@@ -676,9 +676,7 @@ class TestBadInput:
         run(**options)
         for name in ('0/00.tif', '0/03.tif', '1/01.tif', '2/02.tif'):
             (images / name).unlink()
-        match = (
-            'has 4 ids that the archive has not, such as 0/00.tif, 0/03.tif, 1/01.tif'
-        )
+        match = 'has 4 ids that the archive has not, such as 0/00.tif, '
         with pytest.raises(ValueError, match=match):
             run(**options)
 

@@ -240,7 +240,7 @@ class TestToy:
         assert main([*command, *(f'--data.{k}={v}' for k, v in data.items())]) == 0
         text = (tmp_path / 'out' / 'report.html').read_text()
         assert 'Toy cover under the images' in text
-        assert (tmp_path / 'out' / 'classes.png').exists()
+        assert (tmp_path / 'out' / 'classes.webp').exists()
 
 
 class TestProduct:

@@ -204,7 +204,7 @@ class TestNormalization:
         self, weights_folder: WeightsFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         weights_folder.use(monkeypatch)
-        imagenet = (0.485, 0.456, 0.406)
+        imagenet: tuple[float, ...] = (0.485, 0.456, 0.406)
         for weights, expected in (
             ('ResNet50_Weights.SENTINEL2_RGB_DINOMC', imagenet),
             (str(weights_folder.root / 'dinomc_resnet50.pth'), imagenet),

@@ -200,9 +200,10 @@ class TestLayerDecay:
         self, start: Callable[[int], str], tmp_path: Path
     ) -> None:
         task = make_task(model='test_resnet', weights=start(3), layer_decay=0.5)
+        layer: Any = input_layer(task.model)[1]
         factors = [
             task.lr_scales()[parameter]
-            for parameter in (input_layer(task.model)[1].weight, task.model.bn1.weight)
+            for parameter in (layer.weight, task.model.bn1.weight)
         ]
         assert factors[0] == 1 > factors[1]
 

@@ -59,10 +59,11 @@ class _ShortSummary(ModelSummary):
     """Tells the size of the encoder and of all that is trained, in one line."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sizes = [
-            sum(p.numel() for p in module.parameters() if p.requires_grad or every)
-            for module, every in ((pl_module.model, True), (pl_module, False))
-        ]
+        model: Any = pl_module.model
+        sizes = (
+            sum(p.numel() for p in model.parameters()),
+            sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+        )
         rank_zero_info(
             f'{getattr(pl_module, "method", type(pl_module).__name__)}: '
             f'{pl_module.hparams["model"]} with {sizes[0] / 1e6:.1f} M parameters, '
@@ -87,7 +88,7 @@ class _ProgressLines(ProgressBar):
         self._start = trainer.global_step, time.monotonic()
         total = trainer.estimated_stepping_batches
         self._total = int(total) if total != float('inf') else 0
-        every = max(trainer.log_every_n_steps, self._total // _LINES, 1)
+        every = max(_log_interval(trainer), self._total // _LINES, 1)
         self._every, self._printed = every, trainer.global_step
         self._images = 0
 
@@ -141,8 +142,9 @@ class Terminal(Callback):
         if not self._active:
             return
         silence_adverts()
+        run: Any = trainer
         callbacks: list[Any] = []
-        for callback in trainer.callbacks:
+        for callback in run.callbacks:
             ours: Callback = callback
             if isinstance(callback, ModelSummary) and callback._max_depth == 1:
                 ours = _ShortSummary()
@@ -151,7 +153,6 @@ class Terminal(Callback):
             if ours is not callback:
                 ours.setup(trainer, pl_module, stage)
             callbacks.append(ours)
-        run: Any = trainer
         run.callbacks = callbacks
 
     def note(self, values: Mapping[str, Any]) -> None:
@@ -170,7 +171,7 @@ class Terminal(Callback):
     ) -> None:
         """Take note of what was logged of a step."""
         # Only where loggers read them, too, as that waits for the device
-        if self._active and trainer.global_step % trainer.log_every_n_steps == 0:
+        if self._active and trainer.global_step % _log_interval(trainer) == 0:
             self.note(trainer.logged_metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,6 +183,12 @@ class Terminal(Callback):
         if trainer.log_dir is not None:
             run = shlex.quote(str(trainer.log_dir))
             rank_zero_info(f'See it with:\n  torchgeo-softcon report {run}')
+
+
+def _log_interval(trainer: Any) -> int:
+    """Return the steps between what loggers read, which the type of a trainer lacks."""
+    steps: int = trainer.log_every_n_steps
+    return steps
 
 
 def _bars() -> tuple[type, ...]:

@@ -64,7 +64,8 @@ class EncoderWatch(Callback):
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write to all loggers, whatever log_every_n_steps is."""
     epoch = trainer.current_epoch
-    for callback in trainer.callbacks:
+    run: Any = trainer
+    for callback in run.callbacks:
         if isinstance(callback, Terminal):
             callback.note(values)
     for logger in trainer.loggers:

@@ -268,7 +268,11 @@ def measure(args: Sequence[str], steps: int) -> Speed:
             'default_root_dir': folder,  # where the host writes its configuration
             'logger': logger,
         }
-        options = [f'--trainer.{k}={json.dumps(v)}' for k, v in overrides.items()]
+        # Text as it is: a quoted word is another word to newer parsers
+        options = [
+            f'--trainer.{name}={value if isinstance(value, str) else json.dumps(value)}'
+            for name, value in overrides.items()
+        ]
         try:
             host_main(['fit', *args, *options, '--ckpt_path', 'null'])
         except _Measured as measured:

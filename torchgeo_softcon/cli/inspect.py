@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,16 +184,22 @@ def _open_scenes(
     """Open georeferenced images as training does, but for damaged ones."""
     from torch import nn
 
+    from ..datasets.packed_scenes import PackedCover, is_packed
     from ..datasets.scenes import WorldCoverScenes
     from ..geo.discovery import find_rasters
 
     left_out: dict[str, str] = {}
+    worldcover = options.pop('worldcover', None)
+    if len(paths) == 1 and is_packed(paths[0]):
+        if worldcover is None:
+            with suppress(FileNotFoundError):  # packed without land cover
+                worldcover = PackedCover(paths[0])
+        paths = [str(Path(paths[0], 'images'))]
     if damaged:
         paths = [f for f in find_rasters(paths, left_out) if f not in damaged]
         if not paths:
             return None
     size = options.pop('patch_size', None)
-    worldcover = options.pop('worldcover', None)
     dataset = WorldCoverScenes(
         paths,
         worldcover,
@@ -346,13 +352,17 @@ def _cover(dataset: 'WorldCoverScenes', scene: 'Scene') -> str:
     """Write the share of each class of land cover below a scene."""
     from affine import Affine
 
-    assert dataset.worldcover is not None
+    from ..datasets.packed_scenes import PackedCover
+
+    cover = dataset.worldcover
+    assert cover is not None
     grid = scene.grid
     height, width = (min(n, _COVER_SIDE) for n in (grid.height, grid.width))
-    a, b, c, d, e, f = grid.transform[:6]
-    wide, high = grid.width / width, grid.height / height
-    transform = Affine(a * wide, b * high, c, d * wide, e * high, f)
-    mask = dataset.worldcover.read_window(grid.crs, transform, height, width)
+    if isinstance(cover, PackedCover):
+        mask = cover.read_thinned(cover.find(grid, scene.name), height, width)
+    else:
+        scale = Affine.scale(grid.width / width, grid.height / height)
+        mask = cover.read_window(grid.crs, grid.transform * scale, height, width)
     codes, counts = mask.unique(return_counts=True)
     names = {dataset.product.fill: 'no data', **dataset.product.names}
     shares = sorted(

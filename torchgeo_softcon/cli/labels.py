@@ -122,8 +122,8 @@ def parser() -> CommandParser:
     group.add_argument(
         '--scheduler',
         metavar='ADDRESS',
-        help='of Dask, like tcp://10.0.0.1:8786, instead of processes here. Its workers '
-        'need this package and the same paths',
+        help='of Dask, like tcp://10.0.0.1:8786, whose workers have this package and the '
+        'same paths',
     )
     group.add_argument(
         '--quiet',

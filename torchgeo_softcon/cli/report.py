@@ -107,8 +107,9 @@ def main(args: Sequence[str]) -> int:
         for name, log in logs.items()
     }
     findings = findings or {source: judged}
-    for log in logs.values() if width else ():
-        add_even_spread(log, width)
+    if width:
+        for log in logs.values():
+            add_even_spread(log, width)
     out = Path(options.out or (run or Path()) / 'report')
     page = write_page(
         out,

@@ -4,6 +4,7 @@
 """Datamodule for image patches with masks."""
 
 import functools
+import os
 from typing import Any
 
 from .._checks import check_types
@@ -26,7 +27,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
 
     def __init__(
         self,
-        root: str | None = None,
+        root: str | os.PathLike[str] | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
         target: Target = 'label',
@@ -34,7 +35,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
         fractions: bool = False,
         val_fraction: float = 0.0,
         seed: int = 0,
-        val_root: str | None = None,
+        val_root: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Initialize a new ImageMaskFolderDataModule instance.

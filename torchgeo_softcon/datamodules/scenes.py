@@ -3,14 +3,14 @@
 
 """Datamodule for georeferenced images and WorldCover tiles."""
 
+import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from .._checks import check_types
 from ..datasets.packed_scenes import PackedCover, is_packed
 from ..datasets.scene_grid import SceneGrid
-from ..datasets.scenes import WorldCoverScenes
+from ..datasets.scenes import Paths, WorldCoverScenes
 from ..geo.grid import overlapping
 from ..landcover import LandCoverProduct
 from .base import DrawDataModule, Target, target_transform
@@ -36,8 +36,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
 
     def __init__(
         self,
-        images: str | Sequence[str] | None = None,
-        worldcover: str | Sequence[str] | None = None,
+        images: Paths | None = None,
+        worldcover: Paths | None = None,
         batch_size: int = 64,
         length: int | None = None,
         num_workers: int | None = None,
@@ -47,7 +47,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         val_fraction: float = 0.0,
         seed: int = 0,
         product: str | LandCoverProduct = 'worldcover',
-        root: str | None = None,
+        root: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Initialize a new WorldCoverScenesDataModule instance.

@@ -3,6 +3,7 @@
 
 """Datamodule for SSL4EO-S12 with land-cover labels."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class SSL4EOS12MLDataModule(DrawDataModule):
 
     def __init__(
         self,
-        root: str = 'data',
+        root: str | os.PathLike[str] = 'data',
         split: Split | Sequence[Split] = 's2c',
         batch_size: int = 64,
         num_workers: int | None = None,

@@ -5,6 +5,7 @@
 
 import inspect
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,7 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
 
     def __init__(
         self,
-        root: str | None = None,
+        root: str | os.PathLike[str] | None = None,
         places: int = 1,
         size: int = 256,
         dates: int = 4,

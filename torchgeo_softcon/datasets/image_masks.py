@@ -213,8 +213,8 @@ class ImageMaskFolder(DivisibleImages):
         self.image_bands = scenes[0].layers[0].indexes
         hint_at_offset(numbers.untold)
         scenes = with_level(scenes, level)
-        masks = [mask for _, mask in described.values()]
-        patches = list(map(Patch, scenes, masks, range(len(scenes))))
+        kept = [mask for _, mask in described.values()]
+        patches = list(map(Patch, scenes, kept, range(len(scenes))))
         self._check_sizes(patches)
         self._ranges = scene_ranges(scenes, value_range)
         self.level = scene_level(scenes[0])
@@ -237,7 +237,7 @@ class ImageMaskFolder(DivisibleImages):
             dtypes = {x.dtype for x in layers} if as_stored else {'float32'}
             self._cache = ImageCache(
                 cache,
-                [*(patch.image for patch in patches), *dict.fromkeys(masks)],
+                [*(patch.image for patch in patches), *dict.fromkeys(kept)],
                 [
                     mask_band,
                     *(
@@ -408,7 +408,7 @@ class ImageMaskFolder(DivisibleImages):
     def _decode(self, patch: Patch, window: _Window, masked: bool = True) -> Decoded:
         """Read an image, NaN without data, and, if *masked*, its mask from files."""
         image = self._reader.read(patch.scene, *window)
-        empty = ~np.isfinite(image).any(0)
+        empty = ~np.any(np.isfinite(image), 0)
         return Decoded(image, empty, self._mask(patch, window) if masked else empty)
 
     def _mask(self, patch: Patch, window: _Window) -> npt.NDArray[Any]:

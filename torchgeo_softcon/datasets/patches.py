@@ -138,14 +138,13 @@ def choose_bands(
             )
         else:
             file = file._replace(names=bands)
-        scenes.append(scene_from_file(file, wanted, numbers))
-        if scenes[-1].count != scenes[0].count:
+        count = len(file.layer.indexes) if wanted is None else len(wanted)
+        if scenes and count != scenes[0].count:
             raise ValueError(
                 f'{file.layer.path} must have {scenes[0].count} bands as '
-                f'{files[0].layer.path}, got {scenes[-1].count}'
+                f'{files[0].layer.path}, got {count}'
             )
-    if bands is not None and len(bands) != scenes[0].count:
-        raise ValueError(
-            f'bands must name the {scenes[0].count} image_bands, got {bands}'
-        )
+        if bands is not None and len(bands) != count:
+            raise ValueError(f'bands must name the {count} image_bands, got {bands}')
+        scenes.append(scene_from_file(file, wanted, numbers))
     return scenes

@@ -7,7 +7,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -249,7 +249,8 @@ class WorldCoverScenes(DrawnImages):
                 self._maps = choose_maps(self.places, maps)
                 worldcover = next(iter(maps.values()))
             else:
-                worldcover = ESAWorldCover(worldcover, year=year, product=self.product)
+                known = cast(int | None, year)
+                worldcover = ESAWorldCover(worldcover, year=known, product=self.product)
         self.worldcover = worldcover
         if not (allow_unlabelled or self._covers):
             self._check_tiles()

@@ -83,7 +83,7 @@ def embed_dense(
     model = encoder.model.to(device)
     side = size or encoder.size or 224
     patch = _cell_size(model, encoder.in_channels, device)
-    scenes = {}
+    scenes: dict[str, tuple[Scene, Path]] = {}
     for scene in (scene for place in grid.scenes.places for scene in place.scenes):
         name = Path(scene.name).stem
         # Scenes of different folders may have the same name

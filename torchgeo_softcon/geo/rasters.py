@@ -64,7 +64,9 @@ class Layer:
         """Return some of the bands."""
         names = ('indexes', 'nodata', 'scale', 'offset', 'palette')
         values = {name: getattr(self, name) for name in names}
-        chosen = {k: tuple(v[p] for p in positions) for k, v in values.items() if v}
+        chosen: dict[str, Any] = {
+            k: tuple(v[p] for p in positions) for k, v in values.items() if v
+        }
         return replace(self, **chosen)
 
 
@@ -262,7 +264,8 @@ def describe_layer(
     if alpha == skip or alpha in (indexes or ()) or bands == source.count:
         alpha = None
     chosen = tuple(indexes or (i for i in source.indexes if i not in (alpha, skip)))
-    dtype, palette = str(source.dtypes[0]), ()
+    dtype = str(source.dtypes[0])
+    palette: tuple[int, ...] = ()
     colors = [source.colorinterp[i - 1] for i in chosen]
     if colors == [ColorInterp.palette] and indexes is None and bands != 1:
         chosen, palette, dtype = chosen * 3, (0, 1, 2), 'uint8'

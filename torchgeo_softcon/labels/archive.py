@@ -290,11 +290,11 @@ class _Run:
                 f'workers gave no result for {len(unknown)} patches, such as '
                 f'{", ".join(unknown[:3])}. What is done is kept: start again to go on'
             )
-        rows = self.store.write(self.source.ids, footprints, self.failures, tiles)
+        total = self.store.write(self.source.ids, footprints, self.failures, tiles)
         valid = pq.read_table(self.store.path, columns=['valid'])['valid'].to_numpy()
         partial = int(((valid > 0) & (valid < 1)).sum())
         return Labelled(
-            self.store.path, rows, new, self.failures, self.decoded, partial
+            self.store.path, total, new, self.failures, self.decoded, partial
         )
 
     def _cover(self, year: int | None, boxes: Floats) -> Cover:

@@ -77,8 +77,11 @@ def map_year(path: str, product: LandCoverProduct) -> int | None:
 def _find_year(text: str, product: LandCoverProduct) -> int | None:
     """Return the year of a product that a text has, or whose version it has."""
     words = {*re.split(r'[^a-z0-9.]+', text.lower())}
-    versions = product.years.items()
-    found = {year for year, name in versions if words & {str(year), name.lower()}}
+    found = {
+        year
+        for year in product.years
+        if words & {str(year), product.version(year).lower()}
+    }
     return found.pop() if len(found) == 1 else None
 
 

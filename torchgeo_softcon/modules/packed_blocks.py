@@ -103,7 +103,7 @@ def can_use_varlen(vit: Vit, device: torch.device) -> bool:
     """
     if varlen_attn is None or device.type != 'cuda' or torch.version.hip is not None:
         return False
-    widths = {cast(AnyBlock, block).attn.head_dim for block in vit.blocks}
+    widths = {block.attn.head_dim for block in cast(Any, vit.blocks)}
     return torch.cuda.get_device_capability(device) >= (8, 0) and all(
         width % 8 == 0 and width <= 256 for width in widths
     )
@@ -168,9 +168,11 @@ def _project(
         layers = ((attn.q_proj, seen), (attn.k_proj, x), (attn.v_proj, x))
         q, k, v = (layer(y).unflatten(1, (-1, attn.head_dim)) for layer, y in layers)
         return attn.q_norm(q), attn.k_norm(k), v
-    weight, bias = attn.qkv.weight, attn.qkv.bias
+    weight: Tensor = attn.qkv.weight
+    bias: Tensor | None = attn.qkv.bias
     if isinstance(attn, EvaAttention) and attn.q_bias is not None:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        biases_of_all = attn.q_bias, attn.k_bias, attn.v_bias
+        bias = torch.cat(cast(tuple[Tensor, ...], biases_of_all))
     heads = (attn.num_heads, attn.head_dim)
     if first is None:
         # Unbound where it lies: to put the gradients together needs no second copy
@@ -205,7 +207,7 @@ def _attention(
     """Multi-head attention of tokens (T, F), or of the class tokens (N, F) to them."""
     q, k, v = _project(attn, x, layout.first if class_only else None)
     if rotations is not None:
-        half = attn.rotate_half
+        half = cast(bool, attn.rotate_half)
         k = _rotate(k, rotations, layout, half).to(v.dtype)
         if not class_only:  # which have no position
             q = _rotate(q, rotations, layout, half)

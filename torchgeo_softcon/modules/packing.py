@@ -58,7 +58,7 @@ def can_pack(encoder: nn.Module) -> bool:
             and (block.attn.qkv is None or type(block.attn.qkv) is nn.Linear)
             and getattr(block.attn, 'gate', None) is None
             and block.attn.attn_drop.p == 0
-            for block in encoder.blocks
+            for block in cast(Any, encoder.blocks)
         )
     )
 
@@ -226,7 +226,7 @@ def encode_tokens(vit: Vit, tokens: Tensor, rotation: Tensor | None = None) -> T
         ropes = rotation[..., vit.num_prefix_tokens :, :, :].transpose(-3, -2).unbind()
     for i, block in enumerate(vit.blocks):
         rope = ropes[i % len(ropes)]
-        options = {} if rope is None else {'rope': rope}
+        options: dict[str, Any] = {} if rope is None else {'rope': rope}
         if vit.grad_checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(block, tokens, use_reentrant=False, **options)
         else:

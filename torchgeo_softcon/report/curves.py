@@ -229,7 +229,7 @@ def _panel(
         y = bottom - (bottom - top) * (value - low) / (high - low)
         return round(float(x), 1), round(float(y), 1)
 
-    lines = []
+    lines: list[Line] = []
     for metric, label, values in curves:
         shown = values[np.isfinite(values)]
         shown = shown.iloc[:: max(1, len(shown) // _POINTS)]

@@ -42,7 +42,7 @@ def lulc_labels(root: str | os.PathLike[str], archive: Archive) -> SeasonLabels:
     check_aligned([archive, layer])
     counts = layer.count_codes('bands')
     product = find_product('esri')
-    there = counts.any(0)
+    there = np.any(counts, 0)
     # Of Esri's own codes, 3 and 6 are not in use any more
     renumbered = bool(there[[3, 6]].any())
     if renumbered:

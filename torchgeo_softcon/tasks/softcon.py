@@ -345,7 +345,7 @@ class SoftConTask(LabelGuidedTask):
             if self.hparams['symmetric']:
                 reverse = self.compare_views(views[::-1], labels[::-1])[0]
                 terms = (terms + reverse) / 2
-        weight = self.weigh_soft(*terms, features)
+        weight = self.weigh_soft(terms[0], terms[1], features)
         loss = terms[0] + weight * terms[1]
         self.watch_step(loss, batch)
 
