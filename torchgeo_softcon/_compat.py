@@ -42,6 +42,7 @@ _LAZY = {
     'MisconfigurationException': 'torchgeo.datamodules.utils',
     'NonGeoDataModule': 'torchgeo.datamodules',
     'NonGeoDataset': 'torchgeo.datasets',
+    'RGBBandsMissingError': 'torchgeo.datasets',
     'RasterDataset': 'torchgeo.datasets',
     'get_weight': 'torchgeo.models',
 }
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         DatasetNotFoundError,
         NonGeoDataset,
         RasterDataset,
+        RGBBandsMissingError,
     )
     from torchgeo.models import get_weight
     from torchgeo.trainers import BaseTask, ClassificationTask

@@ -117,7 +117,9 @@ def test_everything_together(make: Any, tmp_path: Path) -> None:
         assert rank['steps'] == expected['steps'] == 2
     # Of every second image
     losses = (ranks[0]['losses'] + ranks[1]['losses']) / 2
-    torch.testing.assert_close(losses, expected['losses'], rtol=0.01, atol=0)
+    torch.testing.assert_close(
+        losses, expected['losses'], rtol=0.02, atol=0
+    )  # bfloat16
     for name, value in ranks[0]['state'].items():
         assert torch.equal(value, ranks[1]['state'][name]), name
     start = make_small(make).state_dict()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .._checks import check_choice, check_types
-from .._compat import BigEarthNetV2, NonGeoDataModule, Sample
+from .._compat import BigEarthNetV2, NonGeoDataModule, RGBBandsMissingError, Sample
 from ..transforms.unit_range import ToUnitRange
 from .normalization import BAND_SETS
 
@@ -52,6 +52,10 @@ class BigEarthNetV2DataModule(NonGeoDataModule):
         self._unit_range = ToUnitRange.of(BAND_SETS[bands], 'L2A')
         # After the options were saved, which others read
         self.kwargs['transforms'] = self._scale
+
+    def plot(self, *args: Any, **kwargs: Any) -> Any:
+        """Make no picture: TorchGeo's shows the map of the dataset, which is left out."""
+        raise RGBBandsMissingError
 
     def _scale(self, sample: Sample) -> Sample:
         """Scale the image of a sample, and leave out its map."""

@@ -169,10 +169,14 @@ def feature_size(
     except (AssertionError, RuntimeError, ValueError) as error:
         cfg = cast(Any, encoder).pretrained_cfg
         name, native = cfg['architecture'], cfg['input_size'][-1]
+        reason = (
+            f'timm builds it for {native}, and other sizes do not fit its layers. Make all '
+            f'sizes {native}, or choose a model for any size, such as {nearest_vit(name)}'
+        )
+        if isinstance(error, ValueError):  # ours, which says what is wrong
+            reason = f'{error}. Change the sizes'
         raise ValueError(
-            f'model {name} does not take images of {size} x {size} pixels: timm builds it '
-            f'for {native}, and other sizes do not fit its layers. Make all sizes {native}, '
-            f'or choose a model for any size, such as {nearest_vit(name)}'
+            f'model {name} does not take images of {size} x {size} pixels: {reason}'
         ) from error
     finally:
         encoder.train(training)
