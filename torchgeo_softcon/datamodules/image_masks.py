@@ -78,7 +78,9 @@ class ImageMaskFolderDataModule(DrawDataModule):
         """Find the images."""
         return self._open(self._root, **self._options)
 
-    def _open(self, root: str | os.PathLike[str] | None, **options: Any) -> ImageMaskFolder:
+    def _open(
+        self, root: str | os.PathLike[str] | None, **options: Any
+    ) -> ImageMaskFolder:
         """Find the images in a folder."""
         return ImageMaskFolder(
             root=root, transforms=self._target, seed=self.seed, **options

@@ -43,7 +43,8 @@ from .scene_stack import (
 from .worldcover import ESAWorldCover, open_years
 
 #: One or more folders or files.
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# On the command line, the first type that fits is taken: a list is no path
+Paths = str | Sequence[str | os.PathLike[str]] | os.PathLike[str]
 
 #: Windows to try before one with too little data is taken after all. If half of a raster
 #: is empty, one window in a thousand gets here, and all of an empty one. Most of their
