@@ -1,6 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tests.tasks.helpers import Scenes, make_loader, make_task, make_trainer
 from torchgeo_softcon import plugin
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
-from torchgeo_softcon.callbacks.terminal import _is_for_users
+from torchgeo_softcon.callbacks.terminal import _is_for_users, silence_adverts
 
 
 @pytest.fixture
@@ -100,8 +101,18 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_other_messages_pass() -> None:
-    import logging
-
     for text, shown in (('GPU available: True', True), ('💡 Tip: For seamless', False)):
         record = logging.LogRecord('x', logging.INFO, 'x', 0, text, (), None)
         assert _is_for_users(record) is shown
+
+
+@pytest.mark.parametrize('package', ['lightning.pytorch', 'pytorch_lightning'])
+def test_adverts_of_both_packages(
+    package: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    silence_adverts()
+    with caplog.at_level('INFO'):
+        logger = logging.getLogger(f'{package}.utilities.rank_zero')
+        logger.info('TPU available: False, using: 0 TPU cores')
+        logger.info('step 1')
+    assert caplog.messages == ['step 1']

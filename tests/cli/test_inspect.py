@@ -1,10 +1,12 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning.fabric.utilities.rank_zero import rank_zero_module
 from PIL import Image
 
 from tests.datamodules.helpers import make_two_zones
@@ -90,9 +92,18 @@ def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert 'cannot open' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('package', ['lightning.pytorch', 'pytorch_lightning'])
 def test_notes_of_the_dataset(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    package: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Whichever was imported last
+    caplog.set_level('INFO', package)
+    logger = logging.getLogger(f'{package}.utilities.rank_zero')
+    monkeypatch.setattr(rank_zero_module, 'log', logger)
     path = write(tmp_path / 'a.tif', np.full((13, 8, 8), 60000, np.uint16))
     assert main(['inspect', str(path)]) == 0
     out, err = capsys.readouterr()

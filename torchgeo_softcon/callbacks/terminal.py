@@ -33,10 +33,12 @@ _WARNINGS = (
     '.*`isinstance\\(treespec, LeafSpec\\)` is deprecated',
 )
 
-#: Loggers of Lightning that print advertisements.
+#: Loggers of Lightning that print advertisements, under both names of its package.
 _LOGGERS = (
     'lightning.fabric.utilities.registry',
     'lightning.pytorch.utilities.rank_zero',
+    'lightning_fabric.utilities.registry',
+    'pytorch_lightning.utilities.rank_zero',
 )
 
 #: Lines about the progress of a run without a terminal, at most.

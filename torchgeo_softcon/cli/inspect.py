@@ -126,18 +126,22 @@ def main(args: Sequence[str]) -> int:
 @contextmanager
 def _collect_notes() -> Iterator[list[str]]:
     """Collect what is logged and warned of, which a training would print."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_module
+
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger('lightning.pytorch')
-    handlers, logger.handlers = logger.handlers, [handler]
+    # Which of Lightning's loggers it is depends on which of its packages was imported last
+    logger = rank_zero_module.log
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always', UserWarning)
             yield notes
         notes += [str(w.message) for w in caught if w.category is UserWarning]
     finally:
-        logger.handlers = handlers
+        logger.handlers, logger.propagate = before
 
 
 def _check(paths: Sequence[str]) -> dict[str, str]:

@@ -229,7 +229,8 @@ def _pearson(
     a, b = mean(first, second).detach()
     x, y = first - a, second - b
     both, square, other = mean(x * y, x.square(), y.square())
-    return both / (square * other).clamp_min(torch.finfo(first.dtype).eps ** 2).sqrt()
+    # Far above rounding, far below what varies
+    return both / (square * other).clamp_min(torch.finfo(first.dtype).eps).sqrt()
 
 
 def _ranks(values: Tensor, counted: Tensor) -> Tensor:
@@ -370,8 +371,9 @@ class SoftLabelLoss(nn.Module):
             terms = self._terms(cosine, target, known, own)
             # Contrast alone makes an image similar to itself
             counted = known & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
-            # Equal labels are equal, whatever rounding says
-            ranks = [_ranks(x, counted) for x in (cosine, target.round(decimals=4))]
+            # What is equal is equal, whatever the rounding of a processor says
+            equal = cosine.round(decimals=5), target.round(decimals=4)
+            ranks = [_ranks(x, counted) for x in equal]
             correlation = _pearson(ranks[0], ranks[1], counted)
         reach = terms.chance - terms.floor
         explained = ((terms.chance - terms.loss) / reach).where(reach > 1e-6, 0)
