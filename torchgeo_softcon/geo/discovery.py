@@ -135,8 +135,7 @@ def find_scenes(
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
     files = [*files]
-    read = _open_file if damaged is None else _open_unless_damaged
-    each = open_each(read, files, named, nodata)
+    each = open_each(_open_file, files, named, nodata, damaged is not None)
     opened = [file for file in each if file is not None]
     if damaged is not None:
         damaged += [path for path, file in zip(files, each, strict=True) if not file]
@@ -253,32 +252,27 @@ def _find_band(path: str) -> tuple[str, str | None, bool]:
 
 
 def _open_file(
-    path: str, all_bands: tuple[str, ...] | None, nodata: float | None
-) -> OpenedFile:
-    """Read what is known of a file: its bands, their names, why these are guessed."""
-    with open_raster(path) as source:
-        check_place(source)
-        grid = Grid.of(source)
-        file = describe_file(source, grid, all_bands, nodata)
-        # The last pixel of the last band is where a truncated file usually ends
-        corner = Window(grid.width - 1, grid.height - 1, 1, 1)
-        read_raster(source, [source.count], corner)
+    path: str, all_bands: tuple[str, ...] | None, nodata: float | None, skip: bool
+) -> OpenedFile | None:
+    """Read what is known of a file, None if it is damaged and such are to be skipped."""
+    try:
+        with open_raster(path) as source:
+            check_place(source)
+            grid = Grid.of(source)
+            file = describe_file(source, grid, all_bands, nodata)
+            # The last pixel of the last band is where a truncated file usually ends
+            corner = Window(grid.width - 1, grid.height - 1, 1, 1)
+            read_raster(source, [source.count], corner)
+    except DamagedFileError:
+        if skip:
+            return None
+        raise
     if all_bands is not None and len(all_bands) != len(file.layer.indexes) > 1:
         raise ValueError(
             f'all_bands must name the {len(file.layer.indexes)} bands of {path}, got '
             f'{len(all_bands)}: {", ".join(all_bands)}'
         )
     return file
-
-
-def _open_unless_damaged(
-    path: str, all_bands: tuple[str, ...] | None, nodata: float | None
-) -> OpenedFile | None:
-    """Read what is known of a file, None if it is damaged."""
-    try:
-        return _open_file(path, all_bands, nodata)
-    except DamagedFileError:
-        return None
 
 
 def describe_file(
