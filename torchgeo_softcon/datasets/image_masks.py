@@ -206,7 +206,7 @@ class ImageMaskFolder(DivisibleImages):
                 f'{next(iter(damaged.values()))}'
             )
         opened = [file for file, _ in described.values()]
-        numbers = Numbers.of(opened, offset, value_range in (None, 'softcon'))
+        numbers = Numbers(opened, offset, value_range in (None, 'softcon'))
         given = None if bands is None else normalize_band_names(bands)
         scenes = choose_bands(opened, given, image_bands is None, numbers)
         self.bands = scenes[0].bands

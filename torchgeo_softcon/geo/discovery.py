@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from ..bands import (
@@ -32,7 +33,7 @@ from .rasters import (
     Layer,
     Scene,
     check_place,
-    describe_layer,
+    find_alpha,
     open_raster,
     read_raster,
 )
@@ -91,12 +92,13 @@ def find_rasters(
 
     Those that are left out are noted in *left_out*, with the reason.
     """
+    left_out = {} if left_out is None else left_out
     named = path_list(paths)
     files: dict[str, None] = {}
     for path in named:
         for file in find_files(path, RASTERS, 'images'):
             if file != path and _NOT_A_BAND.search(PurePath(file).stem):
-                _note(left_out, file, 'by its name, not a band')
+                left_out[file] = 'by its name, not a band'
             else:
                 files[file] = None
     if not files:
@@ -105,12 +107,6 @@ def find_rasters(
             f'{", ".join(named) or "an empty list"}'
         )
     return list(files)
-
-
-def _note(left_out: dict[str, str] | None, path: str, reason: str) -> None:
-    """Note why a file is left out, if someone wants to know."""
-    if left_out is not None:
-        left_out[path] = reason
 
 
 def find_scenes(
@@ -134,36 +130,36 @@ def find_scenes(
     if named is not None and len(set(named)) != len(named):
         raise ValueError(f'all_bands must be unique, got {tuple(all_bands or ())}')
     wanted = None if bands is None else normalize_band_names(bands, named or ())
+    left_out = {} if left_out is None else left_out
     files = [*files]
     each = open_each(_open_file, files, named, nodata, damaged is not None)
     opened = [file for file in each if file is not None]
+    gone = [path for path, file in zip(files, each, strict=True) if file is None]
     if damaged is not None:
-        damaged += [path for path, file in zip(files, each, strict=True) if not file]
-    numbers = Numbers.of(opened, offset, to_digital)
+        damaged += gone
+    numbers = Numbers(opened, offset, to_digital)
     whole, single = _group(opened, left_out)
-    for path in damaged or ():
+    for path in gone:
         single.pop(_find_band(path)[0], None)
     if not (whole or single):
-        raise OSError(f'all images are damaged, such as {(damaged or [""])[0]}')
+        raise OSError(f'all images are damaged, such as {(gone or [""])[0]}')
     if wanted is not None:
-        # What has none of the bands lies beside a scene, such as a mask of clouds
-        some = [
-            file
+        # Files with none of the bands lie beside a scene, such as a mask of clouds
+        beside = {
+            file.layer.path: f'it has none of {", ".join(wanted)}'
             for file in whole
-            if set(wanted) & set(file.names or ()) or _is_landsat(file.layer.path)
-        ]
-        if some or single:
-            for file in whole:
-                if file not in some:
-                    reason = f'it has none of {", ".join(wanted)}'
-                    _note(left_out, file.layer.path, reason)
-            whole = some
+            if not {*wanted} & {*(file.names or ())}
+            and not _is_landsat(file.layer.path)
+        }
+        if single or len(beside) < len(whole):
+            whole = [file for file in whole if file.layer.path not in beside]
+            left_out |= beside
     scenes = [scene_from_file(file, wanted, numbers) for file in whole]
     for name, group in single.items():
         scenes.append(_from_bands(name, group, wanted, numbers))
         for band, file in group.items():
             if wanted and band not in wanted:
-                _note(left_out, file.layer.path, f'the band {band} is not wanted')
+                left_out[file.layer.path] = f'the band {band} is not wanted'
     _tell(scenes, whole)
     hint_at_offset(numbers.untold)
     first = scenes[0]
@@ -200,7 +196,7 @@ def _tell(scenes: Sequence[Scene], whole: Sequence[OpenedFile]) -> None:
 
 
 def _group(
-    files: Iterable[OpenedFile], left_out: dict[str, str] | None
+    files: Iterable[OpenedFile], left_out: dict[str, str]
 ) -> tuple[list[OpenedFile], dict[str, dict[str, OpenedFile]]]:
     """Tell files of whole scenes from those of single bands, by band for each scene."""
     whole: list[OpenedFile] = []
@@ -215,20 +211,22 @@ def _group(
         known = group.setdefault(band, file)
         if known is not file:
             # Level-2A has the same band at several resolutions, only the finest counts
-            finer = file.layer.grid.pixel_area < known.layer.grid.pixel_area
-            if finer:
-                group[band], file, known = file, known, file
-            reason = f'{known.layer.path} has the same band at least as fine'
-            _note(left_out, file.layer.path, reason)
+            group[band], coarse = sorted((known, file), key=_pixel_area)
+            reason = f'{group[band].layer.path} has the same band at least as fine'
+            left_out[coarse.layer.path] = reason
     for key, group in middles.items():
         # A band in the middle of a name may be the number of a place, too
-        layers = [file.layer for file in group.values()]
-        finest = min((layer.grid for layer in layers), key=lambda grid: grid.pixel_area)
-        if len(group) > 1 and not any(_lies_apart(layer, finest) for layer in layers):
+        finest = min(group.values(), key=_pixel_area).layer.grid
+        apart = any(_lies_apart(file.layer, finest) for file in group.values())
+        if len(group) > 1 and not apart:
             ends[key] = group
         else:
             whole += group.values()
     return whole, ends
+
+
+def _pixel_area(file: OpenedFile) -> float:
+    return file.layer.grid.pixel_area
 
 
 def _find_band(path: str) -> tuple[str, str | None, bool]:
@@ -283,10 +281,19 @@ def describe_file(
     indexes: Sequence[int] | None = None,
     skip: int | None = None,
 ) -> OpenedFile:
-    """Return what an open file of some pixels tells, see :func:`describe_layer`."""
-    count = None if all_bands is None else len(all_bands)
-    layer = describe_layer(source, grid, nodata, indexes, skip, count)
-    path = source.name
+    """Return all that an open raster tells.
+
+    Args:
+        source: The raster.
+        grid: Its pixels.
+        all_bands: Names of its bands. An alpha band among them is one of the image, and
+            one band alone is no colour.
+        nodata: Value without data, None for what the file says.
+        indexes: Bands to take as they are stored, None for all but an alpha band.
+        skip: Band that is no part of the image, such as a mask.
+    """
+    path, count = source.name, None if all_bands is None else len(all_bands)
+    layer = _describe_layer(source, grid, nodata, indexes, skip, count)
     if layer.dtype.startswith('complex'):
         raise ValueError(
             f'{path} has complex numbers: make backscatter of them (SNAP: Calibration, '
@@ -300,13 +307,41 @@ def describe_file(
     real = layer.dtype.startswith('float') or any(s != 1 for s in layer.scale)
     sample = None
     if real or radar or (not sure and len(layer.indexes) == len(SENTINEL2_BANDS)):
-        sample = read_sample(source, layer.indexes, layer.nodata, layer.alpha)
+        sample = read_sample(source, layer)
     guess = ''
     if not sure:
         names, guess = guess_bands(len(layer.indexes), layer.dtype, sample)
     if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
         names = None
     return OpenedFile(layer, names, guess, source.tags(), sample)
+
+
+def _describe_layer(
+    source: Any,
+    grid: Grid,
+    nodata: float | None,
+    indexes: Sequence[int] | None,
+    skip: int | None,
+    count: int | None,
+) -> Layer:
+    """Return the bands of :func:`describe_file`, whose user has named *count* of them."""
+    alpha = find_alpha(source)
+    if alpha == skip or alpha in (indexes or ()) or count == source.count:
+        alpha = None
+    chosen = tuple(indexes or (i for i in source.indexes if i not in (alpha, skip)))
+    dtype = str(source.dtypes[0])
+    palette: tuple[int, ...] = ()
+    colors = [source.colorinterp[i - 1] for i in chosen]
+    if colors == [ColorInterp.palette] and indexes is None and count != 1:
+        chosen, palette, dtype = chosen * 3, (0, 1, 2), 'uint8'
+    empty = source.nodatavals if nodata is None else [nodata] * source.count
+    empty, scales, offsets = (
+        tuple(values[i - 1] for i in chosen)
+        for values in (empty, source.scales, source.offsets)
+    )
+    return Layer(
+        source.name, chosen, grid, empty, dtype, alpha, scales, offsets, palette
+    )
 
 
 def _is_landsat(path: str) -> bool:
@@ -365,23 +400,18 @@ def scene_from_file(
     file: OpenedFile, wanted: tuple[str, ...] | None, numbers: Numbers
 ) -> Scene:
     """Make a scene of one file, of the bands that are wanted."""
-    path, names = file.layer.path, file.names
-    # All of them tell the level, not only those that are wanted
-    level = numbers.products.level(path, file.tags, names or ())
-    if wanted is not None:
-        landsat = names is None and _is_landsat(path)
-        if names is None and not landsat:
-            raise ValueError(
-                f'{path} does not name its {len(file.layer.indexes)} bands: give '
-                'all_bands in file order, or leave bands out to use all of them'
-            )
-        names = names or ()
-        _check_bands(path, wanted, names, landsat)
-        file = file.choose([names.index(band) for band in wanted])
-        names = wanted
-    layer, unit, source = numbers.apply(file, names)
-    year = numbers.products.year(path, file.tags)
-    return Scene(path, names, (layer,), layer.grid, Kind(*level, unit, source), year)
+    path, present = file.layer.path, file.names or ()
+    if wanted is None:
+        return _make_scene(path, [(file, file.names)], present, numbers)
+    landsat = file.names is None and _is_landsat(path)
+    if file.names is None and not landsat:
+        raise ValueError(
+            f'{path} does not name its {len(file.layer.indexes)} bands: give '
+            'all_bands in file order, or leave bands out to use all of them'
+        )
+    _check_bands(path, wanted, present, landsat)
+    chosen = file.choose([present.index(band) for band in wanted])
+    return _make_scene(path, [(chosen, wanted)], present, numbers)
 
 
 def _from_bands(
@@ -398,23 +428,32 @@ def _from_bands(
     landsat = any(_is_landsat(file.layer.path) for file in group.values())
     if wanted is not None:
         _check_bands(name, wanted, present, landsat)
-    names = wanted or tuple(present)
-    layers, units, sources = zip(
-        *(numbers.apply(group[band], None if landsat else (band,)) for band in names),
-        strict=True,
-    )
+    parts = [(group[band], None if landsat else (band,)) for band in wanted or present]
+    return _make_scene(name, parts, present, numbers)
+
+
+def _make_scene(
+    name: str,
+    parts: Sequence[tuple[OpenedFile, tuple[str, ...] | None]],
+    present: Sequence[str],
+    numbers: Numbers,
+) -> Scene:
+    """Make a scene of files and the names of their bands, of those that are *present*."""
+    layers, units, sources = zip(*(numbers.apply(*part) for part in parts), strict=True)
     finest = min((layer.grid for layer in layers), key=lambda grid: grid.pixel_area)
     for layer in layers:
         if message := _lies_apart(layer, finest):
             raise ValueError(f'the bands of {name} must {message}')
-    some = group[names[0]]
-    level = numbers.products.level(some.layer.path, some.tags, present)
+    file, names = parts[0]
+    if names is not None:
+        names = tuple(band for _, of_file in parts for band in of_file or ())
+    # All bands tell the level, not only those that are wanted
+    level = numbers.products.level(file.layer.path, file.tags, present)
     # None if one of them is unknown
     unit = '' if '' in units else ', '.join(dict.fromkeys(units))
     source = ', '.join(dict.fromkeys(filter(None, sources)))
-    kind = Kind(*level, unit, source)
-    year = numbers.products.year(some.layer.path, some.tags)
-    return Scene(name, None if landsat else names, layers, finest, kind, year)
+    year = numbers.products.year(file.layer.path, file.tags)
+    return Scene(name, names, layers, finest, Kind(*level, unit, source), year)
 
 
 def _lies_apart(layer: Layer, finest: Grid) -> str:

@@ -63,31 +63,22 @@ class OpenedFile(NamedTuple):
         )
 
 
-def read_sample(
-    source: Any,
-    indexes: Sequence[int],
-    nodata: Sequence[float | None],
-    alpha: int | None,
-) -> Values:
+def read_sample(source: Any, layer: Layer) -> Values:
     """Read a window of an open raster that has data in half of its pixels, if there is one.
 
     Nine windows are tried, from the middle on.
     """
     side = min(_SAMPLE, source.height), min(_SAMPLE, source.width)
-    best: Values | None = None
-    share = -1.0
+    found: list[tuple[float, Values]] = []
     for row, column in sorted(np.ndindex(3, 3), key=lambda at: at != (1, 1)):
         top = (source.height - side[0]) * (row + 1) // 4
         left = (source.width - side[1]) * (column + 1) // 4
-        values = drop_empty(
-            *read_values(source, indexes, nodata, alpha, Window(left, top, *side[::-1]))
-        )
-        valid = float(np.isfinite(values).mean())
-        if best is None or valid > share:
-            best, share = values, valid
-        if share >= 0.5:
+        window = Window(left, top, *side[::-1])
+        values = drop_empty(*read_values(source, layer, window))
+        found.append((float(np.isfinite(values).mean()), values))
+        if found[-1][0] >= 0.5:
             break
-    assert best is not None
+    _, best = max(found, key=lambda one: one[0])
     # Every nth is enough, and little to keep for a hundred thousand files
     return best[:, :: max(1, side[0] // _KEPT), :: max(1, side[1] // _KEPT)].copy()
 
@@ -160,11 +151,10 @@ def _read_tag(file: BinaryIO, number: int) -> bytes:
 def optical_unit(file: OpenedFile) -> str:
     """Tell the unit of optical bands from their type, their scale and their values."""
     layer = file.layer
-    declared = any(scale != 1 for scale in layer.scale) or any(layer.offset)
-    if not declared and layer.dtype == 'uint8':
+    if not layer.declared and layer.dtype == 'uint8':
         return '8 bit'
     whole = not layer.dtype.startswith('float')
-    if whole and not declared:
+    if whole and not layer.declared:
         return 'digital numbers' if np.iinfo(layer.dtype).max > 255 else ''
     if whole and max(map(abs, layer.scale)) * np.iinfo(layer.dtype).max <= 10:
         return 'reflectance'
@@ -197,26 +187,22 @@ class Numbers:
         products: The products that files belong to.
     """
 
-    def __init__(self, offset: float | None, to_digital: bool, unit: str) -> None:
+    def __init__(
+        self, files: Iterable[OpenedFile], offset: float | None, to_digital: bool
+    ) -> None:
         """Initialize a new Numbers instance.
 
         Args:
+            files: All files: a dark one alone does not tell its unit.
             offset: What is added to all numbers, None for what files tell.
             to_digital: Whether to bring reflectance to digital numbers, of which the
                 statistics of bands are.
-            unit: Unit of optical bands whose own values do not tell it.
         """
-        self.offset, self.to_digital, self.unit = offset, to_digital, unit
+        self.offset, self.to_digital = offset, to_digital
         self.products = Products()
         self.untold: list[str] = []
-
-    @classmethod
-    def of(
-        cls, files: Iterable[OpenedFile], offset: float | None, to_digital: bool
-    ) -> 'Numbers':
-        """Return the numbers of some files: a dark one alone does not tell its unit."""
-        clear = {optical_unit(f) for f in files if f.sample is not None} - {''}
-        return cls(offset, to_digital, clear.pop() if len(clear) == 1 else '')
+        units = {optical_unit(file) for file in files if file.sample is not None} - {''}
+        self._unit = units.pop() if len(units) == 1 else ''
 
     def apply(
         self, file: OpenedFile, names: tuple[str, ...] | None
@@ -236,7 +222,6 @@ class Numbers:
         empty = all(value is None for value in layer.nodata)
         if optical and whole and empty:
             layer = replace(layer, nodata=(0.0,) * count)
-        declared = any(scale != 1 for scale in layer.scale) or any(layer.offset)
         if self.offset is not None:
             # It says nothing of the unit
             file = file._replace(
@@ -244,13 +229,13 @@ class Numbers:
             )
             layer = replace(file.layer, offset=(self.offset,) * count)
             text = f'offset {self.offset:g} as given'
-        elif declared:
+        elif layer.declared:
             text = (
                 f'scale {layer.scale[0]:g} and offset {layer.offset[0]:g} of the files'
             )
         units = []
         if positions:
-            units.append(optical_unit(file.choose(positions)) or self.unit)
+            units.append(optical_unit(file.choose(positions)) or self._unit)
         if others:
             named = [names[i] for i in others] if names else []
             units.append(self._other_unit(file.choose(others), named))
