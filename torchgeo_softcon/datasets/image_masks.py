@@ -19,8 +19,9 @@ from torch.utils.data import default_collate
 from .._checks import check_counts, check_types
 from .._compat import Sample
 from ..bands import Level, normalize_band_names
+from ..geo.describe import OpenedFile
 from ..geo.mosaic import scale_codes
-from ..geo.numbers import Numbers, OpenedFile
+from ..geo.numbers import Numbers
 from ..geo.rasters import (
     DamagedFileError,
     RasterReader,

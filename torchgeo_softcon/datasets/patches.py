@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from affine import Affine
 
-from ..geo.discovery import describe_file, scene_from_file
+from ..geo.describe import OpenedFile, describe_file
+from ..geo.discovery import scene_from_file
 from ..geo.find_files import find_files
 from ..geo.grid import LONLAT, Grid, parse_crs
-from ..geo.numbers import Numbers, OpenedFile
+from ..geo.numbers import Numbers
 from ..geo.rasters import Layer, Scene, find_alpha, open_raster
 
 #: File types that a folder is searched for.

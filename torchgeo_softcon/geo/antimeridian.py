@@ -15,11 +15,6 @@ Floats = npt.NDArray[np.float64]
 TURNS = (0, -1, 1)
 
 
-def turned(lon: Floats, turns: int) -> Floats:
-    """Move longitudes by a number of turns to the east."""
-    return lon + 360 * turns if turns else lon
-
-
 def near(lon: Floats, middle: Floats | float) -> Floats:
     """Bring longitudes within half a turn of others."""
     with np.errstate(invalid='ignore'):

@@ -7,33 +7,28 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from ..bands import (
-    KNOWN_BANDS,
-    RGB_BANDS,
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
     normalize_band_names,
     spell_band_name,
 )
+from .describe import BAND_WORD, OpenedFile, describe_file, is_landsat
 from .file_index import open_each
 from .find_files import RASTERS, AnyPath, find_files, path_list
 from .grid import Grid
-from .numbers import Numbers, OpenedFile, guess_bands, read_sample, snap_bands
+from .numbers import Numbers
 from .rasters import (
-    RGB_COLORS,
     DamagedFileError,
     Kind,
     Layer,
     Scene,
     check_place,
-    find_alpha,
     open_raster,
     read_raster,
 )
@@ -52,24 +47,6 @@ _NOT_A_BAND = re.compile(
     r'(?:^|[_.])(?:TCI|AOT|WVP|SCL|PVI|QA60|Fmask|[SV][AZ]A)(?:_(?:10|20|60)m)?$'
     r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|(?:^|_)udm2?(?:_clip)?$'
     r'|_reference_map$|^MSK_|^ESA_WorldCover_',
-    re.IGNORECASE,
-)
-
-#: Files of Landsat, whose B1 to B12 are not those of Sentinel-2.
-_LANDSAT = re.compile(r'(?<![A-Za-z0-9])L[CET]0\d_|HLS\.L30')
-
-#: A band within a description or a name, such as 0_B2, B2_median or Sigma0_VH_db, and its
-#: resolution.
-_BAND_WORD = re.compile(
-    r'(?<![A-Za-z0-9])(B(?:0?8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?![A-Za-z0-9])'
-    r'(?:_(?:10|20|60)m(?![A-Za-z0-9]))?',
-    re.IGNORECASE,
-)
-
-#: Statistics of a band that do not have its unit, as Earth Engine's reducers name them.
-_NO_VALUES = re.compile(
-    r'(?:std(?:dev)?|var(?:iance)?|count|cv|kurtosis|skew|slope|trend|phase|ratio)'
-    r'(?![a-z])',
     re.IGNORECASE,
 )
 
@@ -148,8 +125,7 @@ def find_scenes(
         beside = {
             file.layer.path: f'it has none of {", ".join(wanted)}'
             for file in whole
-            if not {*wanted} & {*(file.names or ())}
-            and not _is_landsat(file.layer.path)
+            if not {*wanted} & {*(file.names or ())} and not is_landsat(file.layer.path)
         }
         if single or len(beside) < len(whole):
             whole = [file for file in whole if file.layer.path not in beside]
@@ -235,7 +211,7 @@ def _find_band(path: str) -> tuple[str, str | None, bool]:
     folder = name.parent
     if _RESOLUTION_FOLDER.fullmatch(folder.name):
         folder = folder.parent
-    words = [*_BAND_WORD.finditer(name.stem)]
+    words = [*BAND_WORD.finditer(name.stem)]
     end = _BAND_TOKEN.search(name.stem)
     if end is not None:
         band, stem = spell_band_name(end['band']), name.stem[: end.start()]
@@ -273,112 +249,6 @@ def _open_file(
     return file
 
 
-def describe_file(
-    source: Any,
-    grid: Grid,
-    all_bands: tuple[str, ...] | None = None,
-    nodata: float | None = None,
-    indexes: Sequence[int] | None = None,
-    skip: int | None = None,
-) -> OpenedFile:
-    """Return all that an open raster tells.
-
-    Args:
-        source: The raster.
-        grid: Its pixels.
-        all_bands: Names of its bands. An alpha band among them is one of the image, and
-            one band alone is no colour.
-        nodata: Value without data, None for what the file says.
-        indexes: Bands to take as they are stored, None for all but an alpha band.
-        skip: Band that is no part of the image, such as a mask.
-    """
-    path, count = source.name, None if all_bands is None else len(all_bands)
-    layer = _describe_layer(source, grid, nodata, indexes, skip, count)
-    if layer.dtype.startswith('complex'):
-        raise ValueError(
-            f'{path} has complex numbers: make backscatter of them (SNAP: Calibration, '
-            'Multilook and Terrain Correction)'
-        )
-    names, sure = all_bands, True
-    if all_bands is None:
-        names, sure = _name_bands(source, layer)
-    band = _BAND_WORD.search(PurePath(path).stem)
-    radar = {*SENTINEL1_BANDS} & {*(names or ()), (band or ('',))[0].upper()}
-    real = layer.dtype.startswith('float') or any(s != 1 for s in layer.scale)
-    sample = None
-    if real or radar or (not sure and len(layer.indexes) == len(SENTINEL2_BANDS)):
-        sample = read_sample(source, layer)
-    guess = ''
-    if not sure:
-        names, guess = guess_bands(len(layer.indexes), layer.dtype, sample)
-    if all_bands is None and _is_landsat(path) and set(names or ()) - set(RGB_BANDS):
-        names = None
-    return OpenedFile(layer, names, guess, source.tags(), sample)
-
-
-def _describe_layer(
-    source: Any,
-    grid: Grid,
-    nodata: float | None,
-    indexes: Sequence[int] | None,
-    skip: int | None,
-    count: int | None,
-) -> Layer:
-    """Return the bands of :func:`describe_file`, whose user has named *count* of them."""
-    alpha = find_alpha(source)
-    if alpha == skip or alpha in (indexes or ()) or count == source.count:
-        alpha = None
-    chosen = tuple(indexes or (i for i in source.indexes if i not in (alpha, skip)))
-    dtype = str(source.dtypes[0])
-    palette: tuple[int, ...] = ()
-    colors = [source.colorinterp[i - 1] for i in chosen]
-    if colors == [ColorInterp.palette] and indexes is None and count != 1:
-        chosen, palette, dtype = chosen * 3, (0, 1, 2), 'uint8'
-    empty = source.nodatavals if nodata is None else [nodata] * source.count
-    empty, scales, offsets = (
-        tuple(values[i - 1] for i in chosen)
-        for values in (empty, source.scales, source.offsets)
-    )
-    return Layer(
-        source.name, chosen, grid, empty, dtype, alpha, scales, offsets, palette
-    )
-
-
-def _is_landsat(path: str) -> bool:
-    name = PurePath(path)
-    return _LANDSAT.search(f'{name.parent.name}/{name.name}') is not None
-
-
-def _name_bands(source: Any, layer: Layer) -> tuple[tuple[str, ...] | None, bool]:
-    """Name the bands of a file, and tell whether it says all that is to be known of them."""
-    indexes = layer.indexes
-    descriptions = [source.descriptions[i - 1] or '' for i in indexes]
-    if len(indexes) > 1 and source.driver == 'GTiff' and not any(descriptions):
-        of_snap = snap_bands(source.name)
-        if len(of_snap) == source.count:
-            descriptions = [of_snap[i - 1] for i in indexes]
-    texts = [_find_name(text) for text in descriptions]
-    known = [text for text in texts if text in KNOWN_BANDS]
-    if known and len(set(known)) == len(known):
-        # Earth Engine adds masks such as QA60, only all_bands can make use of them
-        names = (t or f'BAND {i}' for i, t in zip(indexes, texts, strict=True))
-        return tuple(names), True
-    colors = tuple(source.colorinterp[i - 1] for i in indexes)
-    if layer.palette or colors == RGB_COLORS:
-        return RGB_BANDS, True
-    # Bands that have other names are other bands, whatever their number
-    return None, any(texts)
-
-
-def _find_name(description: str) -> str:
-    """Return the band that a description names, else the description."""
-    name = spell_band_name(description)
-    words = {spell_band_name(word) for word in _BAND_WORD.findall(description)}
-    if name in KNOWN_BANDS or len(words) != 1 or _NO_VALUES.search(description):
-        return name
-    return words.pop()
-
-
 def _check_bands(
     name: str, wanted: Sequence[str], present: Sequence[str], landsat: bool
 ) -> None:
@@ -403,7 +273,7 @@ def scene_from_file(
     path, present = file.layer.path, file.names or ()
     if wanted is None:
         return _make_scene(path, [(file, file.names)], present, numbers)
-    landsat = file.names is None and _is_landsat(path)
+    landsat = file.names is None and is_landsat(path)
     if file.names is None and not landsat:
         raise ValueError(
             f'{path} does not name its {len(file.layer.indexes)} bands: give '
@@ -425,7 +295,7 @@ def _from_bands(
     present = sorted(
         group, key=lambda b: (order.index(b) if b in order else len(order), b)
     )
-    landsat = any(_is_landsat(file.layer.path) for file in group.values())
+    landsat = any(is_landsat(file.layer.path) for file in group.values())
     if wanted is not None:
         _check_bands(name, wanted, present, landsat)
     parts = [(group[band], None if landsat else (band,)) for band in wanted or present]

@@ -13,8 +13,8 @@ import pyarrow as pa
 from affine import Affine
 
 from ..storage.user_cache import describe_files
+from .describe import OpenedFile
 from .grid import Grid, parse_crs
-from .numbers import OpenedFile
 from .rasters import Layer
 
 #: From so many files on, opening them is slower than asking for their size and time.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numpy.polynomial import chebyshev
 from pyproj import CRS
 
-from .antimeridian import Floats, near, turned, unwrap
+from .antimeridian import Floats, near, unwrap
 from .grid import Bounds, Grid, apply, projection
 
 Pixels = npt.NDArray[np.int32]
@@ -130,7 +130,7 @@ class Warp:
         inverse = ~raster.transform
         size = _NODES**2
         positions, errors, reach = [], [], []
-        for values in apply(inverse, turned(self._x, -turns), self._y):
+        for values in apply(inverse, self._x - 360 * turns, self._y):
             at_nodes, expected = values[:size], values[size:]
             position = _interpolate(
                 at_nodes.reshape(_NODES, _NODES), self.grid.height, self.grid.width
