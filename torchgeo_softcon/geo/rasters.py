@@ -200,40 +200,44 @@ def _centre(source: Any) -> tuple[float, float]:
 
 def check_place(source: Any) -> None:
     """Check that an open raster tells where on Earth its pixels are."""
-    path = source.name
-    if source.crs is None and source.gcps[0]:
-        raise ValueError(
-            f'{path} has ground control points ({len(source.gcps[0])}) instead of a grid: '
-            'warp it first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the '
-            'terrain (SNAP: Range-Doppler Terrain Correction)'
+    for problem in _problems(source):
+        raise ValueError(f'{source.name} {problem}')
+
+
+def _problems(source: Any) -> Iterator[str]:
+    """Tell why the place of a raster is unknown, and what to do about it."""
+    crs, numbers = source.crs, tuple(source.transform[:6])
+    if crs is None and source.gcps[0]:
+        yield (
+            f'has ground control points ({len(source.gcps[0])}) instead of a grid: warp it '
+            'first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the terrain '
+            '(SNAP: Range-Doppler Terrain Correction)'
         )
-    if source.crs is None and source.rpcs is not None:
-        raise ValueError(
-            f'{path} has polynomial coefficients (RPCs) instead of a grid: correct it for '
-            'the terrain first, `gdalwarp -rpc -to RPC_DEM=DEM -r bilinear IN OUT`'
+    if crs is None and source.rpcs is not None:
+        yield (
+            'has polynomial coefficients (RPCs) instead of a grid: correct it for the '
+            'terrain first, `gdalwarp -rpc -to RPC_DEM=DEM -r bilinear IN OUT`'
         )
-    if source.crs is None:
-        raise ValueError(
-            f'{path} has no CRS, so its place is unknown: set it, `gdal_edit.py -a_srs '
-            'EPSG:CODE FILE`, or use ImageMaskFolder for images with masks of their own'
+    if crs is None:
+        yield (
+            'has no CRS, so its place is unknown: set it, `gdal_edit.py -a_srs EPSG:CODE '
+            'FILE`, or use ImageMaskFolder for images with masks of their own'
         )
     if source.transform.is_identity:
-        raise ValueError(
-            f'{path} has a CRS, but no georeference: write it again with the transform '
-            'of its grid'
+        yield (
+            'has a CRS, but no georeference: write it again with the transform of its grid'
         )
-    numbers = source.transform[:6]
     if not np.isfinite(numbers).all() or source.transform.determinant == 0:
-        raise ValueError(
-            f'{path} has a georeference whose pixels have no size, {tuple(numbers)}: '
-            'write it again with the transform of its grid'
+        yield (
+            f'has a georeference whose pixels have no size, {numbers}: write it again '
+            'with the transform of its grid'
         )
     x, y = _centre(source)
     if not (math.isfinite(x) and abs(y) <= 90):
-        raise ValueError(
-            f'{path} is nowhere on Earth by its CRS, {source.crs.to_wkt()[:60]!r}, and '
-            f'its transform, {tuple(numbers)}: set those it has, `gdal_edit.py -a_srs '
-            'EPSG:CODE -a_ullr LEFT TOP RIGHT BOTTOM FILE`'
+        yield (
+            f'is nowhere on Earth by its CRS, {crs.to_wkt()[:60]!r}, and its transform, '
+            f'{numbers}: set those it has, `gdal_edit.py -a_srs EPSG:CODE -a_ullr LEFT TOP '
+            'RIGHT BOTTOM FILE`'
         )
 
 

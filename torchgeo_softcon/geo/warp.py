@@ -125,12 +125,12 @@ class Warp:
         )
         return left, bottom, right, top
 
-    def pixels(self, raster: Grid, turns: int = 0) -> tuple[Pixels, Pixels]:
+    def pixels(self, raster: Grid) -> tuple[Pixels, Pixels]:
         """Find the rows and columns in a raster, or outside of it, of all pixels, (H, W)."""
         inverse = ~raster.transform
         size = _NODES**2
         positions, errors, reach = [], [], []
-        for values in apply(inverse, self._x - 360 * turns, self._y):
+        for values in apply(inverse, self._x, self._y):
             at_nodes, expected = values[:size], values[size:]
             position = _interpolate(
                 at_nodes.reshape(_NODES, _NODES), self.grid.height, self.grid.width
