@@ -4,9 +4,11 @@
 """Tables about many files, kept for the next start in the user's cache folder."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,20 +47,24 @@ def file_stamps(paths: Iterable[str]) -> list[list[Any]]:
 
     These lie beside it, and their names begin like its own: ``a.tif.msk``, ``a.tfw``.
     """
-    folders: dict[str, dict[str, list[str]]] = {}
+    list_folder = functools.cache(_names_by_stem)
     stamps = []
     for path in paths:
         folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = defaultdict(list)
-            for other in sorted(os.listdir(folder or '.')):
-                for end in [at for at, letter in enumerate(other) if letter == '.']:
-                    folders[folder][other[:end]].append(other)
-        stem, _ = os.path.splitext(name)
-        others = (os.path.join(folder, o) for o in folders[folder][stem] if o != name)
+        names = list_folder(folder)[os.path.splitext(name)[0]]
+        others = (os.path.join(folder, other) for other in names if other != name)
         beside = [list(file_stamp(other)) for other in others if os.path.isfile(other)]
         stamps.append([*file_stamp(path), *beside])
     return stamps
+
+
+def _names_by_stem(folder: str) -> dict[str, list[str]]:
+    """List a folder by what stands before any point of a name."""
+    names = defaultdict(list)
+    for name in sorted(os.listdir(folder or '.')):
+        for point in re.finditer(r'\.', name):
+            names[name[: point.start()]].append(name)
+    return names
 
 
 def describe_files(
