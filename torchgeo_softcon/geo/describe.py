@@ -143,11 +143,12 @@ def _describe_layer(
     colors = [source.colorinterp[i - 1] for i in chosen]
     if colors == [ColorInterp.palette] and indexes is None and count != 1:
         chosen, palette, dtype = chosen * 3, (0, 1, 2), 'uint8'
-    empty = source.nodatavals if nodata is None else [nodata] * source.count
     empty, scales, offsets = (
-        tuple(values[i - 1] for i in chosen)
-        for values in (empty, source.scales, source.offsets)
+        tuple(of_bands[i - 1] for i in chosen)
+        for of_bands in (source.nodatavals, source.scales, source.offsets)
     )
+    if nodata is not None:
+        empty = (nodata,) * len(chosen)
     return Layer(
         source.name, chosen, grid, empty, dtype, alpha, scales, offsets, palette
     )

@@ -92,7 +92,7 @@ def _to_table(file: OpenedFile | None) -> pa.Table:
     return pa.Table.from_pylist([row], _SCHEMA)
 
 
-def _from_row(path: str, row: dict[str, Any], sample: pa.Scalar) -> OpenedFile | None:
+def _from_row(path: str, row: dict[str, Any], sample: Any) -> OpenedFile | None:
     """Return the file of a row."""
     if row['crs'] is None:
         return None

@@ -1,10 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Rasters whose pixels are mapped into memory: GeoTIFFs without compression.
-
-Everything that reads GeoTIFFs reads them, and windows of them are copied without GDAL.
-"""
+"""GeoTIFFs without compression, whose pixels are mapped into memory and read without GDAL."""
 
 import os
 from collections.abc import Iterator

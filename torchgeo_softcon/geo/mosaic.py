@@ -109,11 +109,9 @@ def scale_codes(
 
 
 class Mosaic:
-    """Rasters of class codes as one map.
+    """Rasters of class codes as one map. Safe to pickle, to fork and to share.
 
-    Where rasters overlap, the first one that has data at a pixel is taken. A mosaic
-    can be pickled, forked, and used by several threads: open files are never shared
-    between processes, and one thread reads at a time.
+    Where rasters overlap, the first one that has data at a pixel is taken.
     """
 
     def __init__(

@@ -1,11 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Where the pixels of one grid are in another: exact nearest neighbour, and fast.
-
-A map projection is nearly a polynomial over a window, so only its values at Chebyshev
-nodes are projected, and pixel centres follow from matrices.
-"""
+"""Where the pixels of one grid are in another: exact nearest neighbour, and fast."""
 
 import functools
 from collections.abc import Iterable
@@ -90,7 +86,11 @@ def _interpolate(values: Floats, height: int, width: int) -> Floats:
 
 
 class Warp:
-    """The pixel centres of a grid in another CRS."""
+    """The pixel centres of a grid in another CRS.
+
+    A map projection is nearly a polynomial over a window, so only its values at Chebyshev
+    nodes are projected, and pixel centres follow from matrices.
+    """
 
     def __init__(self, grid: Grid, crs: CRS) -> None:
         """Project the nodes of a grid."""

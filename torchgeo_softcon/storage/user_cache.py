@@ -60,7 +60,7 @@ def file_stamps(paths: Iterable[str]) -> list[list[Any]]:
 
 def _names_by_stem(folder: str) -> dict[str, list[str]]:
     """List a folder by what stands before any point of a name."""
-    names = defaultdict(list)
+    names: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(os.listdir(folder or '.')):
         for point in re.finditer(r'\.', name):
             names[name[: point.start()]].append(name)
@@ -104,7 +104,7 @@ def describe_files(
 
 
 def _load(index: Path) -> pa.Table | None:
-    """Return the rows of a cached table, None if it is missing, damaged or of an older form."""
+    """Read a cached table, None if it is missing, damaged or of an older form."""
     try:
         rows = pq.read_table(index)
     except (OSError, pa.ArrowException):
@@ -114,7 +114,9 @@ def _load(index: Path) -> pa.Table | None:
 
 def _missing(rows: pa.Table | None, wanted: dict[str, str]) -> dict[str, str]:
     """Return the stamps, each with its path, that no row has."""
-    known = set() if rows is None else {*pc.unique(rows['stamp']).to_pylist()}
+    if rows is None:
+        return wanted
+    known = {*pc.unique(rows['stamp']).to_pylist()}
     return {stamp: path for stamp, path in wanted.items() if stamp not in known}
 
 
