@@ -11,6 +11,7 @@ from affine import Affine
 
 from torchgeo_softcon.geo import discovery, file_index
 from torchgeo_softcon.geo.discovery import find_rasters, find_scenes
+from torchgeo_softcon.geo.rasters import RasterReader
 
 
 def write(path: Path, value: int, crs: str = 'EPSG:32632', count: int = 3) -> None:
@@ -143,6 +144,20 @@ def test_everything_that_a_file_tells_is_kept(
         assert file.sample is not None
         np.testing.assert_array_equal(kept.sample, file.sample)
         assert repr(kept._replace(sample=None)) == repr(file._replace(sample=None))
+
+
+def test_a_long_integer_without_data(tmp_path: Path, opened: list[str]) -> None:
+    nodata = -(2**63)
+    for name in ('a', 'b'):
+        profile: dict[str, Any] = {'driver': 'GTiff', 'count': 1, 'dtype': 'int64'}
+        profile |= {'width': 4, 'height': 4, 'crs': 'EPSG:32632'}
+        profile |= {'transform': Affine(10, 0, 500000, 0, -10, 5400000)}
+        with rasterio.open(tmp_path / f'{name}.tif', 'w', **profile) as file:
+            file.write(np.full((1, 4, 4), nodata, np.int64))
+    for _ in range(2):
+        scenes = find_scenes(find_rasters(tmp_path), nodata=nodata)
+        assert np.isnan(RasterReader().read(scenes[0], 0, 0, 4, 4)).all()
+    assert opened == ['a.tif', 'b.tif']
 
 
 def test_damaged_files_are_remembered(tmp_path: Path, opened: list[str]) -> None:

@@ -20,31 +20,19 @@ from .rasters import Layer
 #: From so many files on, opening them is slower than asking for their size and time.
 _MANY = 256
 
-#: Columns of layers, and of the index, which are null for a file that is damaged.
-_LAYER = pa.schema(
-    {
-        'indexes': pa.list_(pa.int32()),
-        'nodata': pa.list_(pa.float64()),
-        'dtype': pa.string(),
-        'alpha': pa.int32(),
-        'scale': pa.list_(pa.float64()),
-        'offset': pa.list_(pa.float64()),
-        'palette': pa.list_(pa.int8()),
-    }
-)
+#: Columns of the index that are of layers, and all. They are null for a damaged file.
+_OF_LAYER = ('indexes', 'nodata', 'dtype', 'alpha', 'scale', 'offset', 'palette')
+_FLOATS = ('nodata', 'scale', 'offset', 'transform')
 _SCHEMA = pa.schema(
-    [
-        *_LAYER,
-        ('crs', pa.string()),
-        ('transform', pa.list_(pa.float64())),
-        ('height', pa.int32()),
-        ('width', pa.int32()),
-        ('names', pa.list_(pa.string())),
-        ('guess', pa.string()),
-        ('tags', pa.map_(pa.string(), pa.string())),
-        ('sample', pa.list_(pa.float32())),
-        ('sample_shape', pa.list_(pa.int32())),
-    ]
+    {
+        **dict.fromkeys(('crs', 'dtype', 'guess'), pa.string()),
+        **dict.fromkeys(('height', 'width', 'alpha'), pa.int32()),
+        **dict.fromkeys(('indexes', 'palette', 'sample_shape'), pa.list_(pa.int32())),
+        **dict.fromkeys(_FLOATS, pa.list_(pa.float64())),
+        'names': pa.list_(pa.string()),
+        'tags': pa.map_(pa.string(), pa.string()),
+        'sample': pa.list_(pa.float32()),
+    }
 )
 
 
@@ -83,7 +71,9 @@ def _to_table(file: OpenedFile | None) -> pa.Table:
     row: dict[str, Any] = {}
     if file is not None:
         layer, grid = file.layer, file.layer.grid
-        row = {name: getattr(layer, name) for name in _LAYER.names}
+        row = {name: getattr(layer, name) for name in _OF_LAYER}
+        # Arrow refuses large integers as numbers of 64 bits
+        row['nodata'] = [v if v is None else float(v) for v in layer.nodata]
         row |= {'crs': grid.crs.to_wkt(), 'transform': [*grid.transform[:6]]}
         row |= {'height': grid.height, 'width': grid.width}
         row |= {'names': file.names, 'guess': file.guess, 'tags': [*file.tags.items()]}
@@ -101,7 +91,7 @@ def _from_row(path: str, row: dict[str, Any], sample: Any) -> OpenedFile | None:
     grid = Grid(
         parse_crs(row['crs']), Affine(*row['transform']), row['height'], row['width']
     )
-    layer = Layer(path=path, grid=grid, **{name: row[name] for name in _LAYER.names})
+    layer = Layer(path=path, grid=grid, **{name: row[name] for name in _OF_LAYER})
     values = None
     if row['sample_shape'] is not None:
         values = sample.values.to_numpy().reshape(row['sample_shape'])
