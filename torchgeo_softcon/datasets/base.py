@@ -99,12 +99,12 @@ class DivisibleImages(DrawnImages):
     #: Name of what the images are divided by, for messages.
     _where: str
 
-    def _wheres(self) -> npt.ArrayLike:
-        """Return names or numbers of where the images are, ascending."""
+    def _keys(self) -> npt.ArrayLike:
+        """Return the name or number of where each sample is."""
         raise NotImplementedError
 
-    def _only(self, chosen: npt.NDArray[Any]) -> Self:
-        """Return the images that are at some of these."""
+    def _only(self, numbers: npt.NDArray[np.int64]) -> Self:
+        """Return some of the samples."""
         raise NotImplementedError
 
     def divide(self, fraction: float) -> tuple[Self, Self, Self]:
@@ -119,7 +119,8 @@ class DivisibleImages(DrawnImages):
         Raises:
             ValueError: If one of them would be empty.
         """
-        names = np.asarray(self._wheres())
+        keys = np.asarray(self._keys())
+        names = np.unique(keys)
         count = round(fraction * len(names))
         if not 0 < count < len(names) / 2:
             raise ValueError(
@@ -127,7 +128,8 @@ class DivisibleImages(DrawnImages):
             )
         order = np.random.default_rng(self.seed).permutation(len(names))
         cuts = np.split(names[order], [len(names) - 2 * count, len(names) - count])
-        first, second, third = (self._only(np.sort(cut)) for cut in cuts)
+        parts = (np.flatnonzero(np.isin(keys, cut)) for cut in cuts)
+        first, second, third = map(self._only, parts)
         return first, second, third
 
 

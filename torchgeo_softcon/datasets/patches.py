@@ -6,15 +6,18 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 from affine import Affine
+from rasterio.windows import Window
 
 from ..geo.discovery import describe_file, scene_from_file
 from ..geo.find_files import find_files
 from ..geo.grid import LONLAT, Grid, parse_crs
+from ..geo.mosaic import scale_codes
 from ..geo.numbers import Numbers, OpenedFile
-from ..geo.rasters import Layer, Scene, find_alpha, open_raster
+from ..geo.rasters import Layer, Scene, find_alpha, open_raster, read_mask, read_raster
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
@@ -39,6 +42,20 @@ class Patch(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.scene.grid.height, self.scene.grid.width
+
+    def read_mask(
+        self, band: int, top: int, left: int, height: int, width: int
+    ) -> npt.NDArray[Any]:
+        """Read a window of the codes of the mask, 0 where it has no data."""
+        window = Window(left, top, width, height)
+        with open_raster(self.mask) as source:
+            stored = read_raster(source, [band], window)[0]
+            empty = stored == source.nodatavals[band - 1]
+            empty |= ~read_mask(source, window, band)
+            scale, offset = source.scales[band - 1], source.offsets[band - 1]
+        mask = scale_codes(stored, scale, offset)
+        mask[empty] = 0
+        return mask
 
 
 def find_images(folder: Path, what: str) -> dict[str, Path]:

@@ -24,15 +24,7 @@ from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
 from .packed_scenes import PackedCover, is_packed
-from .scaling import (
-    ValueRange,
-    clip_radar,
-    scene_level,
-    scene_ranges,
-    tell_scenes,
-    to_unit_range,
-    with_level,
-)
+from .scaling import SceneScaler, ValueRange, with_level
 from .scene_stack import (
     SceneStack,
     choose_maps,
@@ -222,16 +214,14 @@ class WorldCoverScenes(DrawnImages):
         self.places = stack_scenes(scenes)
         if damaged is not None:
             self.damage = Damage(damaged)
-        if damaged:
+        if damaged:  # places may have too few dates for that
             enough = [place for place in self.places if len(place.scenes) >= seasons]
             self.places = tuple(enough) or self.places
         warn_single_bands(self.places)
-        self._ranges = scene_ranges(scenes, value_range)
-        self.level = scene_level(scenes[0])
-        self.value_range = self._ranges[self.level]
-        self.radar_quantiles = radar_quantiles
+        self.scale = SceneScaler(scenes, value_range, radar_quantiles)
+        self.level, self.value_range = self.scale.level, self.scale.value_range
         self._reader = RasterReader(open_mapped)
-        self.kinds = tell_scenes(scenes, value_range, self._ranges, self.read_middle)
+        self.kinds = self.scale.tell(scenes, self.read_middle)
         self._check_dates()
         self._set_rows(rows, length)
 
@@ -255,9 +245,6 @@ class WorldCoverScenes(DrawnImages):
         self.worldcover = worldcover
         if not (allow_unlabelled or self._covers):
             self._check_tiles()
-
-    def _map_of(self, scene: Scene) -> ESAWorldCover | PackedCover | None:
-        return self._maps.get(scene.name, self.worldcover)
 
     def _check_dates(self) -> None:
         for place in self.places:
@@ -409,15 +396,6 @@ class WorldCoverScenes(DrawnImages):
         top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
         return self._reader.read(scene, top, left, height, width)
 
-    def scale(self, scene: Scene, values: Values) -> Values:
-        """Map a window of a scene to [0, 1], in place."""
-        if self.radar_quantiles:
-            clip_radar(values, self.bands)
-        return to_unit_range(values, self._range(scene))
-
-    def _range(self, scene: Scene) -> tuple[tuple[float, float], ...]:
-        return self._ranges[scene_level(scene)]
-
     def _sample(
         self,
         place: SceneStack,
@@ -429,19 +407,15 @@ class WorldCoverScenes(DrawnImages):
         valid = np.logical_and.reduce([np.isfinite(v).any(0) for _, v in seasons])
         images = [self.scale(scene, values) for scene, values in seasons]
         image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        mask = self._mask(place, top, left, self._map_of(seasons[0][0]))
+        mask = self._mask(place, top, left, seasons[0][0])
         mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
         sample: Sample = {'image': image, 'mask': mask}
         return self.transforms(sample)
 
-    def _mask(
-        self,
-        place: SceneStack,
-        top: int,
-        left: int,
-        worldcover: ESAWorldCover | PackedCover | None,
-    ) -> Tensor:
+    def _mask(self, place: SceneStack, top: int, left: int, scene: Scene) -> Tensor:
+        """Read the land cover under a window of a scene."""
         size = self.patch_size
+        worldcover = self._maps.get(scene.name, self.worldcover)
         if worldcover is None:
             return torch.full((size, size), self.product.fill)
         if isinstance(worldcover, PackedCover):
