@@ -179,9 +179,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
 
     def setup(self, stage: str) -> None:
         """Open the data and divide them."""
-        train = val = test = self.source
-        if self.val_fraction > 0:
-            train, val, test = self.source.divide(self.val_fraction)
+        train, val, test = self.source.divide(self.val_fraction)
         if stage == 'fit':
             self.train_dataset = train
         if stage in ('fit', 'validate'):

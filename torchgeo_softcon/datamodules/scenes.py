@@ -7,16 +7,12 @@ import os
 import warnings
 from typing import Any
 
-from .._checks import check_types
+from .._checks import check_counts, check_types
 from ..datasets.packed_scenes import PackedCover, is_packed
-from ..datasets.scene_grid import SceneGrid
 from ..datasets.scenes import Paths, WorldCoverScenes
 from ..geo.grid import overlapping
 from ..landcover import LandCoverProduct
 from .base import DrawDataModule, Target, target_transform
-
-#: Streams of the fixed windows, 0 is that for training.
-_VAL_STREAM, _TEST_STREAM = 1, 2
 
 
 class WorldCoverScenesDataModule(DrawDataModule):
@@ -82,6 +78,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
             ValueError: If an argument is out of range.
         """
         check_types(WorldCoverScenesDataModule.__init__, locals())
+        check_counts(length=length)
         self._options = kwargs
         super().__init__(
             WorldCoverScenes, batch_size, num_workers, val_fraction, seed, self._options
@@ -139,20 +136,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the rasters and choose the windows."""
-        scenes, part = self.source, self.val_fraction
-        train, val = (0.0, 1 - 2 * part), (1 - 2 * part, 1 - part)
-        test = (1 - part, 1.0)
-        if self.shares_ground:
-            train = val = test = (0.0, 1.0)
+        super().setup(stage)
         if stage == 'fit':
-            dataset = scenes.with_windows(rows=train, length=self.length)
-            if self.length is None:
-                world_size = self.trainer.world_size if self.trainer else 1
-                dataset.length = max(dataset.length, self.batch_size * world_size)
-            self.train_dataset = dataset
-        if stage in ('fit', 'validate'):
-            self.val_dataset = scenes.with_windows(rows=val, stream=_VAL_STREAM)
-        if stage == 'test':
-            self.test_dataset = scenes.with_windows(rows=test, stream=_TEST_STREAM)
-        if stage == 'predict':
-            self.predict_dataset = SceneGrid(scenes)
+            world_size = self.trainer.world_size if self.trainer else 1
+            whole = max(len(self.train_dataset), self.batch_size * world_size)
+            self.train_dataset.length = self.length or whole

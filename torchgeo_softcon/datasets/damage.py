@@ -26,14 +26,10 @@ Read = TypeVar('Read')
 
 
 class Damage:
-    """Damaged files, noted by all processes that read.
-
-    Copies, also those that are pickled for other processes, note in the same place: a
-    temporary file.
-    """
+    """Damaged files, noted by all processes that read: in a temporary file."""
 
     def __init__(self, left_out: Iterable[str] = ()) -> None:
-        """Initialize a new Damage instance, with files that could not be opened at all."""
+        """Initialize a new Damage instance, with files that could not be opened."""
         self.left_out = list(left_out)
         self._told = 0
         handle, self._notes = tempfile.mkstemp(prefix='damaged-')
@@ -89,9 +85,8 @@ class Damage:
             more = len(names) - _MAX_NAMED
             warnings.warn(
                 f'{len(names)} files are damaged and were left out (on_error=skip): '
-                f'{", ".join(names[:_MAX_NAMED])}'
-                + (f' and {more} more' if more > 0 else '')
-                + '. Fetch them again, or take them out of the folders',
+                f'{", ".join(names[:_MAX_NAMED])}{f" and {more} more" * (more > 0)}. Fetch '
+                'them again, or take them out of the folders',
                 UserWarning,
                 stacklevel=2,
             )

@@ -17,24 +17,14 @@ from torch.utils.data import default_collate
 
 from .._checks import check_counts, check_types
 from .._compat import Sample
-from ..bands import Level, normalize_band_names
-from ..geo.numbers import Numbers, OpenedFile
-from ..geo.rasters import DamagedFileError, RasterReader, Scene, Values
-from ..geo.sentinel2 import hint_at_offset
+from ..bands import Level
+from ..geo.rasters import RasterReader, Scene, Values
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DivisibleImages, check_seed, is_batched
+from .base import DrawnImages, check_seed, is_batched
 from .damage import Damage, OnError
 from .image_cache import ImageCache
-from .patches import (
-    Patch,
-    check_mask,
-    choose_bands,
-    describe_image,
-    find_images,
-    in_pixels,
-    match_masks,
-)
-from .scaling import SceneScaler, ValueRange, with_level
+from .patches import Patch, find_patches, in_pixels
+from .scaling import SceneScaler, ValueRange
 
 #: Places that an error message lists.
 _MAX_NAMED = 5
@@ -43,7 +33,7 @@ _MAX_NAMED = 5
 _Window = tuple[int, int, int, int]
 
 
-class ImageMaskFolder(DivisibleImages):
+class ImageMaskFolder(DrawnImages):
     """Image patches and masks of ESA WorldCover codes in two folders.
 
     ``images/a/b.png`` belongs to ``masks/a/b.*``, or to ``masks/a.*`` if that is the
@@ -71,7 +61,7 @@ class ImageMaskFolder(DivisibleImages):
       *transforms* replace it by a multi-hot *label* of shape (K,)
     """
 
-    _where = 'places'
+    _places = 'places'
 
     def __init__(
         self,
@@ -166,42 +156,22 @@ class ImageMaskFolder(DivisibleImages):
         self.seed = seed
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
-        image_root = Path(root or '', 'images') if images is None else Path(images)
-        files = find_images(image_root, 'images')
-        mask_files = list(files.values())
-        if mask_band is None:
-            mask_root = Path(root or '', 'masks') if masks is None else Path(masks)
-            mask_files = match_masks(
-                files, find_images(mask_root, 'masks'), image_root, mask_root
-            )
-
-        described: dict[str, tuple[OpenedFile, Path]] = {}
         damaged: dict[str, str] = {}
-        for (stem, path), mask in zip(files.items(), mask_files, strict=True):
-            try:
-                file = describe_image(path, image_bands, mask_band, nodata)
-                if mask != path:
-                    check_mask(file.layer, mask)
-                described[stem] = file, mask
-            except DamagedFileError as error:
-                if on_error == 'raise':
-                    raise
-                damaged[stem] = error.path
-        if not described:
-            raise OSError(
-                f'all {len(damaged)} images or masks are damaged, such as '
-                f'{next(iter(damaged.values()))}'
-            )
-        opened = [file for file, _ in described.values()]
-        numbers = Numbers.of(opened, offset, value_range in (None, 'softcon'))
-        given = None if bands is None else normalize_band_names(bands)
-        scenes = choose_bands(opened, given, image_bands is None, numbers)
-        hint_at_offset(numbers.untold)
-        scenes = with_level(scenes, level)
+        patches = find_patches(
+            Path(root or '', 'images') if images is None else Path(images),
+            Path(root or '', 'masks') if masks is None else Path(masks),
+            bands,
+            image_bands,
+            mask_band,
+            nodata,
+            offset,
+            level,
+            to_digital=value_range in (None, 'softcon'),
+            damaged=None if on_error == 'raise' else damaged,
+        )
+        scenes = [patch.scene for patch in patches]
         self.bands = scenes[0].bands
         self.image_bands = scenes[0].layers[0].indexes
-        kept = [mask for _, mask in described.values()]
-        patches = list(map(Patch, scenes, kept, range(len(scenes))))
         self._check_sizes(patches)
         self._scale = SceneScaler(scenes, value_range, radar_quantiles)
         self.level, self.value_range = self._scale.level, self._scale.value_range
@@ -213,8 +183,8 @@ class ImageMaskFolder(DivisibleImages):
             self._cache = ImageCache(cache, patches, mask_band, self._decode)
 
         groups: dict[str, list[Patch]] = {}
-        for stem, patch in zip(described, patches, strict=True):
-            groups.setdefault(self._place(stem, places), []).append(patch)
+        for patch in patches:
+            groups.setdefault(self._place(patch.stem, places), []).append(patch)
         if on_error == 'skip':
             self.damage = Damage(damaged.values())
             # Places that have too few dates because of damage

@@ -62,12 +62,7 @@ def grid_name(grid: Grid) -> str:
 
 
 class PackedCover:
-    """The land cover of packed scenes, in place of :class:`.ESAWorldCover`.
-
-    Attributes:
-        product: The land-cover product.
-        year: Its year.
-    """
+    """The land cover of packed scenes, in place of :class:`.ESAWorldCover`."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Open the land cover in a folder of packed scenes."""
@@ -92,11 +87,7 @@ class PackedCover:
         )
 
     def find(self, grid: Grid, name: str) -> str:
-        """Return the file on a grid, that of the place *name*.
-
-        Raises:
-            FileNotFoundError: If there is none.
-        """
+        """Return the file on a grid, that of the place *name*."""
         path = str(self.root / 'cover' / f'{grid_name(grid)}.tif')
         if path not in self.files or not os.path.exists(path):
             raise FileNotFoundError(

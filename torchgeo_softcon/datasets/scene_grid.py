@@ -6,6 +6,7 @@
 import datetime
 import itertools
 import os
+from typing import TYPE_CHECKING
 
 import shapely
 from pyproj import CRS
@@ -14,7 +15,9 @@ from torch.utils.data import Dataset
 from .._compat import Sample
 from ..geo.dates import find_date
 from ..geo.grid import apply
-from .scenes import WorldCoverScenes
+
+if TYPE_CHECKING:
+    from .scenes import WorldCoverScenes
 
 
 class SceneGrid(Dataset[Sample]):
@@ -24,7 +27,7 @@ class SceneGrid(Dataset[Sample]):
     windows are moved inwards to end with the raster.
     """
 
-    def __init__(self, scenes: WorldCoverScenes) -> None:
+    def __init__(self, scenes: 'WorldCoverScenes') -> None:
         """Initialize a new SceneGrid instance."""
         self.scenes = scenes
         size = scenes.patch_size

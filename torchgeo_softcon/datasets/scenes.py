@@ -7,6 +7,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
 from .packed_scenes import PackedCover, is_packed
 from .scaling import SceneScaler, ValueRange, with_level
+from .scene_grid import SceneGrid
 from .scene_stack import (
     SceneStack,
     choose_maps,
@@ -39,8 +41,7 @@ from .worldcover import ESAWorldCover, open_years
 Paths = str | Sequence[str | os.PathLike[str]] | os.PathLike[str]
 
 #: Windows to try before one with too little data is taken after all. If half of a raster
-#: is empty, one window in a thousand gets here, and all of an empty one. Most of their
-#: mask is no data, so their label is unknown.
+#: is empty, one window in a thousand gets here.
 _MAX_TRIES = 10
 
 #: Side of the window that is looked at before the training, in pixels.
@@ -60,9 +61,8 @@ class WorldCoverScenes(DrawnImages):
     ``S1A_..._VV.tif``). Bands of one file are named by its band descriptions, by its
     colours, or by their number: 13 are Sentinel-2 Level-1C in the order B1 to B8, B8A,
     B9 to B12, 12 are Level-2A (without B10), 2 of type float are VV and VH. If that is
-    not so, name them with *all_bands*. An alpha band is no band of the image, it tells
-    where the others have data. Landsat has other bands of the same names, so its bands
-    stay without names.
+    not so, name them with *all_bands*. Bands of Landsat, which are others of the same
+    names, stay without. An alpha band tells where the others have data.
 
     Scenes on exactly the same grid are dates of one place. Places are drawn by area,
     and a sample has *seasons* different dates in random order.
@@ -126,21 +126,19 @@ class WorldCoverScenes(DrawnImages):
             seasons: Number of different dates per sample.
             min_valid: Share of pixels that must have data. Windows below are redrawn up
                 to 10 times, then the fullest of them is taken, with a warning.
-            value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
-                ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
-                uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
-                known bands in digital numbers or dB.
+            value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per band.
+                By default 0 and 255 for uint8, and the mean of SSL4EO-S12 -2 and +2
+                standard deviations for known bands in digital numbers or dB.
             all_bands: Names of all bands in file order, if a file does not tell or
                 tells wrong.
-            nodata: Value of pixels without data, None for what each file says.
-                Sentinel-2 products from ESA have 0 there but do not say so, and so do
-                radar and floats around the swath: that is the default for digital numbers
-                (uint16) of Sentinel-2 bands, and for known bands in floats. Give another
-                number if 0 is data. A 0 counts only where all bands have it, because
-                single ones do have 0, such as B10.
+            nodata: Value of pixels without data, None for what each file says. Products of
+                Sentinel-2 have 0 there but do not say so, and so do radar and floats around
+                the swath: that is the default for digital numbers (uint16) of Sentinel-2
+                bands, and for known bands in floats. A 0 counts only where all bands have
+                it, because single ones do have 0, such as B10. Give another number if 0 is
+                data.
             rows: Part of each raster's rows to take windows from, as fractions from
-                the top. Two datasets with rows that do not overlap share no pixel,
-                unless rasters of different places overlap.
+                the top.
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of the windows, from 0 to 2**32 - 1.
@@ -346,6 +344,30 @@ class WorldCoverScenes(DrawnImages):
         other._check_dates()
         other._set_rows(rows, length)
         return other
+
+    def divide(
+        self, fraction: float
+    ) -> tuple['WorldCoverScenes', 'WorldCoverScenes', 'WorldCoverScenes']:
+        """Divide the rows of each raster, and take windows of their own in each part.
+
+        Args:
+            fraction: Part of the rows, at the lower end, in the third dataset, and as much
+                above it in the second. With 0, windows of all three are from everywhere.
+
+        Returns:
+            Datasets for training, validation and testing.
+        """
+        cuts = (0.0, 1 - 2 * fraction, 1 - fraction, 1.0)
+        rows = [(0.0, 1.0)] * 3 if fraction == 0 else [*pairwise(cuts)]
+        first, second, third = (
+            self.with_windows(rows=part, stream=stream)
+            for stream, part in enumerate(rows)
+        )
+        return first, second, third
+
+    def images(self) -> SceneGrid:
+        """Return all windows side by side."""
+        return SceneGrid(self)
 
     def __len__(self) -> int:
         """Return the number of samples per epoch."""
