@@ -30,6 +30,7 @@ from torchgeo_softcon.datasets import (
 from torchgeo_softcon.datasets.base import DrawnImages
 from torchgeo_softcon.datasets.scene_pack import pack_scenes
 from torchgeo_softcon.geo.rasters import DamagedFileError
+from torchgeo_softcon.ssl4eo.pack import pack
 
 
 def patches(root: Path, places: int = 6, dates: int = 1) -> Path:
@@ -214,6 +215,13 @@ class TestSSL4EO:
             dataset.damage.tell_files()
         with pytest.raises(DamagedFileError):
             dataset.images().__getitems__(range(8))
+
+    def test_packed_files_are_checked_at_once(self, tmp_path: Path) -> None:
+        write_archive(tmp_path / 'in', {'s1': {'0000000': ['20200610', '20200905']}})
+        assert pack(tmp_path / 'in', tmp_path / 'out') == []
+        name = cut(tmp_path / 'out' / 's1' / '00000.npy')
+        with pytest.raises(ValueError, match=f'{re.escape(name)} .* cut off'):
+            SSL4EOS12ML(tmp_path / 'out', 's1', on_error='skip')
 
 
 def scratch(path: Path) -> str:

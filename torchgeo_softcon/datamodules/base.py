@@ -62,8 +62,6 @@ def target_transform(
     product: ProductLike = 'worldcover',
 ) -> nn.Module:
     """Turn a mask of codes into what a task expects."""
-    if target not in ('label', 'mask'):
-        raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
     product = find_product(product)
     label = WorldCoverMultiLabel(
         min_fraction=min_fraction, fractions=fractions, product=product
@@ -83,10 +81,9 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     share the draws without further settings.
 
     On CUDA devices, batches are read by as many processes as there are cores for each
-    (from 1 to 8), two batches ahead per process, into pinned memory, from where they are
-    copied while the device computes. The processes of the training stay from epoch to
-    epoch, those of the validation do not, so that they take no memory in between. The
-    batches do not depend on any of this.
+    (from 1 to 8), two batches ahead per process, into pinned memory. Without CUDA, the
+    training itself reads. The processes of the training stay from epoch to epoch, those of
+    the validation do not. The batches do not depend on any of this.
     """
 
     # Images are in [0, 1] already. The host's tasks read these to plot images.

@@ -43,8 +43,8 @@ class ImageMaskFolderDataModule(DrawDataModule):
         Args:
             root: Folder with the folders ``images`` and ``masks``.
             batch_size: Number of samples in a batch on one device.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
+            num_workers: Number of processes that read, see :class:`.DrawDataModule` for
+                the default.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
             min_fraction: Smallest share of an image that a class must cover to be in
@@ -96,7 +96,5 @@ class ImageMaskFolderDataModule(DrawDataModule):
     def setup(self, stage: str) -> None:
         """Open the data and divide them."""
         super().setup(stage)
-        if self._val_root is not None and stage in ('fit', 'validate'):
-            self.val_dataset = self._others
-        if self._val_root is not None and stage == 'test':
-            self.test_dataset = self._others
+        if self._val_root is not None and stage != 'predict':
+            self.val_dataset = self.test_dataset = self._others

@@ -163,8 +163,7 @@ def image_level(datamodule: LightningDataModule, bands: Sequence[str]) -> Level:
 def dataset_level(dataset: Any, bands: Sequence[str]) -> Level:
     """Return the processing level of the Sentinel-2 images of a dataset.
 
-    L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands of
-    Sentinel-2 but B10, else L1C.
+    By its name and split, and L2A for all bands of Sentinel-2 but B10.
     """
     splits = _LEVEL_2A.get(type(dataset).__name__, ())
     if splits is None or getattr(dataset, 'split', None) in splits:

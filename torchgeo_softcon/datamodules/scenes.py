@@ -56,8 +56,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
             batch_size: Number of samples in a batch on one device.
             length: Number of samples per epoch. By default as many as cover the area
                 of all images once, and at least one batch.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
+            num_workers: Number of processes that read, see :class:`.DrawDataModule` for
+                the default.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
             min_fraction: Smallest share of a window that a class must cover to be in

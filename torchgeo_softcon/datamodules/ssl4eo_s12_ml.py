@@ -66,8 +66,8 @@ class SSL4EOS12MLDataModule(DrawDataModule):
                 or packed, or with those of v1.1, see :class:`.SSL4EOS12ML`.
             split: One of them, or several to stack the bands of images of one season.
             batch_size: Number of locations in a batch on one device.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
+            num_workers: Number of processes that read, see :class:`.DrawDataModule` for
+                the default.
             value_range: What becomes 0 and 1: a pair ``[low, high]``, or one pair per
                 band. By default (``softcon``) the mean of SSL4EO-S12 -2 and +2 standard
                 deviations, those of Level-2A for the split ``s2a``.

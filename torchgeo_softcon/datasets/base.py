@@ -48,10 +48,7 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         raise NotImplementedError
 
     def _read_intact(self, read: Callable[[int], Read], index: int) -> Read:
-        """Read a sample, or another one if files are damaged and that is no error.
-
-        Which one is a pure function of *seed* and the index, too.
-        """
+        """Read a sample, or if it is damaged and that is no error, always the same other."""
         if self.damage is None:
             return read(index)
 

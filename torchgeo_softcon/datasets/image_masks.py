@@ -47,9 +47,8 @@ class ImageMaskFolder(DrawnImages):
     Random choices are a pure function of *seed* and the index. Indices beyond the
     length start again with the first sample and make new choices.
 
-    Images are read as by :class:`.WorldCoverScenes`: scale and offset that a file declares
-    are applied, and a colour table becomes red, green and blue. A mask with a colour table
-    keeps its codes.
+    Images are read as by :class:`.WorldCoverScenes`. A mask with a colour table keeps its
+    codes.
 
     Dataset features:
 
@@ -104,17 +103,16 @@ class ImageMaskFolder(DrawnImages):
                 suffix. Images with the same groups (or whole match) are of one place:
                 ``'^(.*)_'`` for names of a place and a date,
                 ``r'^(\d+\.\d)\d*_(\d+\.\d)'`` for squares of 0.1 degrees in names
-                of latitude and longitude. By default those in one folder for more than
-                one of *seasons*, and every image is its own place for one.
+                of latitude and longitude. By default those in one folder with more than
+                one of *seasons*, else every image is a place.
             size: Height and width of a random crop, None for whole images.
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
             level: Processing level of Sentinel-2, see :class:`.WorldCoverScenes`.
-            cache: Folder to which decoded images and masks are written, once, to be read
-                from there: much faster than JPEG or PNG, and the same to the bit. About
-                one byte per value of 8-bit images. For images of one size, none of which
-                is damaged.
+            cache: Folder to which decoded images and masks are written once, to be read
+                from there: much faster than JPEG or PNG, the same to the bit, a byte per
+                value of 8-bit images. For images of one size, none of which is damaged.
             offset: What is added to the numbers as they are stored, see
                 :class:`.WorldCoverScenes`.
             on_error: ``'skip'`` leaves images out whose files, or those of their masks, are
@@ -305,17 +303,11 @@ class ImageMaskFolder(DrawnImages):
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
-        images = [self._image(place[date], window) for date in dates]
+        windows = [(place[d].scene, self._image(place[d], window)) for d in dates]
         mask = self._mask(place[dates[0]], window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
-            # A label must not speak of what the image does not show
-            for image in images:
-                mask[~np.isfinite(image).any(0)] = 0
-        for date, image in zip(dates, images, strict=True):
-            self._scale(place[date].scene, image)
-        image = images[0] if self.seasons == 1 else np.stack(images)
-        return {'image': torch.from_numpy(image), 'mask': torch.from_numpy(mask)}
+        return self._scale.sample(windows, torch.from_numpy(mask))
 
     def _crop(self, patch: Patch, rng: np.random.Generator) -> _Window:
         """Return top, left, height and width of a part of an image."""

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rasterio.windows import Window
 from torch import Tensor
@@ -94,16 +93,6 @@ class PackedCover:
                 f'{self.root} has no land cover under {name}: pack the scenes again'
             )
         return path
-
-    def read_thinned(self, path: str, height: int, width: int) -> Tensor:
-        """Read rows and columns spread over a file, shape (height, width), long."""
-        with self._opened.use(path) as source:
-            (codes,) = source.read([1])
-        rows, columns = (
-            (2 * np.arange(count) + 1) * side // (2 * count)
-            for count, side in zip((height, width), codes.shape, strict=True)
-        )
-        return torch.from_numpy(codes[np.ix_(rows, columns)]).long()
 
     def read(self, path: str, top: int, left: int, size: int) -> Tensor:
         """Read a window of a file, shape (size, size), long."""

@@ -10,9 +10,12 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from .._checks import require
+from .._compat import Sample
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
 from ..geo.rasters import Scene, Values
 
@@ -145,6 +148,22 @@ class SceneScaler:
                 if band in SENTINEL1_BANDS and known.size:
                     np.clip(pixels, *np.quantile(known, _RADAR_QUANTILES), out=pixels)
         return to_unit_range(values, self._ranges[_level(scene)])
+
+    def sample(
+        self, windows: Sequence[tuple[Scene, Values]], mask: Tensor, fill: int = 0
+    ) -> Sample:
+        """Make a sample of windows of one place and the codes under them.
+
+        Codes become *fill* where a window has no data in any band: a label must not speak
+        of what the image does not show. Masks of floats stay as they are.
+        """
+        if not mask.is_floating_point():
+            for _, values in windows:
+                empty = ~np.isfinite(values).any(0)
+                mask = mask.masked_fill(torch.from_numpy(empty), fill)
+        images = [self(scene, values) for scene, values in windows]
+        image = images[0] if len(images) == 1 else np.stack(images)
+        return {'image': torch.from_numpy(image), 'mask': mask}
 
     def tell(
         self, scenes: Sequence[Scene], read: Callable[[Scene], Values]

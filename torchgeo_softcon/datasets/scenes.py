@@ -12,7 +12,6 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
@@ -256,7 +255,7 @@ class WorldCoverScenes(DrawnImages):
         """Set the rows of each place, how likely it is drawn, and the length."""
         if not 0 <= rows[0] < rows[1] <= 1:
             raise ValueError(f'rows must be 0 <= first < last <= 1, got {rows}')
-        self._rows = []
+        self._rows, areas = [], []
         for place in self.places:
             height, width = place.grid.height, place.grid.width
             first, last = (round(part * height) for part in rows)
@@ -267,10 +266,9 @@ class WorldCoverScenes(DrawnImages):
                     f'{place.name} of {last - first} x {width} pixels{part}'
                 )
             self._rows.append((first, last))
-        heights = np.array([last - first for first, last in self._rows], np.float64)
-        areas = heights * [place.grid.width for place in self.places]
-        self._cumulative = areas.cumsum() / areas.sum()
-        covered = int(areas.sum()) // self.patch_size**2
+            areas.append(float(last - first) * width)
+        self._cumulative = np.cumsum(areas) / sum(areas)
+        covered = int(sum(areas)) // self.patch_size**2
         self.length = max(1, covered) if length is None else length
 
     def _check_tiles(self) -> None:
@@ -375,72 +373,62 @@ class WorldCoverScenes(DrawnImages):
 
     def _draw_sample(self, index: int) -> Sample:
         rng = self._generator(index, self.stream)
-        best: tuple[float, SceneStack, int, int, list[tuple[Scene, Values]]]
-        best = (-1.0, self.places[0], 0, 0, [])
+        best: tuple[SceneStack, int, int, list[tuple[Scene, Values]]]
+        most, best = -1.0, (self.places[0], 0, 0, [])
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
             place, (first, last) = self.places[number], self._rows[number]
             top = int(rng.integers(first, last - self.patch_size + 1))
             left = int(rng.integers(0, place.grid.width - self.patch_size + 1))
-            dates = rng.permutation(len(place.scenes))[: self.seasons]
-            seasons = []
+            windows: list[tuple[Scene, Values]] = []
             valid = 1.0
-            for date in dates:
-                values = self._window(place.scenes[date], top, left)
-                seasons.append((place.scenes[date], values))
+            for date in rng.permutation(len(place.scenes))[: self.seasons]:
+                values = self._read(place.scenes[date], top, left)
+                windows.append((place.scenes[date], values))
                 # A pixel counts if any band has data: 0 is a value of the cirrus band
                 valid = min(valid, float(np.isfinite(values).any(0).mean()))
-                if valid < self.min_valid and valid <= best[0]:
+                if valid < self.min_valid and valid <= most:
                     break  # not needed whatever the other dates have
             else:
-                best = (valid, place, top, left, seasons)
+                most, best = valid, (place, top, left, windows)
                 if valid >= self.min_valid:
                     break
-        valid, place, top, left, seasons = best
-        name = place.name
-        if valid < self.min_valid and name not in self._warned:
+        name = best[0].name
+        if most < self.min_valid and name not in self._warned:
             self._warned.add(name)
             warnings.warn(
                 f'no window with data in min_valid={self.min_valid} of its pixels was '
-                f'found in {_MAX_TRIES} tries, one of {name} with {valid:.3g} is taken. '
+                f'found in {_MAX_TRIES} tries, one of {name} with {most:.3g} is taken. '
                 'Its label may be unknown',
                 UserWarning,
                 stacklevel=2,
             )
-        return self._sample(place, top, left, seasons)
+        return self._sample(*best)
 
-    def _window(self, scene: Scene, top: int, left: int) -> Values:
+    def _read(self, scene: Scene, top: int, left: int) -> Values:
         return self._reader.read(scene, top, left, self.patch_size, self.patch_size)
-
-    def read_middle(self, scene: Scene, side: int = _SAMPLE) -> Values:
-        """Read the window in the middle of a scene, before it is scaled."""
-        height, width = (min(side, n) for n in (scene.grid.height, scene.grid.width))
-        top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
-        return self._reader.read(scene, top, left, height, width)
 
     def _sample(
         self,
         place: SceneStack,
         top: int,
         left: int,
-        seasons: Sequence[tuple[Scene, Values]],
+        windows: Sequence[tuple[Scene, Values]],
     ) -> Sample:
-        # A label must not speak of what the image does not show
-        valid = np.logical_and.reduce([np.isfinite(v).any(0) for _, v in seasons])
-        images = [self.scale(scene, values) for scene, values in seasons]
-        image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        mask = self._mask(place, top, left, seasons[0][0])
-        mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
-        sample: Sample = {'image': image, 'mask': mask}
-        return self.transforms(sample)
-
-    def _mask(self, place: SceneStack, top: int, left: int, scene: Scene) -> Tensor:
-        """Read the land cover under a window of a scene."""
-        size = self.patch_size
+        """Make a sample of the dates of a window, with the land cover of the first."""
+        size, scene = self.patch_size, windows[0][0]
         worldcover = self._maps.get(scene.name, self.worldcover)
         if worldcover is None:
-            return torch.full((size, size), self.product.fill)
-        if isinstance(worldcover, PackedCover):
-            return worldcover.read(self._covers[place.name], top, left, size)
-        window = place.grid.window(top, left, size, size)
-        return worldcover.read_window(window.crs, window.transform, size, size)
+            mask = torch.full((size, size), self.product.fill)
+        elif isinstance(worldcover, PackedCover):
+            mask = worldcover.read(self._covers[place.name], top, left, size)
+        else:
+            grid = place.grid.window(top, left, size, size)
+            mask = worldcover.read_window(grid.crs, grid.transform, size, size)
+        return self.transforms(self.scale.sample(windows, mask, self.product.fill))
+
+    def read_middle(self, scene: Scene, side: int = _SAMPLE) -> Values:
+        """Read the window in the middle of a scene, before it is scaled."""
+        height, width = (min(side, n) for n in (scene.grid.height, scene.grid.width))
+        top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
+        return self._reader.read(scene, top, left, height, width)

@@ -50,9 +50,9 @@ class SSL4EOS12ML(DrawnImages):
     the same way, a hundred times faster. So are SSL4EO-S12 v1.1 and TerraMesh, whose bands
     are all at 10 m, in shards or in Zarr chunk files, see :class:`.ShardArchive`.
 
-    A sample is a location, and *seasons* of its images in random order. The choice is a
-    pure function of *seed* and the index. Indices beyond the length start again with the
-    first location and make new choices.
+    A sample is a location, and *seasons* of its images in random order, a pure function of
+    *seed* and the index. Indices beyond the length start again with the first location and
+    make new choices.
 
     Dataset features:
 
@@ -106,8 +106,8 @@ class SSL4EOS12ML(DrawnImages):
             seed: Seed of the choice of seasons.
             max_cloud: Largest share of thin and thick clouds in an image. Others are left
                 out. Needs the cloud masks of v1.1.
-            offset: What is added to the numbers of Sentinel-2 in files of v1.1, which is
-                taken off. By default it is found, see :func:`.find_offsets`.
+            offset: What is added to Sentinel-2 in files of v1.1, which is taken off. By
+                default it is found, see :func:`.find_offsets`.
             on_error: ``'skip'`` takes another sample for one whose files are damaged, see
                 :class:`.ImageMaskFolder`. By default, and for packed files, which are
                 checked when they are opened, a damaged file is an error.
@@ -319,10 +319,7 @@ class SSL4EOS12ML(DrawnImages):
         return self._start[location] + rng.permutation(count)[: self.seasons]
 
     def names(self, index: int) -> list[str]:
-        """Return the T names ``location/image`` of a sample, in the order of its images.
-
-        They are those of Sentinel-2 where there is a choice.
-        """
+        """Return the T names ``location/image`` of a sample, those of Sentinel-2 if any."""
         rows = self._rows[self._draw(index), self._column]
         return ['/'.join(self._main.name(row)) for row in rows]
 
@@ -333,11 +330,7 @@ class SSL4EOS12ML(DrawnImages):
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
-        """Return where and when the first image of a sample was taken.
-
-        Returns:
-            Outline, its coordinate reference system, and the day if it is the only image.
-        """
+        """Return outline, CRS and day of the first image, no day if there are more."""
         main = self._main
         row = self._rows[self._draw(index)[0], self._column]
         grids = main.georeference(int(row))
@@ -345,13 +338,7 @@ class SSL4EOS12ML(DrawnImages):
         return shapely.box(*grids.bounds), grids.crs, day if self.seasons == 1 else None
 
     def cloud_masks(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return the cloud masks of the images of a sample, shape (T, H, W).
-
-        Their codes are those of :meth:`.Archive.cloud_mask`.
-
-        Raises:
-            ValueError: If there are none.
-        """
+        """Return the :meth:`.Archive.cloud_mask` of each image of a sample, (T, H, W)."""
         rows = self._rows[self._draw(index), self._column]
         return np.stack([self._main.cloud_mask(row) for row in rows])
 
