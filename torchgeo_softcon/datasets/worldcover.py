@@ -15,7 +15,6 @@ import shapely
 import torch
 from affine import Affine
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from pyproj import CRS
@@ -36,13 +35,6 @@ from ..geo.mosaic import Mosaic, open_tile
 from ..landcover.files import assumed_year, find_map_files, map_year, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
-
-
-def _colormap(product: LandCoverProduct) -> Any:
-    """Return a colormap as TorchGeo 0.8 (a dictionary) or 0.10 (of matplotlib) has it."""
-    if isinstance(getattr(RasterDataset, 'cmap', None), dict):
-        return product.colors
-    return ListedColormap(_color_table(product.colors) / 255)
 
 
 def _color_table(colors: Mapping[int, Color]) -> npt.NDArray[np.uint8]:
@@ -104,8 +96,6 @@ class ESAWorldCover(RasterDataset):
     #: Official colour of every class code, red, green, blue and opacity in [0, 255].
     colors = WORLDCOVER.colors
 
-    cmap = _colormap(WORLDCOVER)
-
     def __init__(
         self,
         paths: Path | Iterable[Path] = 'data',
@@ -157,7 +147,6 @@ class ESAWorldCover(RasterDataset):
         if product is not WORLDCOVER:
             self.url = f'{product.url}/{product.path}'
             self.names, self.colors = product.names, product.colors
-            self.cmap = _colormap(product)  # type: ignore[misc]
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
         self.ordinal = ordinal
         codes = (product.fill, *classes)
@@ -246,8 +235,8 @@ class ESAWorldCover(RasterDataset):
                 index. What is left out is that of the dataset.
 
         Returns:
-            A sample with a *mask* of shape (H, W), long, and what else TorchGeo's own
-            raster datasets give: *crs* and *bounds*, or *bounds* and *transform*.
+            A sample with a *mask* of shape (H, W), long, and *crs*, *bounds* or *transform*
+            as TorchGeo's own raster datasets give them.
 
         Raises:
             IndexError: If *query* does not touch a tile.
