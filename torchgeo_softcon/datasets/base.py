@@ -4,7 +4,7 @@
 """Datasets whose samples are draws: images of random dates or windows."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from .._compat import NonGeoDataset, Sample
 from ..bands import shown_channels
-from .damage import Damage, Read
+from ..geo.rasters import DamagedFileError
+from .damage import Damage
+
+#: Samples to try in place of one that is damaged. If so many are, it is not the files.
+_MAX_TRIES = 10
+
+Read = TypeVar('Read')
 
 
 class DrawnImages(NonGeoDataset):  # type: ignore[misc]
@@ -49,13 +55,16 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
 
     def _read_intact(self, read: Callable[[int], Read], index: int) -> Read:
         """Read a sample, or if it is damaged and that is no error, always the same other."""
-        if self.damage is None:
-            return read(index)
-
-        def other(number: int) -> int:
-            return int(self._generator(index, number).integers(2**32))
-
-        return self.damage.read(read, index, other)
+        drawn = index
+        for number in range(1, _MAX_TRIES):
+            try:
+                return read(drawn)
+            except DamagedFileError as error:
+                if self.damage is None:
+                    raise
+                self.damage.note(error.path)
+            drawn = int(self._generator(index, number).integers(2**32))
+        return read(drawn)
 
     def _generator(self, index: int, *stream: int) -> np.random.Generator:
         """Return the random numbers of a draw."""

@@ -8,21 +8,14 @@ import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Literal, TypeVar
-
-from ..geo.rasters import DamagedFileError
+from collections.abc import Iterable
+from typing import Literal
 
 #: What to do about a damaged file: an error that names it, or to leave it out.
 OnError = Literal['raise', 'skip']
 
-#: Samples to try in place of one that is damaged. If so many are, it is not the files.
-_MAX_TRIES = 10
-
 #: Files that a message lists.
 _MAX_NAMED = 20
-
-Read = TypeVar('Read')
 
 
 class Damage:
@@ -36,30 +29,11 @@ class Damage:
         os.close(handle)
         weakref.finalize(self, _remove, self._notes, os.getpid())
 
-    def read(
-        self, read: Callable[[int], Read], index: int, other: Callable[[int], int]
-    ) -> Read:
-        """Read the sample of an index, or if that is damaged, of another one.
-
-        Args:
-            read: Reads a sample.
-            index: Its index.
-            other: Returns the index to take instead, for the number of the try.
-
-        Raises:
-            DamagedFileError: If too many samples in a row are damaged.
-        """
-        for number in range(1, _MAX_TRIES + 1):
-            try:
-                return read(index)
-            except DamagedFileError as error:
-                if number == _MAX_TRIES:
-                    raise
-                # Whole lines, also from several processes at once
-                with open(self._notes, 'a') as file:
-                    file.write(json.dumps(error.path) + '\n')
-            index = other(number)
-        raise AssertionError('the last try returns or raises')
+    def note(self, path: str) -> None:
+        """Note the damaged file that a draw has met."""
+        with open(self._notes, 'a') as file:
+            # Whole lines, also from several processes at once
+            file.write(json.dumps(path) + '\n')
 
     def _noted(self) -> list[str]:
         """Return the file of each damaged draw."""

@@ -5,7 +5,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..geo.rasters import Values
 from ..ssl4eo.record_archive import has_records, shard_path, write_records
 from ..storage.lock import exclusive
-from .patches import Patch
+from .patches import Patch, PatchFiles
 
 #: Bytes in a file of the cache, about: as much memory as writing it takes.
 _SHARD = 256 * 2**20
@@ -34,16 +34,14 @@ class ImageCache:
         self,
         folder: str | os.PathLike[str],
         patches: Sequence[Patch],
-        mask_band: int | None,
-        decode: Callable[[Patch], tuple[Values, npt.NDArray[Any]]],
+        source: PatchFiles,
     ) -> None:
         """Write what is missing.
 
         Args:
             folder: Folder for the caches of any number of datasets.
             patches: The images.
-            mask_band: Position of the mask in the image files, if it is there.
-            decode: Reads an image (C, H, W), NaN where it has no data, and its mask.
+            source: Reads them.
 
         Raises:
             ValueError: If images or masks are not all of one size and type.
@@ -53,7 +51,7 @@ class ImageCache:
         scaled = any(any(x.offset) or {*x.scale} - {1} for x in layers)
         if scaled or dtype.kind not in 'iu' or dtype.itemsize > 2:
             dtype = np.dtype(np.float32)
-        image, mask = decode(patches[0])
+        image, mask = _read_whole(source, patches[0])
         self._dtype = np.dtype(
             [
                 ('image', dtype, image.shape),
@@ -64,7 +62,7 @@ class ImageCache:
         files = dict.fromkeys(path for p in patches for path in (p.image, p.mask))
         states = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
         options = [(x.indexes, x.nodata, x.alpha, x.scale, x.offset) for x in layers]
-        key = repr((states, mask_band, options, self._dtype))
+        key = repr((states, source.mask_band, options, self._dtype))
         self._folder = Path(folder, hashlib.sha256(key.encode()).hexdigest()[:16])
         self._rows = max(1, _SHARD // self._dtype.itemsize)
         self._maps: dict[int, npt.NDArray[Any]] = {}
@@ -76,19 +74,15 @@ class ImageCache:
                 path = shard_path(self._folder, start // self._rows)
                 if not has_records(path, len(some)):
                     rank_zero_info(f'Decoded images go to {path} (option cache)')
-                    write_records(path, self._encode(some, decode))
+                    write_records(path, self._encode(some, source))
 
-    def _encode(
-        self,
-        patches: Sequence[Patch],
-        decode: Callable[[Patch], tuple[Values, npt.NDArray[Any]]],
-    ) -> npt.NDArray[Any]:
+    def _encode(self, patches: Sequence[Patch], source: PatchFiles) -> npt.NDArray[Any]:
         """Make records (N,)."""
         records = np.zeros(len(patches), self._dtype)
         for record, patch in zip(
             records, tqdm(patches, 'cache', leave=False), strict=True
         ):
-            image, mask = decode(patch)
+            image, mask = _read_whole(source, patch)
             first = record['image'].shape, record['mask'].dtype
             if (image.shape, mask.dtype) != first:
                 raise ValueError(
@@ -114,10 +108,10 @@ class ImageCache:
         return self._maps[shard][offset]
 
     def read_image(
-        self, number: int, top: int, left: int, height: int, width: int
+        self, patch: Patch, top: int, left: int, height: int, width: int
     ) -> Values:
-        """Read a window of an image, NaN where it has no data."""
-        record = self._open(number)
+        """Read an image, see :meth:`.PatchFiles.read_image`."""
+        record = self._open(patch.number)
         window = np.s_[:, top : top + height, left : left + width]
         image: Values = record['image'][window].astype(np.float32)
         if record['missing'].any():
@@ -127,8 +121,13 @@ class ImageCache:
         return image
 
     def read_mask(
-        self, number: int, top: int, left: int, height: int, width: int
+        self, patch: Patch, top: int, left: int, height: int, width: int
     ) -> npt.NDArray[Any]:
-        """Read a window of a mask."""
-        mask = self._open(number)['mask']
+        """Read a mask, see :meth:`.PatchFiles.read_mask`."""
+        mask = self._open(patch.number)['mask']
         return np.array(mask[top : top + height, left : left + width])
+
+
+def _read_whole(source: PatchFiles, patch: Patch) -> tuple[Values, npt.NDArray[Any]]:
+    window = 0, 0, *patch.shape
+    return source.read_image(patch, *window), source.read_mask(patch, *window)

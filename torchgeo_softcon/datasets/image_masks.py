@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,11 @@ from torch.utils.data import default_collate
 from .._checks import check_counts, check_types
 from .._compat import Sample
 from ..bands import Level
-from ..geo.rasters import RasterReader, Scene, Values
 from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed, is_batched
 from .damage import Damage, OnError
 from .image_cache import ImageCache
-from .patches import Patch, find_patches, in_pixels
+from .patches import Patch, PatchFiles, find_patches, in_pixels
 from .scaling import SceneScaler, ValueRange
 
 #: Places that an error message lists.
@@ -150,7 +149,6 @@ class ImageMaskFolder(DrawnImages):
         self.seasons = seasons
         self.size = size
         self._random = True
-        self.mask_band = mask_band
         self.seed = seed
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
@@ -173,12 +171,11 @@ class ImageMaskFolder(DrawnImages):
         self._check_sizes(patches)
         self._scale = SceneScaler(scenes, value_range, radar_quantiles)
         self.level, self.value_range = self._scale.level, self._scale.value_range
-        # Not kept open: there may be any number of files, each read once in an epoch
-        self._reader = RasterReader(max_open=0)
-        self._scale.tell(scenes, self._read_whole)
-        self._cache = None
+        files = PatchFiles(mask_band)
+        self._scale.tell(scenes, files.reader)
+        self._source: PatchFiles | ImageCache = files
         if cache is not None:
-            self._cache = ImageCache(cache, patches, mask_band, self._decode)
+            self._source = ImageCache(cache, patches, files)
 
         groups: dict[str, list[Patch]] = {}
         for patch in patches:
@@ -200,9 +197,6 @@ class ImageMaskFolder(DrawnImages):
             self._separate()
         else:
             self._check_dates()
-
-    def _read_whole(self, scene: Scene) -> Values:
-        return self._reader.read(scene, 0, 0, scene.grid.height, scene.grid.width)
 
     def _check_sizes(self, patches: Sequence[Patch]) -> None:
         """Check that crops, or whole images, make a batch."""
@@ -303,8 +297,9 @@ class ImageMaskFolder(DrawnImages):
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
-        windows = [(place[d].scene, self._image(place[d], window)) for d in dates]
-        mask = self._mask(place[dates[0]], window)
+        chosen = [place[date] for date in dates]
+        windows = [(p.scene, self._source.read_image(p, *window)) for p in chosen]
+        mask = self._source.read_mask(chosen[0], *window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
         return self._scale.sample(windows, torch.from_numpy(mask))
@@ -318,20 +313,3 @@ class ImageMaskFolder(DrawnImages):
         if self._random:
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
         return top, left, self.size, self.size
-
-    def _image(self, patch: Patch, window: _Window) -> Values:
-        """Read an image, NaN without data, from the cache or its file."""
-        if self._cache is not None:
-            return self._cache.read_image(patch.number, *window)
-        return self._reader.read(patch.scene, *window)
-
-    def _mask(self, patch: Patch, window: _Window) -> npt.NDArray[Any]:
-        """Read the codes of a mask, 0 without data, from the cache or its file."""
-        if self._cache is not None:
-            return self._cache.read_mask(patch.number, *window)
-        return patch.read_mask(self.mask_band or 1, *window)
-
-    def _decode(self, patch: Patch) -> tuple[Values, npt.NDArray[Any]]:
-        """Read a whole image and its mask from their files."""
-        window = 0, 0, *patch.shape
-        return self._image(patch, window), self._mask(patch, window)

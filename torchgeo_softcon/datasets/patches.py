@@ -20,7 +20,9 @@ from ..geo.mosaic import scale_codes
 from ..geo.numbers import Numbers, OpenedFile
 from ..geo.rasters import (
     DamagedFileError,
+    RasterReader,
     Scene,
+    Values,
     find_alpha,
     open_raster,
     read_mask,
@@ -54,12 +56,28 @@ class Patch(NamedTuple):
         """Rows and columns."""
         return self.scene.grid.height, self.scene.grid.width
 
+
+class PatchFiles:
+    """Reads windows of images and their masks from files."""
+
+    def __init__(self, mask_band: int | None) -> None:
+        """Initialize a new PatchFiles instance."""
+        self.mask_band = mask_band
+        # Not kept open: there may be any number of files, each read once in an epoch
+        self.reader = RasterReader(max_open=0)
+
+    def read_image(
+        self, patch: Patch, top: int, left: int, height: int, width: int
+    ) -> Values:
+        """Read an image (C, H, W), NaN where it has no data."""
+        return self.reader.read(patch.scene, top, left, height, width)
+
     def read_mask(
-        self, band: int, top: int, left: int, height: int, width: int
+        self, patch: Patch, top: int, left: int, height: int, width: int
     ) -> npt.NDArray[Any]:
-        """Read a window of the codes of the mask, 0 where it has no data."""
-        window = Window(left, top, width, height)
-        with open_raster(self.mask) as source:
+        """Read the codes of a mask, 0 where it has no data."""
+        window, band = Window(left, top, width, height), self.mask_band or 1
+        with open_raster(patch.mask) as source:
             stored = read_raster(source, [band], window)[0]
             empty = stored == source.nodatavals[band - 1]
             empty |= ~read_mask(source, window, band)

@@ -5,7 +5,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._checks import require
 from .._compat import Sample
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
-from ..geo.rasters import Scene, Values
+from ..geo.rasters import RasterReader, Scene, Values
 
 #: What a dataset accepts as *value_range*, see :func:`resolve_value_range`.
 ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]] | None
@@ -33,6 +33,9 @@ _DEVIATIONS = 2
 #: Share of the pixels of a window that are clipped if its numbers are not what the
 #: statistics are of. Snow and clouds are that bright, too, so it is no error.
 _CLIPPED = 0.95
+
+#: Side of the window that is looked at before the training, in pixels.
+_SAMPLE = 256
 
 #: Digital numbers that the atmospheric correction of dark ground does not go below.
 _NEGATIVE = -100
@@ -166,7 +169,7 @@ class SceneScaler:
         return {'image': torch.from_numpy(image), 'mask': mask}
 
     def tell(
-        self, scenes: Sequence[Scene], read: Callable[[Scene], Values]
+        self, scenes: Sequence[Scene], reader: RasterReader
     ) -> list[tuple[str, Scene]]:
         """Say what each kind of scene is taken for, and check a window of it.
 
@@ -175,7 +178,7 @@ class SceneScaler:
 
         Args:
             scenes: Scenes of the same bands.
-            read: Reads a window of a scene, before it is scaled.
+            reader: Reads them.
 
         Returns:
             The line of each kind, and the first scene of it.
@@ -189,7 +192,7 @@ class SceneScaler:
             rank_zero_info(line)
             if self.given in (None, 'softcon') and scene.kind.unit != '8 bit':
                 with contextlib.suppress(OSError):  # damaged, as its windows will say
-                    self._check(scene, read(scene))
+                    self._check(scene, read_middle(reader, scene))
         return lines
 
     def _describe(self, scenes: Sequence[Scene]) -> str:
@@ -274,6 +277,14 @@ class SceneScaler:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def read_middle(reader: RasterReader, scene: Scene) -> Values:
+    """Read the window in the middle of a scene, before it is scaled."""
+    grid = scene.grid
+    height, width = min(_SAMPLE, grid.height), min(_SAMPLE, grid.width)
+    top, left = (grid.height - height) // 2, (grid.width - width) // 2
+    return reader.read(scene, top, left, height, width)
 
 
 def _level(scene: Scene) -> Level:

@@ -24,7 +24,7 @@ from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
 from .packed_scenes import PackedCover, is_packed
-from .scaling import SceneScaler, ValueRange, with_level
+from .scaling import SceneScaler, ValueRange, read_middle, with_level
 from .scene_grid import SceneGrid
 from .scene_stack import (
     SceneStack,
@@ -42,9 +42,6 @@ Paths = str | Sequence[str | os.PathLike[str]] | os.PathLike[str]
 #: Windows to try before one with too little data is taken after all. If half of a raster
 #: is empty, one window in a thousand gets here.
 _MAX_TRIES = 10
-
-#: Side of the window that is looked at before the training, in pixels.
-_SAMPLE = 256
 
 
 class WorldCoverScenes(DrawnImages):
@@ -218,7 +215,7 @@ class WorldCoverScenes(DrawnImages):
         self.scale = SceneScaler(scenes, value_range, radar_quantiles)
         self.level, self.value_range = self.scale.level, self.scale.value_range
         self._reader = RasterReader(open_mapped)
-        self.kinds = self.scale.tell(scenes, self.read_middle)
+        self.kinds = self.scale.tell(scenes, self._reader)
         self._check_dates()
         self._set_rows(rows, length)
 
@@ -427,8 +424,6 @@ class WorldCoverScenes(DrawnImages):
             mask = worldcover.read_window(grid.crs, grid.transform, size, size)
         return self.transforms(self.scale.sample(windows, mask, self.product.fill))
 
-    def read_middle(self, scene: Scene, side: int = _SAMPLE) -> Values:
+    def read_middle(self, scene: Scene) -> Values:
         """Read the window in the middle of a scene, before it is scaled."""
-        height, width = (min(side, n) for n in (scene.grid.height, scene.grid.width))
-        top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
-        return self._reader.read(scene, top, left, height, width)
+        return read_middle(self._reader, scene)
