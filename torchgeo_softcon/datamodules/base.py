@@ -149,21 +149,15 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
 
     @property
     def unit_range(self) -> bool:
-        """Whether training images are known to be scaled as :class:`.ToUnitRange` does.
-
-        Tasks of this package note it in checkpoints.
-        """
+        """Whether training images are known to be scaled as :class:`.ToUnitRange` does."""
         dataset: Any = self.train_dataset
-        bands = dataset_bands(dataset)
-        pairs: Any = self.value_range or getattr(dataset, 'value_range', None)
-        expected: Any = getattr(dataset, 'softcon_range', None)
-        if expected is None:
-            expected = softcon_range(bands, getattr(dataset, 'level', 'L1C'))
-        return (
-            None not in (pairs, expected)
-            and np.shape(pairs) == np.shape(expected)
-            and bool(np.allclose(pairs, expected))
+        pairs = self.value_range or getattr(dataset, 'value_range', None)
+        expected = getattr(dataset, 'softcon_range', None) or softcon_range(
+            dataset_bands(dataset), getattr(dataset, 'level', 'L1C')
         )
+        if pairs is None or expected is None or np.shape(pairs) != np.shape(expected):
+            return False
+        return bool(np.allclose(pairs, expected))
 
     def open_dataset(self) -> Any:
         """Open the data that all splits are divided from."""
@@ -237,10 +231,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             damage.tell_files()
 
     def _pending(self) -> int:
-        """Return the number of batches whose step is not done.
-
-        A checkpoint that is saved on an error or on a signal falls into a step.
-        """
+        """Return how many batches wait for their step, as when an error interrupts one."""
         if self.trainer is None:
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current

@@ -18,8 +18,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
     See :class:`.ImageMaskFolder` for the layout of the folders, and
     :class:`.WorldCoverScenesDataModule` for fine-tuning with the host's tasks.
 
-    Without *val_fraction*, all images are used for training, validation and testing
-    alike. With it, images of one place (see *places*) are never in two of them.
+    Images of one place (see *places*) are never in two splits, unless *val_fraction* is 0.
     Predictions are of single images, of their middle if they are cropped to *size*.
     """
 
@@ -47,8 +46,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
                 the default.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
-            min_fraction: Smallest share of an image that a class must cover to be in
-                its label.
+            min_fraction: Smallest share of an image that a class in its label covers.
             fractions: Give the share of every class instead of 0 and 1.
             val_fraction: Part of the places for validation only, and as much for
                 testing only. With 0, all are for all three.

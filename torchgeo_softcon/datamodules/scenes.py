@@ -24,10 +24,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
     ``mask``, 12 classes and ``ignore_index: 0``.
 
     Without *val_fraction*, validation and test windows are drawn from the same ground
-    as those for training, so their scores say little about other places. With it, each
-    raster is divided on its own: where rasters of different places overlap, as
-    neighbouring Sentinel-2 tiles do by 10 km, the splits still share ground, and there
-    is a warning.
+    as those for training, so their scores say little about other places.
     """
 
     def __init__(
@@ -60,12 +57,12 @@ class WorldCoverScenesDataModule(DrawDataModule):
                 the default.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
-            min_fraction: Smallest share of a window that a class must cover to be in
-                its label.
+            min_fraction: Smallest share of a window that a class in its label covers.
             fractions: Give the share of every class instead of 0 and 1.
             val_fraction: Part of each raster, at its lower end, whose windows are for
                 testing only, and as much above it for validation only. With 0, all are
-                drawn from everywhere. Rasters that overlap still share ground.
+                drawn from everywhere. Rasters of different places that overlap, as tiles
+                of Sentinel-2 do by 10 km, still share ground, and there is a warning.
             seed: Seed of the windows, from 0 to 2**32 - 1.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. What is packed counts
