@@ -127,20 +127,14 @@ class SceneScaler:
         self.given = value_range
         self.radar_quantiles = radar_quantiles
         # The unit of others is known, whatever their type
-        dtypes = {
-            layer.dtype
-            for scene in scenes
-            for layer in scene.layers
-            if scene.kind.unit in ('', '8 bit')
-        }
-        first = scenes[0]
+        unclear = [s for s in scenes if s.kind.unit in ('', '8 bit')]
+        dtypes = {layer.dtype for scene in unclear for layer in scene.layers}
+        bands, count = scenes[0].bands, scenes[0].count
         self._ranges = {
-            level: resolve_value_range(
-                value_range, first.bands, first.count, dtypes, level
-            )
+            level: resolve_value_range(value_range, bands, count, dtypes, level)
             for level in dict.fromkeys(map(_level, scenes))
         }
-        self.level = _level(first)
+        self.level = _level(scenes[0])
         self.value_range = self._ranges[self.level]
 
     def __call__(self, scene: Scene, values: Values) -> Values:
@@ -173,15 +167,9 @@ class SceneScaler:
     ) -> list[tuple[str, Scene]]:
         """Say what each kind of scene is taken for, and check a window of it.
 
-        A line is such as "12 files, Sentinel-2 L2A, offset -1000 from MTD_MSIL2A.xml,
-        scaled by L2A statistics".
-
-        Args:
-            scenes: Scenes of the same bands.
-            reader: Reads them.
-
         Returns:
-            The line of each kind, and the first scene of it.
+            A line of each kind, such as "12 files, Sentinel-2 L2A, offset -1000 from
+            MTD_MSIL2A.xml, scaled by L2A statistics", and its first scene.
         """
         kinds: dict[object, list[Scene]] = {}
         for scene in scenes:
@@ -228,13 +216,8 @@ class SceneScaler:
     def _check(self, scene: Scene, values: Values) -> None:
         """Check that a window of a scene is what the statistics of its bands are of.
 
-        Raises:
-            ValueError: If a band of radar is scaled as dB and has no negative pixel, as of
-                linear power or amplitude, or all are below the range, as of dB times 100.
-
-        Warns:
-            UserWarning: If nearly all pixels of bands that are scaled by statistics are
-                below or above them, or if an offset makes many of them negative.
+        It is an error if radar has no negative value, as linear power, or is below the
+        range as a whole, as dB times 100.
         """
         level, clipped = _level(scene), []
         pairs = self._ranges[level]
@@ -245,23 +228,18 @@ class SceneScaler:
             low, high = float(pixels.min()), float(pixels.max())
             clipped.append(float(((pixels <= pair[0]) | (pixels >= pair[1])).mean()))
             if band in SENTINEL1_BANDS and (low >= 0 or high < pair[0]):
-                remedy = (
-                    'convert it by 10 * log10(power), 20 * log10(amplitude)'
-                    if low >= 0
-                    else 'divide it by its factor'
-                )
+                remedy = 'divide it by its factor'
+                if low >= 0:
+                    remedy = 'convert it by 10 * log10(power), 20 * log10(amplitude)'
                 raise ValueError(
                     f'{scene.name} has values of {band} from {low:.4g} to {high:.4g}, '
                     f'which is not radar backscatter in dB: {remedy}, or give value_range'
                 )
         middle = f'of the pixels in the middle of {scene.name}'
         corrected = any(offset < 0 for layer in scene.layers for offset in layer.offset)
+        corrected = corrected and scene.kind.unit == 'digital numbers'
         negative = float((values[np.isfinite(values)] < _NEGATIVE).sum() / values.size)
-        if (
-            corrected
-            and negative > 1 - _CLIPPED
-            and scene.kind.unit == 'digital numbers'
-        ):
+        if corrected and negative > 1 - _CLIPPED:
             warnings.warn(
                 f'{negative:.0%} {middle} are negative with {scene.kind.source}. If the '
                 'numbers were corrected before, give offset=0',
