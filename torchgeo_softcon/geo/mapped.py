@@ -57,7 +57,7 @@ def open_mapped(path: str | os.PathLike[str]) -> Any:
         return source if places is None else MappedRaster(source, places)
     except ValueError as error:
         message = f'cannot open {path}, it is cut off: delete it, and pack again'
-        raise DamagedFileError.of(path, message) from error
+        raise DamagedFileError(message, path) from error
 
 
 def _find_bands(source: Any) -> list[int] | None:
