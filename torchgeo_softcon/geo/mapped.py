@@ -104,7 +104,8 @@ def create_mapped(
                 file.update_tags(**like.tags())
                 for name in ('descriptions', 'colorinterp', 'scales', 'offsets'):
                     setattr(file, name, getattr(like, name))
-            # In order, so that each band is in one piece
+            # In order, so that each band is in one piece. A full disk is an error here,
+            # when mapped memory is written it would end the process
             for index in file.indexes:
                 for top in range(0, file.height, _ROWS):
                     rows = min(_ROWS, file.height - top)
