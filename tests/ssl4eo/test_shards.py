@@ -466,7 +466,7 @@ class TestErrors:
         path = archive.files[0]
         times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
         with open(path, 'r+b') as file:
-            file.seek(archive._pixels.offset[0])
+            file.seek(archive._table['bands'][0]['offset'][0].as_py())
             file.write(bytes(40))
         os.utime(path, ns=times)
         with pytest.raises(OSError, match=f'0000001/2020.* in {path} cannot be read'):

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal, cast
 
@@ -29,10 +29,9 @@ from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
 from ..storage.resumable import REMEDY
 from .cover import Cover, download_folder, find_cover, find_year, reasons, remote_bucket
-from .export import check_locations, write_json
 from .plan import Plan, count_unit
 from .sources import Images, Table, find_images, find_layout, read
-from .store import LabelStore
+from .store import LabelStore, check_locations, write_json
 from .tables import read_footprints
 from .workers import Workers, check_scheduler, open_workers
 
@@ -237,25 +236,20 @@ def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.
     return np.array(missing.to_numpy(zero_copy_only=False))
 
 
+@dataclass
 class _Run:
     """Labels the patches of an archive that are missing in a store."""
 
-    def __init__(
-        self,
-        source: Images | Table,
-        store: LabelStore,
-        workers: Workers,
-        product: LandCoverProduct,
-        years: Sequence[int | None],
-        worldcover: Path | Iterable[Path],
-        base_url: str | None,
-        progress: bool,
-    ) -> None:
-        self.source, self.store, self.workers = source, store, workers
-        self.product, self.years, self.progress = product, years, progress
-        self.worldcover, self.base_url = worldcover, base_url
-        self.failures: dict[str, str] = {}
-        self.decoded = 0
+    source: Images | Table
+    store: LabelStore
+    workers: Workers
+    product: LandCoverProduct
+    years: Sequence[int | None]
+    worldcover: Path | Iterable[Path]
+    base_url: str | None
+    progress: bool
+    failures: dict[str, str] = field(default_factory=dict)
+    decoded: int = 0
 
     def run(self) -> Labelled:
         """Read footprints, count their pixels, and write the file."""

@@ -206,24 +206,17 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
 
 def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
     """Return the footprints of archives that know them."""
-    tables, ids = [], []
-    failures: dict[str, str] = {}
+    tables = []
     for archive in archives:
         crs, transforms, size = archive.grids()
-        names = ['/'.join((archive.split, *archive.name(n))) for n in range(len(crs))]
-        there = [n for n, one in enumerate(crs) if one is not None]
-        failures |= dict.fromkeys(
-            (names[n] for n, one in enumerate(crs) if one is None),
-            'has no coordinate reference system',
-        )
-        tables.append(
-            make_footprints(
-                [names[n] for n in there],
-                [str(crs[n]) for n in there],
-                transforms[there],
-                np.tile(np.array(size, np.int32), (len(there), 1)),
-            )
-        )
-        ids += names
+        images = [archive.name(row) for row in range(len(crs))]
+        names = ('/'.join((archive.split, *image)) for image in images)
+        sizes = np.broadcast_to(size, (len(crs), 2))
+        tables.append(make_footprints(names, crs, transforms, sizes))
     table = pa.concat_tables(tables).unify_dictionaries()
-    return Table(Read(table, failures), pa.array(ids, pa.string()))
+    nowhere = pc.is_null(table['crs'])
+    failures = dict.fromkeys(
+        table['id'].filter(nowhere).to_pylist(), 'has no coordinate reference system'
+    )
+    known = Read(table.filter(pc.invert(nowhere)), failures)
+    return Table(known, table['id'].combine_chunks())

@@ -139,7 +139,7 @@ def verify(
 ) -> list[Failure]:
     """Return the images whose record is not what it was, by its checksum."""
     archives = open_archives(out, split)
-    return _for_each(RecordArchive.read_checked, archives, 'verify', progress)
+    return _for_each(RecordArchive.load, archives, 'verify', progress)
 
 
 @dataclass
@@ -213,10 +213,9 @@ def _pack_split(
         before = _read_rows(index)
     indexed, not_indexed = _resume(archive, folder, before)
     done = pa.concat_tables([indexed, *not_indexed])
-    ours = pd.MultiIndex.from_arrays(
-        [archive.location.astype(str), archive.season.astype(str)]
-    )
-    rows = np.flatnonzero(~ours.isin(_names(done)))
+    ours = [archive.name(row) for row in range(len(archive))]
+    there = _names(done)
+    rows = np.array([n for n, name in enumerate(ours) if name not in there], int)
     rows = rows[np.argsort(archive.order[rows], kind='stable')]
     if labels is not None and table is None and len(rows) + len(not_indexed):
         raise ValueError(
@@ -229,9 +228,9 @@ def _pack_split(
     numbers = (n for n in itertools.count() if n not in used)
     cuts = range(0, len(rows), shard_size)
     shards = {next(numbers): archive.only(rows[c : c + shard_size]) for c in cuts}
-    lost = _names(before).difference(_names(indexed)).difference(ours)
     reason = f'its record is gone, and it is not in {archive.root}'
-    failures = [Failure(location, name, reason) for location, name in lost]
+    lost = sorted(_names(before) - _names(indexed) - {*ours})
+    failures = [Failure(*name, reason) for name in lost]
     with tqdm(
         total=len(ours),
         initial=len(ours) - len(rows),
@@ -289,11 +288,9 @@ def _read_rows(path: Path) -> pa.Table:
     return rows
 
 
-def _names(rows: pa.Table) -> pd.MultiIndex:
+def _names(rows: pa.Table) -> set[tuple[str, str]]:
     """Return the location and the name of each image in rows of an index."""
-    return pd.MultiIndex.from_arrays(
-        [rows['id'].to_pylist(), rows['season'].to_pylist()]
-    )
+    return {*zip(rows['id'].to_pylist(), rows['season'].to_pylist(), strict=True)}
 
 
 def _with_labels(rows: pa.Table, labels: SeasonLabels, split: str) -> pa.Table:
@@ -360,22 +357,21 @@ def _write_shards(
     folder: Path, shards: Mapping[int, TiffArchive | ShardArchive], workers: int
 ) -> Iterator[tuple[int, list[Failure]]]:
     """Write files of records, and yield how many images each had, and its failures."""
-    if workers == 1 or len(shards) < 2:
+    if workers == 1:
         for number, images in shards.items():
             yield len(images), _write_shard(images, folder, number)
         return
     # Forks of a process with threads may hang
-    with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
+    pool = ProcessPoolExecutor(workers, get_context('spawn'))
+    try:
         jobs = {
             pool.submit(_write_shard, images, folder, number): len(images)
             for number, images in shards.items()
         }
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_shard(
@@ -395,7 +391,7 @@ def _write_shard(
         offset = len(entries)
         records[offset] = record
         cloud = None
-        if CLOUD_MASK in (archive.dtype.names or ()):
+        if CLOUD_MASK in record.dtype.names:
             counts = np.bincount(record[CLOUD_MASK].reshape(-1), minlength=256)
             (cloud,) = cloud_shares(counts[None]).tolist()
         entries.append(
