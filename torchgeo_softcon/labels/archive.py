@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
 from .._cores import count_cores
+from .._workers import Workers, check_scheduler, open_workers
 from ..geo.antimeridian import Floats
 from ..geo.find_files import AnyPath as Path
 from ..geo.footprints import outlines
@@ -31,7 +32,6 @@ from .plan import Plan, count_unit
 from .sources import Images, Table, find_images, find_layout, read
 from .store import LabelStore, check_locations, write_json
 from .tables import read_footprints
-from .workers import Workers, check_scheduler, open_workers
 
 #: Footprints whose outlines are made at once.
 _CHUNK = 2**16
@@ -319,7 +319,8 @@ class _Run:
             unread = _absent(self.source.ids.take(missing), tables[0]['id'])
             missing = missing.filter(pa.array(unread))
         with self._bar(len(missing) if images else 0, 'images') as bar:
-            for part in self.workers.map(read, self.source.units(missing)):
+            run = self.workers.map if images else map
+            for part in run(read, self.source.units(missing)):
                 if images:
                     self.store.append('footprints', part.table)
                 tables.append(part.table)

@@ -13,6 +13,7 @@ import numpy as np
 import shapely
 
 from .._checks import require
+from .._workers import Workers
 from ..geo.antimeridian import Floats
 from ..geo.find_files import AnyPath as Path
 from ..geo.find_files import path_list
@@ -21,7 +22,6 @@ from ..landcover.download import download_tiles
 from ..landcover.files import assumed_year, find_map_files, map_year, warn_of_resampled
 from ..landcover.product import LandCoverProduct
 from .blocks import open_path
-from .workers import Workers
 
 
 @dataclass

@@ -92,7 +92,7 @@ class ExecutorWorkers(Workers):
                 again += [(unit, tries + 1) for unit, tries in running.values()]
                 running = {}
                 if max(tries for _, tries in again) > _TRIES:
-                    raise RuntimeError(
+                    raise BrokenExecutor(
                         f'worker processes died {_TRIES} times in a row, which a lack '
                         'of memory does: use fewer workers'
                     ) from error
