@@ -319,7 +319,7 @@ class _Run:
             unread = _absent(self.source.ids.take(missing), tables[0]['id'])
             missing = missing.filter(pa.array(unread))
         with self._bar(len(missing) if images else 0, 'images') as bar:
-            run = self.workers.map if images else map
+            run: Any = self.workers.map if images else map
             for part in run(read, self.source.units(missing)):
                 if images:
                     self.store.append('footprints', part.table)

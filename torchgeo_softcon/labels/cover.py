@@ -38,13 +38,7 @@ class Cover:
 
 
 class LandCover:
-    """The tiles of a land-cover product, where the user says that they are.
-
-    Attributes:
-        product: The land-cover product.
-        url: Address to download missing tiles from, None for no download.
-        bucket: Address of a bucket whose tiles are read in place, if there is one.
-    """
+    """The tiles of a land-cover product, where the user says that they are."""
 
     def __init__(
         self,
@@ -79,6 +73,21 @@ class LandCover:
         """Whether there are no other tiles than those on the disk."""
         return self.url is None and self.bucket is None
 
+    def files(self, year: int | None) -> list[str]:
+        """Find the tiles of a year, also among files that are named one by one.
+
+        A dataset takes every file that is named. Labels are said to be those of one map,
+        so here their year counts, too.
+        """
+        files = find_map_files(self.paths, self.product, year)
+        chosen = [f for f in files if map_year(f, self.product) in (None, year)]
+        if not chosen:
+            raise FileNotFoundError(
+                f'worldcover must have tiles of {year}, got only those of other years, '
+                f'such as {files[0]}: choose their year, or name files of {year}'
+            )
+        return chosen
+
     def find_years(self, years: Sequence[int | None]) -> list[int | None]:
         """Return the years that there may be tiles of, an error if there are none."""
         if not self.local:
@@ -86,10 +95,10 @@ class LandCover:
         found: list[int | None] = []
         for year in years:
             with suppress(FileNotFoundError):
-                find_year(self.paths, self.product, year)
+                self.files(year)
                 found.append(year)
         if not found:
-            find_year(self.paths, self.product, years[0])  # says what is missing
+            self.files(years[0])  # says what is missing
         return found
 
     def names(self, years: Iterable[int | None]) -> list[str]:
@@ -97,7 +106,7 @@ class LandCover:
         files = set()
         for year in years if self.bucket is None else ():
             with suppress(FileNotFoundError):
-                files |= {*find_year(self.paths, self.product, year)}
+                files |= {*self.files(year)}
         return sorted(map(os.path.basename, files))
 
     def cover(self, year: int | None, boxes: Floats, workers: Workers) -> Cover:
@@ -123,7 +132,7 @@ class LandCover:
         if self.url is not None:
             result = download_tiles(
                 product.grid.names_under(boxes),
-                *self.paths,
+                self.paths[0],
                 year,
                 self.url,
                 progress=self.progress,
@@ -131,7 +140,7 @@ class LandCover:
             )
             cover.absent, cover.failed = set(result.absent), result.failed
         try:
-            files = find_year(self.paths, product, year)
+            files = self.files(year)
         except FileNotFoundError:
             if self.url is None:
                 raise
@@ -176,24 +185,6 @@ class LandCover:
                 reason = cover.failed[failed[number]]
                 out[row] = f'{name} cannot be downloaded: {reason}'
         return out
-
-
-def find_year(
-    worldcover: Path | Iterable[Path], product: LandCoverProduct, year: int | None
-) -> list[str]:
-    """Find the tiles of a year, also among files that are named one by one.
-
-    A dataset takes every file that is named. Labels are said to be those of one map, so
-    here their year counts, too.
-    """
-    files = find_map_files(worldcover, product, year)
-    chosen = [file for file in files if map_year(file, product) in (None, year)]
-    if not chosen:
-        raise FileNotFoundError(
-            f'worldcover must have tiles of {year}, got only those of other years, such '
-            f'as {files[0]}: choose their year, or name files of {year}'
-        )
-    return chosen
 
 
 def remote_bucket(worldcover: Path | Iterable[Path]) -> str | None:

@@ -26,9 +26,6 @@ _FILES = 1024
 #: In folders as TorchGeo has them: a file of the finest band of each image.
 _SSL4EO_S12 = {'s2c': 'B2.tif', 's2a': 'B2.tif', 's1': 'VV.tif'}
 
-#: Names of layouts.
-LAYOUTS = ('ssl4eo-s12',)
-
 
 class Read(NamedTuple):
     """Footprints of some patches, and why others have none, by their ids."""
@@ -161,8 +158,8 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
         FileNotFoundError: If there are none.
         ValueError: If the layout is unknown.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    if layout != 'ssl4eo-s12':
+        raise ValueError(f'layout must be one of ssl4eo-s12, got {layout!r}')
     # Not before: it needs PyTorch
     from ..ssl4eo.shards import find_splits, open_archive
     from ..ssl4eo.tiffs import TiffArchive, list_images

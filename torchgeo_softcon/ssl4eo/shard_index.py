@@ -15,11 +15,14 @@ import pyarrow as pa
 
 from .._checks import require
 from ..geo.grid import LONLAT, parse_crs, projection
-from .tiffs import PIXEL, is_image_name
+from .tiffs import is_image_name
 from .zarr_zip import ZarrZip, open_members
 
 #: Dimensions of the pixels, last first, where the file does not name them.
 _DIMENSIONS = ('sample', 'time', 'band', 'y', 'x')
+
+#: Size of a pixel in metres.
+_PIXEL = 10.0
 
 #: Names of locations, which may be followed by the number of a date.
 _SAMPLE = re.compile(r'(\d{7})(?:_\d+)?', re.ASCII)
@@ -161,8 +164,8 @@ def _grid(
         easting, northing = map(float, center)
         if to_crs is not None:
             easting, northing = to_crs.transform(easting, northing)
-        left, top = easting - width / 2 * PIXEL, northing + height / 2 * PIXEL
-        return crs, [PIXEL, 0.0, left, 0.0, -PIXEL, top]
+        left, top = easting - width / 2 * _PIXEL, northing + height / 2 * _PIXEL
+        return crs, [_PIXEL, 0.0, left, 0.0, -_PIXEL, top]
     dx, dy = ((axis[-1] - axis[0]) / (len(axis) - 1) for axis in (x, y))
     return crs, [dx, 0.0, x[0] - dx / 2, 0.0, dy, y[0] - dy / 2]
 

@@ -72,6 +72,7 @@ def _open_file(path: str) -> IO[bytes]:
     return open(path, 'rb', buffering=0)
 
 
+#: Layouts by their texts, of which an archive has few.
 _parse_layout = functools.lru_cache(Layout)
 
 
@@ -111,9 +112,10 @@ class ShardArchive(Archive):
             table.sort_by([('location', 'ascending'), ('season', 'ascending')])
         )
         names = pd.MultiIndex.from_arrays([self.location, self.season])
-        for row in np.flatnonzero(names.duplicated())[:1]:
+        again = np.flatnonzero(names.duplicated())
+        if len(again):
             raise ValueError(
-                f'images must be there once, got {"/".join(self.name(row))} again in '
+                f'images must be there once, got {"/".join(self.name(again[0]))} again in '
                 f'{folder}: keep one form of the archive there'
             )
         bands = json.loads(self._uniform(pc.unique(table['names']).to_pylist()))
@@ -127,11 +129,13 @@ class ShardArchive(Archive):
         texts = pc.unique(pc.struct_field(table['bands'], 'layout')).to_pylist()
         layouts = [*map(_parse_layout, texts)]
         kinds = {(one.dtype.str, one.shape[-2:]) for one in layouts}
-        dtype, size = self._uniform(sorted(kinds))
-        self._shape = len(bands), *size
-        fields: dict[str, Any] = dict.fromkeys(self.stored_bands, (dtype, size))
+        dtype, (height, width) = self._uniform(sorted(kinds))
+        self._shape = len(bands), height, width
+        fields: dict[str, Any] = dict.fromkeys(
+            self.stored_bands, (dtype, (height, width))
+        )
         if masks and self.has_masks:
-            fields[CLOUD_MASK] = np.uint8, size
+            fields[CLOUD_MASK] = np.uint8, (height, width)
         self.dtype = record_dtype(fields)
         self.offset = np.zeros(len(self), np.int64)
         if split in ('s2c', 's2a'):

@@ -48,9 +48,6 @@ MODALITIES = {
     's1rtc': 'S1RTC',
 }
 
-#: Height and width of a patch at 10 m in pixels, and size of a pixel in metres.
-SIZE, PIXEL = 264, 10.0
-
 #: Images that are looked at to find out what all are like.
 _TRIED = 10
 

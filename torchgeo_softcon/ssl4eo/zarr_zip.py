@@ -197,9 +197,9 @@ class ZarrZip:
         layout = self.layout(name)
         out = np.empty(layout.shape, layout.dtype)
         entries = (self._entry(f'{name}/{key}') for key in layout.chunk_names())
-        chunks = (layout.decode(e and self._zip.read(e)) for e in entries)
+        stored = (None if e is None else self._zip.read(e) for e in entries)
         try:
-            layout.place(out, (), chunks)
+            layout.place(out, (), map(layout.decode, stored))
         except (RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
                 f'{name} in {self._where} cannot be decoded ({error}): download it again'
