@@ -204,10 +204,7 @@ def _find_archive(
 
 def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Tell which ids are not among others, of shape (N,)."""
-    if isinstance(among, pa.ChunkedArray):
-        among = among.combine_chunks()
-    missing = pc.is_null(pc.index_in(ids, among))
-    return np.array(missing.to_numpy(zero_copy_only=False))
+    return ~pc.is_in(ids, among).to_numpy(zero_copy_only=False)
 
 
 @dataclass

@@ -207,7 +207,7 @@ class LabelStore(ResumableParquet):
 
 def _in_order(ids: pa.Array | pa.ChunkedArray, table: pa.Table) -> pa.Table:
     """Return the first row of a table with each of some ids, if there is one."""
-    return table.take(pc.index_in(ids, table['id'].combine_chunks()).drop_null())
+    return table.take(pc.index_in(ids, table['id']).drop_null())
 
 
 def _by_code(counts: pa.Table) -> Counts:
