@@ -23,8 +23,7 @@ SoftReduction: TypeAlias = Literal['pairs', 'rows']
 #: Forms of the soft term that a bias, or a temperature of the targets, is for.
 _BIASED: dict[str, tuple[str, ...]] = {'batch': ('bce', 'mse'), 'learned': ('bce',)}
 
-#: Images of a batch whose similarities are ranked: sorting all pairs of 4,096 would take
-#: longer than what it tells is worth.
+#: Images of a batch whose similarities are ranked: sorting all pairs of 4,096 is slow.
 _RANKED = 256
 
 #: Steps of Newton's method towards the bias of a batch. It doubles its digits in each.
@@ -89,12 +88,7 @@ _SIMILARITIES: dict[str, LabelSimilarity] = {
 
 def gather(x: Tensor) -> Tensor:
     """Concatenate a tensor of all ranks, with gradient where it has one."""
-    if not x.requires_grad:
-        # lightly's gather is an autograd function, which needs none of this
-        out = [torch.empty_like(x) for _ in range(dist.world_size())]
-        torch.distributed.all_gather(out, x.contiguous())
-        return torch.cat(out)
-    return torch.cat(dist.gather(x))
+    return torch.cat(dist.gather(x.contiguous()))
 
 
 def _add_up(x: Tensor, distributed: bool) -> Tensor:
@@ -201,9 +195,7 @@ def _batch_bias(
 def _entropy(share: Tensor) -> Tensor:
     """Return the entropy of probabilities of one of two events, elementwise."""
     share = share.clamp(0, 1)
-    return -torch.special.xlogy(share, share) - torch.special.xlogy(
-        1 - share, 1 - share
-    )
+    return torch.special.entr(share) + torch.special.entr(1 - share)
 
 
 class _Terms(NamedTuple):
@@ -265,17 +257,11 @@ class SoftLabelLoss(nn.Module):
     least loss for the batch, so that the gradient sums to zero over pairs and knows
     nothing but differences of labels (``'mse'``: both similarities minus their means).
     ``'learned'`` makes scale and bias parameters, as in SigLIP
-    (https://arxiv.org/abs/2303.15343); they move with the learning rate, by about that
-    much per step of AdamW.
+    (https://arxiv.org/abs/2303.15343), which AdamW moves by about the learning rate.
 
     *soft_reduction* is the mean over ``'pairs'``, with which a gradient becomes smaller
     the larger the batch, or ``'rows'``, the sum over keys averaged over queries: N times
-    as much for N keys, so its weight is that of another scale, and does not depend on the
-    batch.
-
-    All cost the same beside an encoder, two products of (B, D) embeddings and passes over
-    (B, N) numbers.
-
+    as much for N keys, whatever the batch.
     """
 
     def __init__(
@@ -337,8 +323,7 @@ class SoftLabelLoss(nn.Module):
             query: Embeddings of the trainable branch, shape (B, D), of any length.
             key: Embeddings of the EMA branch, shape (B, D), usually detached.
             label: Non-negative multi-hot labels or class fractions, shape (B, K). Fractions
-                spread the similarities more (standard deviation .38 instead of .28 for ESA
-                WorldCover around Delhi).
+                spread the similarities more.
             key_label: Labels of the keys, shape (B, K). Defaults to *label*.
 
         Returns:
@@ -399,11 +384,10 @@ class SoftLabelLoss(nn.Module):
         counted = known
         mean = target.sum() / known.sum().clamp_min(1)
         if self.soft_loss == 'bce':
+            logits = cosine / self.temperature
             if self.soft_bias == 'learned':
                 logits = cosine * self.log_scale.exp() + self.bias
-            else:
-                logits = cosine / self.temperature
-            if self.soft_bias == 'batch':
+            elif self.soft_bias == 'batch':
                 logits = logits + _batch_bias(logits, target, known, distributed)
             losses = F.binary_cross_entropy_with_logits(
                 logits, target, reduction='none'
@@ -428,7 +412,7 @@ class SoftLabelLoss(nn.Module):
                 shares = scaled.where(known, lowest).softmax(1)
             losses = -shares * F.log_softmax(logits, dim=1)
             chance = shares * known.sum(1, keepdim=True).clamp_min(1).log()
-            floor = -torch.special.xlogy(shares, shares)
+            floor = torch.special.entr(shares)
         if self.soft_loss == 'cross_entropy' or self.soft_reduction == 'rows':
             counted = known.any(1)
 
