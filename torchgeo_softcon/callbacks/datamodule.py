@@ -20,18 +20,10 @@ from ..evaluation.samples import choose_subset
 class TrainSubset(Callback):
     """Train with a part of the training samples, in all epochs the same.
 
-    Papers evaluate on 10 % of BigEarthNet. (Lightning's ``limit_train_batches`` takes
-    others in each epoch.) Validation and testing are on all samples. For datamodules of
-    samples that can be counted: not for those with samplers, and not for this package's,
-    whose samples are draws that differ from epoch to epoch.
-
-    .. code-block:: yaml
-
-        trainer:
-          callbacks:
-            - class_path: torchgeo_softcon.callbacks.TrainSubset
-              init_args:
-                fraction: 0.1
+    Papers evaluate on 10 % of BigEarthNet, as ``examples/bigearthnet_linear.yaml`` does.
+    (Lightning's ``limit_train_batches`` takes others in each epoch.) Validation and testing
+    are on all samples. For datamodules of samples that can be counted: not for those with
+    samplers, and not for this package's, whose samples are draws.
     """
 
     def __init__(self, fraction: float, seed: int = 42) -> None:
@@ -78,14 +70,9 @@ class UnitRange(Callback):
     """Let a datamodule of TorchGeo give images in [0, 1], as SoftCon's authors do.
 
     TorchGeo's datamodules scale images each in its own way, such as EuroSAT's to zero
-    mean. A frozen encoder needs the values that it was trained on. For datasets in digital
-    numbers (Sentinel-2) or dB (Sentinel-1), normalized in one step.
-
-    .. code-block:: yaml
-
-        trainer:
-          callbacks:
-            - class_path: torchgeo_softcon.callbacks.UnitRange
+    mean. A frozen encoder needs the values that it was trained on, see
+    ``examples/eurosat_linear.yaml``. For datasets in digital numbers (Sentinel-2) or dB
+    (Sentinel-1), normalized in one step.
     """
 
     def __init__(
@@ -118,11 +105,11 @@ class UnitRange(Callback):
         )
         self.level = level
         self.statistics = None if mean is None or std is None else (mean, std)
-        self.bands = None if bands is None else tuple(bands)
+        self.bands = None if bands is None else list(bands)
 
     def state_dict(self) -> dict[str, Any]:
         """Leave a note in checkpoints: which values the encoder was trained on."""
-        return {'bands': None if self.bands is None else list(self.bands)}
+        return {'bands': self.bands}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Change the datamodule.

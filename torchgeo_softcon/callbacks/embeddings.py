@@ -58,6 +58,7 @@ class EmbeddingWriter(BasePredictionWriter):
         check_types(EmbeddingWriter.__init__, locals())
         super().__init__('batch')
         self.path, self.overwrite = Path(path), overwrite
+        self._rows: EmbeddingRows | None = None
         self._lock = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +69,7 @@ class EmbeddingWriter(BasePredictionWriter):
             FileExistsError: If the file exists already.
             ValueError: If there are parts of something else.
         """
-        self._rows: EmbeddingRows | None = None
+        self._rows = None
         loaders: Any = trainer.predict_dataloaders
         if trainer.predict_loop.num_dataloaders > 1:
             raise ValueError(

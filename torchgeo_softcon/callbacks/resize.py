@@ -22,16 +22,8 @@ class ResizeInput(Callback):
     """Resize ``batch['image']`` on its way into any task of whole images.
 
     EuroSAT's tiles have 64 pixels, those of BigEarthNet 120. The papers evaluate their
-    encoders at 224 pixels, and timm's Vision Transformers refuse other sizes than the one
-    they are built for.
-
-    .. code-block:: yaml
-
-        trainer:
-          callbacks:
-            - class_path: torchgeo_softcon.callbacks.ResizeInput
-              init_args:
-                size: 224
+    encoders at 224 pixels, as ``examples/eurosat_finetune.yaml`` does, and timm's Vision
+    Transformers refuse other sizes than the one they are built for.
     """
 
     def __init__(self, size: int | None = None) -> None:

@@ -164,10 +164,10 @@ def compare_labels(
 def _batch_bias(
     logits: Tensor, target: Tensor, known: Tensor, distributed: bool
 ) -> Tensor:
-    """Find the bias with which the mean probability of known pairs is the mean target.
+    """Find the bias of least binary cross entropy of known pairs.
 
-    This is the bias of least binary cross entropy. Newton's method within an interval that
-    holds the solution, halved where a step would leave it.
+    With it, the mean probability is the mean target: Newton's method within an interval
+    that holds the solution, halved where a step would leave it.
     """
     logits = logits.detach()
     if distributed:
@@ -196,14 +196,6 @@ def _entropy(share: Tensor) -> Tensor:
     """Return the entropy of probabilities of one of two events, elementwise."""
     share = share.clamp(0, 1)
     return torch.special.entr(share) + torch.special.entr(1 - share)
-
-
-class _Terms(NamedTuple):
-    """Soft term, that of the best constant, and that of the labels themselves."""
-
-    loss: Tensor
-    chance: Tensor
-    floor: Tensor
 
 
 def _pearson(
@@ -336,7 +328,7 @@ class SoftLabelLoss(nn.Module):
         with torch.autocast(query.device.type, enabled=False):
             cosine, own = compare_embeddings(query, key, distributed)
             pairs = compare_labels(label, key_label, cosine, self.label_similarity)
-            return self._terms(cosine, *pairs, own, distributed).loss
+            return self._terms(cosine, *pairs, own, distributed)[0]
 
     @torch.no_grad()
     def agreement(
@@ -353,16 +345,16 @@ class SoftLabelLoss(nn.Module):
             target, known = compare_labels(
                 label[part], other, cosine, self.label_similarity
             )
-            terms = self._terms(cosine, target, known, own)
+            loss, chance, floor = self._terms(cosine, target, known, own)
             # Contrast alone makes an image similar to itself
             counted = known & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
             # What is equal is equal, whatever the rounding of a processor says
             equal = cosine.round(decimals=5), target.round(decimals=4)
             ranks = [_ranks(x, counted) for x in equal]
             correlation = _pearson(ranks[0], ranks[1], counted)
-        reach = terms.chance - terms.floor
-        explained = ((terms.chance - terms.loss) / reach).where(reach > 1e-6, 0)
-        return LabelAgreement(correlation, explained, terms.chance, terms.floor)
+        reach = chance - floor
+        explained = ((chance - loss) / reach).where(reach > 1e-6, 0)
+        return LabelAgreement(correlation, explained, chance, floor)
 
     def _terms(
         self,
@@ -371,15 +363,15 @@ class SoftLabelLoss(nn.Module):
         known: Tensor,
         own: Tensor,
         distributed: bool = False,
-    ) -> _Terms:
-        """Compute the term over known pairs, or rows, and what it can be compared with."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the term over known pairs, of the best constant, and of the labels."""
         if self.soft_loss == 'correlation':
             keys = torch.arange(cosine.shape[1], device=own.device)
             others = known & (own[:, None] != keys)
             loss = 1 - _pearson(cosine, target, others, distributed)
             # Without a single pair, there is nothing to agree with
             loss = loss * _add_up(others.any().to(loss), distributed).clamp(max=1)
-            return _Terms(loss, torch.ones_like(loss), torch.zeros_like(loss))
+            return loss, torch.ones_like(loss), torch.zeros_like(loss)
 
         counted = known
         mean = target.sum() / known.sum().clamp_min(1)
@@ -419,8 +411,9 @@ class SoftLabelLoss(nn.Module):
         sums = [x.where(known, 0).sum() for x in (losses, chance, floor)]
         # Ranks may know different numbers of labels
         parts = torch.stack([*sums, counted.sum().to(losses)])
-        *sums, count = _add_up(parts, distributed)
-        return _Terms(*(total / count.clamp_min(1e-12) for total in sums))
+        loss, best, least, count = _add_up(parts, distributed)
+        count = count.clamp_min(1e-12)
+        return loss / count, best / count, least / count
 
 
 def soft_label_loss(

@@ -111,12 +111,10 @@ class SoftConTask(LabelGuidedTask):
                 ``'same'`` one, as in the authors' figure, or two ``'different'`` ones, as
                 in their earlier MoCo runs.
             soft_weight: Weight of the soft term. With 0, labels are not needed. The
-                paper's value is not known. At 1, the soft term does not show: its
-                gradient is small, see
-                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
-                gradients start at about the same size for 128 images, and features tell
-                land cover of unseen ground better in ``examples/study.py``. ``'auto'``
-                finds it while training, for any batch size, see *soft_ratio*.
+                paper's value is not known. At 30, both gradients start at about the same
+                size for 128 images, see
+                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. ``'auto'`` finds it
+                while training, for any batch size, see *soft_ratio*.
             soft_loss: Form of the soft term, see
                 :class:`~torchgeo_softcon.losses.SoftLabelLoss`, as for the next two.
                 :data:`~torchgeo_softcon.losses.PRESETS` has the options of known forms.
