@@ -120,7 +120,7 @@ def test_everything_together(make: Any, tmp_path: Path) -> None:
     # Of every second image
     losses = (ranks[0]['losses'] + ranks[1]['losses']) / 2
     same = plain['bf16-mixed']['losses']
-    torch.testing.assert_close(losses, same, rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses, same, rtol=0.01, atol=0)
     # One process in bfloat16 is as far off: logits near 1, rounded to 1 / 256 and divided
     # by temperatures of 0.1 and 0.04. Up to 4 % for other random parameters than these
     torch.testing.assert_close(losses, expected['losses'], rtol=0.02, atol=0)

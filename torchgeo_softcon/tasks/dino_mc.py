@@ -412,10 +412,9 @@ class DINOMCTask(LabelGuidedTask):
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the training loss.
+        """Compute the training loss of a batch with *image* (B, C, H, W).
 
-        The batch has *image* of shape (B, C, H, W), or of several seasons, of which
-        ``views='multi_crop'`` draws one, (B, T * C, H, W) or (B, T, C, H, W).
+        Or of several seasons, of which ``views='multi_crop'`` draws one.
         """
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)
