@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .encoders import read_pretrained as read_pretrained
     from .encoders import read_weights as read_weights
     from .loading import create_encoder as create_encoder
     from .loading import feature_size as feature_size
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
-    encoders=('read_pretrained', 'read_weights'),
+    encoders=('read_weights',),
     loading=('create_encoder', 'feature_size', 'is_vit', 'load_encoder'),
     weights=(
         'ResNet50_Weights',

@@ -40,8 +40,7 @@ def adapt_input_weight(
 ) -> Tensor:
     """Adapt the weight (F, 3, H, W) of a pretrained input layer to *C* bands.
 
-    * ``'random'``: drawn anew by PyTorch's rule for convolutions. This is SoftCon's
-      choice: only the input layer starts from scratch, the rest is pretrained.
+    * ``'random'``: drawn anew by PyTorch's rule for convolutions, SoftCon's choice.
     * ``'rgb'``: red, green and blue of the pretrained layer go to the bands of those
       names, all other bands get their mean, and everything is scaled by 3 / *C* so that
       the sum over bands keeps its size. Images are in [0, 1], whatever normalization the

@@ -35,12 +35,10 @@ _DINO_MC = {
     'sentinel2_rgb_dinotp': SENTINEL2_SUBSETS[3],
 }
 
-
 #: Start of the URLs that stand for members of the enums.
 _SCHEME = 'torchgeo-softcon:'
 #: Where a configuration of timm may say, besides a URL, that weights come from.
 _SOURCES = ('file', 'state_dict', 'hf_hub_id')
-
 
 # As in timm's own models of these families
 _LAYERS = {
@@ -54,7 +52,6 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {
     'vit': {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True},
     'swin': {'img_size': 224, 'strict_img_size': False},
 }
-
 
 #: Enums with the weights of timm's models.
 _ENUMS = {
@@ -160,8 +157,11 @@ def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -
     return (fitting or [*known])[0]
 
 
-def _own_tag(name: str, cfg: Mapping[str, Any]) -> str | None:
+def _own_tag(name: str, cfg: Any) -> str | None:
     """Return the tag that a configuration stands for, None for weights from elsewhere."""
+    if cfg is None or isinstance(cfg, str):
+        return cfg
+    cfg = cfg if isinstance(cfg, Mapping) else vars(cfg)
     elsewhere = any(cfg.get(key) for key in _SOURCES)
     if elsewhere or not str(cfg.get('url')).startswith(_SCHEME):
         return None
@@ -188,14 +188,14 @@ def _create(
     Args:
         name: Its name.
         pretrained: Whether to load its weights.
-        pretrained_cfg: Tag of the weights, or their configuration. Defaults to the first
-            that has the bands. Or another configuration, for weights from elsewhere.
+        pretrained_cfg: Tag or configuration of the weights, by default the first with
+            the bands. timm loads those of a configuration from elsewhere.
         pretrained_cfg_overlay: See timm. If it names other weights, timm loads them.
-        bands: Names of the bands that the model shall see. Defaults to those that the
+        bands: Names of the bands that the model shall see, by default those that the
             number *in_chans* stands for.
         cache_dir: Folder to download to.
-        **kwargs: Arguments of timm's model: *in_chans* (default: those of the weights),
-            *num_classes* (default: 0), *img_size*, *features_only*, ...
+        **kwargs: Arguments of timm's model, such as *in_chans* (default: as many as the
+            weights have), *num_classes* (default: 0), *img_size*, *features_only*.
     """
     model = _MODELS[name]
     channels = kwargs.pop('in_chans', None)
@@ -206,23 +206,19 @@ def _create(
                 f'in_chans must be the number of bands, {len(bands)}, got {channels}'
             )
         channels = len(bands)
-    tag = pretrained_cfg
-    if tag is not None and not isinstance(tag, str):  # a dict or an object
-        tag = _own_tag(name, tag if isinstance(tag, Mapping) else vars(tag))
-    elsewhere = pretrained_cfg is not None and tag is None
-    tag = _choose_tag(name, tag, channels if bands is None else bands)
+    asked = _own_tag(name, pretrained_cfg)
+    elsewhere = pretrained_cfg is not None and asked is None
+    tag = _choose_tag(name, asked, channels if bands is None else bands)
     channels = len(model.bands[tag]) if channels is None else channels
     kwargs = {**model.options, **kwargs}
 
     cfg: Any = {**_cfg(model, tag, channels), 'architecture': name, 'tag': tag}
     overlay = dict(pretrained_cfg_overlay or {})
     foreign = elsewhere or any(overlay.get(key) for key in ('url', *_SOURCES))
-    if elsewhere:
-        cfg = pretrained_cfg
     created = timm.create_model(
         model.timm_name,
         pretrained=pretrained and foreign,
-        pretrained_cfg=cfg,
+        pretrained_cfg=pretrained_cfg if elsewhere else cfg,
         pretrained_cfg_overlay=overlay,
         cache_dir=cache_dir,
         in_chans=channels,
@@ -251,9 +247,7 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], features_only: bool) 
             f'the arguments of the model leave no place for the weights {lost[:3]}, or '
             f'need others {missing[:3]}. Leave out what changes the layers'
         )
-    loaded = {
-        key: state_dict[name] for key, name in names.items() if name in state_dict
-    }
+    loaded = {k: state_dict[name] for k, name in names.items() if name in state_dict}
     for key, value in loaded.items():
         if key.endswith('pos_embed') and value.shape != own[key].shape:
             vit: Any = model.model if key.startswith('model.') else model
@@ -267,16 +261,15 @@ def _read(
     """Read the parameters of a model."""
     from . import weights  # which imports TorchGeo
 
-    member = getattr(weights, model.enum)[tag.upper()]
-    # timm resamples positions for images that are not square
-    size = None
-    if isinstance(img_size, int) and model.family == 'vit':
-        patch = int(model.timm_name.split('_patch')[1].split('_')[0])
+    member: weights.EncoderWeights = getattr(weights, model.enum)[tag.upper()]
+    patch, size = weights.patch_side(model.timm_name), None
+    if patch and isinstance(
+        img_size, int
+    ):  # for other images, _load resamples positions
         size = max(1, img_size // patch) * patch
-    state_dict: dict[str, Tensor] = member.get_state_dict(
+    return member.get_state_dict(
         bands=bands, img_size=size, layout='timm', model_dir=cache_dir
     )
-    return state_dict
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

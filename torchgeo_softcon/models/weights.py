@@ -4,9 +4,10 @@
 """Pretrained weights of SoftCon, DINO-MC and DINO-TP."""
 
 import os
+import re
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torchvision.transforms.v2 as T
@@ -28,14 +29,11 @@ from .convert import (
 )
 from .hub import find_file
 
-#: Patch sizes of the Vision Transformers that the weights are for.
-_PATCH_SIZES = {
-    'vit_small_patch8_224': 8,
-    'vit_small_patch14_dinov2': 14,
-    'vit_base_patch14_dinov2': 14,
-    'vit_small_patch16_224': 16,
-    'vit_base_patch16_224': 16,
-}
+
+def patch_side(model: str) -> int | None:
+    """Return the patch size of a Vision Transformer by its name, None of others."""
+    match = re.match(r'vit_.+_patch(\d+)_', model)
+    return int(match[1]) if match else None
 
 
 class EncoderWeights(WeightsEnum):
@@ -62,11 +60,11 @@ class EncoderWeights(WeightsEnum):
             check_hash: Whether to check the file, if its name has a part of its hash.
             weights_only: Without effect: files are never loaded unsafely.
             bands: Names of the bands that the model shall see, in any order. Defaults to
-                all, see ``meta['bands']``.
+                ``meta['bands']``.
             img_size: Side of the images in pixels that a Vision Transformer is built
                 for. Defaults to ``meta['img_size']``.
             branch: ``'teacher'`` (the default, as evaluated in the paper) or
-                ``'student'`` of DINO-MC and DINO-TP. SoftCon has published one only.
+                ``'student'``, of DINO-MC and DINO-TP only.
             layout: ``'host'`` for the model of the same name in TorchGeo, which is
                 timm's for all but *swin_t*, or ``'timm'``.
             root: Folder with the file, see :func:`~torchgeo_softcon.models.hub.find_file`.
@@ -86,25 +84,24 @@ class EncoderWeights(WeightsEnum):
         check_choice('layout', layout, ('host', 'timm'))
         grid = self._grid(img_size)
 
-        file = self.meta.get('file')
-        path = find_file(self.url, file, root, model_dir, check_hash, progress)
+        path = find_file(
+            self.url, self.meta.get('file'), root, model_dir, check_hash, progress
+        )
         state_dict: Any = read_checkpoint(path)
         if method != 'softcon':
             state_dict = dino_mc_encoder(state_dict, branch or 'teacher')
         state_dict = drop_head(state_dict)
         source, names = self.meta.get('converted_from', model), self.meta['bands']
-        # At the size of the file
-        size = 224 if source in _PATCH_SIZES else None
         check_architecture(
             state_dict,
             source,
             len(names),
-            size,
+            None if grid is None else 224,  # the size of the file
             f'{path} of {self}',
             'Remove the file if it is not the published one',
         )
         if source != model:
-            state_dict = to_patch_size(state_dict, _PATCH_SIZES[model], grid)
+            state_dict = to_patch_size(state_dict, cast(int, patch_side(model)), grid)
         elif grid is not None:
             state_dict = resample_positions(state_dict, grid)
         if bands is not None:
@@ -119,7 +116,7 @@ class EncoderWeights(WeightsEnum):
             raise ValueError(
                 f'img_size must be a side as a number, such as 224, got {img_size!r}'
             )
-        patch = _PATCH_SIZES.get(self.meta['model'])
+        patch = patch_side(self.meta['model'])
         if patch is None:
             return None
         size = self.meta['img_size'] if img_size is None else img_size
@@ -133,7 +130,7 @@ class EncoderWeights(WeightsEnum):
 
 
 def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
-    """Describe the weights of Sentinel-2 and Sentinel-1 that an enum of the host has.
+    """Describe the weights of Sentinel-2 and Sentinel-1 in an enum of the host.
 
     Converted to *model*, if it is given. Transforms lead to the range of the pretraining;
     the host's are z-scores.
@@ -141,13 +138,9 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
 
     def describe(member: str, bands: tuple[str, ...]) -> Weights:
         host = host_weights(enum, member)
-        meta = {
-            'img_size': 224,
-            **host.meta,
-            # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
-            'license': 'Apache-2.0',
-            'value_range': (0, 1),
-        }
+        # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
+        license = {'license': 'Apache-2.0', 'value_range': (0, 1)}
+        meta = {'img_size': 224, **host.meta, **license}
         if model is not None:
             meta.update(model=model, converted_from=meta['model'])
         transforms = nn.Sequential(
@@ -164,8 +157,8 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
 def _dino_mc(model: str, mc_id: str, tp_id: str) -> tuple[Weights, Weights]:
     """Describe the training checkpoints of DINO-MC and DINO-TP on Google Drive.
 
-    The ids of their files are linked from https://github.com/WennyXY/DINO-MC#readme. URLs
-    of this form do not ask for confirmation before large files.
+    Their ids are those of https://github.com/WennyXY/DINO-MC#readme. URLs of this form do
+    not ask for confirmation before large files.
     """
 
     def describe(method: str, drive_id: str) -> Weights:
@@ -203,9 +196,7 @@ def _dino_mc(model: str, mc_id: str, tp_id: str) -> tuple[Weights, Weights]:
 
 
 class ResNet50_Weights(EncoderWeights):
-    """ResNet-50 weights of SoftCon, DINO-MC and DINO-TP.
-
-    For timm's *resnet50*.
+    """ResNet-50 weights of SoftCon, DINO-MC and DINO-TP, for timm's *resnet50*.
 
     SoftCon: the files that TorchGeo hosts. Digital numbers (Sentinel-2) or dB
     (Sentinel-1) in, see *transforms*.

@@ -24,7 +24,7 @@ except ImportError:  # before torch 2.10, or built without it
     varlen_attn = None  # type: ignore[assignment]
 
 #: Vision Transformers whose blocks are run here, the second with rotary positions (DINOv3,
-#: EVA-02, Perception Encoder, ...), their blocks, and the attention in these.
+#: EVA-02, ...), their blocks, and the attention in these.
 Vit: TypeAlias = VisionTransformer | Eva
 AnyBlock: TypeAlias = Block | EvaBlock
 AnyAttention: TypeAlias = Attention | EvaAttention | AttentionRope
@@ -34,8 +34,7 @@ AnyAttention: TypeAlias = Attention | EvaAttention | AttentionRope
 #: (1 or blocks, number, n, 1 or heads, 2 * d) if sequences differ.
 Rotations: TypeAlias = Sequence[Tensor]
 
-#: Attention of all crops at once is FlashAttention's. PyTorch 2.15 would prefer cuDNN's on
-#: Hopper, which takes single queries, those of the last block, for decoding: not tried.
+#: Without cuDNN's, which takes the single queries of the last block for decoding.
 BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,  # in float32
@@ -67,25 +66,20 @@ class Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(
+    False
+)  # a first call may come from prediction, others from training
 def make_layout(
     groups: tuple[Group, ...], device: torch.device, varlen: bool
 ) -> Layout:
     """Make the layout of sequences, once, as it comes from the host."""
-    # A first call may come from prediction, and the second from training
-    with torch.inference_mode(False):
-        lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
-        each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-        total = sum(group.number * group.length for group in groups)
-        sequence = each[:-1].repeat_interleave(lengths, output_size=total)
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return Layout(
-            groups,
-            sequence.to(device),
-            ends[:-1].to(device),
-            ends.to(device),
-            each.to(device),
-            varlen,
-        )
+    lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
+    each = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    total = sum(group.number * group.length for group in groups)
+    sequence = each[:-1].repeat_interleave(lengths, output_size=total)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    tensors = (x.to(device) for x in (sequence, ends[:-1], ends, each))
+    return Layout(groups, *tensors, varlen)
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -94,12 +88,10 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def can_use_varlen(vit: Vit, device: torch.device) -> bool:
-    """Whether attention can run once for sequences of all lengths.
+    """Whether attention can run once for sequences of all lengths, in half precision.
 
-    Returns:
-        True with PyTorch 2.10 or newer, on an NVIDIA GPU of compute capability 8.0
-        (Ampere) or newer, for heads whose width is a multiple of 8 and at most 256. Then,
-        tokens in float16 or bfloat16, as under autocast, use it, others do not.
+    That needs PyTorch 2.10, an NVIDIA GPU of compute capability 8.0 (Ampere), and heads
+    whose width is a multiple of 8 and at most 256.
     """
     if varlen_attn is None or device.type != 'cuda' or torch.version.hip is not None:
         return False
@@ -117,11 +109,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The backward pass in bfloat16 is slower than in float32 on a CPU
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if upcast:
-        # Autocast would undo it
-        with torch.autocast('cpu', enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v)
-    else:
+    # Autocast would undo it
+    with torch.autocast('cpu', enabled=False) if upcast else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).to(dtype)
 
@@ -131,8 +120,8 @@ def _attend_sequences(
 ) -> Tensor:
     """Attend within every sequence, from (T, H, d) queries to (T, H, d) keys and values.
 
-    With *class_only*, queries (N, H, d) are those of the first tokens. Returns sums of
-    values of shape (T, H * d) or (N, H * d).
+    With *class_only*, queries (N, H, d) are those of the first tokens. Returns (T, H * d)
+    or (N, H * d).
     """
     if layout.varlen and v.dtype in (torch.float16, torch.bfloat16):
         # Norms of queries and keys are float32 under autocast
@@ -220,21 +209,21 @@ def _attention(
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _drop_path_shares(
     rates: tuple[float, ...], scaled: tuple[bool, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the shares that stay and their divisors, (R, 1) each, made on the host."""
-    with torch.inference_mode(False):
-        share = 1 - torch.tensor(rates)[:, None]
-        divisor = share.where(torch.tensor(scaled)[:, None], 1)
-        return share.to(device), divisor.to(device)
+    share = 1 - torch.tensor(rates)[:, None]
+    divisor = share.where(torch.tensor(scaled)[:, None], 1)
+    return share.to(device), divisor.to(device)
 
 
 def draw_drop_paths(vit: Vit, number: int) -> Tensor | None:
     """Draw the stochastic depth of N sequences, for all blocks at once.
 
-    Returns factors of shape (2 * blocks, N) for the attention and the MLP of each block, of
-    the distribution of timm's ``DropPath``, or None if there is nothing to drop.
+    Returns factors (2 * blocks, N) for the attention and the MLP of each block, distributed
+    as in timm's ``DropPath``, or None if there is nothing to drop.
     """
     modules: list[Any] = [m for b in vit.blocks for m in (b.drop_path1, b.drop_path2)]
     rates = tuple(getattr(m, 'drop_prob', 0.0) * m.training for m in modules)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._compat import finetune_command
 from ..models import is_vit
-from ..models.positions import native_grid
+from ..models.loading import native_grid
 
 
 def tell_next_step(task: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_fractions, check_limits, check_range, check_types
+from .._checks import check_fractions, check_types, require
 from .colours import colour_map
 from .interpolation import bilinear_matrices
 from .resample import means, resample
@@ -30,10 +30,20 @@ class ViewModule(nn.Module):
     def _check(self, ranges: Sequence[str], fractions: Sequence[str]) -> None:
         """Check options that both kinds of views have."""
         for name in ranges:
-            limits = getattr(self, name)
-            check_range(name, limits, 1 if name.endswith('scale') else math.inf)
+            (low, high), top = (
+                getattr(self, name),
+                1 if name.endswith('scale') else math.inf,
+            )
+            require(
+                0 < low <= high <= top,
+                f'{name} must be a range (low, high) in (0, {top:g}], got {(low, high)}',
+            )
         check_fractions(**{name: getattr(self, name) for name in fractions})
-        check_limits('value_range', self.value_range)
+        limits = self.value_range
+        require(
+            limits is None or limits[0] < limits[1],
+            f'value_range must be (low, high) with low < high, got {limits}',
+        )
 
 
 class RandomView(ViewModule):
@@ -43,12 +53,10 @@ class RandomView(ViewModule):
     global generator, takes any number of bands, and neither assumes nor enforces a range
     of values unless *value_range* declares one.
 
-    kornia has operations of these names, but with other meanings (brightness adds,
-    contrast multiplies) and clipping; here, all are one product with small matrices. On a
-    GPU, ``torch.set_float32_matmul_precision('high')`` makes it faster, and moves values by
-    a few thousandths of their magnitude. Pixels must be finite: one that is not may spoil
-    the whole view. On a CPU, images that are several times larger than the view cost more
-    than such a crop alone: crop them first.
+    All operations are one product with small matrices. On a GPU,
+    ``torch.set_float32_matmul_precision('high')`` makes it faster, and moves values by a
+    few thousandths of their magnitude. Pixels must be finite: one that is not may spoil
+    the whole view. On a CPU, crop images that are several times larger than the view.
 
     The default strengths are those of the same authors' MoCo runs on SSL4EO-S12; those
     of SoftCon itself are not published. Crops are sampled bilinearly without
@@ -157,14 +165,8 @@ class RandomView(ViewModule):
         # Half precision would move pixel values by more than one grey level
         with torch.autocast(image.device.type, enabled=False):
             image = image.float()
-            y, x = random_crop_axes(
-                image,
-                self.size,
-                self.scale,
-                self.ratio,
-                self.horizontal_flip,
-                self.vertical_flip,
-            )
+            flips = self.horizontal_flip, self.vertical_flip
+            y, x = random_crop_axes(image, self.size, self.scale, self.ratio, *flips)
             corners = [torch.stack([x[:, i], y[:, i]], 1) for i in (0, -1)]
             self._corners = torch.stack(corners, 1)
             self._image_size = (image.shape[-2], image.shape[-1])
@@ -173,8 +175,8 @@ class RandomView(ViewModule):
             rows = bilinear_matrices(y, image.shape[-2])
             columns = bilinear_matrices(x, image.shape[-1])
             colours = self._draw_colours(means(image, rows, columns))
-            crops = [(rows, columns)]
-            (crop,) = random_blurs(crops, [self.blur_probability], self.blur_sigma)
+            blur = [self.blur_probability], self.blur_sigma
+            (crop,) = random_blurs([(rows, columns)], *blur)
             view = resample(image, *crop, colours)
             if self.value_range is not None:
                 view = view.clamp_(*self.value_range)
