@@ -22,15 +22,4 @@ if TYPE_CHECKING:
     from .terminal import Terminal as Terminal
     from .unit_range import UnitRange as UnitRange
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    backbone=('LoadBackbone',),
-    collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
-    embeddings=('EmbeddingWriter',),
-    knn=('KNNProbe', 'knn_scores'),
-    label_control=('LabelControl',),
-    resize=('ResizeForWeights', 'ResizeInput'),
-    subset=('TrainSubset',),
-    terminal=('Terminal',),
-    unit_range=('UnitRange',),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

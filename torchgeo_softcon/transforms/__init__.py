@@ -15,10 +15,4 @@ if TYPE_CHECKING:
     from .worldcover import WorldCoverMultiLabel as WorldCoverMultiLabel
     from .worldcover import class_fractions as class_fractions
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    crops=('MultiCropView',),
-    unit_range=('ToUnitRange',),
-    views=('RandomView',),
-    worldcover=('WORLDCOVER_CODES', 'WorldCoverMultiLabel', 'class_fractions'),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())
