@@ -6,6 +6,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -48,16 +49,15 @@ class Encoder:
 
     Attributes:
         state_dict: Parameters in timm's layout, with a classifier if there is one.
-        name: timm name of the architecture, None if it is not known.
-        size: Side of the images that it was trained with in pixels, if it is known.
-        bands: Names of its bands, if they are known.
-        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
-            if that is not known.
+        name: timm name of the architecture. This and the next seven are None if unknown.
+        size: Side of the images that it was trained with in pixels.
+        bands: Names of its bands.
+        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them.
         normalization: Mean and standard deviation of its bands by which images in [0, 1]
-            were normalized, None if they were not, or that is not known.
-        method: Name of the method that trained it, if it is known.
-        reference: Paper of the method, if it is known.
-        branch: Which of the encoders of its task it is, None if that is not known.
+            were normalized, None also if they were not.
+        method: Name of the method that trained it.
+        reference: Paper of the method.
+        branch: Which of the encoders of its task it is.
         source: Path of the file, or name of the weights.
         checkpoint: All of the file, empty for published weights.
         options: What timm has to build *name* with, besides the number of bands.
@@ -234,14 +234,10 @@ def _locate(
 
 
 def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
-    """Read the parameters of an encoder.
+    """Read the parameters of an encoder in timm's layout.
 
     Args:
-        weights: A weight enum, the name of one, or the path of a file, see
-            :func:`read_encoder`.
-
-    Returns:
-        A state dict in timm's layout.
+        weights: A member of a weight enum, its name, or a file, see :func:`read_encoder`.
 
     Raises:
         ValueError: If *weights* is neither a file nor a known name, or is unreadable.
@@ -303,14 +299,14 @@ def find_weights(
     name, names = meta.get('model'), bands or meta.get('bands')
     if is_torchvision_swin(state):
         state, name = swin_to_timm(state), 'swin_tiny_patch4_window7_224'
+    standardized = 'mean' in meta  # those of DINO-MC, from [0, 1]
     return Encoder(
         state,
         name,
         meta.get('img_size'),
         None if names is None else tuple(_spelled(names)),
-        # Those of DINO-MC are standardized after that
-        meta.get('value_range') == (0, 1) and 'mean' not in meta,
-        (meta['mean'], meta['std']) if 'mean' in meta else None,
+        meta.get('value_range') == (0, 1) and not standardized,
+        (meta['mean'], meta['std']) if standardized else None,
         meta.get('ssl_method'),
         source=str(weights),
     )
@@ -319,10 +315,8 @@ def find_weights(
 def own_weights(weights: Any) -> EncoderWeights | None:
     """Return weights of this package, given as they are or by name, None for others."""
     if isinstance(weights, str):
-        try:
+        with suppress(ValueError):  # a path
             weights = get_weight(weights)
-        except ValueError:  # a path
-            return None
     return weights if isinstance(weights, EncoderWeights) else None
 
 

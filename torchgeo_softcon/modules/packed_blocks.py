@@ -4,6 +4,7 @@
 """Transformer blocks for sequences of several lengths, packed into one matrix."""
 
 import functools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -63,6 +64,13 @@ class Layout(NamedTuple):
     each: Tensor
     #: Whether attention may run once for all sequences.
     varlen: bool
+
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """Split packed tokens (T, ...) into (number, length, ...) of each group."""
+        # Not sliced: the backward pass is one concatenation for all sizes
+        same_length = x.split([group.number * group.length for group in self.groups])
+        groups = zip(same_length, self.groups, strict=True)
+        return [tokens.unflatten(0, group) for tokens, group in groups]
 
 
 @functools.lru_cache(maxsize=32)
@@ -132,16 +140,14 @@ def _attend_sequences(
         packed = varlen_attn(q, k, v, ends, layout.ends, most, longest)
         return cast(Tensor, packed).flatten(1)
 
-    # Split, not sliced: the backward pass is one concatenation for all sizes
-    numbers = [group.number for group in layout.groups]
-    tokens = [group.number * group.length for group in layout.groups]
-    queries = q.split(numbers if class_only else tokens)
-    keys, values = k.split(tokens), v.split(tokens)
-    groups = zip(numbers, queries, keys, values, strict=True)
-    out = [
-        _attend(*(x.unflatten(0, (number, -1)) for x in group)).flatten(0, 1)
-        for number, *group in groups
-    ]
+    if class_only:
+        queries = [
+            x[:, None] for x in q.split([group.number for group in layout.groups])
+        ]
+    else:
+        queries = layout.unpack(q)
+    groups = zip(queries, layout.unpack(k), layout.unpack(v), strict=True)
+    out = [_attend(*group).flatten(0, 1) for group in groups]
     return concatenate(out).flatten(1)
 
 
@@ -167,9 +173,9 @@ def _project(
         # Unbound where it lies: to put the gradients together needs no second copy
         q, k, v = F.linear(x, weight, bias).unflatten(1, (3, *heads)).unbind(1)
     else:
-        width = attn.num_heads * attn.head_dim
-        biases = (None, None) if bias is None else bias.split([width, 2 * width])
-        weights = weight.split([width, 2 * width])
+        widths = [math.prod(heads), 2 * math.prod(heads)]
+        biases = (None, None) if bias is None else bias.split(widths)
+        weights = weight.split(widths)
         q = F.linear(seen, weights[0], biases[0]).unflatten(1, heads)
         k, v = F.linear(x, weights[1], biases[1]).unflatten(1, (2, *heads)).unbind(1)
     return attn.q_norm(q), attn.k_norm(k), v
@@ -177,12 +183,8 @@ def _project(
 
 def _rotate(x: Tensor, rotations: Rotations, layout: Layout, half: bool) -> Tensor:
     """Rotate queries or keys (T, H, d) by the positions of their tokens."""
-    same_length = x.split([group.number * group.length for group in layout.groups])
-    parts = zip(same_length, rotations, layout.groups, strict=True)
-    rotated = [
-        apply_rot_embed_cat(part.unflatten(0, group), rotation, half).flatten(0, 1)
-        for part, rotation, group in parts
-    ]
+    groups = zip(layout.unpack(x), rotations, strict=True)
+    rotated = [apply_rot_embed_cat(*group, half).flatten(0, 1) for group in groups]
     return concatenate(rotated)
 
 
@@ -319,10 +321,5 @@ def run_blocks(
     x = vit.norm(x)
     if token:
         return vit.head_drop(vit.fc_norm(x))
-    sequences = x.split([group.number * group.length for group in layout.groups])
-    return concatenate(
-        [
-            vit.forward_head(same_length.unflatten(0, group), pre_logits=True)
-            for same_length, group in zip(sequences, layout.groups, strict=True)
-        ]
-    )
+    groups = layout.unpack(x)
+    return concatenate([vit.forward_head(group, pre_logits=True) for group in groups])

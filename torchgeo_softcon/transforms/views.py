@@ -117,32 +117,27 @@ class RandomView(ViewModule):
         self.blur_probability = blur_probability
         self.blur_sigma = blur_sigma
         self.value_range = value_range
+        probabilities = ('jitter_probability', 'grey_probability', 'blur_probability')
+        flips = ('horizontal_flip', 'vertical_flip')
         self._check(
             ('scale', 'ratio', 'blur_sigma'),
-            (
-                'horizontal_flip',
-                'vertical_flip',
-                'brightness',
-                'contrast',
-                'jitter_probability',
-                'grey_probability',
-                'blur_probability',
-            ),
+            (*flips, 'brightness', 'contrast', *probabilities),
         )
-        self._corners: Tensor | None = None
-        self._image_size = (0, 0)
+        self._centres: tuple[Tensor, Tensor] | None = None
+        self._sides = (0, 0)
 
     @property
     def boxes(self) -> Tensor | None:
         """Boxes of the views of the last call, shape (B, 4), or None before it."""
-        if self._corners is None:
+        if self._centres is None:
             return None
-        # From the centres of the outer pixels of a view to their outer edges
-        steps = self._corners.new_tensor([max(side - 1, 1) for side in self.size[::-1]])
-        low, high = self._corners.amin(1), self._corners.amax(1)  # (B, 2)
-        edge = (high - low) / steps / 2
-        sides = self._corners.new_tensor(self._image_size[::-1])
-        return torch.cat([(low - edge + 1) * sides, (high + edge + 1) * sides], 1) / 2
+        edges = []
+        for centres, side in zip(self._centres, self._sides, strict=True):
+            # From the centres of the outer pixels of a view to their outer edges
+            low, high = torch.aminmax(centres, dim=1)
+            half = (high - low) / max(centres.shape[1] - 1, 1) / 2
+            edges.append((torch.stack([low - half, high + half]) + 1) * side / 2)
+        return torch.stack(edges, 1).flatten(0, 1).T
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -167,9 +162,7 @@ class RandomView(ViewModule):
             image = image.float()
             flips = self.horizontal_flip, self.vertical_flip
             y, x = random_crop_axes(image, self.size, self.scale, self.ratio, *flips)
-            corners = [torch.stack([x[:, i], y[:, i]], 1) for i in (0, -1)]
-            self._corners = torch.stack(corners, 1)
-            self._image_size = (image.shape[-2], image.shape[-1])
+            self._centres, self._sides = (x, y), (image.shape[-1], image.shape[-2])
             # Crops end at the outer edge of the outer pixels, half a pixel beyond their
             # centres: there, values are those of the outer pixels
             rows = bilinear_matrices(y, image.shape[-2])
