@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..datamodules.normalization import match_images
 from ..models.encoders import Encoder
 from ..models.loading import has_class_token
-from ..transforms.center_view import center_view
+from ..transforms.views import center_view
 from .features import encode, pool
 from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
 from .samples import LabelledSamples, choose_subset, find_places, set_up

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import check_choice
 from ..datamodules.normalization import match_images
 from ..models.encoders import Encoder
-from ..transforms.center_view import center_view
+from ..transforms.views import center_view
 from .evaluate import extract_features
 from .features import resize
 from .loop import LabelledFeatures

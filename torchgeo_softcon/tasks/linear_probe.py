@@ -27,7 +27,7 @@ from ..models.loading import (
     save_positions,
 )
 from ..transforms import RandomView
-from ..transforms.center_view import center_view
+from ..transforms.views import center_view
 from .optimizers import peak_lr, run_length, with_schedule
 
 

@@ -1,14 +1,16 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Random views of images with any number of bands, for a whole batch on its device."""
+"""Views of images with any number of bands, for a whole batch on its device."""
 
 import inspect
 import math
 from collections.abc import Sequence
 
 import torch
+import torchvision.transforms.v2.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
 
 from .._checks import check_fractions, check_types, require
 from .colours import colour_map
@@ -185,3 +187,14 @@ class RandomView(ViewModule):
             1 + self.contrast * factors[1],
             saturation=~choose(means, self.grey_probability),
         )
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """Resize images (..., C, H, W) and cut out their centre, as in evaluations of DINO.
+
+    The shorter side becomes 8 / 7 of *size* (256 for 224), by bicubic interpolation. It
+    may go beyond the range of values by a little.
+    https://github.com/facebookresearch/dino/blob/main/eval_linear.py
+    """
+    larger = F.resize(image, [round(size * 8 / 7)], InterpolationMode.BICUBIC)
+    return F.center_crop(larger, [size, size])
