@@ -133,15 +133,9 @@ def normalize_band_names(
 def band_statistics(
     bands: Sequence[str], level: Level = 'L1C'
 ) -> tuple[tuple[float, float], ...]:
-    """Look up the statistics of SSL4EO-S12.
+    """Look up mean and standard deviation of bands in SSL4EO-S12, in our spelling.
 
-    Args:
-        bands: Bands of Sentinel-2 or Sentinel-1, in our spelling.
-        level: Processing level of those of Sentinel-2.
-
-    Returns:
-        Mean and standard deviation of each band, in digital numbers (reflectance times
-        10,000) of Sentinel-2 and in dB of Sentinel-1.
+    In digital numbers (reflectance times 10,000) of Sentinel-2 and dB of Sentinel-1.
 
     Raises:
         ValueError: If *level* is unknown, or bands have no statistics at that level.
@@ -158,13 +152,9 @@ def band_statistics(
 
 
 def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
-    """Tell which bands a number of bands stands for.
+    """Tell which bands a number of bands stands for, or raise a ValueError.
 
-    Returns:
-        All of *known* if there are as many, else one of :data:`SENTINEL2_SUBSETS`.
-
-    Raises:
-        ValueError: If the number alone does not tell the bands.
+    All of *known* if there are as many, else one of :data:`SENTINEL2_SUBSETS`.
     """
     require(
         count <= len(known),

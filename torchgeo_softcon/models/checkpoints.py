@@ -133,13 +133,8 @@ def check_architecture(
 ) -> None:
     """Raise a ValueError unless parameters are those of an encoder, all and no others.
 
-    Args:
-        state_dict: Parameters in the layout of *model*, without a classifier.
-        model: Name of a timm model, or *swin_t* for torchvision's.
-        in_channels: Number of bands.
-        img_size: Image size that *model* is built for, None for its default.
-        source: What to call the parameters in the error.
-        hint: What to do, the end of the error.
+    *model* is one of timm without a classifier, built for *img_size*, or torchvision's
+    *swin_t*. The error starts with *source* and ends with *hint*, what to do.
     """
 
     def build() -> dict[str, Tensor]:

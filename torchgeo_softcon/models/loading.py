@@ -196,7 +196,7 @@ def feature_size(
     size: int,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> int:
-    """Find the number of features of an encoder, by using it once.
+    """Find the number F of features (B, F) of an encoder, by using it once.
 
     timm's ``num_features`` leaves out layers between pooling and classifier.
 
@@ -205,9 +205,6 @@ def feature_size(
         in_channels: Number of bands.
         size: Side of the images in pixels.
         encode: How the encoder is used, if it is not simply called.
-
-    Returns:
-        The number F of (B, F) features.
 
     Raises:
         ValueError: If the encoder does not make (B, F) features of such images.

@@ -27,12 +27,6 @@ def mlp_head(
     last by ReLU, and the last batch norm has no affine parameters. lightly's own
     ``MoCoProjectionHead`` differs in the last point.
     https://github.com/facebookresearch/moco-v3/blob/main/moco/builder.py
-
-    Returns:
-        A head from (B, input_dim) to (B, output_dim).
-
-    Raises:
-        ValueError: If there are no layers, or they have no features.
     """
     check_counts(hidden_dim=hidden_dim, output_dim=output_dim, num_layers=num_layers)
     widths = [input_dim, *[hidden_dim] * (num_layers - 1)]

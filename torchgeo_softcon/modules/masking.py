@@ -61,16 +61,10 @@ def _add_positions(vit: Vit, tokens: Tensor) -> Tensor:
 
 
 def encode_visible(vit: Vit, image: Tensor, visible: Tensor) -> Tensor:
-    """Encode the visible patches of images; the others are never computed.
+    """Encode the visible patches (B, N) of images; the others are never computed.
 
-    Args:
-        vit: A timm Vision Transformer, or Eva, built with ``dynamic_img_size=True``.
-        image: Images of shape (B, C, H, W), H and W multiples of the patch size.
-        visible: Indices of the visible patches, shape (B, N).
-
-    Returns:
-        Pooled features of shape (B, F), equal to those of the whole image if all
-        patches are visible.
+    *vit* is built with ``dynamic_img_size=True``, images (B, C, H, W) have whole patches.
+    Returns pooled features (B, F), those of the whole image if all patches are visible.
     """
     patches = split_patches(image, vit.patch_embed.patch_size)
     grid, shape = (patches.shape[1], patches.shape[2]), patches.shape[3:]

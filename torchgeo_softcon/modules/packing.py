@@ -191,7 +191,7 @@ def _fixed_rotations(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Make once a table that changes only with the device and the dtype."""
+    """Make a table that changes only with the device and the dtype, once."""
     with torch.autocast(device.type, enabled=False):
         return _rotation_table(rope, grid, prefix)
 
@@ -244,14 +244,10 @@ def position_matrix(
     One product serves all sizes, and its backward pass is deterministic on a GPU, where
     that of bicubic interpolation is not.
 
-    Args:
-        old: Rows and columns of the positions.
-        new: Rows and columns of the patches.
-        device: Where to make it.
-        rule: ``'timm'`` is timm's function, bicubic with antialiasing. ``'dino'`` is that
-            of DINO and DINO-MC: bicubic without, and with 0.1 cells more than there are,
-            so that all positions are a little shifted. See ``interpolate_pos_encoding`` in
-            https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
+    The rule ``'timm'`` is timm's function, bicubic with antialiasing. ``'dino'`` is that of
+    DINO and DINO-MC: bicubic without, and with 0.1 cells more than there are, so that all
+    positions are a little shifted. See ``interpolate_pos_encoding`` in
+    https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
     """
     unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)
     if rule == 'timm' or old == new:

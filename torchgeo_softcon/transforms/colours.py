@@ -25,18 +25,10 @@ def colour_map(
     Saturation stretches every pixel about the mean of its bands. Nothing is clipped.
     https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/pretrain_ssl/models/rs_transforms_float32.py
 
-    Each pixel becomes ``matrix @ pixel + offset``. Such a map commutes with resampling
-    and blurring, so it is applied where there are the fewest pixels.
-
-    Args:
-        means: Means of the bands of the images, shape (B, C).
-        brightness: Factors of shape (B,), or of shape (B, C) for each band its own. Meant
-            for values that are 0 where it is dark, such as reflectance.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing, 0 gives grey.
-
-    Returns:
-        Matrices of shape (B, C, C) and offsets of shape (B, C, 1).
+    Takes the means of the bands (B, C), and factors of shape (B,), 1 for no change, of
+    brightness also (B, C). Returns matrices (B, C, C) and offsets (B, C, 1): each pixel
+    becomes ``matrix @ pixel + offset``. Such a map commutes with resampling and blurring,
+    so it is applied where there are the fewest pixels.
     """
     brightness, contrast = brightness.to(means), contrast.to(means).view(-1, 1, 1)
     gain = brightness.view(len(means), -1).expand_as(means)
@@ -55,18 +47,9 @@ def jitter_rgb(
 ) -> Tensor:
     """Change brightness, contrast, saturation and hue in random order, then to grey.
 
-    The operations of torchvision's ``ColorJitter``, with factors per image.
-
-    Args:
-        image: RGB images of shape (B, 3, H, W) in [0, 1].
-        brightness: Factors of shape (B,). 1 changes nothing.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing.
-        hue: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
-        grey: Images that become grey, their luma, shape (B,), bool.
-
-    Returns:
-        The changed images, shape (B, 3, H, W), in [0, 1].
+    The operations of torchvision's ``ColorJitter`` for RGB images (B, 3, H, W) in [0, 1],
+    with factors and shifts of the hue (shares of the colour circle) per image, and whether
+    it becomes its luma (bool), all of shape (B,).
     """
     image = image.clamp(0, 1)  # bicubic crops overshoot
     operations = (

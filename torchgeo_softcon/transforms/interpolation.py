@@ -66,18 +66,8 @@ def crop_matrices(
     """Resize a box of each image, antialiased, and then mirror it.
 
     Equal to torchvision's ``resized_crop(..., antialias=True)`` for each image, then
-    flips.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        boxes: Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
-            int64.
-        size: Height and width of the crops in pixels.
-        flips: Whether to mirror left and right, and top and bottom, shape (2, B), bool.
-        interpolation: Kernel of the interpolation.
-
-    Returns:
-        Matrices of the rows, shape (B, h, H), and of the columns, shape (B, w, W).
+    flips. Takes images (B, C, H, W), boxes as of :func:`.random_boxes`, the size (h, w) of
+    crops, and whether to mirror left and right, and top and bottom, shape (2, B), bool.
     """
     height, width = image.shape[-2:]
     if height == width and size[0] == size[1]:

@@ -60,19 +60,10 @@ def random_crop_axes(
 
     The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
     torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
-    where torchvision would draw again.
+    where torchvision would draw again. *size* is (h, w), flips are probabilities.
 
-    Args:
-        image: Images of shape (B, C, H, W).
-        size: Height and width of the crops in pixels.
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-        horizontal_flip: Probability to mirror left and right.
-        vertical_flip: Probability to mirror top and bottom.
-
-    Returns:
-        Rows of shape (B, h) and columns of shape (B, w) in the coordinates of
-        ``grid_sample(..., align_corners=False)``, float32.
+    Returns rows (B, h) and columns (B, w) in the coordinates of
+    ``grid_sample(..., align_corners=False)``, float32.
     """
     batch = len(image)
     # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
@@ -96,16 +87,8 @@ def random_boxes(
     """Draw the box of a random resized crop for each image of a batch.
 
     The same distribution as torchvision's ``RandomResizedCrop``: the first of ten draws
-    that fits, and a large central box if none does.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-
-    Returns:
-        Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
-        int64.
+    that fits, and a large central box if none does. Returns left, top, right and bottom
+    in pixels, the last two excluded, shape (B, 4), int64.
     """
     height, width = image.shape[-2:]
     sides = _random_sides(image, (len(image), 10), scale, ratio)
