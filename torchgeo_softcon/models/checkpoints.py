@@ -29,7 +29,10 @@ SAFE_GLOBALS: list[Any] = [
     (_scalar, 'numpy.core.multiarray.scalar'),
     (_scalar, 'numpy._core.multiarray.scalar'),
     np.dtype,
-    *map(type, map(np.dtype, ('float64', 'float32', 'int64', 'int32', 'bool'))),
+    *(
+        type(np.dtype(name))
+        for name in ('float64', 'float32', 'int64', 'int32', 'bool')
+    ),
 ]
 
 #: Prefix of all keys of a branch of DINO-MC. `module.` is there if the network was wrapped

@@ -51,13 +51,11 @@ def find_file(
         root: Folder with files that were downloaded by hand. Defaults to the one that the
             environment variable ``TORCHGEO_SOFTCON_WEIGHTS`` names, if any.
         model_dir: Folder to download to. Defaults to the cache of torch.hub.
-        check_hash: Whether to compare the file with the digits of SHA-256 in its name, if
-            there are any.
+        check_hash: Whether to compare the file with the digits of SHA-256 in its name.
         progress: Whether to show the progress of a download.
 
     Raises:
-        ValueError: If *root* or *model_dir* is not a folder, *file* is more than a name, or
-            the file has another hash.
+        ValueError: If an argument is invalid, or the file has another hash.
         RuntimeError: If the download fails.
     """
     name = file or os.path.basename(urlparse(url).path)

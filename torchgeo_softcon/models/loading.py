@@ -18,6 +18,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .._checks import require
 from .checkpoints import on_meta, require_shapes
 from .convert import drop_head
 from .input_layer import (
@@ -168,26 +169,23 @@ def load_positions(
 
 
 def default_drop_path_rate(model: str) -> float:
-    """Return the stochastic depth rate of the student in DINO-MC.
-
-    That of DINO for Vision Transformers, and torchvision's for Swin.
-    """
-    rates = {_VITS: 0.1, _SWIN: 0.2}
+    """Return the rate of the student in DINO-MC: DINO's, and torchvision's for Swin."""
     name = timm_name(model)
-    return next((r for m, r in rates.items() if is_model_in_modules(name, m)), 0.0)
+    if is_model_in_modules(name, _VITS):
+        return 0.1
+    return 0.2 if is_model_in_modules(name, _SWIN) else 0.0
 
 
 def check_patches(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
     """Raise a ValueError unless whole patches of an encoder cover an image (H, W)."""
     if not is_vit(encoder):
         return
-    patch = cast(Any, encoder).patch_embed.patch_size
-    if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(
-            f'{name} must be a multiple of the patch size {patch[0]} of the model, got '
-            f'{size[0]} x {size[1]}. The nearest one is '
-            f'{max(1, round(size[0] / patch[0])) * patch[0]}'
-        )
+    side, width = cast(Any, encoder).patch_embed.patch_size
+    require(
+        size[0] % side == 0 and size[1] % width == 0,
+        f'{name} must be a multiple of the patch size {side} of the model, got '
+        f'{size[0]} x {size[1]}. The nearest one is {max(1, round(size[0] / side)) * side}',
+    )
 
 
 def feature_size(
@@ -228,11 +226,10 @@ def feature_size(
         ) from error
     finally:
         encoder.train(training)
-    if out.ndim != 2:
-        raise ValueError(
-            f'model {type(encoder).__name__} must pool its features to (B, F), got '
-            f'{tuple(out.shape)}'
-        )
+    kind, shape = type(encoder).__name__, tuple(out.shape)
+    require(
+        out.ndim == 2, f'model {kind} must pool its features to (B, F), got {shape}'
+    )
     return int(out.shape[1])
 
 

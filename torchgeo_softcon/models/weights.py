@@ -14,7 +14,7 @@ import torchvision.transforms.v2 as T
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from .._checks import check_choice
+from .._checks import check_choice, require
 from .._compat import Weights, WeightsEnum, host_weights
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from ..transforms.unit_range import ToUnitRange
@@ -76,11 +76,10 @@ class EncoderWeights(WeightsEnum):
             RuntimeError: If the download fails.
         """
         model, method = self.meta['model'], self.meta['ssl_method']
-        if method == 'softcon' and branch is not None:
-            raise ValueError(
-                f'branch must be left out for {self}, of which one is published, got '
-                f'{branch!r}'
-            )
+        require(
+            method != 'softcon' or branch is None,
+            f'branch must be left out for {self}, of which one is published, got {branch!r}',
+        )
         check_choice('layout', layout, ('host', 'timm'))
         grid = self._grid(img_size)
 
@@ -92,14 +91,10 @@ class EncoderWeights(WeightsEnum):
             state_dict = dino_mc_encoder(state_dict, branch or 'teacher')
         state_dict = drop_head(state_dict)
         source, names = self.meta.get('converted_from', model), self.meta['bands']
-        check_architecture(
-            state_dict,
-            source,
-            len(names),
-            None if grid is None else 224,  # the size of the file
-            f'{path} of {self}',
-            'Remove the file if it is not the published one',
-        )
+        size = None if grid is None else 224  # of the file
+        hint = 'Remove the file if it is not the published one'
+        what = f'{path} of {self}'
+        check_architecture(state_dict, source, len(names), size, what, hint)
         if source != model:
             state_dict = to_patch_size(state_dict, cast(int, patch_side(model)), grid)
         elif grid is not None:
@@ -112,20 +107,19 @@ class EncoderWeights(WeightsEnum):
 
     def _grid(self, img_size: int | None) -> int | None:
         """Return the number of patches along each side, None without patches."""
-        if img_size is not None and not isinstance(img_size, Integral):
-            raise ValueError(
-                f'img_size must be a side as a number, such as 224, got {img_size!r}'
-            )
-        patch = patch_side(self.meta['model'])
-        if patch is None:
+        model, native = self.meta['model'], self.meta['img_size']
+        size = native if img_size is None else img_size
+        require(
+            isinstance(size, Integral),
+            f'img_size must be a side as a number, such as 224, got {img_size!r}',
+        )
+        if (patch := patch_side(model)) is None:
             return None
-        size = self.meta['img_size'] if img_size is None else img_size
-        if size < patch or size % patch:
-            raise ValueError(
-                f'img_size must be a multiple of the patch size {patch} of '
-                f'{self.meta["model"]}, got {size}. The nearest one is '
-                f'{max(1, round(size / patch)) * patch}'
-            )
+        require(
+            size >= patch and size % patch == 0,
+            f'img_size must be a multiple of the patch size {patch} of {model}, got {size}. '
+            f'The nearest one is {max(1, round(size / patch)) * patch}',
+        )
         return int(size // patch)
 
 
@@ -139,8 +133,8 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
     def describe(member: str, bands: tuple[str, ...]) -> Weights:
         host = host_weights(enum, member)
         # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
-        license = {'license': 'Apache-2.0', 'value_range': (0, 1)}
-        meta = {'img_size': 224, **host.meta, **license}
+        ours = {'license': 'Apache-2.0', 'value_range': (0, 1)}
+        meta = {'img_size': 224, **host.meta, **ours}
         if model is not None:
             meta.update(model=model, converted_from=meta['model'])
         transforms = nn.Sequential(
@@ -221,10 +215,7 @@ class ResNet50_Weights(EncoderWeights):
 
 
 class WideResNet50_2_Weights(EncoderWeights):
-    """Wide ResNet-50-2 weights of DINO-MC and DINO-TP.
-
-    For timm's *wide_resnet50_2*. See :class:`ResNet50_Weights`.
-    """
+    """Weights of DINO-MC and DINO-TP for timm's *wide_resnet50_2*, as those of ResNet-50."""
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
         'wide_resnet50_2',
@@ -234,11 +225,11 @@ class WideResNet50_2_Weights(EncoderWeights):
 
 
 class Swin_T_Weights(EncoderWeights):
-    """Swin-T weights of DINO-MC and DINO-TP.
+    """Swin-T weights of DINO-MC and DINO-TP, see :class:`ResNet50_Weights`.
 
     For torchvision's *swin_t*, which TorchGeo's model of this name is, and with
     ``get_state_dict(layout='timm')`` for timm's *swin_tiny_patch4_window7_224*, which is
-    equal at 224 pixels only. See :class:`ResNet50_Weights`.
+    equal at 224 pixels only.
     """
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
@@ -249,10 +240,7 @@ class Swin_T_Weights(EncoderWeights):
 
 
 class ViTSmall8_Weights(EncoderWeights):
-    """ViT-S/8 weights of DINO-MC and DINO-TP.
-
-    For timm's *vit_small_patch8_224*. See :class:`ResNet50_Weights`.
-    """
+    """Weights of DINO-MC and DINO-TP for timm's *vit_small_patch8_224*."""
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
         'vit_small_patch8_224',
@@ -265,18 +253,14 @@ class ViTSmall14_DINOv2_Weights(EncoderWeights):
     """ViT-S/14 weights of SoftCon, the files that TorchGeo hosts.
 
     For timm's *vit_small_patch14_dinov2* with ``img_size=224``, and for
-    *softcon_vit_small_patch14_224* where no size can be given. See
-    :class:`ResNet50_Weights`.
+    *softcon_vit_small_patch14_224* where no size can be given.
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights')
 
 
 class ViTBase14_DINOv2_Weights(EncoderWeights):
-    """ViT-B/14 weights of SoftCon, see :class:`ViTSmall14_DINOv2_Weights`.
-
-    For timm's *vit_base_patch14_dinov2* and for *softcon_vit_base_patch14_224*.
-    """
+    """ViT-B/14 weights of SoftCon, as those of :class:`ViTSmall14_DINOv2_Weights`."""
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTBase14_DINOv2_Weights')
 
@@ -289,8 +273,6 @@ class ViTSmall16_Weights(EncoderWeights):
     conversion and what is not. At 224 pixels, these are the features of the original at
     196 pixels. The features of the original at 224 pixels need 256 pixels:
     ``get_state_dict(img_size=256)`` and a model that is built with ``img_size=256``.
-
-    See :class:`ResNet50_Weights`.
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
@@ -299,10 +281,7 @@ class ViTSmall16_Weights(EncoderWeights):
 
 
 class ViTBase16_Weights(EncoderWeights):
-    """ViT-B/16 weights, converted from SoftCon's ViT-B/14 while they are loaded.
-
-    For timm's *vit_base_patch16_224*. See :class:`ViTSmall16_Weights`.
-    """
+    """ViT-B/16 weights, converted as those of :class:`ViTSmall16_Weights`."""
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
         'ViTBase14_DINOv2_Weights', 'vit_base_patch16_224'

@@ -86,8 +86,9 @@ def make_layout(
     total = sum(group.number * group.length for group in groups)
     sequence = each[:-1].repeat_interleave(lengths, output_size=total)
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-    tensors = (x.to(device) for x in (sequence, ends[:-1], ends, each))
-    return Layout(groups, *tensors, varlen)
+    tensors = (sequence, ends[:-1], ends, each)
+    sequence, first, ends, each = (x.to(device) for x in tensors)
+    return Layout(groups, sequence, first, ends, each, varlen)
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
