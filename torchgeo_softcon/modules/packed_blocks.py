@@ -73,10 +73,9 @@ class Layout(NamedTuple):
         return [tokens.unflatten(0, group) for tokens, group in groups]
 
 
+# A first call may come from prediction, others from training
 @functools.lru_cache(maxsize=32)
-@torch.inference_mode(
-    False
-)  # a first call may come from prediction, others from training
+@torch.inference_mode(False)
 def make_layout(
     groups: tuple[Group, ...], device: torch.device, varlen: bool
 ) -> Layout:

@@ -82,7 +82,7 @@ def encode_crops(
     Vision Transformers, see :func:`can_pack`, get the tokens of all crops as one matrix:
     all layers but attention run once instead of once per size, and the last block
     computes only the class token if nothing else is read. Attention runs without padding
-    or masks: once for all crops on a GPU that :func:`.can_use_varlen`, elsewhere once per
+    or masks: once for all crops where :func:`.can_use_varlen` allows it, elsewhere once per
     size.
 
     Other encoders get one batch per size: batch norm normalises the crops of one size

@@ -28,10 +28,9 @@ def choose(image: Tensor, probability: float) -> Tensor:
     return uniform(image, len(image)) < probability
 
 
+# A first call may come from prediction, others from training
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(
-    False
-)  # a first call may come from prediction, others from training
+@torch.inference_mode(False)
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """Put numbers on a device in float32, once, as they come from the host."""
     return torch.tensor(values, dtype=torch.float32).to(device)
