@@ -38,8 +38,8 @@ _PREFIXES = (
 #: What files of MAE have beside the encoder.
 _OF_MAE = ('decoder_', 'mask_token')
 
-#: Entry of a checkpoint in which a pretraining task notes its method, and which of its
-#: attributes hold the branches.
+#: Entry of a checkpoint in which a pretraining task notes its class, its method, and which
+#: of its attributes hold the branches.
 PRETRAINING = 'pretraining'
 
 
