@@ -159,11 +159,7 @@ class MultiCropView(ViewModule):
 
     def _check_options(self) -> None:
         """Check the options."""
-        probabilities = ('jitter_probability', 'grey_probability', 'local_blur')
-        self._check(
-            ('global_scale', 'local_scale', 'ratio', 'blur_sigma'),
-            ('horizontal_flip', 'vertical_flip', *probabilities),
-        )
+        self._check(MultiCropView)
         require(
             self.num_local_crops <= len(self.local_sizes),
             f'num_local_crops = {self.num_local_crops} crops need as many sizes, got '

@@ -5,7 +5,6 @@
 
 import inspect
 import math
-from collections.abc import Sequence
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -26,21 +25,21 @@ class ViewModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options for the module's representation."""
-        names = list(inspect.signature(type(self)).parameters)
+        names = inspect.signature(type(self)).parameters
         return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
-    def _check(self, ranges: Sequence[str], fractions: Sequence[str]) -> None:
-        """Check options that both kinds of views have."""
-        for name in ranges:
-            (low, high), top = (
-                getattr(self, name),
-                1 if name.endswith('scale') else math.inf,
-            )
-            require(
-                0 < low <= high <= top,
-                f'{name} must be a range (low, high) in (0, {top:g}], got {(low, high)}',
-            )
-        check_fractions(**{name: getattr(self, name) for name in fractions})
+    def _check(self, kind: type['ViewModule']) -> None:
+        """Check options of a class by types: numbers are fractions, pairs are ranges."""
+        for name, option in inspect.signature(kind).parameters.items():
+            value = getattr(self, name)
+            if option.annotation is float:
+                check_fractions(**{name: value})
+            elif option.annotation == tuple[float, float]:
+                top = 1 if name.endswith('scale') else math.inf
+                require(
+                    0 < value[0] <= value[1] <= top,
+                    f'{name} must be a range (low, high) in (0, {top:g}], got {value}',
+                )
         limits = self.value_range
         require(
             limits is None or limits[0] < limits[1],
@@ -119,12 +118,7 @@ class RandomView(ViewModule):
         self.blur_probability = blur_probability
         self.blur_sigma = blur_sigma
         self.value_range = value_range
-        probabilities = ('jitter_probability', 'grey_probability', 'blur_probability')
-        flips = ('horizontal_flip', 'vertical_flip')
-        self._check(
-            ('scale', 'ratio', 'blur_sigma'),
-            (*flips, 'brightness', 'contrast', *probabilities),
-        )
+        self._check(RandomView)
         self._centres: tuple[Tensor, Tensor] | None = None
         self._sides = (0, 0)
 
