@@ -354,16 +354,19 @@ def _no_data(scene: 'Scene') -> str:
 
 def _cover(dataset: 'WorldCoverScenes', scene: 'Scene') -> str:
     """Write the share of each class of land cover below a scene."""
+    import torch
     from affine import Affine
 
     from ..datasets.packed_scenes import PackedCover
+    from ..geo.rasters import open_raster
 
     cover = dataset.worldcover
     assert cover is not None
     grid = scene.grid
     height, width = (min(n, _COVER_SIDE) for n in (grid.height, grid.width))
     if isinstance(cover, PackedCover):
-        mask = cover.read_thinned(cover.find(grid, scene.name), height, width)
+        with open_raster(cover.find(grid, scene.name)) as source:
+            mask = torch.from_numpy(source.read(1, out_shape=(height, width)))
     else:
         scale = Affine.scale(grid.width / width, grid.height / height)
         mask = cover.read_window(grid.crs, grid.transform * scale, height, width)

@@ -97,11 +97,11 @@ def pack_scenes(
                 target / 'images', worldcover, year, patch_size=1, product=product
             )
             cover: Any = scenes.worldcover
-            legend = dataclasses.asdict(cover.product)
-            (target / 'legend.yaml').write_text(yaml.safe_dump(legend))
+            edition = cover.product.edition(cover.year)
+            legend = yaml.safe_dump(dataclasses.asdict(cover.product))
+            (target / 'legend.yaml').write_text(legend)
             for place in tqdm(scenes.places, 'land cover', disable=not progress):
                 path = target / 'cover' / f'{grid_name(place.grid)}.tif'
-                edition = cover.product.edition(cover.year)
                 line = known.get(str(path.relative_to(target)), {})
                 if line.get('edition') != edition or not path.exists():
                     _write_cover(path, place.grid, cover)
@@ -111,13 +111,11 @@ def pack_scenes(
 
 def verify_scenes(out: str | os.PathLike[str]) -> list[SceneFailure]:
     """Return the packed files that are not what they were, by their checksums."""
+    reason = 'its checksum is not the one in the index. Delete it, and pack again'
     failures = []
     for name, line in read_index(out).items():
         path = Path(out, name)
         if not path.exists() or _checksum(path) != line['checksum']:
-            reason = (
-                'its checksum is not the one in the index. Delete it, and pack again'
-            )
             failures.append(SceneFailure(str(path), reason))
     return failures
 

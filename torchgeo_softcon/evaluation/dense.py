@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from ..datamodules.normalization import match_images
 from ..datamodules.protocol import offer_of
-from ..datasets.scaling import to_unit_range
 from ..datasets.scene_grid import SceneGrid
 from ..geo.rasters import Scene
 from ..models.encoders import Encoder
@@ -144,7 +143,7 @@ def _features(
         window = top * patch, left * patch, tall * patch, wide * patch
         values = grid.scenes._reader.read(scene, *window)
         valid = np.isfinite(values).any(0)  # before it is scaled in place
-        image = torch.from_numpy(to_unit_range(values, grid.scenes.value_range))
+        image = torch.from_numpy(grid.scenes.scale(scene, values))
         with torch.inference_mode():
             found = feature_map(model, image[None].to(device))[0].float().cpu().numpy()
         if summed is None:

@@ -18,7 +18,7 @@ import rasterio
 from rasterio.windows import Window
 
 from ..storage.whole_file import whole_file
-from .rasters import has_mask, open_raster, read_raster
+from .rasters import DamagedFileError, has_mask, open_raster, read_raster
 
 #: Tag of the files that are written here.
 _TAG = 'TORCHGEO_SOFTCON_MAPPED'
@@ -56,9 +56,8 @@ def open_mapped(path: str | os.PathLike[str]) -> Any:
     try:
         return source if places is None else MappedRaster(source, places)
     except ValueError as error:
-        raise OSError(
-            f'cannot open {path}, it is cut off: delete it, and pack again'
-        ) from error
+        message = f'cannot open {path}, it is cut off: delete it, and pack again'
+        raise DamagedFileError(message, path) from error
 
 
 def _find_bands(source: Any) -> list[int] | None:

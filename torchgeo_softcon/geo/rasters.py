@@ -111,20 +111,12 @@ class Scene:
 
 
 class DamagedFileError(OSError):
-    """Raised if a raster cannot be opened or read.
+    """Raised if a raster, the file *path*, cannot be opened or read."""
 
-    Attributes:
-        path: The file.
-    """
-
-    path = ''
-
-    @classmethod
-    def of(cls, path: str | os.PathLike[str], message: str) -> 'DamagedFileError':
-        """Return the error of a file. One argument alone survives a worker process."""
-        error = cls(message)
-        error.path = os.fspath(path)
-        return error
+    def __init__(self, message: str, path: str | os.PathLike[str] = '') -> None:
+        """Initialize a new DamagedFileError instance."""
+        super().__init__(message)
+        self.path = os.fspath(path)
 
 
 def open_raster(path: str | os.PathLike[str], alone: bool = False) -> Any:
@@ -149,7 +141,7 @@ def open_raster(path: str | os.PathLike[str], alone: bool = False) -> Any:
         ) from error
     except RasterioError as error:
         message = f'cannot open {path} as a raster: {error}'
-        raise DamagedFileError.of(path, message) from error
+        raise DamagedFileError(message, path) from error
 
 
 def read_raster(
@@ -186,7 +178,7 @@ def _naming(source: Any) -> Iterator[None]:
     except RasterioError as error:
         reason = error.__cause__ or error
         message = f'cannot read {source.name}, is it truncated or damaged? {reason}'
-        raise DamagedFileError.of(source.name, message) from error
+        raise DamagedFileError(message, source.name) from error
 
 
 def _centre(source: Any) -> tuple[float, float]:
@@ -397,24 +389,24 @@ class RasterReader:
         self, layer: Layer, grid: Grid, window: Window
     ) -> tuple[Values, Flags]:
         """Read a window of a finer grid by bilinear interpolation."""
-        # Centres of the wanted pixels, in pixels of the band
-        to_columns, to_rows = _to_band(layer.grid, grid)
-        columns = window.col_off + 0.5 + np.arange(window.width)
-        rows = window.row_off + 0.5 + np.arange(window.height)
-        columns = to_columns[0] * columns + to_columns[1] - 0.5
-        rows = to_rows[0] * rows + to_rows[1] - 0.5
-        # The outer half of an edge pixel has no neighbour, it repeats the edge
-        columns = columns.clip(0, layer.grid.width - 1)
-        rows = rows.clip(0, layer.grid.height - 1)
-
-        x, y = int(columns.min()), int(rows.min())
-        size = int(columns.max()) - x + 2, int(rows.max()) - y + 2
-        size = min(size[0], layer.grid.width - x), min(size[1], layer.grid.height - y)
-        values, zero = self._read(layer, Window(x, y, *size))
+        offsets = (window.row_off, window.height), (window.col_off, window.width)
+        sizes = layer.grid.height, layer.grid.width
+        positions, parts = [], []
+        for to_band, (start, count), size in zip(
+            _to_band(layer.grid, grid), offsets, sizes, strict=True
+        ):
+            # Centres of the wanted pixels, in pixels of the band. The outer half of an
+            # edge pixel has no neighbour, it repeats the edge
+            at = to_band[0] * (start + 0.5 + np.arange(count)) + to_band[1] - 0.5
+            at = at.clip(0, size - 1)
+            first = int(at.min())
+            positions.append(at - first)
+            parts.append((first, min(int(at.max()) + 2, size)))
+        values, zero = self._read(layer, Window.from_slices(*parts))
         share = zero.astype(np.float32)
-        for positions, axis in ((rows - y, 1), (columns - x, 2)):
-            values = interpolate_axis(values, positions, axis)
-            share = interpolate_axis(share, positions, axis)
+        for axis, at in enumerate(positions, 1):
+            values = interpolate_axis(values, at, axis)
+            share = interpolate_axis(share, at, axis)
         return values, share > 0
 
 
@@ -431,19 +423,16 @@ def _expand_colors(
 
 
 def _to_band(band: Grid, grid: Grid) -> tuple[tuple[float, float], ...]:
-    """Return scale and offset from columns and rows of a grid to those of a band."""
+    """Return scale and offset from rows and columns of a grid to those of a band."""
     ours, theirs = band.transform, grid.transform
-    apart = max(abs((theirs.c - ours.c) / ours.a), abs((theirs.f - ours.f) / ours.e))
+    row, column = (theirs.f - ours.f) / ours.e, (theirs.c - ours.c) / ours.a
     divides = grid.width % band.width == 0 and grid.height % band.height == 0
-    if divides and apart < 0.501:
+    if divides and max(abs(row), abs(column)) < 0.501:
         # Cut to the same ground. The files of SSL4EO-S12 are, but say that they are up
         # to half a pixel apart: B8A correlates with B8 by 0.93 so, by location with
         # 0.91. What is further apart is somewhere else.
-        return (band.width / grid.width, 0), (band.height / grid.height, 0)
-    return (
-        (theirs.a / ours.a, (theirs.c - ours.c) / ours.a),
-        (theirs.e / ours.e, (theirs.f - ours.f) / ours.e),
-    )
+        return (band.height / grid.height, 0), (band.width / grid.width, 0)
+    return (theirs.e / ours.e, row), (theirs.a / ours.a, column)
 
 
 def interpolate_axis(values: Values, positions: npt.NDArray[Any], axis: int) -> Values:
