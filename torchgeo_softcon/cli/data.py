@@ -31,37 +31,37 @@ def data_parser(command: str, description: str, example: str) -> CommandParser:
     )
     # Options without a type are texts that can be null, as in YAML
     parser.register('type', None, optional(str))
-    group = parser.add_argument_group('encoder')
-    group.add_argument('--checkpoint', help='checkpoint of a task')
-    group.add_argument('--weights', help='name of a weight enum member, instead')
-    group.add_argument('--model', help='timm name, if the checkpoint has none')
-    group.add_argument(
+    add = parser.add_argument_group('encoder').add_argument
+    add('--checkpoint', help='checkpoint of a task')
+    add('--weights', help='name of a weight enum member, instead')
+    add('--model', help='timm name, if the checkpoint has none')
+    add(
         '--bands',
         type=optional(list_of(str)),
         help='names of the bands of the images, if they are not those of --weights: '
         '[B2,B3,B4,B8]',
     )
-    group.add_argument(
+    add(
         '--unit-range',
         type=optional(boolean),
         metavar='BOOL',
         help='whether to scale the images of a datamodule of TorchGeo to [0, 1], as '
         'SoftCon did. By default true for weights of SoftCon',
     )
-    group = parser.add_argument_group('data')
-    group.add_argument(
+    add = parser.add_argument_group('data').add_argument
+    add(
         '--data',
         metavar='CLASS',
         default=argparse.SUPPRESS,
         help='datamodule, as in `torchgeo fit`. --data.help CLASS shows its options',
     )
-    group.add_argument(
+    add(
         '--data.OPTION',
         metavar='VALUE',
         default=argparse.SUPPRESS,
         help='option of the datamodule',
     )
-    group.add_argument(
+    add(
         '--config',
         help='configuration of `torchgeo fit`, of which the section `data` is used. By '
         'default the one of the run that the checkpoint is from',

@@ -24,40 +24,40 @@ def parser() -> CommandParser:
         'the data tell. An interrupted run goes on when started again.',
         '--checkpoint logs/version_0/checkpoints/last.ckpt',
     )
-    group = parser.add_argument_group('run')
-    group.add_argument(
+    add = parser.add_argument_group('run').add_argument
+    add(
         '--split',
         help='predict, test, val or train, by default the first that the data have',
     )
-    group.add_argument(
+    add(
         '--size',
         type=optional(int),
         help='pixels to resize images to, by default as in the training',
     )
-    group.add_argument('--pooling', help='cls or mean')
-    group.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
-    group.add_argument(
+    add('--pooling', help='cls or mean')
+    add('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
+    add(
         '--out',
         type=str,
         default='embeddings.parquet',
         help='file, default: embeddings.parquet',
     )
-    group.add_argument('--overwrite', action='store_true', help='replace the file')
-    group = parser.add_argument_group('file')
-    group.add_argument(
+    add('--overwrite', action='store_true', help='replace the file')
+    add = parser.add_argument_group('file').add_argument
+    add(
         '--layout',
         choices=('footprint', 'point'),
         default='footprint',
         help="point: centres as geometry, for all of TorchGeo's readers of embeddings",
     )
-    group.add_argument(
+    add(
         '--dtype',
         choices=('float32', 'int8'),
         default='float32',
         help='int8: a quarter of the size',
     )
-    group.add_argument('--stac', action='store_true', help='write a STAC item, too')
-    group.add_argument(
+    add('--stac', action='store_true', help='write a STAC item, too')
+    add(
         '--dense',
         action='store_true',
         help='features of all patches of whole scenes instead, as GeoTIFFs in the folder '

@@ -57,8 +57,8 @@ def parser() -> CommandParser:
         'or as v1.1',
     )
 
-    group = parser.add_argument_group('land cover')
-    group.add_argument(
+    add = parser.add_argument_group('land cover').add_argument
+    add(
         '--worldcover',
         '--map',
         nargs='+',
@@ -67,25 +67,21 @@ def parser() -> CommandParser:
         help='folders of tiles, or tiles. /vsicurl/https://... of a tile or of a bucket '
         'reads them where they are',
     )
-    group.add_argument(
-        '--download', action='store_true', help='download the tiles that are missing'
-    )
-    group.add_argument(
-        '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
-    )
-    group.add_argument(
+    add('--download', action='store_true', help='download the tiles that are missing')
+    add('--base-url', metavar='URL', help="default: ESA's bucket at Amazon")
+    add(
         '--year',
         type=_year,
         help='of the product, by default its last one. nearest takes for each patch the '
         'year it was taken in, as names of files or a column date tell, or the nearest',
     )
-    group.add_argument(
+    add(
         '--classes',
         metavar='NAME',
         help='a legend that the product has a mapping to: dynamicworld for the 9 classes of '
         'Dynamic World made of the 11 of worldcover (default)',
     )
-    group.add_argument(
+    add(
         '--product',
         '--legend',
         metavar='NAME',
@@ -93,39 +89,37 @@ def parser() -> CommandParser:
         'the .yaml file with the legend of your own map: name and classes with code and name',
     )
 
-    group = parser.add_argument_group('output')
-    group.add_argument('--out', metavar='FILE', help='default: labels.parquet')
-    group.add_argument(
+    add = parser.add_argument_group('output').add_argument
+    add('--out', metavar='FILE', help='default: labels.parquet')
+    add(
         '--format',
         choices=('parquet', 'json'),
         help='json also writes {location: {season: [class, ...]}} as SSL4EO-S12-ML has it; '
         'by default if FILE ends in .json',
     )
-    group.add_argument(
+    add(
         '--min-fraction',
         type=float,
         metavar='X',
         help='smallest share of a class in the JSON file, default: 0.05. Counts have none',
     )
-    group.add_argument(
+    add(
         '--min-valid',
         type=float,
         metavar='X',
         help='smallest share of pixels with data in the JSON file, default: 0.5',
     )
-    group.add_argument('--overwrite', action='store_true', help='replace the file')
+    add('--overwrite', action='store_true', help='replace the file')
 
-    group = parser.add_argument_group('run')
-    group.add_argument(
-        '--workers', type=int, metavar='N', help='processes, default: one per core'
-    )
-    group.add_argument(
+    add = parser.add_argument_group('run').add_argument
+    add('--workers', type=int, metavar='N', help='processes, default: one per core')
+    add(
         '--scheduler',
         metavar='ADDRESS',
         help='of Dask, like tcp://10.0.0.1:8786, whose workers have this package and the '
         'same paths',
     )
-    group.add_argument(
+    add(
         '--quiet',
         action='store_false',
         default=True,

@@ -58,18 +58,18 @@ def parser() -> CommandParser:
     parser.add_argument(
         '--shard-size', type=int, metavar='N', help='images per file (default: 256)'
     )
-    group = parser.add_argument_group('scenes of your own')
-    group.add_argument(
+    add = parser.add_argument_group('scenes of your own').add_argument
+    add(
         '--worldcover',
         '--map',
         nargs='+',
         metavar='PATH',
         help='folders or files of land cover, to be warped to the pixels of each place',
     )
-    group.add_argument(
+    add(
         '--product', '--legend', metavar='NAME', help='land-cover product or .yaml file'
     )
-    group.add_argument('--year', type=int, help='of the product, default: its last one')
+    add('--year', type=int, help='of the product, default: its last one')
     parser.add_argument(
         '--verify',
         action='store_true',

@@ -1,10 +1,10 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Parsers whose help shows at once: nothing here imports torch or TorchGeo."""
+"""Parsers whose help shows at once, and tables. Nothing here imports torch or TorchGeo."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -65,3 +65,11 @@ def list_of(convert: Callable[[Any], _T]) -> Callable[[str], list[_T]]:
 
     read.__name__ = f'list of {convert.__name__}'
     return read
+
+
+def print_table(rows: Sequence[Sequence[str]], indent: int = 0) -> None:
+    """Print rows of a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f'{" " * indent}{"  ".join(cells)}'.rstrip())

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from .parsers import CommandParser
 
@@ -15,6 +16,11 @@ def recipes() -> dict[str, str]:
     paths = (files('torchgeo_softcon') / 'recipes').iterdir()
     found = {p.name.removesuffix('.yaml'): p for p in paths if p.name.endswith('.yaml')}
     return {name: found[name].read_text(encoding='utf-8') for name in sorted(found)}
+
+
+def section(class_path: str, **init_args: Any) -> dict[str, Any]:
+    """Return a part of a configuration that stands for an instance of a class."""
+    return {'class_path': class_path, 'init_args': init_args}
 
 
 def parser() -> CommandParser:
