@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from ..models.encoders import Encoder
 
+#: Splits of a datamodule.
+_SPLITS = ('train', 'val', 'test', 'predict')
+
 
 def data_parser(command: str, description: str, example: str) -> CommandParser:
     """Return a parser with the options that name an encoder and data."""
@@ -80,7 +83,12 @@ def parse_options(parser: CommandParser, args: Sequence[str]) -> argparse.Namesp
         value_of_data = value and not arg.startswith('--')
         (data_args if of_data or value_of_data else others).append(arg)
         value = of_data and not equals
-    return argparse.Namespace(**vars(parser.parse_args(others)), data_args=data_args)
+    options = parser.parse_args(others)
+    if options.split not in (None, *_SPLITS):
+        raise ValueError(
+            f'split must be one of {", ".join(_SPLITS)}, got {options.split}'
+        )
+    return argparse.Namespace(**vars(options), data_args=data_args)
 
 
 def open_data(
@@ -101,20 +109,22 @@ def open_data(
         if run is None and options.checkpoint is not None:
             run = Path(options.checkpoint).absolute().parent.parent
         if run is not None and (run / 'config.yaml').exists():
-            config = str(run / 'config.yaml')
-    data = None
+            config = run / 'config.yaml'
     if config is not None:
         if not Path(config).is_file():
             raise FileNotFoundError(f'config {config} does not exist, or is not a file')
         sections = _load_yaml('config', config)
         data = sections.get('data') if isinstance(sections, dict) else None
-    if data:
-        if named and _class_name(_load_yaml('data', named)) != _class_name(data):
+        if (
+            data
+            and named
+            and _class_name(_load_yaml('data', named)) != _class_name(data)
+        ):
             raise ValueError(
                 f'data must be those of config {config}, {_class_name(data)}, got '
                 f'{named}. Leave out --config or --data'
             )
-        args = ['--data', json.dumps(data), *args]
+        args = ['--data', json.dumps(data), *args] if data else args
     if not args:
         return None, {}
     # Not before: help must not wait for them
@@ -130,6 +140,26 @@ def open_data(
     return parser.instantiate_classes(namespace).data, values or {}
 
 
+def open_encoder_and_data(
+    options: argparse.Namespace,
+) -> 'tuple[Encoder, LightningDataModule, dict[str, Any]]':
+    """Open what the options name, with the values of the datamodule, which must be given."""
+    datamodule, values = open_data(options)
+    if datamodule is None:
+        raise ValueError(
+            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
+        )
+    return open_named_encoder(options), datamodule, values
+
+
+def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
+    """Build the encoder that the options name."""
+    from ..models.encoders import open_encoder
+
+    names = ('checkpoint', 'weights', 'model', 'bands', 'unit_range')
+    return open_encoder(*(getattr(options, name) for name in names))
+
+
 def load_classes(*folders: str) -> None:
     """Load classes, which options can name without their modules from then on."""
     for folder in folders:
@@ -138,36 +168,11 @@ def load_classes(*folders: str) -> None:
             getattr(face, name)
 
 
-def open_required_data(
-    options: argparse.Namespace,
-) -> 'tuple[LightningDataModule, dict[str, Any]]':
-    """Build the datamodule as :func:`open_data`, and raise if none is named."""
-    datamodule, values = open_data(options)
-    if datamodule is None:
-        raise ValueError(
-            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-        )
-    return datamodule, values
-
-
-def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
-    """Build the encoder that the options name."""
-    from ..models.encoders import open_encoder
-
-    return open_encoder(
-        options.checkpoint,
-        options.weights,
-        options.model,
-        options.bands,
-        options.unit_range,
-    )
-
-
-def _load_yaml(name: str, value: str) -> Any:
+def _load_yaml(name: str, value: str | Path) -> Any:
     """Load the value of an option, which is YAML or a file of that."""
     path = Path(value)
     try:
-        return yaml.safe_load(path.read_text() if path.is_file() else value)
+        return yaml.safe_load(path.read_text() if path.is_file() else str(value))
     except yaml.YAMLError as error:
         raise ValueError(f'{name} {value} is not YAML: {error}') from error
 

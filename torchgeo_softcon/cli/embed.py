@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import data_parser, open_named_encoder, open_required_data, parse_options
+from .data import data_parser, open_encoder_and_data, parse_options
 from .parsers import CommandParser, optional
 
 #: Options of datamodules that do not change what a sample is. (The choice of samples is
@@ -73,16 +73,10 @@ def main(args: Sequence[str]) -> int:
     from ..evaluation.dense import embed_dense
     from ..evaluation.embed import embed
     from ..evaluation.embedding_file import write_stac_item
-    from ..evaluation.samples import STAGES
 
-    datamodule, data = open_required_data(options)
-    if options.split not in (None, *STAGES):
-        raise ValueError(
-            f'split must be one of {", ".join(STAGES)}, got {options.split}'
-        )
-    encoder = open_named_encoder(options)
+    encoder, datamodule, data = open_encoder_and_data(options)
     if options.dense:
-        for path in embed_dense(
+        written = embed_dense(
             encoder,
             datamodule,
             options.out.removesuffix('.parquet'),
@@ -90,25 +84,21 @@ def main(args: Sequence[str]) -> int:
             options.overwrite,
             str(data['class_path']),
             accelerator=options.accelerator,
-        ):
-            print(path)
+        )
+        print(*written, sep='\n')
         return 0
+    names = ('split', 'pooling', 'overwrite', 'layout', 'dtype', 'accelerator')
     rows = embed(
         encoder,
         datamodule,
         options.out,
-        options.split,
-        options.size or encoder.size,
-        options.pooling,
-        options.overwrite,
-        {
+        size=options.size or encoder.size,
+        origin={
             'checkpoint': _fingerprint(options.checkpoint),
             'weights': options.weights,
             **_data_origin(data),
         },
-        options.layout,
-        options.dtype,
-        accelerator=options.accelerator,
+        **{name: getattr(options, name) for name in names},
     )
     print(f'{rows} embeddings are in {options.out}')
     if options.stac:

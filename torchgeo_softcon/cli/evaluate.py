@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .data import data_parser, open_named_encoder, open_required_data, parse_options
+from .data import data_parser, open_encoder_and_data, parse_options
 from .parsers import CommandParser, list_of, optional, print_table
 
 #: Options that the file of a result notes.
@@ -77,8 +77,7 @@ def main(args: Sequence[str]) -> int:
     from ..evaluation.evaluate import evaluate_encoder
     from ..evaluation.protocols import evaluate_protocol
 
-    datamodule, data = open_required_data(options)
-    encoder = open_named_encoder(options)
+    encoder, datamodule, data = open_encoder_and_data(options)
     device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     common = {'size': options.size, 'seed': options.seed, 'device': device}
     if options.protocol is not None:

@@ -17,36 +17,33 @@ def parser() -> CommandParser:
         'size, and is for other tools, too.',
         'torchgeo-softcon export last.ckpt --format timm --img-size 120',
     )
-    parser.add_argument('checkpoint', help='of SoftConTask or DINOMCTask')
-    parser.add_argument(
+    add = parser.add_argument
+    add('checkpoint', help='of SoftConTask or DINOMCTask')
+    add(
         '--format',
         required=True,
         choices=('torchgeo', 'timm', 'safetensors', 'smp', 'hf', 'onnx'),
     )
-    parser.add_argument(
+    add(
         '--branch',
         choices=('student', 'teacher'),
         help='default: the student of SoftCon, the teacher of DINO-MC',
     )
-    parser.add_argument('--patch-size', type=int, metavar='P')
-    parser.add_argument(
+    add('--patch-size', type=int, metavar='P')
+    add(
         '--img-size',
         type=int,
         metavar='N',
         help='that a Vision Transformer is built for',
     )
-    parser.add_argument(
+    add(
         '--output',
         metavar='FILE',
         help='default: beside the checkpoint; of hf a folder',
     )
-    parser.add_argument(
-        '--license', default='unknown', help='for the card, such as apache-2.0'
-    )
-    parser.add_argument(
-        '--push', metavar='OWNER/NAME', help='upload hf to this repository, too'
-    )
-    parser.add_argument('--private', action='store_true', help='if that is new')
+    add('--license', default='unknown', help='for the card, such as apache-2.0')
+    add('--push', metavar='OWNER/NAME', help='upload hf to this repository, too')
+    add('--private', action='store_true', help='if that is new')
     return parser
 
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from .parsers import CommandParser, list_of
+from .parsers import CommandParser, add_land_cover, list_of
 
 _DESCRIPTION = """\
 Print what training would read of images: which files and bands make a scene, level, offset,
@@ -45,10 +45,7 @@ def parser() -> CommandParser:
     )
     add('--nodata', type=float, help='value of pixels without data')
     add('--patch-size', type=int, metavar='N', help='of a window')
-    add = parser.add_argument_group('land cover').add_argument
-    add('--worldcover', nargs='+', metavar='PATH', help='folders of tiles, or tiles')
-    add('--year', type=int, help='year of the map')
-    add('--product', metavar='NAME', help='name or .yaml file')
+    add_land_cover(parser, 'land cover')
     add = parser.add_argument_group('output').add_argument
     add('--plot', metavar='FILE', default=None, help='picture of windows to write')
     add('--windows', type=int, default=8, metavar='N', help='windows of it, default: 8')

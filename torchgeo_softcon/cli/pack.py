@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .parsers import CommandError, CommandParser
+from .parsers import CommandError, CommandParser, add_land_cover
 
 #: Failures that are printed.
 _NAMED = 10
@@ -25,9 +25,10 @@ def archive_parser(command: str, description: str, root: str) -> CommandParser:
         f'torchgeo-softcon {command} DIR OUT --split s2c',
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument('root', help=root)
-    parser.add_argument('out', help='folder to write')
-    parser.add_argument(
+    add = parser.add_argument
+    add('root', help=root)
+    add('out', help='folder to write')
+    add(
         '--split',
         nargs='+',
         metavar='NAME',
@@ -47,35 +48,21 @@ def parser() -> CommandParser:
         'scenes of your own, with the land cover under them.',
         'folder with s1, s2c or s2a, or with the modalities of v1.1, or with scenes',
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         '--labels',
         metavar='FILE',
         help='to put into the index, or lulc for the layer of v1.1',
     )
-    parser.add_argument(
-        '--workers', type=int, metavar='N', help='processes (default: 1)'
-    )
-    parser.add_argument(
-        '--shard-size', type=int, metavar='N', help='images per file (default: 256)'
-    )
-    add = parser.add_argument_group('scenes of your own').add_argument
+    add('--workers', type=int, metavar='N', help='processes (default: 1)')
+    add('--shard-size', type=int, metavar='N', help='images per file (default: 256)')
     add(
-        '--worldcover',
-        '--map',
-        nargs='+',
-        metavar='PATH',
-        help='folders or files of land cover, to be warped to the pixels of each place',
-    )
-    add(
-        '--product', '--legend', metavar='NAME', help='land-cover product or .yaml file'
-    )
-    add('--year', type=int, help='of the product, default: its last one')
-    parser.add_argument(
         '--verify',
         action='store_true',
         default=False,
         help='read all again and compare checksums',
     )
+    add_land_cover(parser, 'land cover of your own scenes')
     return parser
 
 

@@ -36,6 +36,16 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message}. See {self.prog} --help\n')
 
 
+def add_land_cover(parser: CommandParser, title: str) -> None:
+    """Add a group of options that choose a map."""
+    add = parser.add_argument_group(title).add_argument
+    tiles = 'folders or files of tiles, or of another map'
+    add('--worldcover', '--map', nargs='+', metavar='PATH', help=tiles)
+    product = 'land-cover product or .yaml file'
+    add('--product', '--legend', metavar='NAME', help=product)
+    add('--year', type=int, help='of the map, default: its last one')
+
+
 def optional(convert: Callable[[str], _T]) -> Callable[[str], _T | None]:
     """Return a type of options that can be null, as in YAML."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchgeo_bench.models.interface import BenchModel
 
+from .._checks import require
 from ..bands import SENTINEL2_BANDS, normalize_band_names
 from ..models.encoders import open_encoder
 from ..transforms.unit_range import ToUnitRange
@@ -71,11 +72,11 @@ class SoftConBenchModel(BenchModel):  # type: ignore[misc]
         names = band_names(bands)
         encoder = open_encoder(checkpoint, weights, bands=names)
         self.backbone = encoder.model
-        self.pooling = pooling or poolings(encoder.model)[0]
-        if self.pooling not in poolings(encoder.model):
-            raise ValueError(
-                f'pooling must be one of {poolings(encoder.model)}, got {pooling!r}'
-            )
+        known = poolings(encoder.model)
+        self.pooling = pooling or known[0]
+        require(
+            self.pooling in known, f'pooling must be one of {known}, got {pooling!r}'
+        )
         self.unit_range = None
         self.factor = 1.0
         if native and encoder.unit_range and names is not None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import rasterio
 import rasterio.shutil
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 
 from ..datamodules.normalization import match_images
 from ..datamodules.protocol import offer_of
-from ..datasets.scaling import to_unit_range
 from ..datasets.scene_grid import SceneGrid
+from ..datasets.scenes import WorldCoverScenes
 from ..geo.rasters import Scene
 from ..models.encoders import Encoder
 from ..storage.whole_file import whole_file
 from .embedding_file import describe
+from .loop import make_runner
 
 #: Windows side by side share this part of their side: each place is in four windows, and
 #: in the middle of one.
@@ -76,9 +77,7 @@ def embed_dense(
             'dense features need whole scenes, as of WorldCoverScenesDataModule or '
             f'SyntheticScenesDataModule, got {type(datamodule).__name__}'
         )
-    runner = Trainer(
-        **{'logger': False, 'enable_checkpointing': False, 'devices': 1, **trainer}
-    )
+    runner = make_runner(**trainer)
     device = runner.strategy.root_device
     model = encoder.model.to(device)
     side = size or encoder.size or 224
@@ -101,7 +100,7 @@ def embed_dense(
     for scene, target in tqdm(
         scenes.values(), 'embed', leave=False, disable=not runner.progress_bar_callback
     ):
-        values = _features(model, grid, scene, side, patch, device)
+        values = _features(model, grid.scenes, scene, side, patch, device)
         transform = scene.grid.transform * Affine.scale(patch)
         _write(target, values, scene.grid.crs, transform, about)
     return [target for _, target in scenes.values()]
@@ -127,7 +126,7 @@ def _cell_size(model: nn.Module, channels: int, device: torch.device) -> int:
 
 def _features(
     model: nn.Module,
-    grid: SceneGrid,
+    scenes: WorldCoverScenes,
     scene: Scene,
     side: int,
     patch: int,
@@ -142,9 +141,9 @@ def _features(
     empty = np.zeros((rows, columns), bool)
     for top, left in itertools.product(_starts(rows, tall), _starts(columns, wide)):
         window = top * patch, left * patch, tall * patch, wide * patch
-        values = grid.scenes._reader.read(scene, *window)
+        values = scenes._reader.read(scene, *window)
         valid = np.isfinite(values).any(0)  # before it is scaled in place
-        image = torch.from_numpy(to_unit_range(values, grid.scenes.value_range))
+        image = torch.from_numpy(scenes.scale(scene, values))
         with torch.inference_mode():
             found = feature_map(model, image[None].to(device))[0].float().cpu().numpy()
         if summed is None:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._compat import Sample
 from ..datamodules.protocol import find_split, is_endless, offer_of
+from .footprints import number_places, sample_places
 from .loop import Transform, batch_transform
-from .places import number_places, sample_places
 
 #: Smallest share of an image that a class must cover to count, where labels are shares.
 #: As in WorldCoverMultiLabel.

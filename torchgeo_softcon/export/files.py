@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,8 +71,7 @@ def _smp_torchgeo(encoder: Encoder) -> Any:
     return _host_checkpoint(encoder, 'backbone', 'model.backbone.model.', _smp(encoder))
 
 
-def _state_dict(encoder: Encoder) -> Any:
-    return encoder.state_dict
+_state_dict = attrgetter('state_dict')
 
 
 def _model_args(encoder: Encoder) -> dict[str, Any]:
