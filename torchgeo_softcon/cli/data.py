@@ -12,12 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .parsers import CommandParser, boolean, list_of, optional
+from .parsers import CommandParser
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
     from ..models.encoders import Encoder
+
+_ENCODER = {
+    '--checkpoint FILE': 'checkpoint of a task',
+    '--weights NAME': 'name of a weight enum member, instead',
+    '--model NAME': 'timm name, if the checkpoint has none',
+    '--bands NAMES': 'names of the bands of the images, if they are not those of --weights: '
+    '[B2,B3,B4,B8]',
+    '--unit-range BOOL': 'whether to scale the images of a datamodule of TorchGeo to [0, 1], '
+    'as SoftCon did. By default true for weights of SoftCon',
+}
+_DATA = {
+    '--data CLASS': 'datamodule, as in `torchgeo fit`. --data.help CLASS shows its options',
+    '--data.OPTION VALUE': 'option of the datamodule',
+    '--config FILE': 'configuration of `torchgeo fit`, of which the section `data` is used. '
+    'By default the one of the run that the checkpoint is from',
+}
 
 #: Splits of a datamodule.
 _SPLITS = ('train', 'val', 'test', 'predict')
@@ -32,43 +48,8 @@ def data_parser(command: str, description: str, example: str) -> CommandParser:
         allow_abbrev=False,
         usage='%(prog)s [OPTIONS]',
     )
-    # Options without a type are texts that can be null, as in YAML
-    parser.register('type', None, optional(str))
-    add = parser.add_argument_group('encoder').add_argument
-    add('--checkpoint', help='checkpoint of a task')
-    add('--weights', help='name of a weight enum member, instead')
-    add('--model', help='timm name, if the checkpoint has none')
-    add(
-        '--bands',
-        type=optional(list_of(str)),
-        help='names of the bands of the images, if they are not those of --weights: '
-        '[B2,B3,B4,B8]',
-    )
-    add(
-        '--unit-range',
-        type=optional(boolean),
-        metavar='BOOL',
-        help='whether to scale the images of a datamodule of TorchGeo to [0, 1], as '
-        'SoftCon did. By default true for weights of SoftCon',
-    )
-    add = parser.add_argument_group('data').add_argument
-    add(
-        '--data',
-        metavar='CLASS',
-        default=argparse.SUPPRESS,
-        help='datamodule, as in `torchgeo fit`. --data.help CLASS shows its options',
-    )
-    add(
-        '--data.OPTION',
-        metavar='VALUE',
-        default=argparse.SUPPRESS,
-        help='option of the datamodule',
-    )
-    add(
-        '--config',
-        help='configuration of `torchgeo fit`, of which the section `data` is used. By '
-        'default the one of the run that the checkpoint is from',
-    )
+    parser.add_options(_ENCODER, 'encoder')
+    parser.add_options(_DATA, 'data')
     return parser
 
 

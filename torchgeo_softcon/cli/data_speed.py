@@ -21,6 +21,7 @@ from .._compat import Sample, host_main
 from .._cores import count_cores
 from ..callbacks.knn import KNNProbe
 from ..callbacks.terminal import Terminal
+from ..datamodules.protocol import loader_batch_size
 from .data import load_classes
 from .recipe import section
 
@@ -47,21 +48,16 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second of a run and of its parts, on one device.
-
-    *data* is the data loader alone, *step* the training alone (views, optimizer and EMA
-    included) on one batch that stays on the device, *both* the training with its data.
-    The dataset is *batch_wise* if it reads all samples of a batch in one call.
-    """
+    """Images per second of a run and of its parts, on one device."""
 
     device: str
-    data: float
-    step: float
-    both: float
+    data: float  # the data loader alone
+    step: float  # the training alone, with views and EMA, on a batch kept on the device
+    both: float  # the training with its data
     batch_size: int
     num_workers: int
     pin_memory: bool
-    batch_wise: bool
+    batch_wise: bool  # whether the dataset reads all samples of a batch in one call
     cores: int
 
     @property
@@ -115,15 +111,15 @@ class Speed:
 
     def __str__(self) -> str:
         """Return the same in a few lines."""
-        share = f'ata-bound: data take {self.share:.0%} of the time.'
-        bound = f'D{share} What may help:' if self.share > _BOUND else f'Not d{share}'
+        bound = self.share > _BOUND
+        title = 'Data-bound' if bound else 'Not data-bound'
         workers = f'{self.num_workers or "no"} workers'
         lines = [
             f'images per second on {self.device}, batches of {self.batch_size}',
             f'  data loader alone  {self.data:10.1f}  {workers}',
             f'  training alone     {self.step:10.1f}  on one batch kept on the device',
             f'  both together      {self.both:10.1f}',
-            bound,
+            f'{title}: data take {self.share:.0%} of the time.{" What may help:" * bound}',
             *(f'  - {line}' for line in self.advice()),
         ]
         return '\n'.join(lines)
@@ -164,8 +160,7 @@ class _MeasuredBatches:
     def __init__(self, loader: Any, device: torch.device, steps: int) -> None:
         self.loader, self.device, self.steps = loader, device, steps
         #: For the tasks that scale their learning rate by it.
-        self.batch_size = getattr(loader, 'batch_size', None)
-        self.batch_sampler = getattr(loader, 'batch_sampler', None)
+        self.batch_size = loader_batch_size(loader)
 
     def __len__(self) -> int:
         # One epoch for all: the time between epochs does not count
@@ -231,14 +226,13 @@ class _MeasuredBatches:
 
 def _count(batch: Sample) -> int:
     """Count the images of a batch."""
-    if isinstance(batch, dict):
-        # A datamodule may make the images of something else on the device
-        values = [batch.get('image', batch)]
-        while values:
-            value = values.pop(0)
-            if isinstance(value, Tensor):
-                return len(value)
-            values += value.values() if isinstance(value, dict) else ()
+    # A datamodule may make the images of something else on the device
+    values = [batch.get('image', batch)] if isinstance(batch, dict) else []
+    while values:
+        value = values.pop(0)
+        if isinstance(value, Tensor):
+            return len(value)
+        values += value.values() if isinstance(value, dict) else ()
     got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
     raise ValueError(f"batches must have the key 'image', or other tensors, got {got}")
 

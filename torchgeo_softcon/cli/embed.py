@@ -9,11 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from .data import data_parser, open_encoder_and_data, parse_options
-from .parsers import CommandParser, optional
+from .parsers import CommandParser
 
 #: Options of datamodules that do not change what a sample is. (The choice of samples is
 #: compared on its own.)
 _READING = ('batch_size', 'num_workers', 'length')
+
+_RUN = {
+    '--split NAME': 'predict, test, val or train, by default the first that the data have',
+    '--size N': 'pixels to resize images to, by default as in the training',
+    '--pooling NAME': 'cls or mean',
+    '--accelerator NAME': 'cpu, gpu, ...',
+    '--out FILE': 'default: embeddings.parquet',
+    '--overwrite': 'replace the file',
+}
+_FILE = {
+    '--layout {footprint,point}': "point: centres as geometry, for all of TorchGeo's readers "
+    'of embeddings',
+    '--dtype {float32,int8}': 'int8: a quarter of the size',
+    '--stac': 'write a STAC item, too',
+    '--dense': 'features of all patches of whole scenes instead, as GeoTIFFs in the folder '
+    '--out, from overlapping windows of --size pixels',
+}
 
 
 def parser() -> CommandParser:
@@ -24,45 +41,10 @@ def parser() -> CommandParser:
         'the data tell. An interrupted run goes on when started again.',
         '--checkpoint logs/version_0/checkpoints/last.ckpt',
     )
-    add = parser.add_argument_group('run').add_argument
-    add(
-        '--split',
-        help='predict, test, val or train, by default the first that the data have',
-    )
-    add(
-        '--size',
-        type=optional(int),
-        help='pixels to resize images to, by default as in the training',
-    )
-    add('--pooling', help='cls or mean')
-    add('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
-    add(
-        '--out',
-        type=str,
-        default='embeddings.parquet',
-        help='file, default: embeddings.parquet',
-    )
-    add('--overwrite', action='store_true', help='replace the file')
-    add = parser.add_argument_group('file').add_argument
-    add(
-        '--layout',
-        choices=('footprint', 'point'),
-        default='footprint',
-        help="point: centres as geometry, for all of TorchGeo's readers of embeddings",
-    )
-    add(
-        '--dtype',
-        choices=('float32', 'int8'),
-        default='float32',
-        help='int8: a quarter of the size',
-    )
-    add('--stac', action='store_true', help='write a STAC item, too')
-    add(
-        '--dense',
-        action='store_true',
-        help='features of all patches of whole scenes instead, as GeoTIFFs in the folder '
-        '--out, from overlapping windows of --size pixels',
-    )
+    parser.add_options(_RUN, 'run')
+    parser.add_options(_FILE, 'file')
+    parser.set_defaults(accelerator='auto', out='embeddings.parquet')
+    parser.set_defaults(layout='footprint', dtype='float32')
     return parser
 
 

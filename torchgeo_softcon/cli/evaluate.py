@@ -8,12 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .data import data_parser, open_encoder_and_data, parse_options
-from .parsers import CommandParser, list_of, optional, print_table
+from .parsers import CommandParser, print_table
 
-#: Options that the file of a result notes.
-_ORIGIN = (
-    *('checkpoint', 'weights', 'protocol', 'split', 'fraction', 'seed', 'temperature'),
-)
+_RUN = {
+    '--protocol {softcon,dino,torchgeo-bench,copernicus-bench}': 'as a paper or a benchmark '
+    'does, on train, val and test, with intervals of 95 %%; --split, --k, --temperature and '
+    '--fraction are then not used',
+    '--split NAME': 'test (default) or val',
+    '--k NUMBERS': 'numbers of neighbours, default: [5,10,15,20]',
+    '--temperature X': 'of their votes, default: 0.07',
+    '--size N': 'pixels, by default as in training, or 224',
+    '--fraction X': 'share of the training split to use, default: 1',
+    '--seed N': 'of the choice of the share and the bootstrap, default: 42',
+    '--device NAME': 'cpu, cuda, ...',
+    '--out FILE': 'JSON file for the result',
+    '--overwrite': 'replace the file',
+}
+
+#: Options of the evaluation without a protocol.
+_OWN = ('split', 'k', 'temperature', 'fraction')
 
 #: Values that are counts, not scores.
 _COUNTS = ('train_images', 'test_images', 'val_images', 'image_size')
@@ -28,37 +41,9 @@ def parser() -> CommandParser:
         '--weights ResNet50_Weights.SENTINEL2_SOFTCON \\\n'
         '    --data EuroSATDataModule --data.dict_kwargs.root DIR',
     )
-    add = parser.add_argument_group('run').add_argument
-    add(
-        '--protocol',
-        choices=('softcon', 'dino', 'torchgeo-bench', 'copernicus-bench'),
-        help='as a paper or a benchmark does, on train, val and test, with intervals of '
-        '95 %%; --split, --k, --temperature and --fraction are then not used',
-    )
-    add('--split', type=str, default='test', help='test (default) or val')
-    add(
-        '--k',
-        type=list_of(int),
-        default=[5, 10, 15, 20],
-        help='numbers of neighbours, default: [5,10,15,20]',
-    )
-    add('--temperature', type=float, default=0.07, help='of their votes, default: 0.07')
-    add('--size', type=optional(int), help='pixels, by default as in training, or 224')
-    add(
-        '--fraction',
-        type=float,
-        default=1.0,
-        help='share of the training split to use, default: 1',
-    )
-    add(
-        '--seed',
-        type=int,
-        default=42,
-        help='of the choice of the share and the bootstrap, default: 42',
-    )
-    add('--device', help='cpu, cuda, ...')
-    add('--out', help='JSON file for the result')
-    add('--overwrite', action='store_true', help='replace the file')
+    parser.add_options(_RUN, 'run')
+    parser.set_defaults(split='test', k=[5, 10, 15, 20], temperature=0.07)
+    parser.set_defaults(fraction=1.0, seed=42)
     return parser
 
 
@@ -83,15 +68,15 @@ def main(args: Sequence[str]) -> int:
     if options.protocol is not None:
         values = evaluate_protocol(encoder, datamodule, options.protocol, **common)
     else:
-        names = ('split', 'k', 'temperature', 'fraction')
-        own = {name: getattr(options, name) for name in names}
+        own = {name: getattr(options, name) for name in _OWN}
         values = evaluate_encoder(encoder, datamodule, **own, **common)
     print_table(
         [(k, f'{v:{".0f" if k in _COUNTS else ".4f"}}') for k, v in values.items()]
     )
     if options.out is not None:
+        names = ('checkpoint', 'weights', 'protocol', 'seed', *_OWN)
         origin = {
-            **{name: getattr(options, name) for name in _ORIGIN},
+            **{name: getattr(options, name) for name in names},
             'data': data,
             'bands': encoder.bands,
             'unit_range': encoder.unit_range,

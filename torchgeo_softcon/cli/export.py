@@ -7,6 +7,17 @@ from collections.abc import Sequence
 
 from .parsers import CommandParser
 
+_OPTIONS = {
+    '--format {torchgeo,timm,safetensors,smp,hf,onnx}': 'tool that opens the file',
+    '--branch {student,teacher}': 'default: the student of SoftCon, the teacher of DINO-MC',
+    '--patch-size N': 'of a Vision Transformer',
+    '--img-size N': 'that a Vision Transformer is built for',
+    '--output FILE': 'default: beside the checkpoint; of hf a folder',
+    '--license NAME': 'for the card, such as apache-2.0',
+    '--push OWNER/NAME': 'upload hf to this repository, too',
+    '--private': 'if that is new',
+}
+
 
 def parser() -> CommandParser:
     """Return the parser of the command."""
@@ -17,33 +28,9 @@ def parser() -> CommandParser:
         'size, and is for other tools, too.',
         'torchgeo-softcon export last.ckpt --format timm --img-size 120',
     )
-    add = parser.add_argument
-    add('checkpoint', help='of SoftConTask or DINOMCTask')
-    add(
-        '--format',
-        required=True,
-        choices=('torchgeo', 'timm', 'safetensors', 'smp', 'hf', 'onnx'),
-    )
-    add(
-        '--branch',
-        choices=('student', 'teacher'),
-        help='default: the student of SoftCon, the teacher of DINO-MC',
-    )
-    add('--patch-size', type=int, metavar='P')
-    add(
-        '--img-size',
-        type=int,
-        metavar='N',
-        help='that a Vision Transformer is built for',
-    )
-    add(
-        '--output',
-        metavar='FILE',
-        help='default: beside the checkpoint; of hf a folder',
-    )
-    add('--license', default='unknown', help='for the card, such as apache-2.0')
-    add('--push', metavar='OWNER/NAME', help='upload hf to this repository, too')
-    add('--private', action='store_true', help='if that is new')
+    parser.add_argument('checkpoint', help='of SoftConTask or DINOMCTask')
+    parser.add_options(_OPTIONS, required=['--format'])
+    parser.set_defaults(license='unknown')
     return parser
 
 

@@ -5,9 +5,8 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
-from .parsers import CommandParser, add_land_cover, list_of
+from .parsers import LAND_COVER, CommandParser
 
 _DESCRIPTION = """\
 Print what training would read of images: which files and bands make a scene, level, offset,
@@ -18,6 +17,21 @@ folders images and masks. The exit status is 1 if --check finds damaged files.""
 _EXAMPLES = """\
 torchgeo-softcon inspect S2A_MSIL2A_20230601T101031_N0509_R022_T32UNE_20230601T120000.SAFE
   torchgeo-softcon inspect images --worldcover worldcover --plot windows.png --check"""
+
+_READING = {
+    '--bands NAMES': 'to use: [B4,B3,B2]',
+    '--all-bands NAMES': 'in file order',
+    '--level {L1C,L2A}': 'of Sentinel-2',
+    '--offset X': 'what is added to all numbers',
+    '--value-range RANGE': 'what becomes 0 and 1: softcon, [0,10000], or a pair for each band',
+    '--nodata X': 'value of pixels without data',
+    '--patch-size N': 'of a window',
+}
+_OUTPUT = {
+    '--plot FILE': 'picture of windows to write',
+    '--windows N': 'windows of it, default: 8',
+    '--check': 'read every file wholly, and list the damaged ones',
+}
 
 
 def parser() -> CommandParser:
@@ -30,37 +44,13 @@ def parser() -> CommandParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument('paths', nargs='+', metavar='PATH', help='images')
-    add = parser.add_argument_group(
-        'reading, as the options of the same names of the datamodules'
-    ).add_argument
-    add('--bands', type=list_of(str), help='to use: [B4,B3,B2]')
-    add('--all-bands', type=list_of(str), help='in file order')
-    add('--level', choices=('L1C', 'L2A'), help='of Sentinel-2')
-    add('--offset', type=float, help='what is added to all numbers')
-    add(
-        '--value-range',
-        type=_value_range,
-        metavar='RANGE',
-        help='what becomes 0 and 1: softcon, [0,10000], or a pair for each band',
+    parser.add_options(
+        _READING, 'reading, as options of the same names of the datamodules'
     )
-    add('--nodata', type=float, help='value of pixels without data')
-    add('--patch-size', type=int, metavar='N', help='of a window')
-    add_land_cover(parser, 'land cover')
-    add = parser.add_argument_group('output').add_argument
-    add('--plot', metavar='FILE', default=None, help='picture of windows to write')
-    add('--windows', type=int, default=8, metavar='N', help='windows of it, default: 8')
-    add(
-        '--check',
-        action='store_true',
-        default=False,
-        help='read every file wholly, and list the damaged ones',
-    )
+    parser.add_options(LAND_COVER, 'land cover')
+    parser.add_options(_OUTPUT, 'output')
+    parser.set_defaults(plot=None, windows=8)
     return parser
-
-
-def _value_range(text: str) -> Any:
-    """Read softcon, a pair of numbers, or a list of pairs."""
-    return text if text == 'softcon' else list_of(lambda value: value)(text)
 
 
 def main(args: Sequence[str]) -> int:

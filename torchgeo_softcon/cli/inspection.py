@@ -298,7 +298,7 @@ def _plot(dataset: Any, path: str, count: int) -> None:
     show = Display(images, dataset.bands)
     pictures = [show(image) for image in images]
     if getattr(dataset, 'worldcover', samples) is None:
-        figure = plot_images(pictures, _COLUMNS)
+        figure = plot_images(pictures, columns=_COLUMNS)
     else:
         product = getattr(dataset, 'product', WORLDCOVER)
         masks = [sample['mask'] for sample in samples]

@@ -21,6 +21,35 @@ torchgeo-softcon labels --images 'DIR/**/*.tif' --worldcover DIR --out labels.pa
   torchgeo-softcon labels --layout ssl4eo-s12 ROOT --worldcover DIR --out labels.json
   torchgeo-softcon labels --images DIR --map own.tif --legend own.yaml --out own.parquet"""
 
+_LAND_COVER = {
+    '--worldcover, --map PATH...': 'folders of tiles, or tiles. /vsicurl/https://... of a tile '
+    'or of a bucket reads them where they are',
+    '--download': 'download the tiles that are missing',
+    '--base-url URL': "default: ESA's bucket at Amazon",
+    '--year YEAR': 'of the product, by default its last one. nearest takes for each patch the '
+    'year it was taken in, as names of files or a column date tell, or the nearest',
+    '--classes NAME': 'a legend that the product has a mapping to: dynamicworld for the 9 '
+    'classes of Dynamic World made of the 11 of worldcover (default)',
+    '--product, --legend NAME': 'another land-cover product (esri, lcm10, cgls, corine, '
+    'dynamicworld), or the .yaml file with the legend of your own map: name and classes with '
+    'code and name',
+}
+_OUTPUT = {
+    '--out FILE': 'default: labels.parquet',
+    '--format {parquet,json}': 'json also writes {location: {season: [class, ...]}} as '
+    'SSL4EO-S12-ML has it; by default if FILE ends in .json',
+    '--min-fraction X': 'smallest share of a class in the JSON file, default: 0.05. Counts '
+    'have none',
+    '--min-valid X': 'smallest share of pixels with data in the JSON file, default: 0.5',
+    '--overwrite': 'replace the file',
+}
+_RUN = {
+    '--workers N': 'processes, default: one per core',
+    '--scheduler ADDRESS': 'of Dask, like tcp://10.0.0.1:8786, whose workers have this package '
+    'and the same paths',
+    '--quiet': 'no progress bar',
+}
+
 
 def parser() -> CommandParser:
     """Return the parser of the command.
@@ -57,83 +86,10 @@ def parser() -> CommandParser:
         'or as v1.1',
     )
 
-    add = parser.add_argument_group('land cover').add_argument
-    add(
-        '--worldcover',
-        '--map',
-        nargs='+',
-        required=True,
-        metavar='PATH',
-        help='folders of tiles, or tiles. /vsicurl/https://... of a tile or of a bucket '
-        'reads them where they are',
-    )
-    add('--download', action='store_true', help='download the tiles that are missing')
-    add('--base-url', metavar='URL', help="default: ESA's bucket at Amazon")
-    add(
-        '--year',
-        type=_year,
-        help='of the product, by default its last one. nearest takes for each patch the '
-        'year it was taken in, as names of files or a column date tell, or the nearest',
-    )
-    add(
-        '--classes',
-        metavar='NAME',
-        help='a legend that the product has a mapping to: dynamicworld for the 9 classes of '
-        'Dynamic World made of the 11 of worldcover (default)',
-    )
-    add(
-        '--product',
-        '--legend',
-        metavar='NAME',
-        help='another land-cover product (esri, lcm10, cgls, corine, dynamicworld), or '
-        'the .yaml file with the legend of your own map: name and classes with code and name',
-    )
-
-    add = parser.add_argument_group('output').add_argument
-    add('--out', metavar='FILE', help='default: labels.parquet')
-    add(
-        '--format',
-        choices=('parquet', 'json'),
-        help='json also writes {location: {season: [class, ...]}} as SSL4EO-S12-ML has it; '
-        'by default if FILE ends in .json',
-    )
-    add(
-        '--min-fraction',
-        type=float,
-        metavar='X',
-        help='smallest share of a class in the JSON file, default: 0.05. Counts have none',
-    )
-    add(
-        '--min-valid',
-        type=float,
-        metavar='X',
-        help='smallest share of pixels with data in the JSON file, default: 0.5',
-    )
-    add('--overwrite', action='store_true', help='replace the file')
-
-    add = parser.add_argument_group('run').add_argument
-    add('--workers', type=int, metavar='N', help='processes, default: one per core')
-    add(
-        '--scheduler',
-        metavar='ADDRESS',
-        help='of Dask, like tcp://10.0.0.1:8786, whose workers have this package and the '
-        'same paths',
-    )
-    add(
-        '--quiet',
-        action='store_false',
-        default=True,
-        dest='progress',
-        help='no progress bar',
-    )
+    parser.add_options(_LAND_COVER, 'land cover', required=['--worldcover'])
+    parser.add_options(_OUTPUT, 'output')
+    parser.add_options(_RUN, 'run')
     return parser
-
-
-def _year(text: str) -> int | str:
-    """Return a year, or the word that stands for that of each patch."""
-    if text == 'nearest' or text.isdecimal():
-        return int(text) if text.isdecimal() else text
-    raise argparse.ArgumentTypeError(f'must be a year or nearest, got {text!r}')
 
 
 def main(args: Sequence[str]) -> int:
@@ -141,6 +97,7 @@ def main(args: Sequence[str]) -> int:
     options = vars(parser().parse_args(args))
     if 'layout' in options:
         options['layout'] = tuple(options['layout'])
+    options['progress'] = not options.pop('quiet')
     # Not before: help must not wait for it
     from ..labels.archive import label_archive
 

@@ -8,10 +8,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .parsers import CommandError, CommandParser, add_land_cover
+from .parsers import LAND_COVER, CommandError, CommandParser
 
 #: Failures that are printed.
 _NAMED = 10
+
+_SPLIT = {
+    '--split NAME...': 's1, s2c, s2a, or S1GRD, S2L1C, S2L2A, S2RGB, S1RTC of v1.1 and '
+    'TerraMesh; default: all that the archive has'
+}
+_PACKING = {
+    '--labels FILE': 'to put into the index, or lulc for the layer of v1.1',
+    '--workers N': 'processes (default: 1)',
+    '--shard-size N': 'images per file (default: 256)',
+    '--verify': 'read all again and compare checksums',
+}
 
 
 def archive_parser(command: str, description: str, root: str) -> CommandParser:
@@ -25,16 +36,9 @@ def archive_parser(command: str, description: str, root: str) -> CommandParser:
         f'torchgeo-softcon {command} DIR OUT --split s2c',
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add('root', help=root)
-    add('out', help='folder to write')
-    add(
-        '--split',
-        nargs='+',
-        metavar='NAME',
-        help='s1, s2c, s2a, or S1GRD, S2L1C, S2L2A, S2RGB, S1RTC of v1.1 and TerraMesh; '
-        'default: all that the archive has',
-    )
+    parser.add_argument('root', help=root)
+    parser.add_argument('out', help='folder to write')
+    parser.add_options(_SPLIT)
     return parser
 
 
@@ -48,21 +52,8 @@ def parser() -> CommandParser:
         'scenes of your own, with the land cover under them.',
         'folder with s1, s2c or s2a, or with the modalities of v1.1, or with scenes',
     )
-    add = parser.add_argument
-    add(
-        '--labels',
-        metavar='FILE',
-        help='to put into the index, or lulc for the layer of v1.1',
-    )
-    add('--workers', type=int, metavar='N', help='processes (default: 1)')
-    add('--shard-size', type=int, metavar='N', help='images per file (default: 256)')
-    add(
-        '--verify',
-        action='store_true',
-        default=False,
-        help='read all again and compare checksums',
-    )
-    add_land_cover(parser, 'land cover of your own scenes')
+    parser.add_options(_PACKING)
+    parser.add_options(LAND_COVER, 'land cover of your own scenes')
     return parser
 
 

@@ -17,6 +17,13 @@ from .report import main as report
 #: Name of the configuration in the folder of a run.
 _CONFIG = 'config.yaml'
 
+_OPTIONS = {
+    '--out DIR': 'folder of the run, runs/NAME by default',
+    '--worldcover DIR': 'tiles of ESA WorldCover, if they are not in the folder',
+    '--download': 'get missing tiles of ESA WorldCover under scenes (some 50 MB each)',
+    '--dry-run': 'write the configuration, do not train',
+}
+
 
 def parser() -> CommandParser:
     """Return the parser of the command."""
@@ -31,26 +38,8 @@ def parser() -> CommandParser:
         allow_abbrev=False,
         usage='%(prog)s DIR [OPTIONS]',
     )
-    add = parser.add_argument
-    add('dir', type=Path, metavar='DIR', help='folder with images')
-    add(
-        '--out',
-        type=Path,
-        metavar='RUN',
-        help='folder of the run, runs/NAME by default',
-    )
-    add(
-        '--worldcover',
-        type=Path,
-        metavar='DIR',
-        help='tiles of ESA WorldCover, if they are not in the folder',
-    )
-    add(
-        '--download',
-        action='store_true',
-        help='get missing tiles of ESA WorldCover under scenes (some 50 MB each)',
-    )
-    add('--dry-run', action='store_true', help='write the configuration, do not train')
+    parser.add_argument('dir', type=Path, metavar='DIR', help='folder with images')
+    parser.add_options(_OPTIONS)
     return parser
 
 

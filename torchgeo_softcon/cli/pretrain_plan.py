@@ -1,24 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""The data in a folder, and the configuration that ``pretrain`` makes of them.
-
-Without a CUDA device, the recipes of the quick start are run for some hundred steps, with
-one, those of real runs:
-
-============ ======================== ===========================================
-labels       without CUDA             with CUDA
-============ ======================== ===========================================
-land cover   ``quickstart``           ``own_area``
-none         ``dino_mc_small``        ``dino_mc``
-============ ======================== ===========================================
-
-With CUDA, the encoder is a ResNet-50 for fewer than 10,000 images, of which a Vision
-Transformer learns too little, else a ViT-S/16. A batch is the largest power of two up to
-256 (64 without CUDA) that fits into half of the memory of the device, and is at most a
-quarter of the images. A run takes 100 epochs, but from 5,000 to 100,000 steps; without
-CUDA 300 steps.
-"""
+"""The data in a folder, and the configuration that ``pretrain`` makes of them."""
 
 import math
 from dataclasses import dataclass, field
@@ -86,13 +69,9 @@ class Found:
 
 
 def find_data(root: Path, worldcover: Path | None, download: bool, run: Path) -> Found:
-    """Find out what a folder holds.
+    """Find out what a folder holds, with *worldcover* or the tiles of WorldCover in it.
 
-    Args:
-        root: The folder.
-        worldcover: Folder with tiles of WorldCover, None for what is in *root*.
-        download: Whether to download tiles under scenes.
-        run: Folder of the run, where tiles go.
+    Missing tiles under scenes are downloaded, if allowed, to the folder of the *run*.
 
     Raises:
         ValueError: If it holds nothing that can be trained on.
@@ -189,9 +168,14 @@ def _find_scenes(
 def plan(
     found: Found, max_steps: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration of ``torchgeo fit`` and the reasons for it, by the rule above.
+    """Return a configuration of ``torchgeo fit`` and the reasons for it.
 
-    *max_steps* is the length of the run if the rule is not to choose it.
+    It is a recipe: without a CUDA device one of the quick starts, with one that of a real
+    run. With CUDA, the encoder is a ResNet-50 for fewer than 10,000 images, of which a
+    Vision Transformer learns too little, else a ViT-S/16. A batch is the largest power of
+    two up to 256 (64 without CUDA) that fits into half of the memory of the device, and is
+    at most a quarter of the images. A run takes 100 epochs, but from 5,000 to 100,000 steps
+    (without CUDA 300), or *max_steps*.
 
     Raises:
         ValueError: If there are too few images, or they are too small.

@@ -16,6 +16,12 @@ from .parsers import CommandParser
 if TYPE_CHECKING:
     import pandas as pd
 
+_PAGE = {
+    '--out DIR': 'folder to write to, RUN_DIR/report by default',
+    '--split NAME': 'val, predict, test or train, by default the first that the data have',
+    '--samples N': 'number of images, default: 200',
+}
+
 
 def parser() -> CommandParser:
     """Return the parser of the command."""
@@ -33,13 +39,8 @@ def parser() -> CommandParser:
         metavar='RUN_DIR',
         help='folder of a run. Curves of several runs are laid side by side',
     )
-    add = parser.add_argument_group('page').add_argument
-    add('--out', help='folder to write to, RUN_DIR/report by default')
-    add(
-        '--split',
-        help='val, predict, test or train, by default the first that the data have',
-    )
-    add('--samples', type=int, default=200, help='number of images, default: 200')
+    parser.add_options(_PAGE, 'page')
+    parser.set_defaults(samples=200)
     return parser
 
 

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-import rasterio.shutil
 import torch
 from lightning.pytorch import LightningDataModule
-from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -176,7 +174,7 @@ def _write(
     """Write a cloud-optimised GeoTIFF, all or nothing."""
     about = {**about, 'emb:dimensions': len(values), 'data_type': 'float32'}
     profile = {
-        'driver': 'GTiff',
+        'driver': 'COG',
         'count': len(values),
         'height': values.shape[1],
         'width': values.shape[2],
@@ -184,19 +182,15 @@ def _write(
         'crs': rasterio.CRS.from_user_input(crs),
         'transform': transform,
         'nodata': np.nan,
-        'interleave': 'band',
+        'compress': 'DEFLATE',
+        'predictor': 'YES',
+        'blocksize': 128,
+        'overview_resampling': 'average',
+        'bigtiff': 'IF_SAFER',
     }
-    with MemoryFile() as memory, whole_file(target) as unfinished:
-        with memory.open(**profile) as dataset:
-            dataset.write(values)
-            dataset.update_tags(emb=json.dumps(about))
-        rasterio.shutil.copy(
-            memory.name,
-            os.fspath(unfinished),
-            driver='COG',
-            compress='DEFLATE',
-            predictor='YES',
-            blocksize=128,
-            overview_resampling='average',
-            bigtiff='IF_SAFER',
-        )
+    with (
+        whole_file(target) as unfinished,
+        rasterio.open(unfinished, 'w', **profile) as file,
+    ):
+        file.write(values)
+        file.update_tags(emb=json.dumps(about))

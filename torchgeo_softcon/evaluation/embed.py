@@ -66,11 +66,13 @@ def embed(
             f'pooling must be one that the encoder has ({", ".join(known)}), got '
             f'{pooling!r}'
         )
+    pooling = pooling or known[0]
     runner = make_runner(**trainer)
     split = set_up(datamodule, split)
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
     dataset, indices = split_samples(datamodule, split)
+    asked = ''.join(f'{index!r}\n' for index in indices)
     origin = {
         **(origin or {}),
         'encoder': encoder.name,
@@ -80,23 +82,18 @@ def embed(
         'unit_range': encoder.unit_range,
         'split': split,
         'samples': len(indices),
-        'indices': hashlib.sha256(
-            ''.join(f'{index!r}\n' for index in indices).encode()
-        ).hexdigest(),
+        'indices': hashlib.sha256(asked.encode()).hexdigest(),
         'processes': 1,
     }
     chip = (dataset[indices[0]]['image'].shape if indices else ())[-2:]
     data = str(origin.get('data') or type(datamodule).__name__)
-    about = describe(encoder, pooling or known[0], size, chip, data, dataset)
+    about = describe(encoder, pooling, size, chip, data, dataset)
     finish = partial(arrange, about=about, layout=layout, dtype=dtype)
     file = ResumableParquet(Path(out), origin)
     with file.open(overwrite):
         done = file.count_rows()
         if done:
             print(f'{done} of {len(indices)} samples are in {file.folder} already')
-        if done >= len(indices):
-            return file.join(len(indices), finish)
-
         # The number of processes that read may depend on its device
         datamodule.trainer = runner
         offer = offer_of(datamodule)
@@ -108,11 +105,10 @@ def embed(
             collate_fn=offer.collate_fn,
         )
         device = runner.strategy.root_device
+        hidden = not runner.progress_bar_callback
         encoded = encode_batches(
             encoder.model.to(device),
-            tqdm(
-                loader, 'embed', leave=False, disable=not runner.progress_bar_callback
-            ),
+            tqdm(loader, 'embed', leave=False, disable=hidden),
             batch_transform(datamodule, RunningStage.PREDICTING),
             encoder.in_channels,
             size,
@@ -122,7 +118,7 @@ def embed(
         try:
             with torch.inference_mode(), runner.precision_plugin.forward_context():
                 for batch, _, features in encoded:
-                    values = features[pooling or known[0]]
+                    values = features[pooling]
                     start = rows.position
                     rows.add(values, batch, indices[start : start + len(values)])
         finally:

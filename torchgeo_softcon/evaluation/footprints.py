@@ -136,12 +136,8 @@ def number_places(places: Sequence[str]) -> Tensor:
 def assign_folds(places: Tensor, folds: int) -> Tensor:
     """Divide samples into *folds* of about one size that have no place in common.
 
-    Args:
-        places: Number of the place of each sample, shape (N,).
-        folds: Number of parts, at most the number of places.
-
-    Returns:
-        Number of the part of each sample, shape (N,), the same for the same places.
+    From the number of the place of each sample, (N,), to that of its part, (N,): the same
+    for the same places. There may be as many parts as places at most.
     """
     _, places = places.unique(return_inverse=True)
     sizes = torch.bincount(places.cpu())
