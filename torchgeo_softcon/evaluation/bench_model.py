@@ -1,14 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""The encoder class for torchgeo-bench. Needs torchgeo-bench, and is imported by it.
-
-.. code-block:: yaml
-
-    # conf/model/softcon_vits14.yaml, for `torchgeo-bench run model=softcon_vits14`
-    _target_: torchgeo_softcon.evaluation.bench_model.SoftConBenchModel
-    weights: ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON  # or checkpoint: run.ckpt
-"""
+"""The encoder class for torchgeo-bench. Needs torchgeo-bench, and is imported by it."""
 
 from contextlib import suppress
 from typing import Any
@@ -44,7 +37,10 @@ _MOST = 10
 
 
 class SoftConBenchModel(BenchModel):  # type: ignore[misc]
-    """An encoder of this package in torchgeo-bench: published weights or a checkpoint."""
+    """An encoder of this package in torchgeo-bench: published weights or a checkpoint.
+
+    The ``_target_`` of a file in torchgeo-bench's ``conf/model``.
+    """
 
     def __init__(
         self,

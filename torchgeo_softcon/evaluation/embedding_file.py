@@ -1,11 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Files of embeddings: their rows, the forms that others read, what they say of themselves.
-
-What they say is a JSON object in the fields of STAC's extension for embeddings, 0.0.1,
-under the key ``emb`` of the file: https://github.com/stac-extensions/embeddings
-"""
+"""Files of embeddings: their rows, the forms that others read, what they say of themselves."""
 
 import datetime
 import hashlib
@@ -42,6 +38,8 @@ Dtype = Literal['float32', 'int8']
 #: A part is written after so many seconds at the latest.
 _SECONDS = 30
 
+#: The fields of what a file says of itself, a JSON object under its key ``emb``.
+#: https://github.com/stac-extensions/embeddings
 _EXTENSION = 'https://stac-extensions.github.io/embeddings/v0.0.1/schema.json'
 
 

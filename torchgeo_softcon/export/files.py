@@ -1,11 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""From a training checkpoint to files that other tools load.
-
-A checkpoint of this package is large (optimizer, teacher, heads), but TorchGeo opens it as
-it is. An export holds one encoder, in the layout of a tool, with a model card.
-"""
+"""From a training checkpoint to the encoder alone, in files that other tools load."""
 
 import json
 import os

@@ -63,12 +63,10 @@ class Display:
 
     def __call__(self, image: Tensor) -> Array:
         """Return the colours in [0, 1], (H, W, 3), of an image of shape (C, H, W)."""
-        bands = [
-            ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
-            for c, (low, high) in zip(self.channels, self.limits, strict=True)
-        ]
-        result: Array = torch.stack(bands, -1).expand(-1, -1, 3).numpy().copy()
-        return result
+        low, high = torch.tensor(self.limits).T
+        shown = image[self.channels].float().movedim(0, -1) - low
+        colours = (shown / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        return np.array(colours.expand(-1, -1, 3))
 
 
 def _grid(
