@@ -158,7 +158,8 @@ def missing_in(task: torch.nn.Module, expected: dict[str, Tensor]) -> list[str]:
         name
         for name, value in expected.items()
         if not any(
-            key.endswith(f'.{name}') and torch.equal(found[key], value) for key in found
+            f'.{key}'.endswith(f'.{name}') and torch.equal(found[key], value)
+            for key in found
         )
     ]
 

@@ -130,9 +130,11 @@ def extend_host_tasks(explain: Callable[[Any], str | None]) -> None:
     for task in vars(import_module(_TASKS)).values():
         types = getattr(getattr(task, '__init__', None), '__annotations__', {})
         kinds = get_args(types.get('weights'))
-        if {str, bool} <= {*kinds} and kinds[-1] is not str:
+        if {str, bool} <= {*kinds}:
             types['weights'] = Union[*(kind for kind in kinds if kind is not str), str]
-            task.configure_models = explained(task.configure_models)
+            # Subclasses may share these types, and have the models of their parent
+            if 'configure_models' in vars(task):
+                task.configure_models = explained(task.configure_models)
 
 
 def finetune_command(

@@ -196,12 +196,44 @@ def test_bands_without_statistics_are_named(tmp_path: Path) -> None:
 
 
 class TestNoPlaceOnEarth:
-    def test_local_crs(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ('crs', 'west'),
+        [
+            ('LOCAL_CS["a",UNIT["metre",1],AXIS["E",EAST],AXIS["N",NORTH]]', 600000),
+            (
+                'ENGCRS["a",EDATUM["a"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["m",1]]',
+                0,
+            ),
+            ('EPSG:4978', 600000),
+            ('EPSG:32632', 1e12),
+            ('EPSG:4326', 10),
+        ],
+    )
+    def test_nowhere(self, crs: str, west: float, tmp_path: Path) -> None:
         path = write(tmp_path / 'odd.tif', numbers(1))
-        crs = 'LOCAL_CS["here",UNIT["metre",1],AXIS["E",EAST],AXIS["N",NORTH]]'
         with rasterio.open(path, 'r+') as out:
-            out.crs = rasterio.CRS.from_wkt(crs)
-        with pytest.raises(ValueError, match=r'odd.tif has a CRS that is nowhere'):
+            out.crs = rasterio.CRS.from_user_input(crs)
+            out.transform = Affine(10, 0, west, 0, -10, 5600000)
+        with pytest.raises(ValueError, match=r'odd.tif is nowhere .*gdal_edit'):
+            scenes(path)
+
+    def test_polynomial_coefficients(self, tmp_path: Path) -> None:
+        path = tmp_path / 'a.tif'
+        options: dict[str, Any] = {'width': 32, 'height': 32, 'count': 1}
+        with rasterio.open(path, 'w', 'GTiff', dtype='uint16', **options) as out:
+            out.write(numbers(1))
+            ones = {
+                f'{x}_{y}_coeff': [1.0] * 20
+                for x in ('line', 'samp')
+                for y in ('num', 'den')
+            }
+            names = [
+                f'{x}_{y}'
+                for x in ('height', 'lat', 'line', 'long', 'samp')
+                for y in ('off', 'scale')
+            ]
+            out.rpcs = rasterio.rpc.RPC(**dict.fromkeys(names, 1.0), **ones)
+        with pytest.raises(ValueError, match=r'a.tif has polynomial .*gdalwarp -rpc'):
             scenes(path)
 
     def test_ground_control_points(self, tmp_path: Path) -> None:
@@ -226,3 +258,87 @@ class TestNoPlaceOnEarth:
             out.transform = Affine(10, 0, 600000, 0, 0, 5600000)
         with pytest.raises(ValueError, match=r'flat.tif has a georeference'):
             scenes(path)
+
+
+class TestLayersThatAreNoImage:
+    """Companions of other satellites and of radar."""
+
+    def test_masks_of_planet(self, tmp_path: Path) -> None:
+        base = tmp_path / '20230601_101010_12_2473_3B'
+        names = ('blue', 'green', 'red', 'nir')
+        write(Path(f'{base}_AnalyticMS_SR_clip.tif'), numbers(4), names)
+        names = ('clear', 'snow', 'shadow', 'cloud')
+        write(Path(f'{base}_udm2_clip.tif'), numbers(4, 1).astype('uint8'), names)
+        dataset = scenes(tmp_path, value_range=(0, 10000))
+        assert dataset.bands == ('B', 'G', 'R', 'NIR')
+        assert dataset.kinds[0][0].startswith('1 file')
+
+    @pytest.mark.parametrize(
+        'name', ['localIncidenceAngle', 'angle', 'incidence_angle']
+    )
+    def test_angle_in_a_file_of_its_own(self, tmp_path: Path, name: str) -> None:
+        for band, level in (('vv', -10), ('vh', -17), (name, 38)):
+            values = np.full((1, 32, 32), level, np.float32)
+            write(tmp_path / f'S1A_20230601_{band}.tif', values)
+        assert scenes(tmp_path).bands == ('VV', 'VH')
+
+    def test_corrections_of_theia(self, tmp_path: Path) -> None:
+        base = 'SENTINEL2A_20230601-105435-457_L2A_T31TCJ_D_V3-1'
+        for band in ('B2', 'B3', 'B4'):
+            write(tmp_path / f'{base}_FRE_{band}.tif', numbers(1, 2000))
+            write(tmp_path / f'{base}_SRE_{band}.tif', numbers(1, 3000))
+        write(tmp_path / 'MASKS' / f'{base}_CLM_R1.tif', numbers(1, 1).astype('uint8'))
+        dataset = scenes(tmp_path)
+        assert dataset.bands == ('B2', 'B3', 'B4')
+        assert dataset.kinds[0][0].startswith('3 files, Sentinel-2 L2A')
+        assert len(dataset.with_windows()) == 1
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'float32'])
+@pytest.mark.parametrize('nodata', [-9999, 65535, 0])
+def test_no_data_beside_the_file(tmp_path: Path, nodata: int, dtype: str) -> None:
+    """PAM metadata say what no data is, also a number that the pixels cannot be."""
+    values = numbers(3).astype(dtype)
+    if np.can_cast(np.min_scalar_type(nodata), dtype):
+        values[:, :8] = nodata
+    path = write(tmp_path / 'a.tif', values, ('B4', 'B3', 'B2'))
+    bands = ''.join(
+        f'<PAMRasterBand band="{i}"><NoDataValue>{nodata}</NoDataValue></PAMRasterBand>'
+        for i in (1, 2, 3)
+    )
+    Path(f'{path}.aux.xml').write_text(f'<PAMDataset>{bands}</PAMDataset>')
+    image = scenes(path).with_windows()[0]['image']
+    assert (image[:, 8:] > 0).all()
+    assert (image[:, :8] == 0).all() == bool((values[:, :8] == nodata).all())
+
+
+@pytest.mark.parametrize('unit', ['metres', 'degrees', 'spelling'])
+def test_dates_on_one_grid(tmp_path: Path, unit: str) -> None:
+    """Grids of one place differ in the last digits, or in how their CRS is spelled."""
+    proj4 = '+proj=utm +zone=32 +datum=WGS84 +units=m +no_defs'
+    places: list[tuple[str, Affine]] = {
+        'metres': [
+            ('EPSG:32632', Affine(10, 0, 600000, 0, -10, 5600000)),
+            ('EPSG:32632', Affine(10, 0, 600000.0001, 0, -10, 5599999.999999999)),
+        ],
+        'degrees': [
+            (
+                'EPSG:4326',
+                Affine(8.983152841195215e-5, 0, 10, 0, -8.98315284119521e-5, 50),
+            ),
+            (
+                'EPSG:4326',
+                Affine(
+                    8.98315284119521e-5, 0, 10.0000000001, 0, -8.983152841195215e-5, 50
+                ),
+            ),
+        ],
+        'spelling': [
+            (crs, Affine(10, 0, 600000, 0, -10, 5600000))
+            for crs in ('EPSG:32632', proj4)
+        ],
+    }[unit]
+    for date, (crs, transform) in enumerate(places, 1):
+        path = tmp_path / f'a_2023060{date}.tif'
+        write(path, numbers(3), ('B4', 'B3', 'B2'), crs=crs, transform=transform)
+    assert scenes(tmp_path, seasons=2)[0]['image'].shape == (2, 3, 32, 32)

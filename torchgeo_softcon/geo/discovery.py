@@ -46,13 +46,20 @@ _BAND_TOKEN = re.compile(
 )
 
 #: Files beside bands that are not bands themselves: of Sentinel-2 products, of items of
-#: STAC catalogues, of Major-TOM, Planet, BigEarthNet and HLS, and WorldCover itself.
+#: STAC catalogues, of Sentinel Hub, THEIA, Major-TOM, Planet, BigEarthNet, HLS and Landsat,
+#: of radar from SNAP and ASF, and WorldCover itself.
 _NOT_A_BAND = re.compile(
     r'(?:^|[_.])(?:TCI|AOT|WVP|SCL|PVI|QA60|Fmask|[SV][AZ]A)(?:_(?:10|20|60)m)?$'
-    r'|^(?:visual|preview|thumbnail|overview|cloud_mask)$|(?:^|_)udm2?(?:_clip)?$'
+    r'|^(?:visual|preview|thumbnail|overview|cloud_mask|CLM|CLP|dataMask|s2cloudless)$'
+    r'|(?:^|_)udm2?(?:_clip)?$|_(?:QA_PIXEL|QA_RADSAT|SR_QA_AEROSOL)$'
+    r'|_(?:ATB_R|CLM_R|DFP_R|EDG_R|IAB_R|MG2_R|SAT_R)[12]$|_(?:inc|ls)_map$'
+    r'|(?:^|_)(?:(?:projected)?_?local)?_?(?:incidence)?_?angle(?:FromEllipsoid)?$'
     r'|_reference_map$|^MSK_|^ESA_WorldCover_',
     re.IGNORECASE,
 )
+
+#: The two corrections of a band that THEIA writes, for slopes as well or not.
+_THEIA = re.compile(r'_[FS]RE$')
 
 #: Files of Landsat, whose B1 to B12 are not those of Sentinel-2.
 _LANDSAT = re.compile(r'(?<![A-Za-z0-9])L[CET]0\d_|HLS\.L30')
@@ -242,7 +249,7 @@ def _find_band(path: str) -> tuple[str, str | None, bool]:
     end = _BAND_TOKEN.search(name.stem)
     if end is not None:
         band, stem = spell_band_name(end['band']), name.stem[: end.start()]
-        return os.path.join(folder, stem), band, True
+        return os.path.join(folder, _THEIA.sub('', stem)), band, True
     if name.stem in _ASSETS and _SENTINEL2.search(path):
         return os.path.join(folder, ''), _ASSETS[name.stem], True
     if len(words) != 1:

@@ -3,6 +3,7 @@
 
 """Reading images: windows of scenes, which may have a file for each band."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-from pyproj.exceptions import CRSError, ProjError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from ..bands import Level
 from .find_files import readable_name
-from .grid import LONLAT, Grid, parse_crs, projection
+from .grid import LONLAT, Grid, apply, parse_crs, projection
 from .open_files import OpenFiles
 
 Values = npt.NDArray[np.float32]
@@ -189,6 +189,16 @@ def _naming(source: Any) -> Iterator[None]:
         raise DamagedFileError.of(source.name, message) from error
 
 
+def _centre(source: Any) -> tuple[float, float]:
+    """Return longitude and latitude, infinite if the CRS or the transform has none."""
+    grid = Grid.of(source)
+    if not (grid.crs.is_projected or grid.crs.is_geographic):
+        return math.inf, math.inf
+    x, y = apply(grid.transform, grid.width / 2, grid.height / 2)
+    to_degrees = projection(grid.crs, parse_crs(LONLAT))
+    return to_degrees.transform(x, y) if to_degrees else (x, y)
+
+
 def check_place(source: Any) -> None:
     """Check that an open raster tells where on Earth its pixels are."""
     path = source.name
@@ -198,18 +208,16 @@ def check_place(source: Any) -> None:
             'warp it first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the '
             'terrain (SNAP: Range-Doppler Terrain Correction)'
         )
+    if source.crs is None and source.rpcs is not None:
+        raise ValueError(
+            f'{path} has polynomial coefficients (RPCs) instead of a grid: correct it for '
+            'the terrain first, `gdalwarp -rpc -to RPC_DEM=DEM -r bilinear IN OUT`'
+        )
     if source.crs is None:
         raise ValueError(
             f'{path} has no CRS, so its place is unknown: set it, `gdal_edit.py -a_srs '
             'EPSG:CODE FILE`, or use ImageMaskFolder for images with masks of their own'
         )
-    try:
-        projection(parse_crs(source.crs.to_wkt()), parse_crs(LONLAT))
-    except (CRSError, ProjError) as error:
-        raise ValueError(
-            f'{path} has a CRS that is nowhere on Earth, {source.crs.to_wkt()[:60]!r}: '
-            'set the one it is in, `gdal_edit.py -a_srs EPSG:CODE FILE`'
-        ) from error
     if source.transform.is_identity:
         raise ValueError(
             f'{path} has a CRS, but no georeference: write it again with the transform '
@@ -220,6 +228,13 @@ def check_place(source: Any) -> None:
         raise ValueError(
             f'{path} has a georeference whose pixels have no size, {tuple(numbers)}: '
             'write it again with the transform of its grid'
+        )
+    x, y = _centre(source)
+    if not (math.isfinite(x) and abs(y) <= 90):
+        raise ValueError(
+            f'{path} is nowhere on Earth by its CRS, {source.crs.to_wkt()[:60]!r}, and '
+            f'its transform, {tuple(numbers)}: set those it has, `gdal_edit.py -a_srs '
+            'EPSG:CODE -a_ullr LEFT TOP RIGHT BOTTOM FILE`'
         )
 
 
