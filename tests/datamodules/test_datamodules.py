@@ -385,6 +385,7 @@ OPTIONS = {
         *('root', 'images', 'masks', 'image_bands', 'mask_band', 'bands', 'nodata'),
         *('value_range', 'level', 'offset', 'seasons', 'places', 'size', 'on_error'),
         *('target', 'min_fraction', 'fractions', 'cache', 'val_root'),
+        'radar_quantiles',
     },
     SSL4EOS12MLDataModule: {
         *('root', 'split', 'labels', 'seasons', 'require_labels', 'min_fraction'),

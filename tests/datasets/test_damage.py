@@ -21,9 +21,16 @@ from torch import Tensor, nn
 from tests.datamodules.helpers import write_raster
 from tests.ssl4eo.archives import season, write_archive
 from torchgeo_softcon.datamodules import ImageMaskFolderDataModule
-from torchgeo_softcon.datasets import SSL4EOS12ML, ImageMaskFolder, WorldCoverScenes
+from torchgeo_softcon.datasets import (
+    SSL4EOS12ML,
+    ImageMaskFolder,
+    SyntheticScenes,
+    WorldCoverScenes,
+)
 from torchgeo_softcon.datasets.base import DrawnImages
+from torchgeo_softcon.datasets.scene_pack import pack_scenes
 from torchgeo_softcon.geo.rasters import DamagedFileError
+from torchgeo_softcon.ssl4eo.pack import pack
 
 
 def patches(root: Path, places: int = 6, dates: int = 1) -> Path:
@@ -119,6 +126,14 @@ class TestImageMaskFolder:
         with pytest.raises(ValueError, match=r"on_error must be .*'ignore'"):
             folder(patches(tmp_path), on_error='ignore')
 
+    def test_a_cache_has_no_damage(self, tmp_path: Path) -> None:
+        options: Any = {'cache': tmp_path / 'cache'}
+        with pytest.raises(ValueError, match=r"on_error='skip' must be left out with"):
+            folder(patches(tmp_path), on_error='skip', **options)
+        name = cut(tmp_path / 'images' / '2' / '0.tif')
+        with pytest.raises(DamagedFileError, match=f'cannot read {re.escape(name)}'):
+            folder(tmp_path, **options)
+
 
 class Reads(LightningModule):
     """A task that keeps what it sees."""
@@ -201,6 +216,13 @@ class TestSSL4EO:
         with pytest.raises(DamagedFileError):
             dataset.images().__getitems__(range(8))
 
+    def test_packed_files_are_checked_at_once(self, tmp_path: Path) -> None:
+        write_archive(tmp_path / 'in', {'s1': {'0000000': ['20200610', '20200905']}})
+        assert pack(tmp_path / 'in', tmp_path / 'out') == []
+        name = cut(tmp_path / 'out' / 's1' / '00000.npy')
+        with pytest.raises(ValueError, match=f'{re.escape(name)} .* cut off'):
+            SSL4EOS12ML(tmp_path / 'out', 's1', on_error='skip')
+
 
 def scratch(path: Path) -> str:
     """Spoil rows in the middle of a file, which opens and ends as it should."""
@@ -268,3 +290,28 @@ class TestScenes:
         assert {*dataset.damage._noted()} == {name}
         # Other windows of the same rasters note in the same place
         assert dataset.with_windows(stream=1).damage is dataset.damage
+
+    @pytest.mark.parametrize('kind', ['images', 'cover'])
+    def test_packed(self, scenes: SyntheticScenes, tmp_path: Path, kind: str) -> None:
+        """A file that is cut off after it was opened, as by a full disk, is left out."""
+        pack_scenes(scenes.images, tmp_path, scenes.worldcover)
+        dataset = WorldCoverScenes(
+            tmp_path,
+            patch_size=32,
+            length=20,
+            on_error='skip',
+            transforms=nn.Identity(),
+        )
+        place = dataset.places[0]
+        cover: Any = dataset.worldcover
+        paths = {
+            'images': place.scenes[0].name,
+            'cover': cover.find(place.grid, place.name),
+        }
+        path = Path(paths[kind])
+        dataset = pickle.loads(pickle.dumps(dataset))  # nothing is open
+        cut(path)
+        other = read_all(dataset, 1)
+        assert other == read_all(dataset, 1)
+        assert dataset.damage is not None
+        assert {*dataset.damage._noted()} == {str(path)}

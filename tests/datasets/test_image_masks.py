@@ -17,6 +17,7 @@ from torch import nn
 from tests.datamodules.helpers import DATA, write_raster
 from torchgeo_softcon.datasets import image_cache
 from torchgeo_softcon.datasets.image_masks import ImageMaskFolder
+from torchgeo_softcon.datasets.patches import Patch, PatchFiles
 from torchgeo_softcon.transforms.worldcover import (
     WORLDCOVER_CODES,
     WorldCoverMultiLabel,
@@ -426,13 +427,13 @@ class TestCache:
         options: Any = {'cache': root / 'cache'}
         before = folder(root, **options)
         decoded: list[int] = []
-        decode = ImageMaskFolder._decode
+        read = PatchFiles.read_image
 
-        def counted(self: ImageMaskFolder, patch: Any, *args: Any) -> Any:
+        def counted(self: PatchFiles, patch: Patch, *window: int) -> Any:
             decoded.append(patch.number)
-            return decode(self, patch, *args)
+            return read(self, patch, *window)
 
-        monkeypatch.setattr(ImageMaskFolder, '_decode', counted)
+        monkeypatch.setattr(PatchFiles, 'read_image', counted)
         first, second, _ = sorted((root / 'cache').rglob('*.npy'))
         first.write_bytes(first.read_bytes()[:-1])  # as an interrupted copy
         second.unlink()
@@ -440,6 +441,11 @@ class TestCache:
         assert decoded == [0, 0, 1]  # the first tells the size
         save(root / 'images/b.png', np.full((8, 8, 3), 7))
         assert (folder(root, **options)[1]['image'] * 255).round().unique() == 7
+        # Files beside an image tell of its pixels, too
+        caches = [*(root / 'cache').iterdir()]
+        (root / 'images/b.png.aux.xml').write_text('<PAMDataset/>')
+        folder(root, **options)
+        assert len([*(root / 'cache').iterdir()]) == len(caches) + 1
 
     def test_other_sizes(self, root: Path) -> None:
         save(root / 'images/b.png', np.full((9, 8, 3), 7))

@@ -15,6 +15,7 @@ import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
 
+from tests.datamodules.helpers import write_raster
 from tests.geo import layouts
 from tests.geo.layouts import PRODUCT, metadata, noise, numbers, scenes, write
 from torchgeo_softcon.bands import (
@@ -23,6 +24,7 @@ from torchgeo_softcon.bands import (
     SENTINEL2_BANDS,
     SENTINEL2_SUBSETS,
 )
+from torchgeo_softcon.datasets import ImageMaskFolder
 from torchgeo_softcon.geo.sentinel2 import Products
 
 
@@ -315,7 +317,7 @@ class TestUnits:
 
     def test_quantiles_of_radar(self, tmp_path: Path) -> None:
         values = noise(2, -30, 0, 'float32', 32)
-        path = write(tmp_path / 'a.tif', values, ('VV', 'VH'))
+        path = write(tmp_path / 'images' / 'a.tif', values, ('VV', 'VH'))
         image = scenes(path, radar_quantiles=True)[0]['image'].numpy()
         for band, pixels, name in zip(values, image, ('VV', 'VH'), strict=True):
             mean, std = BAND_STATISTICS[name]
@@ -323,6 +325,10 @@ class TestUnits:
             right = ((right - mean + 2 * std) / (4 * std)).clip(0, 1)
             np.testing.assert_allclose(pixels, right, atol=1e-5)
         assert abs(image - scenes(path)[0]['image'].numpy()).max() > 0.005
+        write_raster(tmp_path / 'masks' / 'a.tif', np.full((1, 32, 32), 10, np.uint8))
+        for cache in (None, tmp_path / 'cache'):
+            folder = ImageMaskFolder(tmp_path, radar_quantiles=True, cache=cache)
+            np.testing.assert_array_equal(folder[0]['image'].numpy(), image)
 
     @pytest.mark.parametrize(
         ('names', 'low', 'high'), [(('VV', 'VH'), -20, -8), (('B2', 'B3'), 0.1, 0.4)]

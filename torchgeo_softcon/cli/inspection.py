@@ -272,7 +272,8 @@ def _cover(dataset: WorldCoverScenes, scene: Scene) -> str:
     assert cover is not None
     height, width = (min(n, _COVER_SIDE) for n in (grid.height, grid.width))
     if isinstance(cover, PackedCover):
-        mask = cover.read_thinned(cover.find(grid, scene.name), height, width)
+        with open_raster(cover.find(grid, scene.name)) as source:
+            mask = torch.from_numpy(source.read(1, out_shape=(height, width)))
     else:
         scale = Affine.scale(grid.width / width, grid.height / height)
         mask = cover.read_window(grid.crs, grid.transform * scale, height, width)

@@ -62,8 +62,6 @@ def target_transform(
     product: ProductLike = 'worldcover',
 ) -> nn.Module:
     """Turn a mask of codes into what a task expects."""
-    if target not in ('label', 'mask'):
-        raise ValueError(f"target must be 'label' or 'mask', got {target!r}")
     product = find_product(product)
     label = WorldCoverMultiLabel(
         min_fraction=min_fraction, fractions=fractions, product=product
@@ -83,10 +81,9 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
     share the draws without further settings.
 
     On CUDA devices, batches are read by as many processes as there are cores for each
-    (from 1 to 8), two batches ahead per process, into pinned memory, from where they are
-    copied while the device computes. The processes of the training stay from epoch to
-    epoch, those of the validation do not, so that they take no memory in between. The
-    batches do not depend on any of this.
+    (from 1 to 8), two batches ahead per process, into pinned memory. Without CUDA, the
+    training itself reads. The processes of the training stay from epoch to epoch, those of
+    the validation do not. The batches do not depend on any of this.
     """
 
     # Images are in [0, 1] already. The host's tasks read these to plot images.
@@ -152,21 +149,15 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
 
     @property
     def unit_range(self) -> bool:
-        """Whether training images are known to be scaled as :class:`.ToUnitRange` does.
-
-        Tasks of this package note it in checkpoints.
-        """
+        """Whether training images are known to be scaled as :class:`.ToUnitRange` does."""
         dataset: Any = self.train_dataset
-        bands = dataset_bands(dataset)
-        pairs: Any = self.value_range or getattr(dataset, 'value_range', None)
-        expected: Any = getattr(dataset, 'softcon_range', None)
-        if expected is None:
-            expected = softcon_range(bands, getattr(dataset, 'level', 'L1C'))
-        return (
-            None not in (pairs, expected)
-            and np.shape(pairs) == np.shape(expected)
-            and bool(np.allclose(pairs, expected))
+        pairs = self.value_range or getattr(dataset, 'value_range', None)
+        expected = getattr(dataset, 'softcon_range', None) or softcon_range(
+            dataset_bands(dataset), getattr(dataset, 'level', 'L1C')
         )
+        if pairs is None or expected is None or np.shape(pairs) != np.shape(expected):
+            return False
+        return bool(np.allclose(pairs, expected))
 
     def open_dataset(self) -> Any:
         """Open the data that all splits are divided from."""
@@ -179,9 +170,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
 
     def setup(self, stage: str) -> None:
         """Open the data and divide them."""
-        train = val = test = self.source
-        if self.val_fraction > 0:
-            train, val, test = self.source.divide(self.val_fraction)
+        train, val, test = self.source.divide(self.val_fraction)
         if stage == 'fit':
             self.train_dataset = train
         if stage in ('fit', 'validate'):
@@ -242,10 +231,7 @@ class DrawDataModule(NonGeoDataModule):  # type: ignore[misc]
             damage.tell_files()
 
     def _pending(self) -> int:
-        """Return the number of batches whose step is not done.
-
-        A checkpoint that is saved on an error or on a signal falls into a step.
-        """
+        """Return how many batches wait for their step, as when an error interrupts one."""
         if self.trainer is None:
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current

@@ -18,8 +18,7 @@ class ImageMaskFolderDataModule(DrawDataModule):
     See :class:`.ImageMaskFolder` for the layout of the folders, and
     :class:`.WorldCoverScenesDataModule` for fine-tuning with the host's tasks.
 
-    Without *val_fraction*, all images are used for training, validation and testing
-    alike. With it, images of one place (see *places*) are never in two of them.
+    Images of one place (see *places*) are never in two splits, unless *val_fraction* is 0.
     Predictions are of single images, of their middle if they are cropped to *size*.
     """
 
@@ -43,12 +42,11 @@ class ImageMaskFolderDataModule(DrawDataModule):
         Args:
             root: Folder with the folders ``images`` and ``masks``.
             batch_size: Number of samples in a batch on one device.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
+            num_workers: Number of processes that read, see :class:`.DrawDataModule` for
+                the default.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
-            min_fraction: Smallest share of an image that a class must cover to be in
-                its label.
+            min_fraction: Smallest share of an image that a class in its label covers.
             fractions: Give the share of every class instead of 0 and 1.
             val_fraction: Part of the places for validation only, and as much for
                 testing only. With 0, all are for all three.
@@ -96,7 +94,5 @@ class ImageMaskFolderDataModule(DrawDataModule):
     def setup(self, stage: str) -> None:
         """Open the data and divide them."""
         super().setup(stage)
-        if self._val_root is not None and stage in ('fit', 'validate'):
-            self.val_dataset = self._others
-        if self._val_root is not None and stage == 'test':
-            self.test_dataset = self._others
+        if self._val_root is not None and stage != 'predict':
+            self.val_dataset = self.test_dataset = self._others

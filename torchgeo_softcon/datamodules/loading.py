@@ -29,9 +29,7 @@ class DrawSampler(DistributedSampler[Any]):
     *e*, permuted or not. A dataset that makes its random choices from the number of the
     draw alone makes new ones in each round. An epoch is about as long as a round, and
     starts where the one before ended. All devices together get the same draws as one
-    would, in the same order.
-
-    Being a distributed sampler already, it is left alone by Lightning.
+    would, in the same order. Lightning leaves distributed samplers such as this alone.
     """
 
     def __init__(

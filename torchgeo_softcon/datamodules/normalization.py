@@ -62,11 +62,10 @@ def use_unit_range(
 ) -> None:
     """Let a datamodule of TorchGeo scale its images to [0, 1] as SoftCon's authors do.
 
-    Datamodules of TorchGeo scale each in its own way: EuroSAT to zero mean, BigEarthNet
-    by percentiles, SSL4EO-S12 by 10,000, also dB. Their last step is replaced by
-    :class:`.ToUnitRange`, for all splits; random crops and flips stay. Datasets must give
+    Datamodules of TorchGeo scale each in its own way. Their last step, of all splits, is
+    replaced by :class:`.ToUnitRange`; random crops and flips stay. Datasets must give
     digital numbers of Sentinel-2 or dB of Sentinel-1. Datamodules of this package have
-    such images already, and are left as they are.
+    images in [0, 1] already, and are left as they are.
 
     Args:
         datamodule: The datamodule, set up.
@@ -120,7 +119,6 @@ def _normalizations(
     """Return the normalizations in each sequence of a datamodule, as parent and name."""
     offer = offer_of(datamodule)
     names = ('aug', *(f'{split}_aug' for split in SPLITS))
-    sequences: list[Any] = [getattr(offer, name) for name in names]
     return [
         [
             (parent, name)
@@ -128,7 +126,7 @@ def _normalizations(
             for name, child in parent.named_children()
             if isinstance(child, K.Normalize | _UnitRange)
         ]
-        for sequence in sequences
+        for sequence in (getattr(offer, name) for name in names)
         if isinstance(sequence, nn.Module)
     ]
 
@@ -163,8 +161,7 @@ def image_level(datamodule: LightningDataModule, bands: Sequence[str]) -> Level:
 def dataset_level(dataset: Any, bands: Sequence[str]) -> Level:
     """Return the processing level of the Sentinel-2 images of a dataset.
 
-    L2A for BigEarthNet, SeCo and the split ``s2a`` of SSL4EO-S12, and for all bands of
-    Sentinel-2 but B10, else L1C.
+    By its name and split, and L2A for all bands of Sentinel-2 but B10.
     """
     splits = _LEVEL_2A.get(type(dataset).__name__, ())
     if splits is None or getattr(dataset, 'split', None) in splits:

@@ -30,8 +30,7 @@ _Queries = Iterable[Any] | None
 class DataModuleOffer(Protocol):
     """All that a datamodule may offer beyond Lightning's hooks, with the defaults.
 
-    Read it through :func:`offer_of`: datamodules of TorchGeo have some of these
-    attributes, those of this package have more, and others may have none.
+    Read it through :func:`offer_of`: few datamodules have all of these attributes.
     """
 
     #: Samples in a batch on one device.
@@ -77,11 +76,11 @@ class DataModuleOffer(Protocol):
     std: Tensor | None = None
 
     #: Whether training images are known to be scaled as :class:`.ToUnitRange` does, which
-    #: tasks of this package note in checkpoints.
+    #: checkpoints note.
     unit_range: bool = False
 
-    #: Whether the windows of all splits are drawn from the same ground, so that
-    #: neighbours are found whatever an encoder has learnt.
+    #: Whether all splits are of the same ground, where neighbours are found whatever an
+    #: encoder has learnt.
     shares_ground: bool = False
 
     #: Options of ``torchgeo fit --model Classification`` that fine-tune on the same data,
@@ -123,10 +122,7 @@ class _Completed:
 
 
 def offer_of(datamodule: LightningDataModule | None) -> DataModuleOffer:
-    """Return what a datamodule offers, with the defaults for what it lacks.
-
-    Attributes are those at the time when they are read. None has the defaults alone.
-    """
+    """Return what a datamodule offers when it is read, with defaults for what it lacks."""
     return cast(DataModuleOffer, _Completed(datamodule))
 
 

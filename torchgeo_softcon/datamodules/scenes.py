@@ -7,16 +7,12 @@ import os
 import warnings
 from typing import Any
 
-from .._checks import check_types
+from .._checks import check_counts, check_types
 from ..datasets.packed_scenes import PackedCover, is_packed
-from ..datasets.scene_grid import SceneGrid
 from ..datasets.scenes import Paths, WorldCoverScenes
 from ..geo.grid import overlapping
 from ..landcover import LandCoverProduct
 from .base import DrawDataModule, Target, target_transform
-
-#: Streams of the fixed windows, 0 is that for training.
-_VAL_STREAM, _TEST_STREAM = 1, 2
 
 
 class WorldCoverScenesDataModule(DrawDataModule):
@@ -28,10 +24,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
     ``mask``, 12 classes and ``ignore_index: 0``.
 
     Without *val_fraction*, validation and test windows are drawn from the same ground
-    as those for training, so their scores say little about other places. With it, each
-    raster is divided on its own: where rasters of different places overlap, as
-    neighbouring Sentinel-2 tiles do by 10 km, the splits still share ground, and there
-    is a warning.
+    as those for training, so their scores say little about other places.
     """
 
     def __init__(
@@ -60,16 +53,16 @@ class WorldCoverScenesDataModule(DrawDataModule):
             batch_size: Number of samples in a batch on one device.
             length: Number of samples per epoch. By default as many as cover the area
                 of all images once, and at least one batch.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
+            num_workers: Number of processes that read, see :class:`.DrawDataModule` for
+                the default.
             target: ``'label'`` for a multi-hot label (11 classes), ``'mask'`` for a
                 mask with the classes 1 to 11 in the order of their codes, 0 is no data.
-            min_fraction: Smallest share of a window that a class must cover to be in
-                its label.
+            min_fraction: Smallest share of a window that a class in its label covers.
             fractions: Give the share of every class instead of 0 and 1.
             val_fraction: Part of each raster, at its lower end, whose windows are for
                 testing only, and as much above it for validation only. With 0, all are
-                drawn from everywhere. Rasters that overlap still share ground.
+                drawn from everywhere. Rasters of different places that overlap, as tiles
+                of Sentinel-2 do by 10 km, still share ground, and there is a warning.
             seed: Seed of the windows, from 0 to 2**32 - 1.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`. What is packed counts
@@ -82,6 +75,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
             ValueError: If an argument is out of range.
         """
         check_types(WorldCoverScenesDataModule.__init__, locals())
+        check_counts(length=length)
         self._options = kwargs
         super().__init__(
             WorldCoverScenes, batch_size, num_workers, val_fraction, seed, self._options
@@ -139,20 +133,8 @@ class WorldCoverScenesDataModule(DrawDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the rasters and choose the windows."""
-        scenes, part = self.source, self.val_fraction
-        train, val = (0.0, 1 - 2 * part), (1 - 2 * part, 1 - part)
-        test = (1 - part, 1.0)
-        if self.shares_ground:
-            train = val = test = (0.0, 1.0)
+        super().setup(stage)
         if stage == 'fit':
-            dataset = scenes.with_windows(rows=train, length=self.length)
-            if self.length is None:
-                world_size = self.trainer.world_size if self.trainer else 1
-                dataset.length = max(dataset.length, self.batch_size * world_size)
-            self.train_dataset = dataset
-        if stage in ('fit', 'validate'):
-            self.val_dataset = scenes.with_windows(rows=val, stream=_VAL_STREAM)
-        if stage == 'test':
-            self.test_dataset = scenes.with_windows(rows=test, stream=_TEST_STREAM)
-        if stage == 'predict':
-            self.predict_dataset = SceneGrid(scenes)
+            world_size = self.trainer.world_size if self.trainer else 1
+            whole = max(len(self.train_dataset), self.batch_size * world_size)
+            self.train_dataset.length = self.length or whole

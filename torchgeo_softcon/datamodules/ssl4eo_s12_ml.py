@@ -36,14 +36,11 @@ class _Scale(nn.Module):
 class SSL4EOS12MLDataModule(DrawDataModule):
     """Locations of SSL4EO-S12 with multi-labels, from published or from packed files.
 
-    The form that is in *root* is found: that of 2022, v1.1 or TerraMesh, or packed.
-
     See :class:`.SSL4EOS12ML`. Images move to the device as they are in the files. There,
     the bands of 20 and 60 m come to 10 m, and all bands to [0, 1].
 
-    Without *val_fraction*, all locations are used for training, validation and testing
-    alike. With it, images of one location are never in two of them. Predictions are of
-    single images.
+    Images of one location are never in two splits, unless *val_fraction* is 0. Predictions
+    are of single images.
     """
 
     shuffle = True
@@ -66,8 +63,8 @@ class SSL4EOS12MLDataModule(DrawDataModule):
                 or packed, or with those of v1.1, see :class:`.SSL4EOS12ML`.
             split: One of them, or several to stack the bands of images of one season.
             batch_size: Number of locations in a batch on one device.
-            num_workers: Number of processes that read, per device. By default the cores
-                there are for each CUDA device, from 1 to 8, and 0 without CUDA.
+            num_workers: Number of processes that read, see :class:`.DrawDataModule` for
+                the default.
             value_range: What becomes 0 and 1: a pair ``[low, high]``, or one pair per
                 band. By default (``softcon``) the mean of SSL4EO-S12 -2 and +2 standard
                 deviations, those of Level-2A for the split ``s2a``.

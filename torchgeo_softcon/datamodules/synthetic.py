@@ -75,38 +75,40 @@ class SyntheticScenesDataModule(WorldCoverScenesDataModule):
             seed=seed,
             **kwargs,
         )
-        self._patch_size, self._more = patch_size, kwargs
-        self._files: dict[str, Any] = {'root': root, 'places': places, 'size': size}
-        self._files |= {'seasons': dates, 'bands': bands, 'seed': seed}
+        files = {'root': root, 'places': places, 'size': size}
+        self._files: dict[str, Any] = {**files, 'seasons': dates, 'bands': bands}
+        self._files['seed'] = seed
+        self._same_data: dict[str, Any] = {
+            **files,
+            'dates': dates,
+            'bands': json.dumps(list(bands)),
+            'patch_size': patch_size,
+            **{name: kwargs.get(name) for name in _SAME_DATA},
+            'seed': seed,
+        }
 
     def finetune_options(self, size: int | None) -> str:
         """Return options that fine-tune on this data, see :class:`.DataModuleOffer`."""
-        options = {
-            'model.task': 'multilabel',
-            'model.num_labels': len(WORLDCOVER_CODES),
-            'model.loss': 'bce',
-            'data': type(self).__name__,
-            'data.root': self._files['root'],
-            'data.places': self._files['places'],
-            'data.size': self._files['size'],
-            'data.dates': self._files['seasons'],
-            'data.bands': json.dumps(list(self._files['bands'])),
-            'data.patch_size': size or self._patch_size,
-            **{f'data.{name}': self._more.get(name) for name in _SAME_DATA},
-            'data.seed': self.seed,
-            'trainer.max_epochs': 3,
-        }
         defaults = {
             name: option.default
             for owner in (WorldCoverScenes, WorldCoverScenesDataModule, type(self))
             for name, option in inspect.signature(owner).parameters.items()
         }
         defaults['bands'] = json.dumps(defaults['bands'])
-        words = []
-        for name, value in options.items():
-            if value not in (None, defaults.get(name.removeprefix('data.'))):
-                words += [f'--{name}', shlex.quote(str(value))]
-        return ' '.join(words)
+        data = self._same_data | ({} if size is None else {'patch_size': size})
+        options = {
+            'model.task': 'multilabel',
+            'model.num_labels': len(WORLDCOVER_CODES),
+            'model.loss': 'bce',
+            'data': type(self).__name__,
+            **{
+                f'data.{name}': value
+                for name, value in data.items()
+                if value not in (None, defaults[name])
+            },
+            'trainer.max_epochs': 3,
+        }
+        return ' '.join(f'--{k} {shlex.quote(str(v))}' for k, v in options.items())
 
     def prepare_data(self) -> None:
         """Write the files, in one process."""

@@ -4,7 +4,7 @@
 """Datasets whose samples are draws: images of random dates or windows."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from .._compat import NonGeoDataset, Sample
 from ..bands import shown_channels
-from .damage import Damage, Read
+from ..geo.rasters import DamagedFileError
+from .damage import Damage
+
+#: Samples to try in place of one that is damaged. If so many are, it is not the files.
+_MAX_TRIES = 10
+
+Read = TypeVar('Read')
 
 
 class DrawnImages(NonGeoDataset):  # type: ignore[misc]
@@ -24,13 +30,16 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         bands: Names of the bands, None if they are unknown.
         seasons: Number of different dates per sample.
         seed: Seed of the choices.
-        damage: What is damaged and left out, None where that is an error.
+        damage: Damaged files that are left out, None where they are an error.
     """
 
     bands: tuple[str, ...] | None
     seasons: int
     seed: int
     damage: Damage | None = None
+
+    #: Name of the places that the images can be divided by, for messages.
+    _places: str
 
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the samples of the first epoch."""
@@ -45,17 +54,17 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         raise NotImplementedError
 
     def _read_intact(self, read: Callable[[int], Read], index: int) -> Read:
-        """Read a sample, or another one if files are damaged and that is no error.
-
-        Which one is a pure function of *seed* and the index, too.
-        """
-        if self.damage is None:
-            return read(index)
-
-        def other(number: int) -> int:
-            return int(self._generator(index, number).integers(2**32))
-
-        return self.damage.read(read, index, other)
+        """Read a sample, or if it is damaged and that is no error, always the same other."""
+        drawn = index
+        for number in range(1, _MAX_TRIES):
+            try:
+                return read(drawn)
+            except DamagedFileError as error:
+                if self.damage is None:
+                    raise
+                self.damage.note(error.path)
+            drawn = int(self._generator(index, number).integers(2**32))
+        return read(drawn)
 
     def _generator(self, index: int, *stream: int) -> np.random.Generator:
         """Return the random numbers of a draw."""
@@ -63,6 +72,42 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
             raise IndexError(f'index must be at least 0, got {index}')
         # Counter based: no state that order, workers or ranks could change
         return np.random.Generator(np.random.Philox([self.seed, index, *stream]))
+
+    def _keys(self) -> npt.ArrayLike:
+        """Return the name or number of the place of each sample."""
+        raise NotImplementedError
+
+    def _only(self, numbers: npt.NDArray[np.int64]) -> Self:
+        """Return some of the samples."""
+        raise NotImplementedError
+
+    def divide(self, fraction: float) -> tuple[Self, Self, Self]:
+        """Divide by place, at random, always the same for a seed.
+
+        Args:
+            fraction: Part of the places in the second and in the third dataset. With 0,
+                all are in all three.
+
+        Returns:
+            Datasets for training, validation and testing.
+
+        Raises:
+            ValueError: If one of them would be empty.
+        """
+        if fraction == 0:
+            return self, self, self
+        keys = np.asarray(self._keys())
+        names = np.unique(keys)
+        count = round(fraction * len(names))
+        if not 0 < count < len(names) / 2:
+            raise ValueError(
+                f'{len(names)} {self._places} cannot be divided into parts of {fraction}'
+            )
+        order = np.random.default_rng(self.seed).permutation(len(names))
+        cuts = np.split(names[order], [len(names) - 2 * count, len(names) - count])
+        parts = (np.flatnonzero(np.isin(keys, cut)) for cut in cuts)
+        first, second, third = map(self._only, parts)
+        return first, second, third
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
         """Plot the image of each season, and the mask if there is one.
@@ -81,9 +126,8 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         columns = len(seasons) + ('mask' in sample)
         figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 4), squeeze=False)
         for axis, season in zip(axes[0], seasons, strict=False):
-            axis.imshow(
-                season[channels].permute(1, 2, 0).numpy(), vmin=0, vmax=1, cmap='gray'
-            )
+            picture = season[channels].permute(1, 2, 0).numpy()
+            axis.imshow(picture, vmin=0, vmax=1, cmap='gray')
         if 'mask' in sample:
             axes[0, -1].imshow(sample['mask'].numpy(), interpolation='none')
         for axis in axes[0]:
@@ -91,44 +135,6 @@ class DrawnImages(NonGeoDataset):  # type: ignore[misc]
         if suptitle is not None:
             figure.suptitle(suptitle)
         return figure
-
-
-class DivisibleImages(DrawnImages):
-    """Drawn images that can be divided by where they are."""
-
-    #: Name of what the images are divided by, for messages.
-    _where: str
-
-    def _wheres(self) -> npt.ArrayLike:
-        """Return names or numbers of where the images are, ascending."""
-        raise NotImplementedError
-
-    def _only(self, chosen: npt.NDArray[Any]) -> Self:
-        """Return the images that are at some of these."""
-        raise NotImplementedError
-
-    def divide(self, fraction: float) -> tuple[Self, Self, Self]:
-        """Divide by where the images are, at random, always the same for a seed.
-
-        Args:
-            fraction: Part of the places in the second and in the third dataset.
-
-        Returns:
-            Three datasets that have no place in common.
-
-        Raises:
-            ValueError: If one of them would be empty.
-        """
-        names = np.asarray(self._wheres())
-        count = round(fraction * len(names))
-        if not 0 < count < len(names) / 2:
-            raise ValueError(
-                f'{len(names)} {self._where} cannot be divided into parts of {fraction}'
-            )
-        order = np.random.default_rng(self.seed).permutation(len(names))
-        cuts = np.split(names[order], [len(names) - 2 * count, len(names) - count])
-        first, second, third = (self._only(np.sort(cut)) for cut in cuts)
-        return first, second, third
 
 
 def is_batched(transform: Any) -> bool:

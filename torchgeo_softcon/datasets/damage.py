@@ -8,62 +8,32 @@ import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Literal, TypeVar
-
-from ..geo.rasters import DamagedFileError
+from collections.abc import Iterable
+from typing import Literal
 
 #: What to do about a damaged file: an error that names it, or to leave it out.
 OnError = Literal['raise', 'skip']
 
-#: Samples to try in place of one that is damaged. If so many are, it is not the files.
-_MAX_TRIES = 10
-
 #: Files that a message lists.
 _MAX_NAMED = 20
 
-Read = TypeVar('Read')
-
 
 class Damage:
-    """Damaged files, noted by all processes that read.
-
-    Copies, also those that are pickled for other processes, note in the same place: a
-    temporary file.
-    """
+    """Damaged files, noted by all processes that read: in a temporary file."""
 
     def __init__(self, left_out: Iterable[str] = ()) -> None:
-        """Initialize a new Damage instance, with files that could not be opened at all."""
+        """Initialize a new Damage instance, with files that could not be opened."""
         self.left_out = list(left_out)
         self._told = 0
         handle, self._notes = tempfile.mkstemp(prefix='damaged-')
         os.close(handle)
         weakref.finalize(self, _remove, self._notes, os.getpid())
 
-    def read(
-        self, read: Callable[[int], Read], index: int, other: Callable[[int], int]
-    ) -> Read:
-        """Read the sample of an index, or if that is damaged, of another one.
-
-        Args:
-            read: Reads a sample.
-            index: Its index.
-            other: Returns the index to take instead, for the number of the try.
-
-        Raises:
-            DamagedFileError: If too many samples in a row are damaged.
-        """
-        for number in range(1, _MAX_TRIES + 1):
-            try:
-                return read(index)
-            except DamagedFileError as error:
-                if number == _MAX_TRIES:
-                    raise
-                # Whole lines, also from several processes at once
-                with open(self._notes, 'a') as file:
-                    file.write(json.dumps(error.path) + '\n')
-            index = other(number)
-        raise AssertionError('the last try returns or raises')
+    def note(self, path: str) -> None:
+        """Note the damaged file that a draw has met."""
+        with open(self._notes, 'a') as file:
+            # Whole lines, also from several processes at once
+            file.write(json.dumps(path) + '\n')
 
     def _noted(self) -> list[str]:
         """Return the file of each damaged draw."""
@@ -89,9 +59,8 @@ class Damage:
             more = len(names) - _MAX_NAMED
             warnings.warn(
                 f'{len(names)} files are damaged and were left out (on_error=skip): '
-                f'{", ".join(names[:_MAX_NAMED])}'
-                + (f' and {more} more' if more > 0 else '')
-                + '. Fetch them again, or take them out of the folders',
+                f'{", ".join(names[:_MAX_NAMED])}{f" and {more} more" * (more > 0)}. Fetch '
+                'them again, or take them out of the folders',
                 UserWarning,
                 stacklevel=2,
             )

@@ -8,60 +8,31 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rasterio.windows import Window
 from torch.utils.data import default_collate
 
 from .._checks import check_counts, check_types
 from .._compat import Sample
-from ..bands import Level, normalize_band_names
-from ..geo.mosaic import scale_codes
-from ..geo.numbers import Numbers, OpenedFile
-from ..geo.rasters import (
-    DamagedFileError,
-    RasterReader,
-    Scene,
-    Values,
-    open_raster,
-    read_mask,
-    read_raster,
-)
-from ..geo.sentinel2 import hint_at_offset
+from ..bands import Level
 from ..transforms.worldcover import WorldCoverMultiLabel
-from .base import DivisibleImages, check_seed, is_batched
+from .base import DrawnImages, check_seed, is_batched
 from .damage import Damage, OnError
-from .image_cache import Decoded, ImageCache
-from .patches import (
-    Patch,
-    check_mask,
-    choose_bands,
-    describe_image,
-    find_images,
-    in_pixels,
-    match_masks,
-)
-from .scaling import (
-    ValueRange,
-    scene_level,
-    scene_ranges,
-    tell_scenes,
-    to_unit_range,
-    with_level,
-)
+from .image_cache import ImageCache
+from .patches import Patch, PatchFiles, find_patches, in_pixels
+from .scaling import SceneScaler, ValueRange
 
-#: Files that an error message lists.
+#: Places that an error message lists.
 _MAX_NAMED = 5
-
 
 #: Top, left, height and width.
 _Window = tuple[int, int, int, int]
 
 
-class ImageMaskFolder(DivisibleImages):
+class ImageMaskFolder(DrawnImages):
     """Image patches and masks of ESA WorldCover codes in two folders.
 
     ``images/a/b.png`` belongs to ``masks/a/b.*``, or to ``masks/a.*`` if that is the
@@ -75,6 +46,9 @@ class ImageMaskFolder(DivisibleImages):
     Random choices are a pure function of *seed* and the index. Indices beyond the
     length start again with the first sample and make new choices.
 
+    Images are read as by :class:`.WorldCoverScenes`. A mask with a colour table keeps its
+    codes.
+
     Dataset features:
 
     * *image*: float32 in [0, 1] of shape (C, H, W), or (T, C, H, W) for T > 1 seasons.
@@ -83,13 +57,9 @@ class ImageMaskFolder(DivisibleImages):
     * *mask*: WorldCover codes, long of shape (H, W), 0 is no data, also where one of the
       dates has none in all of its bands. Masks of floats stay floats. The default
       *transforms* replace it by a multi-hot *label* of shape (K,)
-
-    Images are read as by :class:`.WorldCoverScenes`: scale and offset that a file declares
-    are applied, and a colour table becomes red, green and blue. A mask with a colour table
-    keeps its codes.
     """
 
-    _where = 'places'
+    _places = 'places'
 
     def __init__(
         self,
@@ -110,6 +80,7 @@ class ImageMaskFolder(DivisibleImages):
         cache: str | os.PathLike[str] | None = None,
         offset: float | None = None,
         on_error: OnError = 'raise',
+        radar_quantiles: bool = False,
     ) -> None:
         r"""Initialize a new ImageMaskFolder instance.
 
@@ -124,33 +95,31 @@ class ImageMaskFolder(DivisibleImages):
             bands: Names of the bands in *image_bands*. Without these, bands that files
                 name in their descriptions are chosen by name, in each file on its own.
                 By default the names that the first file has.
-            value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per
-                band, with the defaults of :class:`.WorldCoverScenes`.
+            value_range: What becomes 0 and 1, see :class:`.WorldCoverScenes`.
             nodata: Value of pixels without data, None for what each file says.
             seasons: Number of different dates per sample.
             places: Regular expression for the path of an image below *images*, without
                 suffix. Images with the same groups (or whole match) are of one place:
                 ``'^(.*)_'`` for names of a place and a date,
                 ``r'^(\d+\.\d)\d*_(\d+\.\d)'`` for squares of 0.1 degrees in names
-                of latitude and longitude. By default those in one folder for more than
-                one of *seasons*, and every image is its own place for one.
+                of latitude and longitude. By default those in one folder with more than
+                one of *seasons*, else every image is a place.
             size: Height and width of a random crop, None for whole images.
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of dates and crops.
-            level: Processing level of Sentinel-2, whose statistics scale the images,
-                ``'L1C'`` or ``'L2A'``. By default what metadata, bands and names of each
-                image tell, see :meth:`.Products.level`.
-            cache: Folder to which decoded images and masks are written, once, to be read
-                from there: much faster than JPEG or PNG, and the same to the bit. About
-                one byte per value of 8-bit images. For images of one size. A damaged
-                file is an error when it is written.
-            offset: What is added to the numbers as they are stored, None for what files
-                and the names of their products tell, see :class:`.WorldCoverScenes`.
+            level: Processing level of Sentinel-2, see :class:`.WorldCoverScenes`.
+            cache: Folder to which decoded images and masks are written once, to be read
+                from there: much faster than JPEG or PNG, the same to the bit, a byte per
+                value of 8-bit images. For images of one size, none of which is damaged.
+            offset: What is added to the numbers as they are stored, see
+                :class:`.WorldCoverScenes`.
             on_error: ``'skip'`` leaves images out whose files, or those of their masks, are
                 damaged. A sample that would show one is another one, always the same.
                 :class:`.ImageMaskFolderDataModule` counts these draws per epoch and names
                 the files at the end. By default a damaged file is an error.
+            radar_quantiles: Clip each band of radar to its own quantiles in a crop, see
+                :class:`.WorldCoverScenes`.
 
         Raises:
             FileNotFoundError: If there are no images, or an image has no mask.
@@ -168,100 +137,59 @@ class ImageMaskFolder(DivisibleImages):
                 f'masks must be left out, or mask_band, got masks = {masks} and mask_band = '
                 f'{mask_band}'
             )
+        if cache is not None and on_error == 'skip':
+            raise ValueError(
+                "on_error='skip' must be left out with cache, which is written of files "
+                'that can all be read. Take damaged ones out of the folders: `torchgeo-'
+                'softcon inspect --check` lists them'
+            )
         check_counts(seasons=seasons, size=size)
         check_seed(seed)
 
         self.seasons = seasons
         self.size = size
         self._random = True
-        self.mask_band = mask_band
-        self.nodata = nodata
         self.seed = seed
         self.transforms = WorldCoverMultiLabel() if transforms is None else transforms
 
-        image_root = Path(root or '', 'images') if images is None else Path(images)
-        files = find_images(image_root, 'images')
-        mask_files = list(files.values())
-        if mask_band is None:
-            mask_root = Path(root or '', 'masks') if masks is None else Path(masks)
-            mask_files = match_masks(
-                files, find_images(mask_root, 'masks'), image_root, mask_root
-            )
-
-        described: dict[str, tuple[OpenedFile, Path]] = {}
         damaged: dict[str, str] = {}
-        for (stem, path), mask in zip(files.items(), mask_files, strict=True):
-            try:
-                file = describe_image(path, image_bands, mask_band, nodata)
-                if mask != path:
-                    check_mask(file.layer, mask)
-                described[stem] = file, mask
-            except DamagedFileError as error:
-                if on_error == 'raise':
-                    raise
-                damaged[stem] = error.path
-        if not described:
-            raise OSError(
-                f'all {len(damaged)} images or masks are damaged, such as '
-                f'{next(iter(damaged.values()))}'
-            )
-        opened = [file for file, _ in described.values()]
-        numbers = Numbers.of(opened, offset, value_range in (None, 'softcon'))
-        given = None if bands is None else normalize_band_names(bands)
-        scenes = choose_bands(opened, given, image_bands is None, numbers)
+        patches = find_patches(
+            Path(root or '', 'images') if images is None else Path(images),
+            Path(root or '', 'masks') if masks is None else Path(masks),
+            bands,
+            image_bands,
+            mask_band,
+            nodata,
+            offset,
+            level,
+            to_digital=value_range in (None, 'softcon'),
+            damaged=None if on_error == 'raise' else damaged,
+        )
+        scenes = [patch.scene for patch in patches]
         self.bands = scenes[0].bands
         self.image_bands = scenes[0].layers[0].indexes
-        hint_at_offset(numbers.untold)
-        scenes = with_level(scenes, level)
-        kept = [mask for _, mask in described.values()]
-        patches = list(map(Patch, scenes, kept, range(len(scenes))))
         self._check_sizes(patches)
-        self._ranges = scene_ranges(scenes, value_range)
-        self.level = scene_level(scenes[0])
-        self.value_range = self._ranges[self.level]
-        # Not kept open: there may be any number of files, each read once in an epoch
-        self._reader = RasterReader(max_open=0)
-        tell_scenes(scenes, value_range, self._ranges, self._read_whole)
-
-        self._cache = None
+        self._scale = SceneScaler(scenes, value_range, radar_quantiles)
+        self.level, self.value_range = self._scale.level, self._scale.value_range
+        files = PatchFiles(mask_band)
+        self._scale.tell(scenes, files.reader)
+        self._source: PatchFiles | ImageCache = files
         if cache is not None:
-            if len({scene_level(scene) for scene in scenes}) > 1:
-                raise ValueError(
-                    'cache needs images of one processing level, got L1C and L2A. Give '
-                    'level, or leave cache out'
-                )
-            layers = [patch.scene.layers[0] for patch in patches]
-            as_stored = not any(
-                any(x.offset) or any(factor != 1 for factor in x.scale) for x in layers
-            )
-            dtypes = {x.dtype for x in layers} if as_stored else {'float32'}
-            self._cache = ImageCache(
-                cache,
-                [*(patch.image for patch in patches), *dict.fromkeys(kept)],
-                [
-                    mask_band,
-                    *(
-                        (x.indexes, x.nodata, x.alpha, x.scale, x.offset)
-                        for x in layers
-                    ),
-                ],
-                str(np.result_type(*dtypes)),
-                lambda number: self._decode(
-                    patches[number], (0, 0, *patches[number].shape)
-                ),
-                len(patches),
-                self.value_range,
-            )
+            self._source = ImageCache(cache, patches, files)
 
         groups: dict[str, list[Patch]] = {}
-        for stem, patch in zip(described, patches, strict=True):
-            groups.setdefault(self._place(stem, places), []).append(patch)
+        for patch in patches:
+            groups.setdefault(self._place(patch.stem, places), []).append(patch)
         if on_error == 'skip':
             self.damage = Damage(damaged.values())
             # Places that have too few dates because of damage
             lost = {self._place(stem, places) for stem in damaged}
-            few = {name for name in lost if len(groups.get(name, ())) < seasons}
-            groups = {k: v for k, v in groups.items() if k not in few} or groups
+            enough = {
+                name: group
+                for name, group in groups.items()
+                if name not in lost or len(group) >= seasons
+            }
+            groups = enough or groups
         self.samples, self.places = list(groups.values()), list(groups)
         self._knows_places = seasons > 1 or places is not None
         if seasons == 1:
@@ -269,9 +197,6 @@ class ImageMaskFolder(DivisibleImages):
             self._separate()
         else:
             self._check_dates()
-
-    def _read_whole(self, scene: Scene) -> Values:
-        return self._reader.read(scene, 0, 0, scene.grid.height, scene.grid.width)
 
     def _check_sizes(self, patches: Sequence[Patch]) -> None:
         """Check that crops, or whole images, make a batch."""
@@ -291,16 +216,17 @@ class ImageMaskFolder(DivisibleImages):
 
     def _check_dates(self) -> None:
         """Check that places have enough images, all of one size."""
-        groups = dict(zip(self.places, self.samples, strict=True))
-        if few := [name for name in groups if len(groups[name]) < self.seasons]:
-            raise ValueError(
-                f'seasons={self.seasons} needs as many images of each place, '
-                f'{len(few)} of {len(groups)} places have fewer: '
-                f'{", ".join(few[:_MAX_NAMED])}'
-            )
-        for name, group in groups.items():
+        few = []
+        for name, group in zip(self.places, self.samples, strict=True):
+            few += [name] * (len(group) < self.seasons)
             if len({patch.shape for patch in group}) > 1:
                 raise ValueError(f'images of one place must have one size: {name}')
+        if few:
+            raise ValueError(
+                f'seasons={self.seasons} needs as many images of each place, '
+                f'{len(few)} of {len(self.places)} places have fewer: '
+                f'{", ".join(few[:_MAX_NAMED])}'
+            )
 
     def _place(self, stem: str, places: str | None) -> str:
         """Return the name of the place of an image."""
@@ -322,7 +248,7 @@ class ImageMaskFolder(DivisibleImages):
         self.places = [place for place, group in groups for _ in group]
         self.samples = [[patch] for group in self.samples for patch in group]
 
-    def images(self) -> 'ImageMaskFolder':
+    def images(self) -> Self:
         """Return every image as a sample of its own, in order, without random choices.
 
         If images are cropped, it is the middle of each.
@@ -338,12 +264,11 @@ class ImageMaskFolder(DivisibleImages):
         """Return the place of a sample, None if every image is a place of its own."""
         return self.places[index % len(self)] if self._knows_places else None
 
-    def _wheres(self) -> list[str]:
-        return sorted(set(self.places))
+    def _keys(self) -> list[str]:
+        return self.places
 
-    def _only(self, chosen: npt.NDArray[Any]) -> Self:
+    def _only(self, numbers: npt.NDArray[np.int64]) -> Self:
         other = copy.copy(self)
-        numbers = np.flatnonzero(np.isin(self.places, chosen))
         other.samples = [self.samples[i] for i in numbers]
         other.places = [self.places[i] for i in numbers]
         return other
@@ -372,18 +297,12 @@ class ImageMaskFolder(DivisibleImages):
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
         window = self._crop(place[0], rng)
-
-        # The mask is that of the first date
-        read = [self._read(place[date], window, date == dates[0]) for date in dates]
-        image = read[0].image
-        if self.seasons > 1:
-            image = np.stack([one.image for one in read])
-        mask = read[0].mask
+        chosen = [place[date] for date in dates]
+        windows = [(p.scene, self._source.read_image(p, *window)) for p in chosen]
+        mask = self._source.read_mask(chosen[0], *window)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
-            # A label must not speak of what the image does not show
-            mask[np.any([one.empty for one in read], 0)] = 0
-        return {'image': torch.from_numpy(image), 'mask': torch.from_numpy(mask)}
+        return self._scale.sample(windows, torch.from_numpy(mask))
 
     def _crop(self, patch: Patch, rng: np.random.Generator) -> _Window:
         """Return top, left, height and width of a part of an image."""
@@ -394,33 +313,3 @@ class ImageMaskFolder(DivisibleImages):
         if self._random:
             top, left = int(rng.integers(0, down + 1)), int(rng.integers(0, right + 1))
         return top, left, self.size, self.size
-
-    def _read(self, patch: Patch, window: _Window, masked: bool) -> Decoded:
-        """Read an image in [0, 1] and, if *masked*, its mask, from the cache or files."""
-        if self._cache is None:
-            found = self._decode(patch, window, masked)
-            limits = self._ranges[scene_level(patch.scene)]
-            return found._replace(image=to_unit_range(found.image, limits))
-        top, left, height, width = window
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        return self._cache.read(patch.number, rows, columns)
-
-    def _decode(self, patch: Patch, window: _Window, masked: bool = True) -> Decoded:
-        """Read an image, NaN without data, and, if *masked*, its mask from files."""
-        image = self._reader.read(patch.scene, *window)
-        empty = ~np.any(np.isfinite(image), 0)
-        return Decoded(image, empty, self._mask(patch, window) if masked else empty)
-
-    def _mask(self, patch: Patch, window: _Window) -> npt.NDArray[Any]:
-        """Read the codes of a mask, 0 where it has no data."""
-        band = self.mask_band or 1
-        top, left, height, width = window
-        part = Window(left, top, width, height)
-        with open_raster(patch.mask) as source:
-            stored = read_raster(source, [band], part)[0]
-            empty = stored == source.nodatavals[band - 1]
-            empty |= ~read_mask(source, part, band)
-            scale, offset = source.scales[band - 1], source.offsets[band - 1]
-        mask = scale_codes(stored, scale, offset)
-        mask[empty] = 0
-        return mask

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rasterio.windows import Window
 from torch import Tensor
@@ -62,12 +61,7 @@ def grid_name(grid: Grid) -> str:
 
 
 class PackedCover:
-    """The land cover of packed scenes, in place of :class:`.ESAWorldCover`.
-
-    Attributes:
-        product: The land-cover product.
-        year: Its year.
-    """
+    """The land cover of packed scenes, in place of :class:`.ESAWorldCover`."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Open the land cover in a folder of packed scenes."""
@@ -92,27 +86,13 @@ class PackedCover:
         )
 
     def find(self, grid: Grid, name: str) -> str:
-        """Return the file on a grid, that of the place *name*.
-
-        Raises:
-            FileNotFoundError: If there is none.
-        """
+        """Return the file on a grid, that of the place *name*."""
         path = str(self.root / 'cover' / f'{grid_name(grid)}.tif')
         if path not in self.files or not os.path.exists(path):
             raise FileNotFoundError(
                 f'{self.root} has no land cover under {name}: pack the scenes again'
             )
         return path
-
-    def read_thinned(self, path: str, height: int, width: int) -> Tensor:
-        """Read rows and columns spread over a file, shape (height, width), long."""
-        with self._opened.use(path) as source:
-            (codes,) = source.read([1])
-        rows, columns = (
-            (2 * np.arange(count) + 1) * side // (2 * count)
-            for count, side in zip((height, width), codes.shape, strict=True)
-        )
-        return torch.from_numpy(codes[np.ix_(rows, columns)]).long()
 
     def read(self, path: str, top: int, left: int, size: int) -> Tensor:
         """Read a window of a file, shape (size, size), long."""

@@ -6,15 +6,31 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 from affine import Affine
+from rasterio.windows import Window
 
-from ..geo.discovery import describe_file, scene_from_file
+from ..bands import Level, normalize_band_names
+from ..geo.describe import OpenedFile, describe_file
+from ..geo.discovery import scene_from_file
 from ..geo.find_files import find_files
 from ..geo.grid import LONLAT, Grid, parse_crs
-from ..geo.numbers import Numbers, OpenedFile
-from ..geo.rasters import Layer, Scene, find_alpha, open_raster
+from ..geo.mosaic import scale_codes
+from ..geo.numbers import Numbers
+from ..geo.rasters import (
+    DamagedFileError,
+    RasterReader,
+    Scene,
+    Values,
+    find_alpha,
+    open_raster,
+    read_mask,
+    read_raster,
+)
+from ..geo.sentinel2 import hint_at_offset
+from .scaling import with_level
 
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
@@ -24,11 +40,12 @@ _MAX_NAMED = 5
 
 
 class Patch(NamedTuple):
-    """An image, whose place is unknown, the file of its mask, and its number."""
+    """An image, whose place is unknown: path without suffix, number, and mask."""
 
+    stem: str
+    number: int
     scene: Scene
     mask: Path
-    number: int
 
     @property
     def image(self) -> Path:
@@ -41,17 +58,92 @@ class Patch(NamedTuple):
         return self.scene.grid.height, self.scene.grid.width
 
 
-def find_images(folder: Path, what: str) -> dict[str, Path]:
+class PatchFiles:
+    """Reads windows of images and their masks from files."""
+
+    def __init__(self, mask_band: int | None) -> None:
+        """Initialize a new PatchFiles instance."""
+        self.mask_band = mask_band
+        # Not kept open: there may be any number of files, each read once in an epoch
+        self.reader = RasterReader(max_open=0)
+
+    def read_image(
+        self, patch: Patch, top: int, left: int, height: int, width: int
+    ) -> Values:
+        """Read an image (C, H, W), NaN where it has no data."""
+        return self.reader.read(patch.scene, top, left, height, width)
+
+    def read_mask(
+        self, patch: Patch, top: int, left: int, height: int, width: int
+    ) -> npt.NDArray[Any]:
+        """Read the codes of a mask, 0 where it has no data."""
+        window, band = Window(left, top, width, height), self.mask_band or 1
+        with open_raster(patch.mask) as source:
+            stored = read_raster(source, [band], window)[0]
+            empty = stored == source.nodatavals[band - 1]
+            empty |= ~read_mask(source, window, band)
+            scale, offset = source.scales[band - 1], source.offsets[band - 1]
+        mask = scale_codes(stored, scale, offset)
+        mask[empty] = 0
+        return mask
+
+
+def find_patches(
+    images: Path,
+    masks: Path,
+    bands: Sequence[str] | None,
+    image_bands: Sequence[int] | None,
+    mask_band: int | None,
+    nodata: float | None,
+    offset: float | None,
+    level: Level | None,
+    to_digital: bool,
+    damaged: dict[str, str] | None,
+) -> list[Patch]:
+    """Find images and the masks that belong to them, see :class:`.ImageMaskFolder`.
+
+    Reflectance goes *to_digital* numbers, see :func:`.find_scenes`. Damaged files are noted
+    by the stem of their image in *damaged*, or an error without.
+    """
+    files = _find_images(images, 'images')
+    mask_files = list(files.values())
+    if mask_band is None:
+        mask_files = _match_masks(files, _find_images(masks, 'masks'), images, masks)
+    opened: dict[str, tuple[OpenedFile, Path]] = {}
+    for (stem, path), mask in zip(files.items(), mask_files, strict=True):
+        try:
+            file = _describe_image(path, image_bands, mask_band, nodata)
+            if mask != path:
+                _check_mask(file.layer.grid, path, mask)
+            opened[stem] = file, mask
+        except DamagedFileError as error:
+            if damaged is None:
+                raise
+            damaged[stem] = error.path
+    if not opened:
+        names = [*(damaged or {}).values()]
+        raise OSError(
+            f'all {len(names)} images or masks are damaged, such as {names[0]}'
+        )
+    described = [file for file, _ in opened.values()]
+    numbers = Numbers(described, offset, to_digital)
+    given = None if bands is None else normalize_band_names(bands)
+    scenes = _choose_bands(described, given, image_bands is None, numbers)
+    hint_at_offset(numbers.untold)
+    kept = (mask for _, mask in opened.values())
+    return list(map(Patch, opened, range(len(opened)), with_level(scenes, level), kept))
+
+
+def _find_images(folder: Path, what: str) -> dict[str, Path]:
     """List files by their path below a folder, without suffix."""
     files: dict[str, Path] = {}
-    found = find_files(folder, SUFFIXES, what) if folder.is_dir() else []
-    for path in map(Path, found):
-        stem = path.relative_to(folder).with_suffix('').as_posix()
+    for path in find_files(folder, SUFFIXES, what) if folder.is_dir() else ():
+        stem = Path(path).relative_to(folder).with_suffix('').as_posix()
         if stem in files:
             raise ValueError(
                 f'{what} must have one file per name: {files[stem]}, {path}'
             )
-        files[stem] = path
+        files[stem] = Path(path)
     if not files:
         raise FileNotFoundError(
             f'{what} must be a folder with files ({", ".join(SUFFIXES)}), found none in '
@@ -60,7 +152,7 @@ def find_images(folder: Path, what: str) -> dict[str, Path]:
     return files
 
 
-def match_masks(
+def _match_masks(
     images: dict[str, Path], masks: dict[str, Path], image_root: Path, mask_root: Path
 ) -> list[Path]:
     """Find the mask of each image, its own or that of its folder."""
@@ -74,18 +166,18 @@ def match_masks(
     return [mask for mask in found if mask is not None]
 
 
-def check_mask(image: Layer, path: Path) -> None:
+def _check_mask(grid: Grid, image: Path, path: Path) -> None:
     """Check that a mask has one band, and as many pixels as its image."""
     with open_raster(path) as source:
         count = source.count - (find_alpha(source) is not None)
-        shape, expected = source.shape, (image.grid.height, image.grid.width)
+        shape, expected = source.shape, (grid.height, grid.width)
     if count != 1:
         raise ValueError(
             f'a mask must have one band of WorldCover codes, {path} has {count}'
         )
     if shape != expected:
         raise ValueError(
-            f'an image and its mask must have one size, {image.path} has '
+            f'an image and its mask must have one size, {image} has '
             f'{in_pixels(expected)} and {path} {in_pixels(shape)} pixels'
         )
 
@@ -95,7 +187,7 @@ def in_pixels(shape: tuple[int, int]) -> str:
     return f'{shape[0]} x {shape[1]}'
 
 
-def describe_image(
+def _describe_image(
     path: Path,
     image_bands: Sequence[int] | None,
     mask_band: int | None,
@@ -117,7 +209,7 @@ def describe_image(
     return file._replace(names=None if file.guess else file.names)
 
 
-def choose_bands(
+def _choose_bands(
     files: Sequence[OpenedFile],
     given: tuple[str, ...] | None,
     by_name: bool,

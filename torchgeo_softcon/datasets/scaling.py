@@ -5,32 +5,37 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
+from .._checks import require
+from .._compat import Sample
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, Level, band_statistics
-from ..geo.rasters import Scene
+from ..geo.rasters import RasterReader, Scene, Values
 
 #: What a dataset accepts as *value_range*, see :func:`resolve_value_range`.
 ValueRange = Literal['softcon'] | tuple[float, float] | list[tuple[float, float]] | None
+
+#: The values that become 0 and 1, for each band.
+Pairs = tuple[tuple[float, float], ...]
 
 #: Standard deviations on each side of the mean. SoftCon clips to them and rounds the
 #: result to 8 bits, we keep the fractions.
 #: https://github.com/zhu-xlab/softcon/blob/main/README.md
 _DEVIATIONS = 2
 
-
-#: Bands that have statistics.
-_STATISTICS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS)
-
 #: Share of the pixels of a window that are clipped if its numbers are not what the
 #: statistics are of. Snow and clouds are that bright, too, so it is no error.
 _CLIPPED = 0.95
+
+#: Side of the window that is looked at before the training, in pixels.
+_SAMPLE = 256
 
 #: Digital numbers that the atmospheric correction of dark ground does not go below.
 _NEGATIVE = -100
@@ -46,7 +51,7 @@ def resolve_value_range(
     count: int,
     dtypes: Iterable[str],
     level: Level = 'L1C',
-) -> tuple[tuple[float, float], ...]:
+) -> Pairs:
     """Find the values of each band that become 0 and 1.
 
     Args:
@@ -66,15 +71,13 @@ def resolve_value_range(
     if value_range is None:
         if kinds == {'uint8'}:
             return ((0.0, 255.0),) * count
-        known = softcon_range([b for b in bands or () if b in _STATISTICS])
-        if bands and known and len(known) < len(bands):
-            others = [band for band in bands if band not in _STATISTICS]
+        known = [b for b in bands or () if b in (*SENTINEL2_BANDS, *SENTINEL1_BANDS)]
+        if known and (others := [band for band in bands or () if band not in known]):
             raise ValueError(
                 f'bands have no statistics of {", ".join(others)}: choose bands without '
-                f'them, bands={[b for b in bands if b in _STATISTICS]}, or give '
-                'value_range, one pair (low, high) per band'
+                f'them, bands={known}, or give value_range, one pair (low, high) per band'
             )
-        optical = any(band not in SENTINEL1_BANDS for band in bands or ())
+        optical = not {*(bands or ())} <= {*SENTINEL1_BANDS}
         if 'uint8' in kinds or (optical and any(k.startswith('float') for k in kinds)):
             # Reflectance in [0, 1] and digital numbers look the same from here, and
             # the wrong guess gives an image that is constant
@@ -87,15 +90,13 @@ def resolve_value_range(
 
     if value_range == 'softcon':
         try:
-            if not bands:
-                raise ValueError('there are no names')
-            statistics = band_statistics(bands, level)
+            require(bands, 'there are no names')
+            return _deviations(band_statistics(bands or (), level))
         except ValueError as error:
             raise ValueError(
                 f'value_range must be given for these {count} bands, {error}: '
                 'a pair such as (0, 10000), or one pair per band'
             ) from error
-        return _deviations(statistics)
 
     values = np.asarray(value_range, dtype=np.float64)
     if values.shape == (2,):
@@ -108,111 +109,165 @@ def resolve_value_range(
     return tuple((float(low), float(high)) for low, high in values)
 
 
-def scene_level(scene: Scene) -> Level:
-    """Return the level whose statistics scale a scene, L1C where nothing tells it."""
-    return scene.kind.level or 'L1C'
+class SceneScaler:
+    """Scales windows of scenes to [0, 1], those of each level by its statistics.
 
-
-def scene_ranges(
-    scenes: Sequence[Scene], value_range: ValueRange
-) -> dict[Level, tuple[tuple[float, float], ...]]:
-    """Find the values that become 0 and 1, for the scenes of each level.
-
-    Args:
-        scenes: Scenes of the same bands.
-        value_range: See :func:`resolve_value_range`.
-
-    Returns:
-        Pairs ``(low, high)``, one per band, for each level of :func:`scene_level`.
+    Attributes:
+        level: Level of the first scene, L1C where nothing tells it.
+        value_range: The values that become 0 and 1 at that level.
     """
-    # The unit of others is known, whatever their type
-    dtypes = {
-        layer.dtype
-        for scene in scenes
-        for layer in scene.layers
-        if scene.kind.unit in ('', '8 bit')
-    }
-    first = scenes[0]
-    return {
-        level: resolve_value_range(value_range, first.bands, first.count, dtypes, level)
-        for level in dict.fromkeys(map(scene_level, scenes))
-    }
 
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        value_range: ValueRange,
+        radar_quantiles: bool = False,
+    ) -> None:
+        """Find the range of each level, for scenes of the same bands."""
+        self.given = value_range
+        self.radar_quantiles = radar_quantiles
+        # The unit of others is known, whatever their type
+        unclear = [s for s in scenes if s.kind.unit in ('', '8 bit')]
+        dtypes = {layer.dtype for scene in unclear for layer in scene.layers}
+        bands, count = scenes[0].bands, scenes[0].count
+        self._ranges = {
+            level: resolve_value_range(value_range, bands, count, dtypes, level)
+            for level in dict.fromkeys(map(_level, scenes))
+        }
+        self.level = _level(scenes[0])
+        self.value_range = self._ranges[self.level]
 
-def describe_scenes(
-    scenes: Sequence[Scene], value_range: ValueRange
-) -> list[tuple[str, Scene]]:
-    """Describe each kind of scene in a line, with the first scene of that kind.
+    def __call__(self, scene: Scene, values: Values) -> Values:
+        """Scale a window of a scene, shape (C, H, W), in place."""
+        if self.radar_quantiles:
+            for band, pixels in zip(scene.bands or (), values, strict=False):
+                known = pixels[np.isfinite(pixels)]
+                if band in SENTINEL1_BANDS and known.size:
+                    np.clip(pixels, *np.quantile(known, _RADAR_QUANTILES), out=pixels)
+        return to_unit_range(values, self._ranges[_level(scene)])
 
-    The line is such as "12 files, Sentinel-2 L2A, offset -1000 from MTD_MSIL2A.xml, scaled
-    by L2A statistics".
+    def sample(
+        self, windows: Sequence[tuple[Scene, Values]], mask: Tensor, fill: int = 0
+    ) -> Sample:
+        """Make a sample of windows of one place and the codes under them.
 
-    Args:
-        scenes: Scenes of the same bands.
-        value_range: See :func:`resolve_value_range`.
-    """
-    kinds: dict[object, list[Scene]] = {}
-    for scene in scenes:
-        dtypes = tuple(sorted({layer.dtype for layer in scene.layers}))
-        kinds.setdefault((scene.kind, dtypes), []).append(scene)
-    lines = []
-    for some in kinds.values():
-        first, kind = some[0], some[0].kind
-        files = len({layer.path for scene in some for layer in scene.layers})
+        Codes become *fill* where a window has no data in any band: a label must not speak
+        of what the image does not show. Masks of floats stay as they are.
+        """
+        if not mask.is_floating_point():
+            for _, values in windows:
+                empty = ~np.isfinite(values).any(0)
+                mask = mask.masked_fill(torch.from_numpy(empty), fill)
+        images = [self(scene, values) for scene, values in windows]
+        image = images[0] if len(images) == 1 else np.stack(images)
+        return {'image': torch.from_numpy(image), 'mask': mask}
+
+    def tell(
+        self, scenes: Sequence[Scene], reader: RasterReader
+    ) -> list[tuple[str, Scene]]:
+        """Say what each kind of scene is taken for, and check a window of it.
+
+        Returns:
+            A line of each kind, such as "12 files, Sentinel-2 L2A, offset -1000 from
+            MTD_MSIL2A.xml, scaled by L2A statistics", and its first scene.
+        """
+        kinds: dict[object, list[Scene]] = {}
+        for scene in scenes:
+            dtypes = frozenset(layer.dtype for layer in scene.layers)
+            kinds.setdefault((scene.kind, dtypes), []).append(scene)
+        lines = [(self._describe(some), some[0]) for some in kinds.values()]
+        for line, scene in lines:
+            rank_zero_info(line)
+            if self.given in (None, 'softcon') and scene.kind.unit != '8 bit':
+                with contextlib.suppress(OSError):  # damaged, as its windows will say
+                    self._check(scene, read_middle(reader, scene))
+        return lines
+
+    def _describe(self, scenes: Sequence[Scene]) -> str:
+        """Describe scenes of one kind in a line."""
+        first, kind = scenes[0], scenes[0].kind
+        files = len({layer.path for scene in scenes for layer in scene.layers})
         bands = {*(first.bands or ())}
-        optical = bool(bands & {*SENTINEL2_BANDS})
-        by_statistics = value_range == 'softcon' or (
-            value_range is None and kind.unit != '8 bit'
-        )
-        level = f' {kind.level or "of unknown level"}' * by_statistics
-        parts = [f'{files} file{"s" * (files > 1)}']
-        parts += [f'Sentinel-2{level}'] * optical
-        parts += ['Sentinel-1'] * bool(bands & {*SENTINEL1_BANDS})
-        if len(parts) == 1:
-            parts.append(', '.join(first.bands or [f'{first.count} unnamed bands']))
-        parts += [kind.unit] * (kind.unit not in ('', 'digital numbers'))
-        parts += [kind.source] * bool(kind.source)
-        if by_statistics:
-            whose = (
-                f'{scene_level(first)} statistics' if optical else 'statistics in dB'
+        optical, radar = bands & {*SENTINEL2_BANDS}, bands & {*SENTINEL1_BANDS}
+        level, scaled = '', 'by value_range'
+        if self.given is None and kind.unit == '8 bit':
+            scaled = 'from 0 to 255'
+        elif self.given in (None, 'softcon'):
+            level = f' {kind.level or "of unknown level"}'
+            scaled = (
+                f'by {_level(first)} statistics' if optical else 'by statistics in dB'
             )
-            parts.append(f'scaled by {whose}')
-        else:
-            given = value_range is not None
-            parts.append('scaled by value_range' if given else 'scaled from 0 to 255')
+        unnamed = ', '.join(first.bands or [f'{first.count} unnamed bands'])
+        parts = [
+            f'{files} file{"s" * (files > 1)}',
+            f'Sentinel-2{level}' if optical else '',
+            'Sentinel-1' if radar else '',
+            '' if optical or radar else unnamed,
+            '' if kind.unit == 'digital numbers' else kind.unit,
+            kind.source,
+            f'scaled {scaled}',
+        ]
         source = f', the level is from {kind.level_source}' * bool(kind.level_source)
-        line = (
-            f'{", ".join(parts)} (such as {first.layers[0].path}{source}; if that is not '
-            'so, give level, offset or value_range)'
+        return (
+            f'{", ".join(filter(None, parts))} (such as {first.layers[0].path}{source}; '
+            'if that is not so, give level, offset or value_range)'
         )
-        lines.append((line, first))
-    return lines
+
+    def _check(self, scene: Scene, values: Values) -> None:
+        """Check that a window of a scene is what the statistics of its bands are of.
+
+        It is an error if radar has no negative value, as linear power, or is below the
+        range as a whole, as dB times 100.
+        """
+        level, clipped = _level(scene), []
+        pairs = self._ranges[level]
+        for band, pixels, pair in zip(scene.bands or (), values, pairs, strict=False):
+            pixels = pixels[np.isfinite(pixels)]
+            if not pixels.size or pair not in (softcon_range([band], level) or ()):
+                continue
+            low, high = float(pixels.min()), float(pixels.max())
+            clipped.append(float(((pixels <= pair[0]) | (pixels >= pair[1])).mean()))
+            if band in SENTINEL1_BANDS and (low >= 0 or high < pair[0]):
+                remedy = 'divide it by its factor'
+                if low >= 0:
+                    remedy = 'convert it by 10 * log10(power), 20 * log10(amplitude)'
+                raise ValueError(
+                    f'{scene.name} has values of {band} from {low:.4g} to {high:.4g}, '
+                    f'which is not radar backscatter in dB: {remedy}, or give value_range'
+                )
+        middle = f'of the pixels in the middle of {scene.name}'
+        corrected = any(offset < 0 for layer in scene.layers for offset in layer.offset)
+        corrected = corrected and scene.kind.unit == 'digital numbers'
+        negative = float((values[np.isfinite(values)] < _NEGATIVE).sum() / values.size)
+        if corrected and negative > 1 - _CLIPPED:
+            warnings.warn(
+                f'{negative:.0%} {middle} are negative with {scene.kind.source}. If the '
+                'numbers were corrected before, give offset=0',
+                UserWarning,
+                stacklevel=3,
+            )
+        if clipped and np.mean(clipped) > _CLIPPED:
+            warnings.warn(
+                f'{np.mean(clipped):.0%} {middle}, which range from '
+                f'{np.nanmin(values):.4g} to {np.nanmax(values):.4g}, are clipped by the '
+                'statistics of their bands. If they are no snow or clouds, give '
+                'value_range, a pair such as (0, 10000), or offset',
+                UserWarning,
+                stacklevel=3,
+            )
 
 
-def tell_scenes(
-    scenes: Sequence[Scene],
-    value_range: ValueRange,
-    ranges: Mapping[Level, Sequence[tuple[float, float]]],
-    read: Callable[[Scene], npt.NDArray[np.float32]],
-) -> list[tuple[str, Scene]]:
-    """Say what each kind of scene is taken for, and check a window of it.
+def read_middle(reader: RasterReader, scene: Scene) -> Values:
+    """Read the window in the middle of a scene, before it is scaled."""
+    grid = scene.grid
+    height, width = min(_SAMPLE, grid.height), min(_SAMPLE, grid.width)
+    top, left = (grid.height - height) // 2, (grid.width - width) // 2
+    return reader.read(scene, top, left, height, width)
 
-    Args:
-        scenes: Scenes of the same bands.
-        value_range: See :func:`resolve_value_range`.
-        ranges: Those of :func:`scene_ranges`.
-        read: Reads a window of a scene, before it is scaled.
 
-    Returns:
-        What :func:`describe_scenes` says.
-    """
-    kinds = describe_scenes(scenes, value_range)
-    for line, scene in kinds:
-        rank_zero_info(line)
-        if value_range in (None, 'softcon') and scene.kind.unit != '8 bit':
-            with contextlib.suppress(OSError):  # damaged, which its windows will say
-                check_sample(read(scene), scene, ranges[scene_level(scene)])
-    return kinds
+def _level(scene: Scene) -> Level:
+    """Return the level whose statistics scale a scene."""
+    return scene.kind.level or 'L1C'
 
 
 def with_level(scenes: Iterable[Scene], level: Level | None) -> list[Scene]:
@@ -225,83 +280,7 @@ def with_level(scenes: Iterable[Scene], level: Level | None) -> list[Scene]:
     ]
 
 
-def check_sample(
-    values: npt.NDArray[np.float32],
-    scene: Scene,
-    value_range: Sequence[tuple[float, float]],
-) -> None:
-    """Check that a window of an image is what the statistics of its bands are of.
-
-    Args:
-        values: The window, shape (C, H, W), NaN without data.
-        scene: The image.
-        value_range: Pairs ``(low, high)``, one per band.
-
-    Raises:
-        ValueError: If a band of radar is scaled as dB and has no negative pixel, as of
-            linear power or amplitude, or all are below the range, as of dB times 100.
-
-    Warns:
-        UserWarning: If nearly all pixels of bands that are scaled by statistics are below
-            or above them, or if an offset makes many of them negative.
-    """
-    clipped = []
-    for band, pixels, pair in zip(scene.bands or (), values, value_range, strict=False):
-        pixels = pixels[np.isfinite(pixels)]
-        if not pixels.size or pair not in (
-            softcon_range([band], scene_level(scene)) or ()
-        ):
-            continue
-        low, high = float(pixels.min()), float(pixels.max())
-        clipped.append(float(((pixels <= pair[0]) | (pixels >= pair[1])).mean()))
-        if band not in SENTINEL1_BANDS or (low < 0 and high >= pair[0]):
-            continue
-        remedy = (
-            'convert it by 10 * log10(power), 20 * log10(amplitude)'
-            if low >= 0
-            else 'divide it by its factor'
-        )
-        raise ValueError(
-            f'{scene.name} has values of {band} from {low:.4g} to {high:.4g}, '
-            f'which is not radar backscatter in dB: {remedy}, or give value_range'
-        )
-    corrected = any(offset < 0 for layer in scene.layers for offset in layer.offset)
-    negative = float((values[np.isfinite(values)] < _NEGATIVE).sum() / values.size)
-    if corrected and negative > 1 - _CLIPPED and scene.kind.unit == 'digital numbers':
-        warnings.warn(
-            f'{negative:.0%} of the pixels in the middle of {scene.name} are negative with '
-            f'{scene.kind.source}. If the numbers were corrected before, give offset=0',
-            UserWarning,
-            stacklevel=3,
-        )
-    if clipped and np.mean(clipped) > _CLIPPED:
-        warnings.warn(
-            f'{np.mean(clipped):.0%} of the pixels in the middle of {scene.name}, which '
-            f'range from {np.nanmin(values):.4g} to {np.nanmax(values):.4g}, are clipped '
-            'by the statistics of their bands. If they are no snow or clouds, give '
-            'value_range, a pair such as (0, 10000), or offset',
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def clip_radar(
-    values: npt.NDArray[np.float32], bands: Sequence[str] | None
-) -> npt.NDArray[np.float32]:
-    """Clip bands of radar of shape (C, H, W) to their own 1 and 99 % quantiles, in place.
-
-    SoftCon's authors do so before they scale by mean and standard deviation.
-    """
-    for band, pixels in zip(bands or (), values, strict=False):
-        known = pixels[np.isfinite(pixels)]
-        if band in SENTINEL1_BANDS and known.size:
-            np.clip(pixels, *np.quantile(known, _RADAR_QUANTILES), out=pixels)
-    return values
-
-
-def softcon_range(
-    bands: Sequence[str] | None, level: Level = 'L1C'
-) -> tuple[tuple[float, float], ...] | None:
+def softcon_range(bands: Sequence[str] | None, level: Level = 'L1C') -> Pairs | None:
     """Return the range ``'softcon'`` of some bands, None if they have no statistics."""
     try:
         return _deviations(band_statistics(bands or (), level)) or None
@@ -309,17 +288,13 @@ def softcon_range(
         return None
 
 
-def _deviations(
-    statistics: Iterable[tuple[float, float]],
-) -> tuple[tuple[float, float], ...]:
+def _deviations(statistics: Iterable[tuple[float, float]]) -> Pairs:
     return tuple(
         (mean - _DEVIATIONS * std, mean + _DEVIATIONS * std) for mean, std in statistics
     )
 
 
-def to_unit_range(
-    values: npt.NDArray[np.float32], value_range: Sequence[tuple[float, float]]
-) -> npt.NDArray[np.float32]:
+def to_unit_range(values: Values, value_range: Sequence[tuple[float, float]]) -> Values:
     """Map bands of shape (C, H, W) to [0, 1], in place. What is not finite becomes 0."""
     low, high = np.asarray(value_range, dtype=np.float32).T[:, :, None, None]
     missing = ~np.isfinite(values)

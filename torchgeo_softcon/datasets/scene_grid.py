@@ -6,6 +6,7 @@
 import datetime
 import itertools
 import os
+from typing import TYPE_CHECKING
 
 import shapely
 from pyproj import CRS
@@ -14,17 +15,18 @@ from torch.utils.data import Dataset
 from .._compat import Sample
 from ..geo.dates import find_date
 from ..geo.grid import apply
-from .scenes import WorldCoverScenes
+
+if TYPE_CHECKING:
+    from .scenes import WorldCoverScenes
 
 
 class SceneGrid(Dataset[Sample]):
-    """All windows of some scenes side by side, each date on its own.
+    """All windows of some scenes side by side, by place, date, row and column.
 
-    For prediction: the order is place, date, row, column. The last row and column of
-    windows are moved inwards to end with the raster.
+    The last row and column of windows are moved inwards to end with the raster.
     """
 
-    def __init__(self, scenes: WorldCoverScenes) -> None:
+    def __init__(self, scenes: 'WorldCoverScenes') -> None:
         """Initialize a new SceneGrid instance."""
         self.scenes = scenes
         size = scenes.patch_size
@@ -43,13 +45,13 @@ class SceneGrid(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read a window, an image of shape (C, H, W)."""
         place, scene, top, left = self.windows[index]
-        values = self.scenes._window(scene, top, left)
+        values = self.scenes._read(scene, top, left)
         return self.scenes._sample(place, top, left, [(scene, values)])
 
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, CRS, datetime.date | None]:
-        """Return where and when one of the *windows* is from."""
+        """Return outline, CRS and day of one of the *windows*."""
         place, scene, top, left = self.windows[index]
         size = self.scenes.patch_size
         window = place.grid.window(top, left, size, size)

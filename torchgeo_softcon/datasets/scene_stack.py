@@ -38,7 +38,7 @@ class SceneStack:
 
     @property
     def names(self) -> str:
-        """Names of the scenes, of the first ones if there are many."""
+        """Names of the first scenes."""
         return list_names([scene.name for scene in self.scenes])
 
 
@@ -75,14 +75,9 @@ def stack_scenes(scenes: Sequence[Scene]) -> tuple[SceneStack, ...]:
 def choose_maps(
     places: Sequence[SceneStack], maps: Mapping[int | None, ESAWorldCover]
 ) -> dict[str, ESAWorldCover]:
-    """Choose the map of each scene: of those with a tile there, that of the nearest year.
+    """Choose the map of each scene, by its name: of the nearest year with a tile there.
 
-    Args:
-        places: Places with their scenes.
-        maps: Maps by their year, the last one first. It is for scenes of unknown year.
-
-    Returns:
-        The map of each scene, by its name.
+    Of *maps* by year, the first is for scenes of unknown year.
     """
     last = next(iter(maps))
     chosen, unknown = {}, []

@@ -7,11 +7,11 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .._checks import check_counts, check_fractions, check_types
 from .._compat import Sample
@@ -24,15 +24,8 @@ from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
 from .packed_scenes import PackedCover, is_packed
-from .scaling import (
-    ValueRange,
-    clip_radar,
-    scene_level,
-    scene_ranges,
-    tell_scenes,
-    to_unit_range,
-    with_level,
-)
+from .scaling import SceneScaler, ValueRange, read_middle, with_level
+from .scene_grid import SceneGrid
 from .scene_stack import (
     SceneStack,
     choose_maps,
@@ -47,12 +40,8 @@ from .worldcover import ESAWorldCover, open_years
 Paths = str | Sequence[str | os.PathLike[str]] | os.PathLike[str]
 
 #: Windows to try before one with too little data is taken after all. If half of a raster
-#: is empty, one window in a thousand gets here, and all of an empty one. Most of their
-#: mask is no data, so their label is unknown.
+#: is empty, one window in a thousand gets here.
 _MAX_TRIES = 10
-
-#: Side of the window that is looked at before the training, in pixels.
-_SAMPLE = 256
 
 
 class WorldCoverScenes(DrawnImages):
@@ -68,9 +57,8 @@ class WorldCoverScenes(DrawnImages):
     ``S1A_..._VV.tif``). Bands of one file are named by its band descriptions, by its
     colours, or by their number: 13 are Sentinel-2 Level-1C in the order B1 to B8, B8A,
     B9 to B12, 12 are Level-2A (without B10), 2 of type float are VV and VH. If that is
-    not so, name them with *all_bands*. An alpha band is no band of the image, it tells
-    where the others have data. Landsat has other bands of the same names, so its bands
-    stay without names.
+    not so, name them with *all_bands*. Bands of Landsat, which are others of the same
+    names, stay without. An alpha band tells where the others have data.
 
     Scenes on exactly the same grid are dates of one place. Places are drawn by area,
     and a sample has *seasons* different dates in random order.
@@ -134,21 +122,19 @@ class WorldCoverScenes(DrawnImages):
             seasons: Number of different dates per sample.
             min_valid: Share of pixels that must have data. Windows below are redrawn up
                 to 10 times, then the fullest of them is taken, with a warning.
-            value_range: What becomes 0 and 1, see :func:`.resolve_value_range`:
-                ``'softcon'``, a pair, or one pair per band. By default 0 and 255 for
-                uint8, and the mean of SSL4EO-S12 -2 and +2 standard deviations for
-                known bands in digital numbers or dB.
+            value_range: What becomes 0 and 1: ``'softcon'``, a pair, or one pair per band.
+                By default 0 and 255 for uint8, and the mean of SSL4EO-S12 -2 and +2
+                standard deviations for known bands in digital numbers or dB.
             all_bands: Names of all bands in file order, if a file does not tell or
                 tells wrong.
-            nodata: Value of pixels without data, None for what each file says.
-                Sentinel-2 products from ESA have 0 there but do not say so, and so do
-                radar and floats around the swath: that is the default for digital numbers
-                (uint16) of Sentinel-2 bands, and for known bands in floats. Give another
-                number if 0 is data. A 0 counts only where all bands have it, because
-                single ones do have 0, such as B10.
+            nodata: Value of pixels without data, None for what each file says. Products of
+                Sentinel-2 have 0 there but do not say so, and so do radar and floats around
+                the swath: that is the default for digital numbers (uint16) of Sentinel-2
+                bands, and for known bands in floats. A 0 counts only where all bands have
+                it, because single ones do have 0, such as B10. Give another number if 0 is
+                data.
             rows: Part of each raster's rows to take windows from, as fractions from
-                the top. Two datasets with rows that do not overlap share no pixel,
-                unless rasters of different places overlap.
+                the top.
             transforms: Function of a sample, by default
                 :class:`.WorldCoverMultiLabel`.
             seed: Seed of the windows, from 0 to 2**32 - 1.
@@ -222,16 +208,14 @@ class WorldCoverScenes(DrawnImages):
         self.places = stack_scenes(scenes)
         if damaged is not None:
             self.damage = Damage(damaged)
-        if damaged:
+        if damaged:  # places may have too few dates for that
             enough = [place for place in self.places if len(place.scenes) >= seasons]
             self.places = tuple(enough) or self.places
         warn_single_bands(self.places)
-        self._ranges = scene_ranges(scenes, value_range)
-        self.level = scene_level(scenes[0])
-        self.value_range = self._ranges[self.level]
-        self.radar_quantiles = radar_quantiles
+        self.scale = SceneScaler(scenes, value_range, radar_quantiles)
+        self.level, self.value_range = self.scale.level, self.scale.value_range
         self._reader = RasterReader(open_mapped)
-        self.kinds = tell_scenes(scenes, value_range, self._ranges, self.read_middle)
+        self.kinds = self.scale.tell(scenes, self._reader)
         self._check_dates()
         self._set_rows(rows, length)
 
@@ -256,9 +240,6 @@ class WorldCoverScenes(DrawnImages):
         if not (allow_unlabelled or self._covers):
             self._check_tiles()
 
-    def _map_of(self, scene: Scene) -> ESAWorldCover | PackedCover | None:
-        return self._maps.get(scene.name, self.worldcover)
-
     def _check_dates(self) -> None:
         for place in self.places:
             if len(place.scenes) < self.seasons:
@@ -271,7 +252,7 @@ class WorldCoverScenes(DrawnImages):
         """Set the rows of each place, how likely it is drawn, and the length."""
         if not 0 <= rows[0] < rows[1] <= 1:
             raise ValueError(f'rows must be 0 <= first < last <= 1, got {rows}')
-        self._rows = []
+        self._rows, areas = [], []
         for place in self.places:
             height, width = place.grid.height, place.grid.width
             first, last = (round(part * height) for part in rows)
@@ -282,10 +263,9 @@ class WorldCoverScenes(DrawnImages):
                     f'{place.name} of {last - first} x {width} pixels{part}'
                 )
             self._rows.append((first, last))
-        heights = np.array([last - first for first, last in self._rows], np.float64)
-        areas = heights * [place.grid.width for place in self.places]
-        self._cumulative = areas.cumsum() / areas.sum()
-        covered = int(areas.sum()) // self.patch_size**2
+            areas.append(float(last - first) * width)
+        self._cumulative = np.cumsum(areas) / sum(areas)
+        covered = int(sum(areas)) // self.patch_size**2
         self.length = max(1, covered) if length is None else length
 
     def _check_tiles(self) -> None:
@@ -360,91 +340,90 @@ class WorldCoverScenes(DrawnImages):
         other._set_rows(rows, length)
         return other
 
+    def divide(
+        self, fraction: float
+    ) -> tuple['WorldCoverScenes', 'WorldCoverScenes', 'WorldCoverScenes']:
+        """Divide the rows of each raster, and take windows of their own in each part.
+
+        Args:
+            fraction: Part of the rows, at the lower end, in the third dataset, and as much
+                above it in the second. With 0, windows of all three are from everywhere.
+
+        Returns:
+            Datasets for training, validation and testing.
+        """
+        cuts = (0.0, 1 - 2 * fraction, 1 - fraction, 1.0)
+        rows = [(0.0, 1.0)] * 3 if fraction == 0 else [*pairwise(cuts)]
+        first, second, third = (
+            self.with_windows(rows=part, stream=stream)
+            for stream, part in enumerate(rows)
+        )
+        return first, second, third
+
+    def images(self) -> SceneGrid:
+        """Return all windows side by side."""
+        return SceneGrid(self)
+
     def __len__(self) -> int:
         """Return the number of samples per epoch."""
         return self.length
 
     def _draw_sample(self, index: int) -> Sample:
         rng = self._generator(index, self.stream)
-        best: tuple[float, SceneStack, int, int, list[tuple[Scene, Values]]]
-        best = (-1.0, self.places[0], 0, 0, [])
+        best: tuple[SceneStack, int, int, list[tuple[Scene, Values]]]
+        most, best = -1.0, (self.places[0], 0, 0, [])
         for _ in range(_MAX_TRIES):
             number = int(np.searchsorted(self._cumulative, rng.random(), side='right'))
             place, (first, last) = self.places[number], self._rows[number]
             top = int(rng.integers(first, last - self.patch_size + 1))
             left = int(rng.integers(0, place.grid.width - self.patch_size + 1))
-            dates = rng.permutation(len(place.scenes))[: self.seasons]
-            seasons = []
+            windows: list[tuple[Scene, Values]] = []
             valid = 1.0
-            for date in dates:
-                values = self._window(place.scenes[date], top, left)
-                seasons.append((place.scenes[date], values))
+            for date in rng.permutation(len(place.scenes))[: self.seasons]:
+                values = self._read(place.scenes[date], top, left)
+                windows.append((place.scenes[date], values))
                 # A pixel counts if any band has data: 0 is a value of the cirrus band
                 valid = min(valid, float(np.isfinite(values).any(0).mean()))
-                if valid < self.min_valid and valid <= best[0]:
+                if valid < self.min_valid and valid <= most:
                     break  # not needed whatever the other dates have
             else:
-                best = (valid, place, top, left, seasons)
+                most, best = valid, (place, top, left, windows)
                 if valid >= self.min_valid:
                     break
-        valid, place, top, left, seasons = best
-        name = place.name
-        if valid < self.min_valid and name not in self._warned:
+        name = best[0].name
+        if most < self.min_valid and name not in self._warned:
             self._warned.add(name)
             warnings.warn(
                 f'no window with data in min_valid={self.min_valid} of its pixels was '
-                f'found in {_MAX_TRIES} tries, one of {name} with {valid:.3g} is taken. '
+                f'found in {_MAX_TRIES} tries, one of {name} with {most:.3g} is taken. '
                 'Its label may be unknown',
                 UserWarning,
                 stacklevel=2,
             )
-        return self._sample(place, top, left, seasons)
+        return self._sample(*best)
 
-    def _window(self, scene: Scene, top: int, left: int) -> Values:
+    def _read(self, scene: Scene, top: int, left: int) -> Values:
         return self._reader.read(scene, top, left, self.patch_size, self.patch_size)
-
-    def read_middle(self, scene: Scene, side: int = _SAMPLE) -> Values:
-        """Read the window in the middle of a scene, before it is scaled."""
-        height, width = (min(side, n) for n in (scene.grid.height, scene.grid.width))
-        top, left = (scene.grid.height - height) // 2, (scene.grid.width - width) // 2
-        return self._reader.read(scene, top, left, height, width)
-
-    def scale(self, scene: Scene, values: Values) -> Values:
-        """Map a window of a scene to [0, 1], in place."""
-        if self.radar_quantiles:
-            clip_radar(values, self.bands)
-        return to_unit_range(values, self._range(scene))
-
-    def _range(self, scene: Scene) -> tuple[tuple[float, float], ...]:
-        return self._ranges[scene_level(scene)]
 
     def _sample(
         self,
         place: SceneStack,
         top: int,
         left: int,
-        seasons: Sequence[tuple[Scene, Values]],
+        windows: Sequence[tuple[Scene, Values]],
     ) -> Sample:
-        # A label must not speak of what the image does not show
-        valid = np.logical_and.reduce([np.isfinite(v).any(0) for _, v in seasons])
-        images = [self.scale(scene, values) for scene, values in seasons]
-        image = torch.from_numpy(images[0] if len(images) == 1 else np.stack(images))
-        mask = self._mask(place, top, left, self._map_of(seasons[0][0]))
-        mask = mask.masked_fill(~torch.from_numpy(valid), self.product.fill)
-        sample: Sample = {'image': image, 'mask': mask}
-        return self.transforms(sample)
-
-    def _mask(
-        self,
-        place: SceneStack,
-        top: int,
-        left: int,
-        worldcover: ESAWorldCover | PackedCover | None,
-    ) -> Tensor:
-        size = self.patch_size
+        """Make a sample of the dates of a window, with the land cover of the first."""
+        size, scene = self.patch_size, windows[0][0]
+        worldcover = self._maps.get(scene.name, self.worldcover)
         if worldcover is None:
-            return torch.full((size, size), self.product.fill)
-        if isinstance(worldcover, PackedCover):
-            return worldcover.read(self._covers[place.name], top, left, size)
-        window = place.grid.window(top, left, size, size)
-        return worldcover.read_window(window.crs, window.transform, size, size)
+            mask = torch.full((size, size), self.product.fill)
+        elif isinstance(worldcover, PackedCover):
+            mask = worldcover.read(self._covers[place.name], top, left, size)
+        else:
+            grid = place.grid.window(top, left, size, size)
+            mask = worldcover.read_window(grid.crs, grid.transform, size, size)
+        return self.transforms(self.scale.sample(windows, mask, self.product.fill))
+
+    def read_middle(self, scene: Scene) -> Values:
+        """Read the window in the middle of a scene, before it is scaled."""
+        return read_middle(self._reader, scene)

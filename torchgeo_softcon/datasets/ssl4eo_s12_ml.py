@@ -28,29 +28,31 @@ from ..ssl4eo.labels import match_labels, read_labels
 from ..ssl4eo.lulc import LULC, lulc_labels
 from ..ssl4eo.record_archive import RecordArchive
 from ..ssl4eo.shards import check_aligned, open_archive
-from ..ssl4eo.tiffs import BANDS, RADAR, Split, days, pair, split_names
+from ..ssl4eo.tiffs import BANDS, RADAR, Archive, Split, days, pair, split_names
 from ..transforms.unit_range import ToUnitRange
-from .base import DivisibleImages, check_seed
+from .base import DrawnImages, check_seed
 from .damage import Damage, OnError
 from .scaling import softcon_range
 
 #: Locations that a message names.
 _NAMED = 3
 
+#: Multi-hot, or shares of the classes.
+_Label = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 
-class SSL4EOS12ML(DivisibleImages):
+
+class SSL4EOS12ML(DrawnImages):
     """SSL4EO-S12-ML: patches of Sentinel-1 and Sentinel-2 in four seasons, with labels.
 
     The images are those of TorchGeo's ``SSL4EOS12``, in the same folders and with the same
-    values. There may be fewer of them: what counts is what is on disk. They come with
-    the multi-labels of SoftCon, or those of ``torchgeo-softcon labels``. A folder
-    that ``torchgeo-softcon pack`` wrote is read in the same way, a hundred times faster.
-    So are SSL4EO-S12 v1.1 and TerraMesh, whose bands are all at 10 m, in shards or in
-    Zarr chunk files, see :class:`.ShardArchive`.
+    values, as many as are on disk, with the multi-labels of SoftCon, or those of
+    ``torchgeo-softcon labels``. A folder that ``torchgeo-softcon pack`` wrote is read in
+    the same way, a hundred times faster. So are SSL4EO-S12 v1.1 and TerraMesh, whose bands
+    are all at 10 m, in shards or in Zarr chunk files, see :class:`.ShardArchive`.
 
-    A sample is a location, and *seasons* of its images in random order. The choice is a
-    pure function of *seed* and the index. Indices beyond the length start again with the
-    first location and make new choices.
+    A sample is a location, and *seasons* of its images in random order, a pure function of
+    *seed* and the index. Indices beyond the length start again with the first location and
+    make new choices.
 
     Dataset features:
 
@@ -66,7 +68,7 @@ class SSL4EOS12ML(DivisibleImages):
     * https://arxiv.org/abs/2405.20462
     """
 
-    _where = 'locations'
+    _places = 'locations'
 
     def __init__(
         self,
@@ -104,10 +106,11 @@ class SSL4EOS12ML(DivisibleImages):
             seed: Seed of the choice of seasons.
             max_cloud: Largest share of thin and thick clouds in an image. Others are left
                 out. Needs the cloud masks of v1.1.
-            offset: What is added to the numbers of Sentinel-2 in files of v1.1, which is
-                taken off. By default it is found, see :func:`.find_offsets`.
+            offset: What is added to Sentinel-2 in files of v1.1, which is taken off. By
+                default it is found, see :func:`.find_offsets`.
             on_error: ``'skip'`` takes another sample for one whose files are damaged, see
-                :class:`.ImageMaskFolder`. By default a damaged file is an error.
+                :class:`.ImageMaskFolder`. By default, and for packed files, which are
+                checked when they are opened, a damaged file is an error.
 
         Raises:
             FileNotFoundError: If there are no images, or no file of labels.
@@ -151,24 +154,7 @@ class SSL4EOS12ML(DivisibleImages):
     def _align(self) -> npt.NDArray[np.int64]:
         """Return the numbers of images that every split has, shape (M, S)."""
         main = self._main
-        columns: list[npt.NDArray[Any]] = []
-        for other in self.archives:
-            if other is main:
-                columns.append(np.arange(len(main)))
-            elif {main.split, other.split} & {*RADAR}:
-                ours, theirs = (days(a.split, a.season) for a in (main, other))
-                columns.append(pair(main.location, ours, other.location, theirs))
-            else:
-                names, index = (
-                    pd.MultiIndex.from_arrays([a.location, a.season])
-                    for a in (main, other)
-                )
-                found = index.get_indexer(names)
-                if not (found >= 0).any():  # v1.1, where one of them has times alone
-                    ours, theirs = (days(a.split, a.season) for a in (main, other))
-                    found = pair(main.location, ours, other.location, theirs)
-                columns.append(found)
-        rows = np.stack(columns, 1)
+        rows = np.stack([self._partners(other) for other in self.archives], 1)
         alone = (rows < 0).any(1)
         if alone.all():
             raise ValueError(
@@ -186,20 +172,36 @@ class SSL4EOS12ML(DivisibleImages):
             )
         return rows[~alone]
 
+    def _partners(self, other: Archive) -> npt.NDArray[np.int64]:
+        """Return the number of the image of another split for each image, -1 for none."""
+        main = self._main
+        if other is main:
+            return np.arange(len(main))
+        if not {main.split, other.split} & {*RADAR}:
+            names, index = (
+                pd.MultiIndex.from_arrays([a.location, a.season]) for a in (main, other)
+            )
+            found: npt.NDArray[np.int64] = index.get_indexer(names)
+            if (found >= 0).any():
+                return found  # else v1.1, where one of them has times alone
+        ours, theirs = (days(a.split, a.season) for a in (main, other))
+        return pair(main.location, ours, other.location, theirs)
+
     def _without_clouds(
         self, rows: npt.NDArray[np.int64], max_cloud: float
     ) -> npt.NDArray[np.int64]:
         """Leave out the images that have more clouds."""
         for column, archive in enumerate(self.archives):
             clouds = archive.clouds()
-            if clouds is not None:
-                shares = clouds[rows[:, column]]
-                if not (shares <= max_cloud).any():
-                    raise ValueError(
-                        f'max_cloud={max_cloud} leaves no image of {archive.root}, the '
-                        f'clearest has {shares.min():.3g}'
-                    )
-                return rows[shares <= max_cloud]
+            if clouds is None:
+                continue
+            shares = clouds[rows[:, column]]
+            if not (shares <= max_cloud).any():
+                raise ValueError(
+                    f'max_cloud={max_cloud} leaves no image of {archive.root}, the '
+                    f'clearest has {shares.min():.3g}'
+                )
+            return rows[shares <= max_cloud]
         raise ValueError(
             f'max_cloud needs cloud masks, which {", ".join(self.splits)} of {self.root} '
             'have not: add a split that has them, such as S2L2A of v1.1, or leave it out'
@@ -212,7 +214,7 @@ class SSL4EOS12ML(DivisibleImages):
         min_fraction: float,
         fractions: bool,
         required: bool,
-    ) -> npt.NDArray[np.float32] | npt.NDArray[np.int64] | None:
+    ) -> _Label | None:
         """Return the label of each image, shape (M, K)."""
         main = self._main
         packed = main.labels if isinstance(main, RecordArchive) else None
@@ -238,11 +240,7 @@ class SSL4EOS12ML(DivisibleImages):
         )
         return values if fractions else (values >= min_fraction).astype(np.int64)
 
-    def _group(
-        self,
-        rows: npt.NDArray[np.int64],
-        label: npt.NDArray[np.float32] | npt.NDArray[np.int64] | None,
-    ) -> None:
+    def _group(self, rows: npt.NDArray[np.int64], label: _Label | None) -> None:
         """Put the images of each location together."""
         location = self._main.location[rows[:, self._column]]
         # Sorted, as archives are
@@ -321,10 +319,7 @@ class SSL4EOS12ML(DivisibleImages):
         return self._start[location] + rng.permutation(count)[: self.seasons]
 
     def names(self, index: int) -> list[str]:
-        """Return the T names ``location/image`` of a sample, in the order of its images.
-
-        They are those of Sentinel-2 where there is a choice.
-        """
+        """Return the T names ``location/image`` of a sample, those of Sentinel-2 if any."""
         rows = self._rows[self._draw(index), self._column]
         return ['/'.join(self._main.name(row)) for row in rows]
 
@@ -335,11 +330,7 @@ class SSL4EOS12ML(DivisibleImages):
     def footprint(
         self, index: int
     ) -> tuple[shapely.Polygon, str | None, datetime.date | None]:
-        """Return where and when the first image of a sample was taken.
-
-        Returns:
-            Outline, its coordinate reference system, and the day if it is the only image.
-        """
+        """Return outline, CRS and day of the first image, no day if there are more."""
         main = self._main
         row = self._rows[self._draw(index)[0], self._column]
         grids = main.georeference(int(row))
@@ -347,13 +338,7 @@ class SSL4EOS12ML(DivisibleImages):
         return shapely.box(*grids.bounds), grids.crs, day if self.seasons == 1 else None
 
     def cloud_masks(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return the cloud masks of the images of a sample, shape (T, H, W).
-
-        Their codes are those of :meth:`.Archive.cloud_mask`.
-
-        Raises:
-            ValueError: If there are none.
-        """
+        """Return the :meth:`.Archive.cloud_mask` of each image of a sample, (T, H, W)."""
         rows = self._rows[self._draw(index), self._column]
         return np.stack([self._main.cloud_mask(row) for row in rows])
 
@@ -372,7 +357,7 @@ class SSL4EOS12ML(DivisibleImages):
         )
         return torch.cat([*images], -3)
 
-    def images(self) -> 'SSL4EOS12ML':
+    def images(self) -> Self:
         """Return every image as a sample of its own, in order."""
         other = copy.copy(self)
         locations = zip(self._start, self._count, strict=True)
@@ -381,12 +366,12 @@ class SSL4EOS12ML(DivisibleImages):
         other.seasons, other.damage = 1, None
         return other
 
-    def _wheres(self) -> npt.NDArray[np.int64]:
+    def _keys(self) -> npt.NDArray[np.int64]:
         return np.arange(len(self))
 
-    def _only(self, chosen: npt.NDArray[np.int64]) -> Self:
+    def _only(self, numbers: npt.NDArray[np.int64]) -> Self:
         other = copy.copy(self)
-        other._start, other._count = self._start[chosen], self._count[chosen]
+        other._start, other._count = self._start[numbers], self._count[numbers]
         return other
 
     def plot(self, sample: Sample, suptitle: str | None = None) -> Figure:
@@ -411,8 +396,8 @@ def split_range(splits: Sequence[str]) -> tuple[tuple[float, float], ...]:
 class RecordBatch(Sequence[Sample]):
     """A batch of samples whose bands still have their own resolutions.
 
-    As a sequence, it gives finished samples one by one, so that it goes through any
-    function that collates samples. :meth:`collate` leaves the work to the device.
+    Any function that collates samples finds finished ones in it, :meth:`collate` leaves
+    the work to the device.
 
     Attributes:
         dataset: The dataset that it is from.

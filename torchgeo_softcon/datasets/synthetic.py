@@ -30,10 +30,8 @@ class SyntheticScenes:
     river and fields; every class has the spectrum of Sentinel-2 Level-1C data
     (reflectance times 10,000), with phenology, texture, relief that is lit by the sun
     of the date, haze, mixed pixels, sensor noise and, in one scene, the edge of the
-    orbit. Bands of 20 m and 60 m are made at their resolution and repeated.
-
-    All of this is invented: it is no substitute for real data, and accuracies on it
-    say nothing about real ones.
+    orbit. Bands of 20 m and 60 m are made at their resolution and repeated. All of this is
+    invented: accuracies on it say nothing about real ones.
 
     Files:
 
@@ -42,9 +40,8 @@ class SyntheticScenes:
     * ``worldcover/ESA_WorldCover_10m_2021_v200_N45E012_Map.tif``: official name and
       georeference, land cover under the scenes only
 
-    The same arguments always give the same files, which are written only once: several
-    processes may start at the same time, and an interrupted one leaves nothing behind
-    that is taken for complete.
+    The same arguments always give the same files, which are written only once, also by
+    several processes that start at the same time.
     """
 
     def __init__(
@@ -82,15 +79,13 @@ class SyntheticScenes:
             f'bands must be some of {", or some of ".join(map(", ".join, sensors))}, got '
             f'{tuple(bands)}',
         )
-        for name, value, low, high in (
-            ('places', places, 1, MAX_SITES),
-            ('size', size, 32, MAX_SIZE),
-            ('seasons', seasons, 1, 52),
-            ('seed', seed, 0, 2**32 - 1),
-        ):
+        limits = {'places': (1, MAX_SITES), 'size': (32, MAX_SIZE)}
+        limits |= {'seasons': (1, 52), 'seed': (0, 2**32 - 1)}
+        given = {'places': places, 'size': size, 'seasons': seasons, 'seed': seed}
+        for name, (low, high) in limits.items():
             require(
-                low <= value <= high,
-                f'{name} must be from {low} to {high}, got {value}',
+                low <= given[name] <= high,
+                f'{name} must be from {low} to {high}, got {given[name]}',
             )
         self.places, self.size, self.seasons = places, size, seasons
         self.bands, self.seed = names, seed
@@ -98,13 +93,9 @@ class SyntheticScenes:
         self._arguments = dict(vars(self))
 
         folder = cache_folder() / 'synthetic' if root is None else Path(root)
-        #: Folder of exactly these files.
+        #: Folder of exactly these files, with those of the scenes and the land cover.
         self.root = folder.expanduser() / self._key()
-        #: Folder of the scenes.
-        self.images = self.root / 'images'
-        #: Folder of the land cover.
-        self.worldcover = self.root / 'worldcover'
-
+        self.images, self.worldcover = self.root / 'images', self.root / 'worldcover'
         if not self._complete():
             self._write()
 

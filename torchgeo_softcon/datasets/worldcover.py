@@ -15,7 +15,6 @@ import shapely
 import torch
 from affine import Affine
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from pyproj import CRS
@@ -36,13 +35,6 @@ from ..geo.mosaic import Mosaic, open_tile
 from ..landcover.files import assumed_year, find_map_files, map_year, warn_of_resampled
 from ..landcover.product import Color, LandCoverProduct
 from ..landcover.products import WORLDCOVER, ProductLike, find_product
-
-
-def _colormap(product: LandCoverProduct) -> Any:
-    """Return a colormap as TorchGeo 0.8 (a dictionary) or 0.10 (of matplotlib) has it."""
-    if isinstance(getattr(RasterDataset, 'cmap', None), dict):
-        return product.colors
-    return ListedColormap(_color_table(product.colors) / 255)
 
 
 def _color_table(colors: Mapping[int, Color]) -> npt.NDArray[np.uint8]:
@@ -104,8 +96,6 @@ class ESAWorldCover(RasterDataset):
     #: Official colour of every class code, red, green, blue and opacity in [0, 255].
     colors = WORLDCOVER.colors
 
-    cmap = _colormap(WORLDCOVER)
-
     def __init__(
         self,
         paths: Path | Iterable[Path] = 'data',
@@ -157,7 +147,6 @@ class ESAWorldCover(RasterDataset):
         if product is not WORLDCOVER:
             self.url = f'{product.url}/{product.path}'
             self.names, self.colors = product.names, product.colors
-            self.cmap = _colormap(product)  # type: ignore[misc]
         self.paths = paths if isinstance(paths, str | os.PathLike) else list(paths)
         self.ordinal = ordinal
         codes = (product.fill, *classes)
@@ -180,25 +169,18 @@ class ESAWorldCover(RasterDataset):
 
     @property
     def files(self) -> list[str]:
-        """All files of the dataset, official tiles first.
-
-        Raises:
-            DatasetNotFoundError: If there is none.
-        """
+        """All files of the dataset, official tiles first."""
         try:
             return find_map_files(self.paths, self.product, self.year)
         except FileNotFoundError as error:
             raise WorldCoverNotFoundError(str(error)) from None
 
     def tiles(self, crs: Any, bounds: Bounds) -> list[str]:
-        """Return the names of the files that official tiles under a box have.
+        """Return the names of the official tiles under a box, there or not.
 
         Args:
             crs: CRS of the box, anything that pyproj understands.
             bounds: Left, bottom, right and top of the box.
-
-        Returns:
-            Names of files of the year of the dataset, whether they are there or not.
         """
         if self.product.tiles is None:
             return []
@@ -210,10 +192,10 @@ class ESAWorldCover(RasterDataset):
         """Tell whether there is a tile under a box.
 
         Args:
-            crs: See :meth:`tiles`.
-            bounds: See :meth:`tiles`.
-            wholly: Whether there must be tiles under all of the box. There are no tiles
-                where only sea is.
+            crs: CRS of the box, anything that pyproj understands.
+            bounds: Left, bottom, right and top of the box.
+            wholly: Whether there must be tiles under all of it. There are none where only
+                sea is.
         """
         return self._mosaic.covers(CRS.from_user_input(crs), bounds, wholly)
 
@@ -235,8 +217,8 @@ class ESAWorldCover(RasterDataset):
 
         Raises:
             OSError: If a tile cannot be read.
-            ValueError: If *height* or *width* are not positive, or if a tile has codes
-                that are not the product's.
+            ValueError: If *height* or *width* are not positive, or a tile has codes that
+                are not the product's.
         """
         require(
             height > 0 and width > 0,
@@ -253,8 +235,8 @@ class ESAWorldCover(RasterDataset):
                 index. What is left out is that of the dataset.
 
         Returns:
-            A sample with a *mask* of shape (H, W), long, and what else TorchGeo's own
-            raster datasets give: *crs* and *bounds*, or *bounds* and *transform*.
+            A sample with a *mask* of shape (H, W), long, and *crs*, *bounds* or *transform*
+            as TorchGeo's own raster datasets give them.
 
         Raises:
             IndexError: If *query* does not touch a tile.
@@ -292,9 +274,8 @@ class ESAWorldCover(RasterDataset):
         fig, axs = plt.subplots(
             1, len(panels), figsize=size, squeeze=False, layout='constrained'
         )
-        table = _color_table(
-            {v: self.colors[code] for v, code in self._code_of.items()}
-        )
+        colors = {value: self.colors[code] for value, code in self._code_of.items()}
+        table = _color_table(colors)
         present: set[int] = set()
         for ax, panel in zip(axs[0], panels, strict=True):
             values = sample[panel].detach().cpu().squeeze().numpy().astype(np.uint8)
@@ -303,19 +284,12 @@ class ESAWorldCover(RasterDataset):
             ax.axis('off')
             if show_titles:
                 ax.set_title(panel.capitalize())
-        fig.legend(
-            handles=[
-                Patch(
-                    facecolor=table[value] / 255,
-                    edgecolor='0.5',
-                    label=f'{value} {self.names[code]}',
-                )
-                for value, code in self._code_of.items()
-                if value in present
-            ],
-            loc='outside right center',
-            frameon=False,
-        )
+        handles = [
+            Patch(fc=table[value] / 255, ec='0.5', label=f'{value} {self.names[code]}')
+            for value, code in self._code_of.items()
+            if value in present
+        ]
+        fig.legend(handles=handles, loc='outside right center', frameon=False)
         if suptitle is not None:
             fig.suptitle(suptitle)
         return fig
@@ -334,8 +308,8 @@ def open_years(
     for year in sorted(product.years, reverse=True):
         with suppress(FileNotFoundError):
             # Also of files that are named, only those of the year
-            files = find_map_files(paths, product, year)
-            files = [file for file in files if map_year(file, product) in (None, year)]
+            found = find_map_files(paths, product, year)
+            files = [f for f in found if map_year(f, product) in (None, year)]
             if files:
                 maps[year] = ESAWorldCover(files, year=year, product=product)
     if not maps:

@@ -23,8 +23,7 @@ SoftReduction: TypeAlias = Literal['pairs', 'rows']
 #: Forms of the soft term that a bias, or a temperature of the targets, is for.
 _BIASED: dict[str, tuple[str, ...]] = {'batch': ('bce', 'mse'), 'learned': ('bce',)}
 
-#: Images of a batch whose similarities are ranked: sorting all pairs of 4,096 would take
-#: longer than what it tells is worth.
+#: Images of a batch whose similarities are ranked: sorting all pairs of 4,096 is slow.
 _RANKED = 256
 
 #: Steps of Newton's method towards the bias of a batch. It doubles its digits in each.
