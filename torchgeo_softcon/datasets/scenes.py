@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
@@ -312,7 +312,7 @@ class WorldCoverScenes(DrawnImages):
         seed: int | None = None,
         seasons: int | None = None,
         stream: int = 0,
-    ) -> 'WorldCoverScenes':
+    ) -> Self:
         """Return other windows of the same rasters, without opening them again.
 
         Args:
@@ -340,9 +340,7 @@ class WorldCoverScenes(DrawnImages):
         other._set_rows(rows, length)
         return other
 
-    def divide(
-        self, fraction: float
-    ) -> tuple['WorldCoverScenes', 'WorldCoverScenes', 'WorldCoverScenes']:
+    def divide(self, fraction: float) -> tuple[Self, Self, Self]:
         """Divide the rows of each raster, and take windows of their own in each part.
 
         Args:
