@@ -322,9 +322,6 @@ class WorldCoverScenes(DrawnImages):
             seasons: Number of dates per sample, None for the same.
             stream: Number of an independent series of windows with the same seed.
 
-        Returns:
-            A new dataset.
-
         Raises:
             ValueError: If a window does not fit into the rows of a raster, or if an
                 argument is out of range.
@@ -332,8 +329,8 @@ class WorldCoverScenes(DrawnImages):
         other = copy.copy(self)
         other._reader = RasterReader(open_mapped)
         other.seed = self.seed if seed is None else seed
-        other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
+        other.stream = stream
         check_seed(other.seed)
         check_counts(seasons=other.seasons, length=length)
         other._check_dates()
