@@ -17,7 +17,7 @@ from torchgeo_softcon.tasks.optimizers import create_optimizer, parameter_groups
 from torchgeo_softcon.transforms import ToUnitRange, WorldCoverMultiLabel
 
 from .fake_cuda import fake_cuda, move
-from .tasks.helpers import make_dino, make_task
+from .tasks.helpers import TASKS, make_dino, make_task
 
 BF16 = torch.bfloat16
 
@@ -54,7 +54,7 @@ def run_step(
 
 @pytest.mark.parametrize('precision', [None, torch.float16, BF16])
 @pytest.mark.parametrize('model', ['test_vit', 'test_resnet'])
-@pytest.mark.parametrize('make', [make_task, make_dino])
+@TASKS
 def test_step(make: Any, model: str, precision: torch.dtype | None) -> None:
     run_step(make(model=model), precision)
 

@@ -21,7 +21,7 @@ from torchgeo.main import main
 from torchgeo_softcon.__main__ import main as command
 from torchgeo_softcon._compat import HAS_TASKS
 from torchgeo_softcon.callbacks import KNNProbe
-from torchgeo_softcon.callbacks.subset import choose_subset
+from torchgeo_softcon.callbacks.datamodule import choose_subset
 from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.models import ViTSmall14_DINOv2_Weights, create_encoder
 from torchgeo_softcon.models.encoders import Encoder
@@ -160,7 +160,9 @@ class TestBigEarthNet:
             parts.append((count, len(chosen)))
             return chosen
 
-        monkeypatch.setattr('torchgeo_softcon.callbacks.subset.choose_subset', watched)
+        monkeypatch.setattr(
+            'torchgeo_softcon.callbacks.datamodule.choose_subset', watched
+        )
         fit(
             'bigearthnet_linear',
             *('--data.dict_kwargs.root', data['bigearthnet'], '--model.size', '28'),

@@ -17,6 +17,7 @@ import torch
 import torchgeo_softcon
 from torchgeo_softcon import callbacks
 from torchgeo_softcon._checks import check_types
+from torchgeo_softcon.losses import SoftContrastiveLoss, SoftLabelLoss
 
 HEADS = {'hidden_dim': 8, 'output_dim': 8}
 #: Arguments that are needed, or make it fast.
@@ -53,11 +54,20 @@ class Nonsense:
     """Fits no type."""
 
 
+def hints_of(cls: Any) -> dict[str, Any]:
+    """Return the types of all arguments, those that a class passes on among them."""
+    hints = get_type_hints(cls.__init__)
+    if 'options' in hints:
+        # To the next class, or to a part
+        target = SoftLabelLoss if cls is SoftContrastiveLoss else cls.__mro__[1]
+        hints = hints_of(target) | hints
+    return hints
+
+
 def options() -> Iterator[Any]:
     """Yield each option of each class with what it cannot be."""
     for cls in dict.fromkeys(CLASSES):
-        hints = get_type_hints(cls.__init__)
-        for name, hint in hints.items():
+        for name, hint in hints_of(cls).items():
             kinds = {*re.findall(r'\w+', str(hint))} | {getattr(hint, '__name__', '')}
             wrong: list[Any] = [Nonsense()]
             if kinds & {'int', 'float'} and 'Sequence' not in kinds:

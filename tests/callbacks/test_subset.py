@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from torchgeo_softcon import SyntheticScenesDataModule
 from torchgeo_softcon.callbacks import TrainSubset
-from torchgeo_softcon.callbacks.subset import choose_subset
+from torchgeo_softcon.callbacks.datamodule import choose_subset
 from torchgeo_softcon.datasets import SyntheticScenes
 
 from .helpers import PatchesDataModule

@@ -100,6 +100,12 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not any('Terminal' in repr(c) for c in trainer.callbacks)
 
 
+def test_no_logging(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1, log_every_n_steps=0)
+    trainer.fit(make_task(), make_loader())
+    assert trainer.global_step == 4
+
+
 def test_other_messages_pass() -> None:
     for text, shown in (('GPU available: True', True), ('💡 Tip: For seamless', False)):
         record = logging.LogRecord('x', logging.INFO, 'x', 0, text, (), None)

@@ -441,6 +441,11 @@ class TestCache:
         assert decoded == [0, 0, 1]  # the first tells the size
         save(root / 'images/b.png', np.full((8, 8, 3), 7))
         assert (folder(root, **options)[1]['image'] * 255).round().unique() == 7
+        # Files beside an image tell of its pixels, too
+        caches = [*(root / 'cache').iterdir()]
+        (root / 'images/b.png.aux.xml').write_text('<PAMDataset/>')
+        folder(root, **options)
+        assert len([*(root / 'cache').iterdir()]) == len(caches) + 1
 
     def test_other_sizes(self, root: Path) -> None:
         save(root / 'images/b.png', np.full((9, 8, 3), 7))

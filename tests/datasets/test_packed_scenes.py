@@ -96,6 +96,12 @@ class TestPackedScenes:
         }
         assert changed == {Path(first).stem, Path(others[-1]).stem}
         assert verify_scenes(out) == []
+        # Files beside an image tell of it, too
+        times = {path: path.stat().st_mtime_ns for path in out.rglob('*.tif')}
+        Path(f'{first}.aux.xml').write_text('<PAMDataset/>')
+        pack_scenes(images, out, scenes.worldcover)
+        (again,) = [path for path in times if times[path] != path.stat().st_mtime_ns]
+        assert again.stem == Path(first).stem
         direct = WorldCoverScenes(images, scenes.worldcover, patch_size=32)
         mapped = WorldCoverScenes(out, patch_size=32)
         assert all(equal(direct[index], mapped[index]) for index in range(4))

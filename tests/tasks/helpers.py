@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -55,6 +56,10 @@ def make_dino(**kwargs: Any) -> DINOMCTask:
     torch.manual_seed(0)
     heads = {'output_dim': 24, 'bottleneck_dim': 8}
     return DINOMCTask(**{**_SMALL, **heads, 'local_sizes': (28, 20, 16), **kwargs})
+
+
+#: For tests of both tasks.
+TASKS = pytest.mark.parametrize('make', [make_task, make_dino])
 
 
 class Whole(nn.Module):

@@ -19,18 +19,18 @@ from torchgeo_softcon import ResNet50_Weights, ViTSmall16_Weights
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.tasks import SoftConTask
-from torchgeo_softcon.tasks.accumulation import warn_of_lost_gradients
 from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
 from torchgeo_softcon.tasks.optimizers import (
     cosine_warmup,
     create_optimizer,
-    images_per_step,
     parameter_groups,
 )
+from torchgeo_softcon.tasks.runs import images_per_step, warn_of_lost_gradients
 from torchgeo_softcon.transforms.seasons import _warn_once, split_seasons
 
 from ..models.helpers import WeightsFolder
 from .helpers import (
+    TASKS,
     Scenes,
     assert_resumes,
     make_batch,
@@ -473,7 +473,7 @@ def test_precision_and_clipping(tmp_path: Path, precision: Any) -> None:
     assert trainer.optimizers[0].defaults['fused'] is False
 
 
-@pytest.mark.parametrize('make', [make_task, make_dino])
+@TASKS
 def test_double_precision(make: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1, precision='64-true')
     trainer.fit(make(), make_loader())
@@ -512,7 +512,7 @@ class TestSeasonsInChannels:
     def forget(self) -> None:
         _warn_once.cache_clear()
 
-    @pytest.mark.parametrize('make', [make_task, make_dino])
+    @TASKS
     def test_not_asked_for(self, make: Any) -> None:
         match = '12 channels are read as 3 seasons .* set in_channels .* bands, 12'
         with pytest.warns(UserWarning, match=match):

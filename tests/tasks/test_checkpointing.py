@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
-from .helpers import make_batch, make_dino, make_loader, make_task, make_trainer
+from .helpers import TASKS, make_batch, make_dino, make_loader, make_task, make_trainer
 
 
 class SavedBytes:
@@ -64,7 +64,7 @@ def test_same_gradients_from_less_memory(make: Any, kwargs: dict[str, Any]) -> N
     assert totals[1] < 0.8 * totals[0]
 
 
-@pytest.mark.parametrize('make', [make_task, make_dino])
+@TASKS
 def test_batch_norm_sees_each_batch_once(make: Any, tmp_path: Path) -> None:
     buffers = []
     for checkpointing in (False, True):
@@ -95,7 +95,7 @@ def test_batch_norm_after_an_interruption(momentum: float | None) -> None:
     assert int(task.model.bn1.num_batches_tracked) == before + 1
 
 
-@pytest.mark.parametrize('make', [make_task, make_dino])
+@TASKS
 def test_only_the_student(make: Any) -> None:
     task = make(grad_checkpointing=True)
     (student, teacher), *_ = task.ema_pairs()

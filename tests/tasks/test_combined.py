@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -19,7 +18,7 @@ from torchgeo_softcon.modules import packing
 from torchgeo_softcon.modules.ema import make_teacher
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
-from .helpers import Corners, Scenes, Whole, make_dino, make_task, make_trainer
+from .helpers import TASKS, Corners, Scenes, Whole, make_dino, make_task, make_trainer
 
 
 class EverySecond(Sampler[int]):
@@ -84,16 +83,19 @@ def make_small(make: Any, **kwargs: Any) -> SoftConTask | DINOMCTask:
     return task
 
 
-@pytest.mark.parametrize('make', [make_task, make_dino])
+@TASKS
 def test_everything_together(make: Any, tmp_path: Path) -> None:
-    plain = make_small(make)
-    make_trainer(
-        tmp_path,
-        max_epochs=1,
-        accumulate_grad_batches=2,
-        callbacks=[Report(tmp_path, compiles=False)],
-    ).fit(plain, DataLoader(Scenes(32), batch_size=8))
-    expected = torch.load(tmp_path / '0.pt')
+    plain = {}
+    for precision in ('bf16-mixed', '32-true'):
+        make_trainer(
+            tmp_path,
+            max_epochs=1,
+            accumulate_grad_batches=2,
+            precision=precision,
+            callbacks=[Report(tmp_path, compiles=False)],
+        ).fit(make_small(make), DataLoader(Scenes(32), batch_size=8))
+        plain[precision] = torch.load(tmp_path / '0.pt')
+    expected = plain['32-true']
 
     options = {'compile_encoder': True} if make is make_dino else {}
     make_trainer(
@@ -117,9 +119,11 @@ def test_everything_together(make: Any, tmp_path: Path) -> None:
         assert rank['steps'] == expected['steps'] == 2
     # Of every second image
     losses = (ranks[0]['losses'] + ranks[1]['losses']) / 2
-    torch.testing.assert_close(
-        losses, expected['losses'], rtol=0.02, atol=0
-    )  # bfloat16
+    same = plain['bf16-mixed']['losses']
+    torch.testing.assert_close(losses, same, rtol=0.01, atol=0)
+    # One process in bfloat16 is as far off: logits near 1, rounded to 1 / 256 and divided
+    # by temperatures of 0.1 and 0.04. Up to 4 % for other random parameters than these
+    torch.testing.assert_close(losses, expected['losses'], rtol=0.02, atol=0)
     for name, value in ranks[0]['state'].items():
         assert torch.equal(value, ranks[1]['state'][name]), name
     start = make_small(make).state_dict()

@@ -18,15 +18,13 @@ from torchgeo_softcon.tasks import PretrainingTask
 from torchgeo_softcon.tasks.optimizers import layer_scales
 
 from .helpers import (
+    TASKS,
     assert_resumes,
-    make_dino,
     make_fixed,
     make_loader,
     make_task,
     make_trainer,
 )
-
-TASKS = pytest.mark.parametrize('make', [make_task, make_dino])
 
 
 @pytest.fixture

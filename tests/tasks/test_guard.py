@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tests.fake_cuda import fake_cuda
 from torchgeo_softcon.tasks.guard import NonFiniteGuard
 
-from .helpers import Scenes, make_dino, make_task, make_trainer
+from .helpers import TASKS, Scenes, make_trainer
 
 RNG = np.random.default_rng(0)
 DIGITAL = torch.from_numpy(RNG.gamma(2, 700, (4, 13, 8, 8)))
@@ -92,7 +92,7 @@ def test_declared_ranges_are_clipped_to() -> None:
     assert 'exactly 0 or 255' in message
 
 
-@pytest.mark.parametrize('make', [make_task, make_dino])
+@TASKS
 def test_both_tasks(make: Any, tmp_path: Path) -> None:
     class Unscaled(Scenes):
         def __getitem__(self, index: int) -> dict[str, Tensor]:

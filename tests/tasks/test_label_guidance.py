@@ -14,6 +14,7 @@ from torchgeo_softcon.callbacks import LabelControl
 from torchgeo_softcon.losses import soft_label_loss
 
 from .helpers import (
+    TASKS,
     Corners,
     Whole,
     assert_resumes,
@@ -24,8 +25,6 @@ from .helpers import (
     make_task,
     make_trainer,
 )
-
-TASKS = pytest.mark.parametrize('make', [make_task, make_dino])
 
 #: Weights that both tasks take.
 WEIGHTS: tuple[Any, ...] = (3.0, 'auto')

@@ -142,8 +142,11 @@ class TestConstructor:
             predictor_layers=1,
         )
         criterion, masking = task.criterion, task.masking
-        assert (criterion.temperature, criterion.soft_temperature) == (0.3, 0.7)
-        assert (criterion.gather_distributed, criterion.soft_loss) == (False, 'mse')
+        assert (criterion.temperature, criterion.soft.temperature) == (0.3, 0.7)
+        assert (criterion.gather_distributed, criterion.soft.soft_loss) == (
+            False,
+            'mse',
+        )
         assert (masking.mode, masking.patch_size, masking.ratio) == ('pixel', 8, 0.25)
         rates = [getattr(m, 'drop_prob', 0) or 0 for m in task.model.modules()]
         assert max(rates) == pytest.approx(0.2)

@@ -12,25 +12,24 @@ if TYPE_CHECKING:
     from .collapse import CollapseMonitor as CollapseMonitor
     from .collapse import effective_rank as effective_rank
     from .collapse import uniformity as uniformity
+    from .datamodule import TrainSubset as TrainSubset
+    from .datamodule import UnitRange as UnitRange
     from .embeddings import EmbeddingWriter as EmbeddingWriter
     from .knn import KNNProbe as KNNProbe
     from .knn import knn_scores as knn_scores
     from .label_control import LabelControl as LabelControl
     from .resize import ResizeForWeights as ResizeForWeights
     from .resize import ResizeInput as ResizeInput
-    from .subset import TrainSubset as TrainSubset
     from .terminal import Terminal as Terminal
-    from .unit_range import UnitRange as UnitRange
 
 __getattr__, __dir__, __all__ = lazy_names(
     globals(),
     backbone=('LoadBackbone',),
     collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
+    datamodule=('TrainSubset', 'UnitRange'),
     embeddings=('EmbeddingWriter',),
     knn=('KNNProbe', 'knn_scores'),
     label_control=('LabelControl',),
     resize=('ResizeForWeights', 'ResizeInput'),
-    subset=('TrainSubset',),
     terminal=('Terminal',),
-    unit_range=('UnitRange',),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from .._checks import check_types
+from .._checks import check_types, require
 from ..models.encoders import find_weights
 
 
@@ -18,7 +18,7 @@ class LoadBackbone(Callback):
     """Start object detection and instance segmentation from a ResNet of this package.
 
     These tasks of TorchGeo take torchvision's weights only, and build torchvision's
-    ResNets, whose parameters have the names of timm's. (They build no other encoders.)
+    ResNets, whose parameters have the names of timm's.
 
     .. code-block:: yaml
 
@@ -57,32 +57,23 @@ class LoadBackbone(Callback):
             return
         model: Any = getattr(pl_module, 'model', None)
         body = getattr(getattr(model, 'backbone', None), 'body', None)
-        if body is None:
-            raise ValueError(
-                'LoadBackbone is for tasks of object detection and instance segmentation, '
-                f'got {type(pl_module).__name__}. Others take weights themselves'
-            )
+        name = type(pl_module).__name__
+        require(
+            body is not None,
+            'LoadBackbone is for tasks of object detection and instance segmentation, '
+            f'got {name}. Others take weights themselves',
+        )
         found = find_weights(self.weights, self.bands).state_dict
         own = body.state_dict()
-        wrong = [
-            key
-            for key, value in own.items()
-            if not key.endswith('num_batches_tracked')
-            and (key not in found or found[key].shape != value.shape)
-        ]
-        if wrong:
-            key = wrong[0]
-            shapes = [
-                tuple(v.shape) for v in (own[key], found.get(key)) if v is not None
-            ]
-            raise ValueError(
-                f'weights {self.weights} do not fit the backbone of '
-                f'{type(pl_module).__name__}: {key} of shape {shapes[0]} '
-                + (f'is of {shapes[1]}' if shapes[1:] else 'is missing')
-                + '. Choose weights of the same ResNet, and its number of bands as '
-                'in_channels'
-            )
-        body.load_state_dict(
-            {key: found[key] for key in own if key in found}, strict=False
-        )
+        for key, value in own.items():
+            if not key.endswith('num_batches_tracked'):
+                got = f'of {tuple(found[key].shape)}' if key in found else 'missing'
+                require(
+                    key in found and found[key].shape == value.shape,
+                    f'weights {self.weights} do not fit the backbone of {name}: {key} of '
+                    f'shape {tuple(value.shape)} is {got}. Choose weights of the same '
+                    'ResNet, and its number of bands as in_channels',
+                )
+        state = {key: found[key] for key in own if key in found}
+        body.load_state_dict(state, strict=False)
         rank_zero_info(f'The backbone starts from {self.weights}')

@@ -29,20 +29,19 @@ def effective_rank(features: Tensor) -> Tensor:
         \exp\left(-\sum_i p_i \log p_i\right), \quad
         p_i = \frac{\sigma_i}{\sum_j \sigma_j}
 
-    1 if all features are multiples of one vector, min(N, F) if all directions are used
-    alike. O. Roy and M. Vetterli, The effective rank, 2007; as a measure of
-    self-supervised features, RankMe, https://arxiv.org/abs/2210.02885, section 3.
+    O. Roy and M. Vetterli, The effective rank, 2007; as a measure of self-supervised
+    features, RankMe, https://arxiv.org/abs/2210.02885, section 3.
 
     Args:
         features: Features of shape (N, F), any floating dtype.
 
     Returns:
-        A float32 scalar from 1 to min(N, F), or 0 if all features are zero.
+        A float32 scalar, from 1 if all features are multiples of one vector to min(N, F)
+        if all directions are used alike, or 0 if all features are zero.
     """
     values = torch.linalg.svdvals(features.float())
     share = values / values.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    entropy = -torch.special.xlogy(share, share).sum()
-    return entropy.exp() * (values.sum() > 0)
+    return torch.special.entr(share).sum().exp() * (values.sum() > 0)
 
 
 def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
@@ -70,17 +69,16 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
 class CollapseMonitor(EncoderWatch):
     """Measure how much of their space the features use, and warn of too little.
 
-    Encodes the images of a batch with the encoder as it is, from time to time, and logs
+    Encodes the images of a batch from time to time, and logs
 
     * ``collapse/feature_std``: standard deviation of L2-normalized features, averaged
       over dimensions. 1 / sqrt(F) if they are spread evenly, 0 if all images look alike.
-    * ``collapse/effective_rank``: see :func:`effective_rank`, at most the number of
-      images of the batch (on all devices) and of features.
+    * ``collapse/effective_rank``: see :func:`effective_rank`.
     * ``collapse/uniformity``: see :func:`uniformity`.
 
     Warns once if all images of a batch have had nearly the same features several times in
-    a row, or if a loss over prototypes (DINO) stays at the logarithm of their number,
-    which means that the outputs tell nothing apart.
+    a row, or if a loss over prototypes (DINO) stays at the logarithm of their number:
+    then outputs tell nothing apart.
 
     For the tasks of this package and TorchGeo's own. The training is the same to the
     bit with and without it.
@@ -102,14 +100,12 @@ class CollapseMonitor(EncoderWatch):
                 which costs a fourth of a training step or less.
             min_std: Smallest feature standard deviation that is not called a collapse,
                 in units of 1 / sqrt(F). 0.02 is a cosine similarity of 0.9996 between
-                different images. Randomly initialized encoders have 0.05 to 0.15 on the
-                synthetic scenes.
+                different images; new encoders have 0.05 to 0.15 on synthetic scenes.
             min_rank: Smallest effective rank that is not called a collapse.
             patience: Number of looks in a row that must see a collapse.
             plateau_steps: Number of optimizer steps that a DINO loss may stay within
                 1 % of log(prototypes). It starts there.
-            encoder: Name of the encoder in the task. Defaults to the one that is
-                exported.
+            encoder: Name of the encoder in the task, by default the exported one.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -121,12 +117,9 @@ class CollapseMonitor(EncoderWatch):
         check_not_negative(min_std=min_std, min_rank=min_rank)
 
         super().__init__()
-        self.every_n_steps = every_n_steps
-        self.min_std = min_std
-        self.min_rank = min_rank
-        self.patience = patience
-        self.plateau_steps = plateau_steps
-        self.encoder = encoder
+        self.every_n_steps, self.encoder = every_n_steps, encoder
+        self.min_std, self.min_rank = min_std, min_rank
+        self.patience, self.plateau_steps = patience, plateau_steps
         self._seen = 0
         self._plateau_start = -1
         self._warned: list[str] = []
@@ -165,10 +158,9 @@ class CollapseMonitor(EncoderWatch):
         features = gather(trainer, features).flatten(0, 1)
         if len(features) < 2:
             return None
-        logged = trainer.callback_metrics
-        loss = logged.get('train_loss', torch.tensor(math.nan))
-        # Without the part that labels guide
-        loss = logged.get('train_loss_dino', loss)
+        loss = torch.tensor(math.nan)
+        for name in ('train_loss', 'train_loss_dino'):  # the part without labels
+            loss = trainer.callback_metrics.get(name, loss)
         with torch.autocast(features.device.type, enabled=False):
             measures = [
                 std_of_l2_normalized(features),
@@ -181,11 +173,8 @@ class CollapseMonitor(EncoderWatch):
 
         self._judge_features(std, rank, *features.shape)
         self._judge_loss(pl_module, trainer.global_step, last_loss)
-        return {
-            'collapse/feature_std': std,
-            'collapse/effective_rank': rank,
-            'collapse/uniformity': uniform,
-        }
+        named = {'feature_std': std, 'effective_rank': rank, 'uniformity': uniform}
+        return {f'collapse/{name}': value for name, value in named.items()}
 
     def _judge_features(self, std: float, rank: float, count: int, width: int) -> None:
         """Warn if features have been alike for too long."""
@@ -227,10 +216,7 @@ class CollapseMonitor(EncoderWatch):
 def count_prototypes(task: LightningModule) -> int | None:
     """Return the size of the centre of a loss over prototypes, None for other losses."""
     criterion = getattr(task, 'criterion', None)
-    for name in ('centre', 'center'):
-        # lightly's loss has a module of that name with the buffer in it
-        value = getattr(criterion, name, None)
-        value = getattr(value, 'center', value)
-        if isinstance(value, Tensor):
-            return int(value.shape[-1])
-    return None
+    center = getattr(criterion, 'centre', getattr(criterion, 'center', None))
+    # lightly's loss has a module of that name with the buffer in it
+    center = getattr(center, 'center', center)
+    return int(center.shape[-1]) if isinstance(center, Tensor) else None

@@ -3,9 +3,9 @@
 
 """Embeddings of a prediction in a (Geo)Parquet file."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ class EmbeddingWriter(BasePredictionWriter):
     """Write what ``predict_step`` gives to a Parquet file, sample by sample.
 
     The columns are *index* (position in the order of prediction), *embedding* and, where
-    the batch has it, *label*. Where data tell the place of a sample, the file is a
-    `GeoParquet <https://geoparquet.org>`__ file with *geometry*, the outline in
-    longitude and latitude, *crs*, the coordinate reference system that the sample is in,
-    *start* and *stop*, its time in UTC, and what readers of others look for, see
-    :func:`.arrange`. Rows are ordered by place. QGIS and geopandas open it.
+    the batch has it, *label*. Where data tell the place of a sample, the file is
+    `GeoParquet <https://geoparquet.org>`__, ordered by place, with *geometry* (the outline
+    in longitude and latitude), *crs* (that of the sample), *start* and *stop* (its time in
+    UTC), and what readers of others look for, see :func:`.arrange`.
 
-    A run that is interrupted and started again adds what is missing: nothing is written
-    twice. (It is computed twice, unlike with ``torchgeo-softcon embed``.)
+    A run that is interrupted and started again writes what is missing. (It computes all
+    of it again, unlike ``torchgeo-softcon embed``.)
 
     .. code-block:: yaml
 
@@ -58,10 +57,9 @@ class EmbeddingWriter(BasePredictionWriter):
         """
         check_types(EmbeddingWriter.__init__, locals())
         super().__init__('batch')
-        self.path = Path(path)
-        self.overwrite = overwrite
+        self.path, self.overwrite = Path(path), overwrite
         self._rows: EmbeddingRows | None = None
-        self._lock = contextlib.ExitStack()
+        self._lock = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start, or go on with what is there.
@@ -71,6 +69,7 @@ class EmbeddingWriter(BasePredictionWriter):
             FileExistsError: If the file exists already.
             ValueError: If there are parts of something else.
         """
+        self._rows = None
         loaders: Any = trainer.predict_dataloaders
         if trainer.predict_loop.num_dataloaders > 1:
             raise ValueError(
@@ -108,11 +107,11 @@ class EmbeddingWriter(BasePredictionWriter):
         Raises:
             ValueError: If *prediction* is no embedding.
         """
-        shape = tuple(getattr(prediction, 'shape', ()))
-        if not isinstance(prediction, Tensor) or len(shape) != 2:
+        if not isinstance(prediction, Tensor) or prediction.ndim != 2:
+            got = getattr(prediction, 'shape', type(prediction).__name__)
             raise ValueError(
                 f'predict_step of {type(pl_module).__name__} must give features of shape '
-                f'(B, F), got {shape or type(prediction).__name__}. For other tasks, use '
+                f'(B, F), got {got}. For other tasks, use '
                 '`torchgeo-softcon embed --checkpoint`, which takes the encoder alone'
             )
         assert self._rows is not None  # since the start
@@ -121,7 +120,7 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make one file of the parts."""
         assert self._rows is not None  # since the start
-        with self._close():
+        with self._lock:
             self._rows.flush()
             # Of all processes, which have then written theirs
             samples = trainer.strategy.reduce(
@@ -135,31 +134,19 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save the rows that are in memory, for the next run to go on from."""
-        with self._close():
+        """Save the rows in memory, for the next run to go on from."""
+        with self._lock:
             if self._rows is not None:
                 self._rows.flush()
 
-    @contextlib.contextmanager
-    def _close(self) -> Iterator[None]:
-        """Let go of the file at the end, also for the next run of this writer."""
-        try:
-            yield
-        finally:
-            self._lock.close()
-            self._rows = None
 
-
-def _describe(
-    trainer: Trainer, pl_module: LightningModule, dataset: Any
-) -> dict[str, Any]:
+def _describe(trainer: Trainer, task: LightningModule, dataset: Any) -> dict[str, Any]:
     """Tell how the embeddings of a prediction were made."""
-    hparams = pl_module.hparams
     encoder = Encoder(
-        pl_module.state_dict(),
-        hparams.get('model'),
-        bands=hparams.get('bands'),
-        source=str(trainer.ckpt_path or type(pl_module).__name__),
+        task.state_dict(),
+        task.hparams.get('model'),
+        bands=task.hparams.get('bands'),
+        source=str(trainer.ckpt_path or type(task).__name__),
     )
     name = type(dataset).__name__
     return describe(encoder, 'predict_step', None, (), name, dataset)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._checks import check_counts, check_positive, check_types
+from .._checks import check_counts, check_positive, check_types, require
 from ..datamodules.normalization import use_unit_range
 from ..datamodules.protocol import loader_batch_size, trainer_datamodule
 from ..evaluation.loop import (
@@ -29,14 +29,12 @@ from .watch import EncoderWatch, gather, log_now, quietly
 
 __all__ = ('KNNProbe', 'knn_scores')
 
-#: By default, the images of a probe are one in so many of the images that are trained
-#: with between two probes. Training encodes an image four times or more (two views,
-#: forward and backward, and a teacher), a probe once, without heads and augmentations.
+#: By default, a probe has one in so many of the images between two probes. Training
+#: encodes an image four times or more (two views, forward and backward, and a teacher).
 _SHARE = 30
 
-#: But never fewer images than that, as far as there are so many, a quarter of them to ask
-#: for: cross-validated scores of colour statistics on 5,508 patches of Delhi, by squares
-#: of 0.1 degrees, then differ by less than 0.01 (standard deviation) between draws.
+#: But never fewer images: cross-validated scores of colour statistics on 5,508 patches of
+#: Delhi then differ by less than 0.01 (standard deviation) between draws.
 _MIN_SAMPLES = 2048
 
 
@@ -44,30 +42,23 @@ class KNNProbe(EncoderWatch):
     """Measure how well nearest neighbours, and a linear classifier, find labels.
 
     The loss of self-supervised learning may fall while the features are of no use. This
-    encodes labelled images from time to time with the encoder as it is, and logs
-    ``knn_accuracy`` for class indices or ``knn_map`` (mean average precision) for
-    multi-labels, and the same of a trivial classifier that knows the frequencies of the
-    classes only, as ``..._chance``. For Vision Transformers, the class token (``..._cls``)
-    and the mean of the patch tokens (``..._mean``) are probed side by side.
+    encodes labelled images from time to time, and logs ``knn_accuracy`` for class indices
+    or ``knn_map`` (mean average precision) for multi-labels, the same of a classifier that
+    knows the frequencies of the classes only, as ``..._chance``, and the standard deviation
+    over draws of places as ``knn_spread_...``, see :func:`.score_spread`. For Vision
+    Transformers, the class token (``..._cls``) and the mean of the patch tokens
+    (``..._mean``) are probed side by side. A warning is given once if a score is below that
+    before the training by more than its spread.
 
     For the tasks of this package and TorchGeo's own. The training is the same to the
-    bit with and without it. Over several devices, each encodes a part of the images.
-
-    The images come as the datamodule gives them for validation, and must be of the
-    range that the encoder is trained with.
+    bit with and without it. Over several devices, each encodes a part of the images. These
+    come as for validation, and must be of the range that the encoder is trained with.
 
     Images of one place are never on both sides. Where training and validation are the
-    same images, they are divided by place into four parts, each of which is asked for
-    once, with the others as the bank. Places are known of :class:`.ImageMaskFolder`
-    with *places*, of the locations of SSL4EO-S12, and of data with georeference, as
-    squares of 0.1 degrees. Where validation images are of places of the training, or
-    places are not known, the log says so: patches that overlap find each other whatever
-    an encoder has learnt.
-
-    ``knn_spread_...`` is the standard deviation of a score over draws of the places that
-    are asked for, see :func:`.score_spread`. A line of the log has both, and the score
-    before the training. A warning is given once a score is below that by more than its
-    spread: the training takes from the encoder.
+    same images, they are cross-validated in four parts, divided by place: the *places* of
+    :class:`.ImageMaskFolder`, the locations of SSL4EO-S12, and squares of 0.1 degrees of
+    data with georeference. Where places are on both sides, or not known, the log says so:
+    patches that overlap find each other whatever an encoder has learnt.
     """
 
     def __init__(
@@ -91,9 +82,7 @@ class KNNProbe(EncoderWatch):
         Args:
             data: Labelled data: a datamodule, of which the training split becomes the
                 bank of features and the validation split the queries, or a dataset for
-                the bank. Where both splits are the same images, they are
-                cross-validated; where both are windows of the same ground, there is a
-                warning. Defaults to the datamodule of the training.
+                the bank. Defaults to the datamodule of the training.
             queries: Labelled dataset for the queries, if *data* is a dataset.
             k: Number of neighbours.
             temperature: Temperature of their votes (0.07 in DINO and DINO-MC).
@@ -104,19 +93,17 @@ class KNNProbe(EncoderWatch):
             every_n_steps: Optimizer steps between two probes, instead of epochs.
             max_bank: Largest number of images in the bank. By default, *max_bank* and
                 *max_queries* together are a thirtieth of the images between two probes,
-                less than 3 % of the cost of the training, but at least 2048, if there
-                are so many: scores of fewer differ by more than 0.01 between draws. In
-                short runs, probe less often, or lower both for a rough figure.
+                less than 3 % of the cost of the training, but at least 2048: scores of
+                fewer differ by more than 0.01 between draws.
             max_queries: Largest number of queries, by default a third of *max_bank*.
             size: Side in pixels to resize images to. Defaults to the *size* of the
                 task, if it has one.
             unit_range: Whether to scale the images of *data*, a datamodule of TorchGeo, to
                 [0, 1] as SoftCon's authors do, see :class:`.UnitRange`. For encoders that
                 are trained on such images, as those of this package's datamodules.
-            encoder: Name of the encoder in the task, such as ``backbone_momentum``.
-                Defaults to the one that is exported.
-            prefix: What the names of the metrics start with. Needed to tell several
-                probes apart.
+            encoder: Name of the encoder in the task, such as ``backbone_momentum``, by
+                default the exported one.
+            prefix: What the names of the metrics start with, to tell several probes apart.
 
         Raises:
             ValueError: If an argument is out of range, or *queries* is missing.
@@ -131,35 +118,29 @@ class KNNProbe(EncoderWatch):
             size=size,
         )
         check_positive(temperature=temperature)
-        if max_bank is not None and k > max_bank:
-            raise ValueError(f'k must be at most max_bank = {max_bank}, got {k}')
-        single = data is not None and not isinstance(data, LightningDataModule)
-        if single != (queries is not None):
-            raise ValueError(
-                'queries must be given if, and only if, data is a dataset, got data = '
-                f'{type(data).__name__} and queries = {type(queries).__name__}'
-            )
-        if unit_range and not isinstance(data, LightningDataModule):
-            raise ValueError(
-                'unit_range is for a datamodule in data, got data = '
-                f'{type(data).__name__}. Scale a dataset by transforms, and the datamodule '
-                'of the training by UnitRange'
-            )
+        require(
+            max_bank is None or k <= max_bank,
+            f'k must be at most max_bank = {max_bank}, got {k}',
+        )
+        own, kind = isinstance(data, LightningDataModule), type(data).__name__
+        require(
+            (data is None or own) == (queries is None),
+            'queries must be given if, and only if, data is a dataset, got data = '
+            f'{kind} and queries = {type(queries).__name__}',
+        )
+        require(
+            own or not unit_range,
+            f'unit_range is for a datamodule in data, got data = {kind}. Scale a dataset '
+            'by transforms, and the datamodule of the training by UnitRange',
+        )
 
         super().__init__()
-        self.data = data
-        self.queries = queries
-        self.k = k
-        self.temperature = temperature
-        self.linear = linear
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.max_bank = max_bank
-        self.max_queries = max_queries
-        self.size = size
-        self.unit_range = unit_range
-        self.encoder = encoder
-        self.prefix = prefix
+        self.data, self.queries = data, queries
+        self.k, self.temperature, self.linear = k, temperature, linear
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.max_bank, self.max_queries = max_bank, max_queries
+        self.size, self.unit_range = size, unit_range
+        self.encoder, self.prefix = encoder, prefix
         self._start: dict[str, float] = {}
         self._warned = False
 
@@ -206,14 +187,10 @@ class KNNProbe(EncoderWatch):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the encoder if it is time, counted in epochs."""
-        done = trainer.current_epoch + 1
-        last = (
-            done == trainer.max_epochs
-            or trainer.should_stop
-            or trainer.global_step == trainer.max_steps
-        )
+        done, step = trainer.current_epoch + 1, trainer.global_step
+        last = done == trainer.max_epochs or step == trainer.max_steps
         due = self.every_n_steps is None and done % self.every_n_epochs == 0
-        if (due or last) and self._probed_at != trainer.global_step:
+        if (due or last or trainer.should_stop) and self._probed_at != step:
             values = self.probe(trainer, pl_module)
             log_now(trainer, values)
             pl_module.log_dict(values, logger=False, on_epoch=True, prog_bar=True)
@@ -225,11 +202,7 @@ class KNNProbe(EncoderWatch):
         return self.probe(trainer, pl_module)
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Encode the labelled images and evaluate the probes.
-
-        Returns:
-            Metrics by name, the same on all ranks.
-        """
+        """Encode the labelled images and return metrics by name, the same on all ranks."""
         self._probed_at = trainer.global_step
         queries = None
         with quietly(trainer, pl_module):
@@ -248,9 +221,8 @@ class KNNProbe(EncoderWatch):
 
         values, spreads, own = {}, {}, {}
         with torch.autocast(bank.labels.device.type, enabled=False):
-            for score in score_probes(
-                bank, queries, (self.k,), self.temperature, self.linear, micro=False
-            ):
+            options = (self.k,), self.temperature, self.linear, False
+            for score in score_probes(bank, queries, *options):
                 rest = f'_{score.feature}' if len(bank.features) > 1 else ''
                 if score.method == 'chance':
                     values[f'{self.prefix}knn_{score.metric}_chance'] = score.value
@@ -317,31 +289,28 @@ class KNNProbe(EncoderWatch):
         most = self.max_bank or max(count * 3 // 4, self.k)
         fewer = self.max_queries or max(most // 3, 1)
         same = bank.is_same(queries)
+        bank.limit(most + fewer if same else most)
+        known = len(bank.indices)
         if same:
-            bank.limit(most + fewer)
             find_places(bank)
-            known = len(bank.indices) * (FOLDS - 1) // FOLDS
+            known = known * (FOLDS - 1) // FOLDS
         else:
             queries.limit(fewer)
-            bank.limit(most)
             find_places(bank, queries)
-            known = len(bank.indices)
-        if self.k > known:
-            raise ValueError(
-                f'k must be at most the number of labelled samples in the bank, {known}, '
-                f'got {self.k}. Lower k, or give more samples'
-            )
+        require(
+            self.k <= known,
+            f'k must be at most the number of labelled samples in the bank, {known}, got '
+            f'{self.k}. Lower k, or give more samples',
+        )
         return bank, None if same else queries
 
     def _images_between(self, trainer: Trainer) -> int:
         """Count the images that are trained with between two probes, on all ranks."""
         size = loader_batch_size(trainer.train_dataloader) or 1
+        epochs = min(max(trainer.max_epochs or 1, 1), self.every_n_epochs)
+        batches: float = trainer.num_training_batches * epochs
         if self.every_n_steps is not None:
-            batches: float = self.every_n_steps * trainer.accumulate_grad_batches
-        else:
-            epochs = trainer.max_epochs or -1
-            epochs = min(epochs, self.every_n_epochs) if epochs > 0 else 1
-            batches = trainer.num_training_batches * epochs
+            batches = self.every_n_steps * trainer.accumulate_grad_batches
         return 0 if math.isinf(batches) else int(batches * size * trainer.world_size)
 
     def _encode(

@@ -20,22 +20,20 @@ class LabelControl(EncoderWatch):
     is as low with them, embeddings know nothing of the labels but how common they are.
     Logged are
 
-    * ``label_control/soft``: the soft term of a batch as it is trained on, but in
-      evaluation mode,
+    * ``label_control/soft``: the soft term of a batch, in evaluation mode,
     * ``label_control/permuted``: its mean over permutations of the labels,
     * ``label_control/difference``: how much lower it is with the true labels, and
     * ``label_control/spread``: the standard deviation over permutations, which a difference
       that means something exceeds several times.
 
-    For tasks with a soft term, which labels guide. The training is the same to the bit
-    with and without it.
+    For tasks that labels guide. The training is the same to the bit with and without it.
     """
 
     def __init__(self, every_n_steps: int = 50, permutations: int = 8) -> None:
         """Initialize a new LabelControl instance.
 
         Args:
-            every_n_steps: Optimizer steps between two looks, each at one batch, which
+            every_n_steps: Optimizer steps between two looks at one batch, each of which
                 costs about half a training step.
             permutations: Number of permutations of the labels, at least 2.
 
@@ -70,18 +68,14 @@ class LabelControl(EncoderWatch):
         with quietly(trainer, task):
             *embeddings, label, key_label = task.label_pairs(batch, 0)
             draws = torch.rand(self.permutations, len(label), device=label.device)
-            orders = [slice(None), *draws.argsort(dim=1)]
-            values = torch.stack(
-                [
-                    task.soft_criterion(*embeddings, label[order], key_label[order])
-                    for order in orders
-                ]
-            )
-        values = gather(trainer, values).mean(0)
+            values = [
+                task.soft_criterion(*embeddings, label[order], key_label[order])
+                for order in (slice(None), *draws.argsort(dim=1))
+            ]
+        true, *others = gather(trainer, torch.stack(values)).mean(0)
+        drawn = torch.stack(others)
         # The only place where the host waits for the device
-        soft, permuted, spread = torch.stack(
-            [values[0], values[1:].mean(), values[1:].std()]
-        ).tolist()
+        soft, permuted, spread = torch.stack([true, drawn.mean(), drawn.std()]).tolist()
         return {
             'label_control/soft': soft,
             'label_control/permuted': permuted,

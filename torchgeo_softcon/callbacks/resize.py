@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
 
-from .._checks import check_types
+from .._checks import check_types, require
 from ..models.encoders import own_weights
 
 #: What tells positions in an image, in TorchGeo and in torchvision.
@@ -22,17 +22,8 @@ class ResizeInput(Callback):
     """Resize ``batch['image']`` on its way into any task of whole images.
 
     EuroSAT's tiles have 64 pixels, those of BigEarthNet 120. The papers evaluate their
-    encoders at 224 pixels (see the README of `SoftCon
-    <https://github.com/zhu-xlab/softcon>`__), and timm's Vision Transformers refuse
-    any other size than the one they are built for.
-
-    .. code-block:: yaml
-
-        trainer:
-          callbacks:
-            - class_path: torchgeo_softcon.callbacks.ResizeInput
-              init_args:
-                size: 224
+    encoders at 224 pixels, as ``examples/eurosat_finetune.yaml`` does, and timm's Vision
+    Transformers refuse other sizes than the one they are built for.
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -46,8 +37,9 @@ class ResizeInput(Callback):
             ValueError: If the size is not positive.
         """
         check_types(ResizeInput.__init__, locals())
-        if size is not None and size < 1:
-            raise ValueError(f'size must be a number of pixels, got {size}')
+        require(
+            size is None or size > 0, f'size must be a number of pixels, got {size}'
+        )
         self.size = size
         self._target: tuple[int, int] | None = None
 
@@ -59,16 +51,16 @@ class ResizeInput(Callback):
         """
         fixed = fixed_size(pl_module)
         self._target = fixed if self.size is None else (self.size, self.size)
-        if self._target is None:
-            raise ValueError(
-                f'size must be given to ResizeInput: the model of '
-                f'{type(pl_module).__name__} has no input size of its own'
-            )
-        if fixed not in (None, self._target):
-            raise ValueError(
-                f'size must be {fixed}, the size that the model is built for, or be left '
-                f'out, got {self.size}'
-            )
+        require(
+            self._target,
+            f'size must be given to ResizeInput: the model of '
+            f'{type(pl_module).__name__} has no input size of its own',
+        )
+        require(
+            fixed in (None, self._target),
+            f'size must be {fixed}, the size that the model is built for, or be left '
+            f'out, got {self.size}',
+        )
 
     def _resize(self, batch: Any) -> None:
         """Resize the images of a mini-batch in place."""
@@ -81,18 +73,10 @@ class ResizeInput(Callback):
                 f'batch[{kept[0]!r}] would keep its size: ResizeInput is for tasks with '
                 'labels of whole images. Resize both in the transforms of the dataset'
             )
-        flat = image.reshape(-1, *image.shape[-3:]).float()
-        # As torchvision's Resize does for tensors
-        flat = F.interpolate(flat, self._target, mode='bilinear', antialias=True)
-        batch['image'] = flat.to(image.dtype).reshape(*image.shape[:-2], *self._target)
+        batch['image'] = TF.resize(image, list(self._target))
 
     def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any
     ) -> None:
         """Resize the images in *batch*, of shape (..., C, H, W).
 
@@ -109,9 +93,9 @@ class ResizeInput(Callback):
 class ResizeForWeights(ResizeInput):
     """A :class:`ResizeInput` that acts only where a task would fail without it.
 
-    The plugin adds it to every trainer of TorchGeo's tasks. It acts on tasks that start
-    from weights of this package or from a checkpoint, in a model that refuses the size of
-    the images, and says so.
+    The plugin adds it to every trainer of TorchGeo's tasks. It acts, and says so, on tasks
+    that start from weights of this package or from a checkpoint, in a model that refuses
+    the size of the images.
     """
 
     def __init__(self) -> None:

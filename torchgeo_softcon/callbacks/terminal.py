@@ -11,10 +11,15 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import (
+    ModelSummary,
+    ProgressBar,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..evaluation.verdict import judge, summarize
@@ -41,6 +46,9 @@ _LOGGERS = (
     'pytorch_lightning.utilities.rank_zero',
 )
 
+#: Bars that Lightning makes by itself.
+_BARS = (RichProgressBar, TQDMProgressBar)
+
 #: Lines about the progress of a run without a terminal, at most.
 _LINES = 100
 
@@ -62,14 +70,12 @@ class _ShortSummary(ModelSummary):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        sizes = (
-            sum(p.numel() for p in model.parameters()),
-            sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
-        )
+        size = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         rank_zero_info(
             f'{getattr(pl_module, "method", type(pl_module).__name__)}: '
-            f'{pl_module.hparams["model"]} with {sizes[0] / 1e6:.1f} M parameters, '
-            f'{sizes[1] / 1e6:.1f} M are trained with the heads'
+            f'{pl_module.hparams["model"]} with {size / 1e6:.1f} M parameters, '
+            f'{trained / 1e6:.1f} M are trained with the heads'
         )
 
 
@@ -86,40 +92,34 @@ class _ProgressLines(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._start = trainer.global_step, time.monotonic()
         total = trainer.estimated_stepping_batches
         self._total = int(total) if total != float('inf') else 0
-        every = max(_log_interval(trainer), self._total // _LINES, 1)
-        self._every, self._printed = every, trainer.global_step
-        self._images = 0
+        self._every = max(trainer.log_every_n_steps, self._total // _LINES, 1)
+        self._printed, self._images = trainer.global_step, 0
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any
     ) -> None:
         self._images += len(batch['image']) * trainer.world_size
         step = trainer.global_step
         if step % self._every or step == self._printed or not self._enabled:
             return
         self._printed = step
-        steps, seconds = step - self._start[0], time.monotonic() - self._start[1]
-        left = (self._total - step) * seconds / max(steps, 1) / 60
-        values = {
-            name.removeprefix('train_'): float(value)
+        seconds = time.monotonic() - self._start[1]
+        shown = [
+            f'{name.removeprefix("train_")} {float(value):.3g}'
             for name, value in trainer.logged_metrics.items()
             if name.startswith(('train_loss', 'train_feature_std', 'train_soft_expl'))
             and not name.endswith(('_chance', '_floor', '_step', '_epoch'))
-        }
-        shown = [f'{name} {value:.3g}' for name, value in values.items()]
+        ]
         shown.append(f'{self._images / seconds:.0f} images/s')
+        of = ''
         if self._total:
-            shown.append(f'{left:.0f} min left')
-        of = f'/{self._total}' if self._total else ''
+            left = (self._total - step) * seconds / (step - self._start[0])
+            shown.append(f'{left / 60:.0f} min left')
+            of = f'/{self._total}'
         rank_zero_info(f'step {step}{of}: {", ".join(shown)}')
 
 
@@ -144,18 +144,13 @@ class Terminal(Callback):
         if not self._active:
             return
         silence_adverts()
-        run: Any = trainer
-        callbacks: list[Any] = []
-        for callback in run.callbacks:
-            ours: Callback = callback
+        callbacks: list[Callback] = cast(Any, trainer).callbacks
+        for i, callback in enumerate(callbacks):
             if isinstance(callback, ModelSummary) and callback._max_depth == 1:
-                ours = _ShortSummary()
-            elif type(callback) in _bars() and not sys.stderr.isatty():
-                ours = _ProgressLines()
-            if ours is not callback:
-                ours.setup(trainer, pl_module, stage)
-            callbacks.append(ours)
-        run.callbacks = callbacks
+                callbacks[i] = _ShortSummary()
+            elif type(callback) in _BARS and not sys.stderr.isatty():
+                callbacks[i] = _ProgressLines()
+                callbacks[i].setup(trainer, pl_module, stage)
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Take note of metrics, for the end."""
@@ -164,16 +159,12 @@ class Terminal(Callback):
                 self._series[name].append(float(value))
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: LightningModule, *args: Any
     ) -> None:
         """Take note of what was logged of a step."""
         # Only where loggers read them, too, as that waits for the device
-        if self._active and trainer.global_step % _log_interval(trainer) == 0:
+        every = self._active and trainer.log_every_n_steps
+        if every and trainer.global_step % every == 0:
             self.note(trainer.logged_metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,16 +176,3 @@ class Terminal(Callback):
         if trainer.log_dir is not None:
             run = shlex.quote(str(trainer.log_dir))
             rank_zero_info(f'See it with:\n  torchgeo-softcon report {run}')
-
-
-def _log_interval(trainer: Any) -> int:
-    """Return the steps between what loggers read, which the type of a trainer lacks."""
-    steps: int = trainer.log_every_n_steps
-    return steps
-
-
-def _bars() -> tuple[type, ...]:
-    """Return the classes of the bars that Lightning makes by itself."""
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-
-    return RichProgressBar, TQDMProgressBar

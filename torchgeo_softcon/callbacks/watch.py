@@ -17,10 +17,7 @@ from .terminal import Terminal
 
 
 class EncoderWatch(Callback):
-    """Looks at the encoder of a task every few optimizer steps, and logs what it sees.
-
-    Subclasses say in :meth:`look` what that is.
-    """
+    """Looks at the encoder of a task every few optimizer steps, and logs what it sees."""
 
     #: Optimizer steps between two looks, None for none.
     every_n_steps: int | None = None
@@ -45,7 +42,7 @@ class EncoderWatch(Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,
+        *args: Any,
     ) -> None:
         """Look at the encoder if it is time, counted in optimizer steps."""
         step = trainer.global_step
@@ -61,24 +58,22 @@ class EncoderWatch(Callback):
                 pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
 
 
-def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+def log_now(trainer: Any, values: Mapping[str, float]) -> None:
     """Write to all loggers, whatever log_every_n_steps is."""
-    epoch = trainer.current_epoch
-    run: Any = trainer
-    for callback in run.callbacks:
+    for callback in trainer.callbacks:
         if isinstance(callback, Terminal):
             callback.note(values)
     for logger in trainer.loggers:
-        logger.log_metrics({**values, 'epoch': epoch}, trainer.global_step)
+        metrics = {**values, 'epoch': trainer.current_epoch}
+        logger.log_metrics(metrics, trainer.global_step)
 
 
 @contextmanager
 def quietly(trainer: Trainer, task: LightningModule) -> Iterator[None]:
-    """Evaluate a task in the middle of its training.
+    """Evaluate a task in the middle of its training, in the precision of the training.
 
-    All modules are in evaluation mode, so that no batch statistics move, there are no
-    gradients, and the precision is that of the training. Afterwards, every module is in
-    the mode it was in, and all random number generators are where they were.
+    No batch statistics move, and there are no gradients. Afterwards, the modes of all
+    modules and all random number generators are as before.
     """
     modes = [(module, module.training) for module in task.modules()]
     task.eval()

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..geo.rasters import Values
 from ..ssl4eo.record_archive import has_records, shard_path, write_records
 from ..storage.lock import exclusive
+from ..storage.user_cache import file_stamps
 from .patches import Part, Patch, PatchFiles
 
 #: Bytes in a file of the cache, about: as much memory as writing it takes.
@@ -60,7 +61,7 @@ class ImageCache:
             ]
         )
         files = dict.fromkeys(path for p in patches for path in (p.image, p.mask))
-        states = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+        states = file_stamps(map(str, files))
         options = [(x.indexes, x.nodata, x.alpha, x.scale, x.offset) for x in layers]
         key = repr((states, source.mask_band, options, self._dtype))
         self._folder = Path(folder, hashlib.sha256(key.encode()).hexdigest()[:16])

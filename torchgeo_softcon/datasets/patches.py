@@ -13,11 +13,12 @@ from affine import Affine
 from rasterio.windows import Window
 
 from ..bands import Level, normalize_band_names
-from ..geo.discovery import describe_file, scene_from_file
+from ..geo.describe import OpenedFile, describe_file
+from ..geo.discovery import scene_from_file
 from ..geo.find_files import find_files
 from ..geo.grid import LONLAT, Grid, parse_crs
 from ..geo.mosaic import scale_codes
-from ..geo.numbers import Numbers, OpenedFile
+from ..geo.numbers import Numbers
 from ..geo.rasters import (
     DamagedFileError,
     RasterReader,
@@ -125,7 +126,7 @@ def find_patches(
             f'all {len(names)} images or masks are damaged, such as {names[0]}'
         )
     described = [file for file, _ in opened.values()]
-    numbers = Numbers.of(described, offset, to_digital)
+    numbers = Numbers(described, offset, to_digital)
     given = None if bands is None else normalize_band_names(bands)
     scenes = _choose_bands(described, given, image_bands is None, numbers)
     hint_at_offset(numbers.untold)

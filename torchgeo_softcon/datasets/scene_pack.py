@@ -21,7 +21,7 @@ from ..geo.mapped import create_mapped, write_mapped
 from ..geo.sentinel2 import Products
 from ..landcover.products import ProductLike
 from ..storage.lock import exclusive
-from ..storage.user_cache import file_stamp
+from ..storage.user_cache import file_stamps
 from .packed_scenes import FORMAT, INDEX, grid_name, is_packed, read_index
 from .scenes import WorldCoverScenes
 from .worldcover import ESAWorldCover
@@ -76,11 +76,15 @@ def pack_scenes(
     products = Products()
     with exclusive(target / '.lock', target), open(target / INDEX, 'a') as index:
         known = read_index(target)
-        for path in tqdm(find_rasters(source), 'pack', disable=not progress):
+        paths = find_rasters(source)
+        stamps = file_stamps(paths)
+        for path, stamp in zip(
+            tqdm(paths, 'pack', disable=not progress), stamps, strict=True
+        ):
             # The names of folders tell what is in the files
             relative = os.path.relpath(path, source.parent)
             packed = (target / 'images' / relative).with_suffix('.tif')
-            stamp = list(file_stamp(os.path.realpath(path)))
+            stamp[0] = os.path.realpath(path)
             line = known.get(str(packed.relative_to(target)), {})
             if line.get('source') == stamp and packed.exists():
                 continue

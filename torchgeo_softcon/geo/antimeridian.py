@@ -1,10 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Longitudes around the Earth: the only place that knows of a turn of 360 degrees.
-
-Multiples of 360 are exact: what is near already stays as it is to the last bit.
-"""
+"""Longitudes around the Earth: the only place that knows of a turn of 360 degrees."""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +12,8 @@ Floats = npt.NDArray[np.float64]
 TURNS = (0, -1, 1)
 
 
-def turned(lon: Floats, turns: int) -> Floats:
-    """Move longitudes by a number of turns to the east."""
-    return lon + 360 * turns if turns else lon
-
-
 def near(lon: Floats, middle: Floats | float) -> Floats:
-    """Bring longitudes within half a turn of others."""
+    """Bring longitudes within half a turn of others. Those that are stay to the bit."""
     with np.errstate(invalid='ignore'):
         return np.asarray(lon + 360 * np.round((middle - lon) / 360))
 

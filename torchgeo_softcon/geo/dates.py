@@ -4,7 +4,6 @@
 """When an image was taken, as far as the names of its file and folders tell."""
 
 import datetime
-import os
 import re
 from pathlib import PurePath
 
@@ -26,11 +25,6 @@ def find_date(name: str) -> datetime.date | None:
         except ValueError:  # a number that is no date
             continue
     return None
-
-
-def image_year(path: str) -> int | None:
-    """Return the year of an image by its real path, see :func:`name_year`."""
-    return name_year(os.path.realpath(path))
 
 
 def name_year(path: str) -> int | None:

@@ -1,10 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Rasters whose pixels are mapped into memory: GeoTIFFs without compression.
-
-Everything that reads GeoTIFFs reads them, and windows of them are copied without GDAL.
-"""
+"""GeoTIFFs without compression, whose pixels are mapped into memory and read without GDAL."""
 
 import os
 from collections.abc import Iterator
@@ -132,18 +129,8 @@ def write_mapped(path: str, target: Path) -> None:
         OSError: If a file cannot be read or written.
     """
     with open_raster(path) as source:
-        profile = {
-            key: source.profile[key]
-            for key in (
-                'width',
-                'height',
-                'count',
-                'dtype',
-                'crs',
-                'transform',
-                'nodata',
-            )
-        }
+        names = ('width', 'height', 'count', 'dtype', 'crs', 'transform', 'nodata')
+        profile = {name: source.profile[name] for name in names}
         with create_mapped(target, source, **profile) as bands:
             for top in range(0, source.height, _ROWS):
                 rows = min(_ROWS, source.height - top)

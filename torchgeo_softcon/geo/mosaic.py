@@ -6,17 +6,18 @@
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import shapely
+from affine import Affine
 from pyproj import CRS
 from rasterio.errors import RasterioError
 from shapely.affinity import translate
 
-from .antimeridian import TURNS, Floats, turned_boxes
+from .antimeridian import TURNS, Floats
 from .grid import LONLAT, Bounds, Grid, outline, parse_crs
 from .open_files import OpenFiles
 from .rasters import check_place, find_alpha, has_mask, open_raster
@@ -108,11 +109,9 @@ def scale_codes(
 
 
 class Mosaic:
-    """Rasters of class codes as one map.
+    """Rasters of class codes as one map. Safe to pickle, to fork and to share.
 
-    Where rasters overlap, the first one that has data at a pixel is taken. A mosaic
-    can be pickled, forked, and used by several threads: open files are never shared
-    between processes, and one thread reads at a time.
+    Where rasters overlap, the first one that has data at a pixel is taken.
     """
 
     def __init__(
@@ -127,16 +126,17 @@ class Mosaic:
         With *cache*, files stay open. The first code of *no_data* stands for all of them.
         """
         self.tiles = list(tiles)
-        copies: dict[CRS, list[tuple[Tile, int]]] = {}
+        by_crs: dict[CRS, list[Tile]] = {}
         for tile in self.tiles:
             # Tiles in degrees are there at every turn around the Earth
             for turns in TURNS if tile.crs.is_geographic else TURNS[:1]:
-                copies.setdefault(tile.crs, []).append((tile, turns))
-        self._by_crs = []
-        for crs, tiles_and_turns in copies.items():
-            boxes = np.array([tile.bounds for tile, _ in tiles_and_turns])
-            boxes = turned_boxes(boxes, [turns for _, turns in tiles_and_turns])
-            self._by_crs.append((crs, tiles_and_turns, boxes))
+                a, b, c, d, e, f = tile.transform[:6]
+                moved = Affine(a, b, c + 360 * turns, d, e, f)
+                by_crs.setdefault(tile.crs, []).append(replace(tile, transform=moved))
+        self._by_crs = [
+            (crs, copies, np.array([copy.bounds for copy in copies]))
+            for crs, copies in by_crs.items()
+        ]
         self.fill = no_data[0]
         self._legend = np.isin(np.arange(256), [self.fill, *codes])
         # Bytes often have 255 for no data without saying so
@@ -151,10 +151,10 @@ class Mosaic:
         out = np.full((grid.height, grid.width), self.fill, np.uint8)
         # Places that do not exist in the CRS of a tile are infinite, which is handled
         with np.errstate(invalid='ignore'):
-            for crs, tiles_and_turns, boxes in self._by_crs:
+            for crs, copies, boxes in self._by_crs:
                 warp = Warp(grid, crs)
                 for number in _touched(boxes, warp.bounds):
-                    if not self._fill(out, warp, *tiles_and_turns[number]):
+                    if not self._fill(out, warp, copies[number]):
                         return self._read_halves(grid)
         return out
 
@@ -168,9 +168,9 @@ class Mosaic:
         halves = [self.read(grid.window(*part)) for part in parts]
         return np.concatenate(halves, int(height < width))
 
-    def _fill(self, out: Codes, warp: Warp, tile: Tile, turns: int) -> bool:
+    def _fill(self, out: Codes, warp: Warp, tile: Tile) -> bool:
         """Fill the gaps of *out* from a tile, False if that would need too much."""
-        row, col = warp.pixels(tile, turns)
+        row, col = warp.pixels(tile)
         whole = row.min() >= 0 and row.max() < tile.height
         whole = whole and col.min() >= 0 and col.max() < tile.width
         target: Any = slice(None)

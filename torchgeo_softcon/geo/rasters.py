@@ -65,9 +65,16 @@ class Layer:
         names = ('indexes', 'nodata', 'scale', 'offset', 'palette')
         values = {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {
-            k: tuple(v[p] for p in positions) for k, v in values.items() if v
+            name: tuple(of_bands[p] for p in positions)
+            for name, of_bands in values.items()
+            if of_bands
         }
         return replace(self, **chosen)
+
+    @property
+    def declared(self) -> bool:
+        """Whether the file declares a scale or an offset."""
+        return any(factor != 1 for factor in self.scale) or any(self.offset)
 
 
 @dataclass(frozen=True)
@@ -193,40 +200,44 @@ def _centre(source: Any) -> tuple[float, float]:
 
 def check_place(source: Any) -> None:
     """Check that an open raster tells where on Earth its pixels are."""
-    path = source.name
-    if source.crs is None and source.gcps[0]:
-        raise ValueError(
-            f'{path} has ground control points ({len(source.gcps[0])}) instead of a grid: '
-            'warp it first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the '
-            'terrain (SNAP: Range-Doppler Terrain Correction)'
+    for problem in _problems(source):
+        raise ValueError(f'{source.name} {problem}')
+
+
+def _problems(source: Any) -> Iterator[str]:
+    """Tell why the place of a raster is unknown, and what to do about it."""
+    crs, numbers = source.crs, tuple(source.transform[:6])
+    if crs is None and source.gcps[0]:
+        yield (
+            f'has ground control points ({len(source.gcps[0])}) instead of a grid: warp it '
+            'first, `gdalwarp -tps -r bilinear IN OUT`, or for radar, correct the terrain '
+            '(SNAP: Range-Doppler Terrain Correction)'
         )
-    if source.crs is None and source.rpcs is not None:
-        raise ValueError(
-            f'{path} has polynomial coefficients (RPCs) instead of a grid: correct it for '
-            'the terrain first, `gdalwarp -rpc -to RPC_DEM=DEM -r bilinear IN OUT`'
+    if crs is None and source.rpcs is not None:
+        yield (
+            'has polynomial coefficients (RPCs) instead of a grid: correct it for the '
+            'terrain first, `gdalwarp -rpc -to RPC_DEM=DEM -r bilinear IN OUT`'
         )
-    if source.crs is None:
-        raise ValueError(
-            f'{path} has no CRS, so its place is unknown: set it, `gdal_edit.py -a_srs '
-            'EPSG:CODE FILE`, or use ImageMaskFolder for images with masks of their own'
+    if crs is None:
+        yield (
+            'has no CRS, so its place is unknown: set it, `gdal_edit.py -a_srs EPSG:CODE '
+            'FILE`, or use ImageMaskFolder for images with masks of their own'
         )
     if source.transform.is_identity:
-        raise ValueError(
-            f'{path} has a CRS, but no georeference: write it again with the transform '
-            'of its grid'
+        yield (
+            'has a CRS, but no georeference: write it again with the transform of its grid'
         )
-    numbers = source.transform[:6]
     if not np.isfinite(numbers).all() or source.transform.determinant == 0:
-        raise ValueError(
-            f'{path} has a georeference whose pixels have no size, {tuple(numbers)}: '
-            'write it again with the transform of its grid'
+        yield (
+            f'has a georeference whose pixels have no size, {numbers}: write it again '
+            'with the transform of its grid'
         )
     x, y = _centre(source)
     if not (math.isfinite(x) and abs(y) <= 90):
-        raise ValueError(
-            f'{path} is nowhere on Earth by its CRS, {source.crs.to_wkt()[:60]!r}, and '
-            f'its transform, {tuple(numbers)}: set those it has, `gdal_edit.py -a_srs '
-            'EPSG:CODE -a_ullr LEFT TOP RIGHT BOTTOM FILE`'
+        yield (
+            f'is nowhere on Earth by its CRS, {crs.to_wkt()[:60]!r}, and its transform, '
+            f'{numbers}: set those it has, `gdal_edit.py -a_srs EPSG:CODE -a_ullr LEFT TOP '
+            'RIGHT BOTTOM FILE`'
         )
 
 
@@ -248,78 +259,24 @@ def has_mask(source: Any) -> bool:
     return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
 
 
-def describe_layer(
-    source: Any,
-    grid: Grid,
-    nodata: float | None = None,
-    indexes: Sequence[int] | None = None,
-    skip: int | None = None,
-    bands: int | None = None,
-) -> Layer:
-    """Return what an open raster says of its bands.
+def read_values(source: Any, layer: Layer, window: Window) -> tuple[Values, Flags]:
+    """Read a layer as float32 of (C, H, W) as it is stored, NaN where it has no data.
 
-    Args:
-        source: The raster.
-        grid: Its pixels.
-        nodata: Value without data, None for what the file says.
-        indexes: Bands to take as they are stored, None for all but an alpha band.
-        skip: Band that is no part of the image, such as a mask.
-        bands: Number of bands that the user has named. An alpha band among them is one
-            of the image, and one band alone is no colour.
+    Also returned is where a band is 0 and that is its nodata value: no data, too, but
+    only if all bands are, so not NaN.
     """
-    alpha = find_alpha(source)
-    if alpha == skip or alpha in (indexes or ()) or bands == source.count:
-        alpha = None
-    chosen = tuple(indexes or (i for i in source.indexes if i not in (alpha, skip)))
-    dtype = str(source.dtypes[0])
-    palette: tuple[int, ...] = ()
-    colors = [source.colorinterp[i - 1] for i in chosen]
-    if colors == [ColorInterp.palette] and indexes is None and bands != 1:
-        chosen, palette, dtype = chosen * 3, (0, 1, 2), 'uint8'
-    return Layer(
-        source.name,
-        chosen,
-        grid,
-        nodata_of(source, chosen, nodata),
-        dtype,
-        alpha,
-        tuple(source.scales[i - 1] for i in chosen),
-        tuple(source.offsets[i - 1] for i in chosen),
-        palette,
-    )
-
-
-def nodata_of(
-    source: Any, indexes: Sequence[int], given: float | None
-) -> tuple[float | None, ...]:
-    """Return the value without data of some bands, unless it is given."""
-    return tuple(source.nodatavals[i - 1] if given is None else given for i in indexes)
-
-
-def read_values(
-    source: Any,
-    indexes: Sequence[int],
-    nodata: Sequence[float | None],
-    alpha: int | None,
-    window: Window | None = None,
-) -> tuple[Values, Flags]:
-    """Read bands of an open raster as float32 of (C, H, W), NaN where they have no data.
-
-    See :class:`Layer` for the arguments. Also returned is where a band is 0 and that is its
-    nodata value: no data, too, but only if all bands are, so not NaN.
-    """
-    wanted = [*indexes] if alpha is None else [*indexes, alpha]
-    raw = read_raster(source, wanted, window)
+    alpha = () if layer.alpha is None else (layer.alpha,)
+    raw = read_raster(source, layer.indexes + alpha, window)
     # A float64 file may mark missing data with a number beyond float32
     with np.errstate(over='ignore'):
-        values = raw[: len(indexes)].astype(np.float32)
+        values = raw[: len(layer.indexes)].astype(np.float32)
     zero = np.zeros(values.shape, np.bool_)
-    for band, value in enumerate(nodata):
+    for band, value in enumerate(layer.nodata):
         if value == 0:
             zero[band] = raw[band] == 0
         elif value is not None:
             values[band][raw[band] == value] = np.nan
-    if alpha is not None:
+    if alpha:
         values[:, raw[-1] == 0] = np.nan
     elif has_mask(source):
         values[:, ~read_mask(source, window)] = np.nan
@@ -374,9 +331,7 @@ class RasterReader:
     def _read(self, layer: Layer, window: Window) -> tuple[Values, Flags]:
         """Read some bands as :func:`read_values` does."""
         with self.files.use(layer.path) as source:
-            values, zero = read_values(
-                source, layer.indexes, layer.nodata, layer.alpha, window
-            )
+            values, zero = read_values(source, layer, window)
             if layer.palette:
                 _expand_colors(values, source.colormap(layer.indexes[0]), layer.palette)
         if any(factor != 1 for factor in layer.scale):

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -38,7 +38,7 @@ _GRANULE = re.compile(
 )
 
 #: Metadata of a product, and the folders above an image that may have it.
-_METADATA = {'MTD_MSIL2A.xml': 'L2A', 'MTD_MSIL1C.xml': 'L1C'}
+_METADATA = {'MTD_MSIL2A.xml': '2A', 'MTD_MSIL1C.xml': '1C'}
 _LEVELS_UP = 5
 
 #: The level in the names of products (S2B_MSIL2A_...), of their granules (L2A_T32UNE_...),
@@ -50,8 +50,8 @@ _LEVEL = re.compile(
 
 #: Collections whose names tell the level in another way: Earth Engine's and NASA's.
 _COLLECTIONS = (
-    (re.compile(r'(?<![A-Za-z0-9])(?:S2_SR(?![A-Za-z0-9])|HLS\.S30)'), 'L2A'),
-    (re.compile(r'(?<![A-Za-z0-9])S2_HARMONIZED(?![A-Za-z0-9])'), 'L1C'),
+    (re.compile(r'(?<![A-Za-z0-9])(?:S2_SR(?![A-Za-z0-9])|HLS\.S30)'), '2A'),
+    (re.compile(r'(?<![A-Za-z0-9])S2_HARMONIZED(?![A-Za-z0-9])'), '1C'),
 )
 
 #: Tags of files, and properties of STAC items without their prefix, that tell the level:
@@ -86,7 +86,7 @@ class Products:
     """The products that files belong to. Each folder is looked at once.
 
     Metadata count before names, and both are those of the real path, so that a link or a
-    relative path gives the same pixels.
+    relative path gives the same pixels. *tags* are those of the file.
     """
 
     def __init__(self) -> None:
@@ -96,24 +96,15 @@ class Products:
         self._offset = functools.cache(_read_offset)
 
     def offset(self, path: str, tags: Mapping[str, Any] | None = None) -> Offset:
-        """Find the offset of the digital numbers in a file.
-
-        Args:
-            path: The file.
-            tags: Its tags.
-        """
+        """Find the offset of the digital numbers in a file."""
         real = os.path.realpath(path)
-        metadata = self._metadata(os.path.dirname(real))
-        if metadata is not None:
+        if metadata := self._metadata(os.path.dirname(real)):
             return Offset(self._offset(metadata), os.path.basename(metadata))
         for source, facts in self._facts(real, tags):
-            value = _tagged_offset(facts)
-            if value is not None:
+            if (value := _tagged_offset(facts)) is not None:
                 return Offset(value, source)
-        if match := _PRODUCT.search(real):
-            return Offset(
-                _offset_since(int(match['baseline'])), 'the name of the product'
-            )
+        if (value := _named_offset(real)) is not None:
+            return Offset(value, 'the name of the product')
         return Offset(0.0, None)
 
     def level(
@@ -124,39 +115,34 @@ class Products:
     ) -> tuple[Level | None, str]:
         """Find the processing level of a file, and what tells it.
 
-        Metadata go first, then names of bands, then those of products. All twelve bands
-        but B10 are of Level-2A where nothing else tells it.
-
-        Args:
-            path: The file.
-            tags: Its tags.
-            bands: Names of all its bands, or of those in files beside it.
+        *bands* are the names of all its bands, or of those in files beside it.
         """
-        real = os.path.realpath(path)
-        names = set(bands)
-        level: str | None = None
-        source = ''
+        told = self._levels(os.path.realpath(path), tags, set(bands))
+        level, source = next(told, (None, ''))
+        return cast(Level | None, level and f'L{level.upper()}'), source
+
+    def _levels(
+        self, real: str, tags: Mapping[str, Any] | None, bands: set[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield levels and what tells them, the most certain first."""
         if metadata := self._metadata(os.path.dirname(real)):
-            source = os.path.basename(metadata)
-            return cast(Level, _METADATA[source]), source
+            name = os.path.basename(metadata)
+            yield _METADATA[name], name
         for source, facts in self._facts(real, tags):
-            found = [_LEVEL_VALUE.search(facts.get(key, '')) for key in _LEVEL_TAGS]
-            if match := next(filter(None, found), None):
-                return cast(Level, f'L{match[1].upper()}'), source
-        others = names - {*SENTINEL2_BANDS}
-        if 'B10' in names:
-            level, source = 'L1C', 'the band B10'
-        elif others & _OF_LEVEL2A:
-            level, source = 'L2A', f'the band {min(others & _OF_LEVEL2A)}'
-        elif matches := _LEVEL.findall(real):
-            level, source = f'L{matches[-1].upper()}', 'names'
-        else:
-            told = [level for regex, level in _COLLECTIONS if regex.search(real)]
-            if told:
-                level, source = told[0], 'names'
-            elif {*SENTINEL2_BANDS} - names == {'B10'}:
-                level, source = 'L2A', 'all bands but B10'
-        return cast(Level | None, level), source if level else ''
+            for key in _LEVEL_TAGS:
+                if match := _LEVEL_VALUE.search(facts.get(key, '')):
+                    yield match[1], source
+        if 'B10' in bands:
+            yield '1C', 'the band B10'
+        if of_level2a := bands & _OF_LEVEL2A:
+            yield '2A', f'the band {min(of_level2a)}'
+        for level in _LEVEL.findall(real)[-1:]:
+            yield level, 'names'
+        for regex, level in _COLLECTIONS:
+            if regex.search(real):
+                yield level, 'names'
+        if {*SENTINEL2_BANDS} - bands == {'B10'}:
+            yield '2A', 'all bands but B10'
 
     def year(self, path: str, tags: Mapping[str, Any] | None = None) -> int | None:
         """Find the year of a file: by its tags, a STAC item, or :func:`.name_year`."""
@@ -169,7 +155,7 @@ class Products:
 
     def _facts(
         self, real: str, tags: Mapping[str, Any] | None
-    ) -> Iterable[tuple[str, dict[str, str]]]:
+    ) -> Iterator[tuple[str, dict[str, str]]]:
         """Yield what tags of a file and STAC items beside it say, after who says so."""
         yield 'tags', _plain_tags(tags or {})
         for item in _items(real):
@@ -180,7 +166,7 @@ class Products:
         real = os.path.realpath(path)
         metadata = self._metadata(os.path.dirname(real))
         items = [item for item in _items(real) if os.path.isfile(item)]
-        return [*items, *([] if metadata is None else [metadata])]
+        return [*items, *([metadata] if metadata else [])]
 
 
 def _items(real: str) -> list[str]:
@@ -200,6 +186,12 @@ def _offset_since(baseline: int) -> float:
     return _OFFSET if _FIRST <= baseline <= _LAST else 0.0
 
 
+def _named_offset(name: str) -> float | None:
+    """Return the offset that the name of a product tells, None if it is none."""
+    match = _PRODUCT.search(name)
+    return None if match is None else _offset_since(int(match['baseline']))
+
+
 def _tagged_offset(tags: Mapping[str, str]) -> float | None:
     """Return the offset that tags or properties tell, None if they do not."""
     if tags.get('BOA_OFFSET_APPLIED', '').lower() == 'true':
@@ -207,15 +199,11 @@ def _tagged_offset(tags: Mapping[str, str]) -> float | None:
     for key in ('BOA_ADD_OFFSET', 'RADIO_ADD_OFFSET'):
         if re.fullmatch(r'-?\d+(\.\d*)?', tags.get(key, '')):
             return float(tags[key])
-    if match := re.fullmatch(
-        r'(\d{1,2})\.(\d{2})', tags.get('PROCESSING_BASELINE', '')
-    ):
-        return _offset_since(int(match[1] + match[2]))
-    names = (
-        _PRODUCT.search(tags.get(key, '')) for key in ('PRODUCT_URI', 'PRODUCT_ID')
-    )
-    found = next(filter(None, names), None)
-    return None if found is None else _offset_since(int(found['baseline']))
+    baseline = tags.get('PROCESSING_BASELINE', '')
+    if re.fullmatch(r'\d{1,2}\.\d{2}', baseline):
+        return _offset_since(int(baseline.replace('.', '')))
+    names = (tags.get(key, '') for key in ('PRODUCT_URI', 'PRODUCT_ID'))
+    return next((o for o in map(_named_offset, names) if o is not None), None)
 
 
 def _find_metadata(folder: str) -> str | None:

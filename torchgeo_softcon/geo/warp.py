@@ -1,11 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Where the pixels of one grid are in another: exact nearest neighbour, and fast.
-
-A map projection is nearly a polynomial over a window, so only its values at Chebyshev
-nodes are projected, and pixel centres follow from matrices.
-"""
+"""Where the pixels of one grid are in another: exact nearest neighbour, and fast."""
 
 import functools
 from collections.abc import Iterable
@@ -16,7 +12,7 @@ import numpy.typing as npt
 from numpy.polynomial import chebyshev
 from pyproj import CRS
 
-from .antimeridian import Floats, near, turned, unwrap
+from .antimeridian import Floats, near, unwrap
 from .grid import Bounds, Grid, apply, projection
 
 Pixels = npt.NDArray[np.int32]
@@ -90,7 +86,11 @@ def _interpolate(values: Floats, height: int, width: int) -> Floats:
 
 
 class Warp:
-    """The pixel centres of a grid in another CRS."""
+    """The pixel centres of a grid in another CRS.
+
+    A map projection is nearly a polynomial over a window, so only its values at Chebyshev
+    nodes are projected, and pixel centres follow from matrices.
+    """
 
     def __init__(self, grid: Grid, crs: CRS) -> None:
         """Project the nodes of a grid."""
@@ -125,12 +125,12 @@ class Warp:
         )
         return left, bottom, right, top
 
-    def pixels(self, raster: Grid, turns: int = 0) -> tuple[Pixels, Pixels]:
+    def pixels(self, raster: Grid) -> tuple[Pixels, Pixels]:
         """Find the rows and columns in a raster, or outside of it, of all pixels, (H, W)."""
         inverse = ~raster.transform
         size = _NODES**2
         positions, errors, reach = [], [], []
-        for values in apply(inverse, turned(self._x, -turns), self._y):
+        for values in apply(inverse, self._x, self._y):
             at_nodes, expected = values[:size], values[size:]
             position = _interpolate(
                 at_nodes.reshape(_NODES, _NODES), self.grid.height, self.grid.width

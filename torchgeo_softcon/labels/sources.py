@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..geo.dates import image_year, name_year
+from ..geo.dates import name_year
 from ..geo.find_files import find_files, pattern_root, readable_name
 from ..geo.footprints import make_footprints
 from ..geo.rasters import check_place, open_raster
@@ -60,7 +60,7 @@ class Images:
     def years(self, ids: pa.Array) -> list[int | None]:
         """Return the year of each patch, None where nothing tells it."""
         paths = self._paths.take(pc.index_in(ids, self.ids)).to_pylist()
-        return [image_year(os.fsdecode(path)) for path in paths]
+        return [name_year(os.path.realpath(os.fsdecode(p))) for p in paths]
 
     def units(self, rows: pa.Array) -> Iterator[Any]:
         """Yield work units of :func:`read` for the patches at some positions."""

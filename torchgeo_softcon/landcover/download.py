@@ -186,55 +186,46 @@ class _Fetch:
         """Get a tile, or raise an OSError that says why it cannot be downloaded."""
         url = f'{self.base_url}/{self.product.file_path(tile, self.year)}'
         path = self.folder / self.product.file_name(tile, self.year)
-        if is_readable(path):
-            return 'kept'
-        if url in self.absent:
-            return 'absent'
-        # What has come is also the lock on the tile
+        # The bytes that have come, which are also the lock on the tile
         partial = path.with_name(f'.{path.name}.part')
-        while True:
+        while not is_readable(path):
+            if url in self.absent:
+                return 'absent'
             try:
                 with exclusive(partial, path):
                     return self._get(tile, url, path, partial)
             except BlockingIOError:
                 self._check_stop(_POLL)
+        return 'kept'
 
     def _get(self, tile: str, url: str, path: Path, partial: Path) -> Outcome:
-        """Get a tile that nobody else gets at the same time."""
+        """Get a tile that nobody else gets at the same time, in several attempts."""
         try:
-            # Another process may have finished it meanwhile
-            outcome = 'kept' if is_readable(path) else self._persist(tile, url, partial)
-        except OSError:
-            if not partial.stat().st_size:  # nothing to continue
-                _etag_file(partial).unlink(missing_ok=True)
-                partial.unlink()
-            raise
-        _etag_file(partial).unlink(missing_ok=True)
-        if outcome == 'downloaded':
-            os.replace(partial, path)
-        else:
-            partial.unlink()
-        return outcome
-
-    def _persist(self, tile: str, url: str, partial: Path) -> Outcome:
-        """Receive and check a file in several attempts."""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                self._check_stop(_BACKOFF * 2 ** (attempt - 1))
-            try:
-                if self._receive(url, partial):
-                    check_official(str(partial), tile, self.product.grid)
-                    return 'downloaded'
-                # One short write to the end of a file: processes do not disturb each other
-                with self.absent_file.open('a') as stream:
-                    stream.write(f'{url}\n')
-                return 'absent'
-            except requests.RequestException as error:
-                reason = str(error)
-            except (RasterioError, ValueError) as error:
+            if is_readable(path):  # another process has just finished it
                 os.truncate(partial, 0)
-                reason = f'what came is not a tile of {self.product.title}: {error}'
-        raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
+                return 'kept'
+            for attempt in range(_ATTEMPTS):
+                if attempt:
+                    self._check_stop(_BACKOFF * 2 ** (attempt - 1))
+                try:
+                    if self._receive(url, partial):
+                        check_official(str(partial), tile, self.product.grid)
+                        os.replace(partial, path)
+                        return 'downloaded'
+                    # One short write to the end: processes do not disturb each other
+                    with self.absent_file.open('a') as stream:
+                        stream.write(f'{url}\n')
+                    return 'absent'
+                except requests.RequestException as error:
+                    reason = str(error)
+                except (RasterioError, ValueError) as error:
+                    os.truncate(partial, 0)
+                    reason = f'what came is not a tile of {self.product.title}: {error}'
+            raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
+        finally:
+            if not (partial.exists() and partial.stat().st_size):  # nothing to continue
+                for file in (_etag_file(partial), partial):
+                    file.unlink(missing_ok=True)
 
     def _receive(self, url: str, partial: Path) -> bool:
         """Append a file, or the rest of it, to what has come, False if it does not exist."""
@@ -246,19 +237,20 @@ class _Fetch:
         with requests.get(
             url, headers=headers, stream=True, timeout=self.timeout
         ) as response:
-            code = response.status_code
-            if code == 404:
-                return False
-            content_range = response.headers.get('Content-Range', '')
-            if code == 200:
+            code, place = response.status_code, response.headers.get('Content-Range')
+            continues = code == 206 and f'{place}'.startswith(f'bytes {size}-')
+            if (
+                code in (200, 206, 404, 416) and not continues
+            ):  # what has come is useless
                 os.truncate(partial, 0)
                 etag_file.unlink(missing_ok=True)
+            if code == 404:
+                return False
+            if code == 200:
                 etag = response.headers.get('ETag', '')
                 if etag.startswith('"'):  # weak ones are not good for ranges
                     etag_file.write_text(etag)
-            elif code != 206 or not content_range.startswith(f'bytes {size}-'):
-                if code in (206, 416):  # the file cannot be continued
-                    os.truncate(partial, 0)
+            elif not continues:
                 status = f'{code} {response.reason}'
                 if code in _RETRIED:
                     raise requests.RequestException(status)

@@ -36,11 +36,7 @@ class TileGrid:
     north: int = 90
 
     def __post_init__(self) -> None:
-        """Refuse a grid that does not close around the Earth.
-
-        Raises:
-            ValueError: If a value is out of range.
-        """
+        """Refuse a grid that does not close around the Earth."""
         for key, value in vars(self).items():
             require(
                 type(value) is int, f'tiles.{key} must be a whole number, got {value!r}'
@@ -72,11 +68,11 @@ class TileGrid:
         Raises:
             ValueError: If no tile has this name.
         """
-        names = list(self.corners)
+        first, *_, last = self.corners
         require(
             name in self.corners,
             f'names must be those of official tiles, every {self.degrees} degrees from '
-            f'{names[0]} to {names[-1]}, got {name!r}',
+            f'{first} to {last}, got {name!r}',
         )
         lon, lat = self.corners[name]
         return lon, lat, lon + self.degrees, lat + self.degrees
@@ -128,13 +124,10 @@ class TileGrid:
         col, width = west % cols, np.clip(east - west, 1, cols)
         row, stop = south.clip(0, rows), np.maximum(north, south + 1).clip(0, rows)
 
-        # Most boxes are under the same few tiles
-        shape = (rows + 1, rows + 1, cols, cols + 1)
-        numbers = np.ravel_multi_index((row, stop, col, width), shape)
         covered = np.zeros((rows, cols), bool)
-        for i in np.unique(numbers, return_index=True)[1]:
-            covered[row[i] : stop[i], np.arange(col[i], col[i] + width[i]) % cols] = (
-                True
-            )
+        ranges = (one.tolist() for one in (row, stop, col, col + width))
+        # Most boxes are under the same few tiles
+        for first, last, start, end in {*zip(*ranges, strict=True)}:
+            covered[first:last, np.arange(start, end) % cols] = True
         names = list(self.corners)
         return sorted(names[number] for number in np.flatnonzero(covered))

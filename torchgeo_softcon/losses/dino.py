@@ -10,7 +10,7 @@ from lightly.utils import dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_positive, check_types
+from .._checks import check_positive, check_types, require
 
 #: Logits that are turned into a gradient in one go on a CPU, so that they and the gradient
 #: stay in its cache from one pass to the next.
@@ -141,15 +141,15 @@ class DINOLoss(nn.Module):
             ValueError: If an argument is out of range.
         """
         check_types(DINOLoss.__init__, locals())
-        if output_dim < 2:
-            raise ValueError(
-                f'output_dim must be at least 2 prototypes, got {output_dim}'
-            )
+        require(
+            output_dim > 1,
+            f'output_dim must be at least 2 prototypes, got {output_dim}',
+        )
         check_positive(student_temperature=student_temperature)
-        if not 0 <= center_momentum < 1:
-            raise ValueError(
-                f'center_momentum must be in [0, 1), got {center_momentum}'
-            )
+        require(
+            0 <= center_momentum < 1,
+            f'center_momentum must be in [0, 1), got {center_momentum}',
+        )
 
         super().__init__()
         self.student_temperature = student_temperature
@@ -176,18 +176,16 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: If shapes disagree.
         """
-        if (
-            student.ndim != 3
-            or student.shape[1:] != teacher.shape[1:]
-            or student.shape[-1] != self.center.shape[-1]
-            or not 1 <= len(teacher) <= len(student)
-            or len(student) < 2
-        ):
-            raise ValueError(
-                'student and teacher must have the shapes (S, B, K) and (T, B, K) with '
-                f'S >= 2, 1 <= T <= S and K = output_dim = {self.center.shape[-1]}, got '
-                f'{tuple(student.shape)} and {tuple(teacher.shape)}'
-            )
+        require(
+            student.ndim == 3
+            and student.shape[1:] == teacher.shape[1:]
+            and student.shape[-1] == self.center.shape[-1]
+            and 1 <= len(teacher) <= len(student)
+            and len(student) > 1,
+            'student and teacher must have the shapes (S, B, K) and (T, B, K) with S >= 2, '
+            f'1 <= T <= S and K = output_dim = {self.center.shape[-1]}, got '
+            f'{tuple(student.shape)} and {tuple(teacher.shape)}',
+        )
 
         with torch.autocast(student.device.type, enabled=False):
             double = student.dtype == torch.float64

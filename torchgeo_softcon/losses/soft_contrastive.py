@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_fractions, check_not_negative, check_positive, check_types
+from .._checks import (
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    check_types,
+    require,
+)
 from .soft_labels import (
     LabelSimilarity,
-    SoftBias,
     SoftLabelLoss,
-    SoftLoss,
-    SoftReduction,
     compare_embeddings,
     compare_labels,
 )
@@ -82,14 +85,11 @@ def soft_contrastive_loss(
     batch: with random embeddings (D = 256, 11 classes), its gradient has 9 % of the norm
     of the contrastive one for B = 16 and 3 % for B = 128 (``'cross_entropy'``: 27 % and
     9 %). At :math:`\lambda = 1`, the default of this function, training hardly notices it.
-    :class:`~torchgeo_softcon.SoftConTask` has a default of 30.
+    :class:`~torchgeo_softcon.SoftConTask` has a default of 30. :class:`SoftLabelLoss` has
+    other forms of :math:`\ell`.
 
-    The forms of :math:`\ell`, and options that change what it can learn from, are those of
-    :class:`SoftLabelLoss`.
-
-    Under distributed training with ``gather_distributed=True``, the average of the
-    losses (and gradients) of all ranks is that of the whole batch. All ranks must have
-    batches of one size.
+    With ``gather_distributed=True``, the average of the losses (and gradients) of all
+    ranks is that of the whole batch. All ranks must have batches of one size.
 
     If you use this loss in your research, please cite the following paper:
 
@@ -125,32 +125,23 @@ def soft_contrastive_terms(
 ) -> SoftContrastiveTerms:
     """Compute both terms of :func:`soft_contrastive_loss`, to weight or log them apart.
 
-    Takes the arguments of that function but the weight. The soft term is 0 if *label* is
-    None.
+    The soft term is 0 if *label* is None.
     """
     return SoftContrastiveLoss(**options).terms(query, key, label, key_label)
 
 
 class SoftContrastiveLoss(nn.Module):
-    """Module form of :func:`soft_contrastive_loss`, with its options checked once.
-
-    If you use this loss in your research, please cite the following paper:
-
-    * https://arxiv.org/abs/2405.20462
-    """
+    """Module form of :func:`soft_contrastive_loss`, with its options checked once."""
 
     def __init__(
         self,
         temperature: float = 0.2,
         soft_temperature: float | None = None,
         soft_weight: float = 1.0,
-        soft_loss: SoftLoss = 'bce',
         label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
         gather_distributed: bool = False,
-        soft_bias: SoftBias = 'none',
-        soft_reduction: SoftReduction = 'pairs',
-        target_temperature: float | None = None,
         same_label_weight: float = 1.0,
+        **options: Any,
     ) -> None:
         """Initialize a new SoftContrastiveLoss instance.
 
@@ -158,19 +149,18 @@ class SoftContrastiveLoss(nn.Module):
             temperature: Temperature of the contrastive term.
             soft_temperature: Temperature of the soft term, *temperature* if None.
             soft_weight: Weight of the soft term.
-            soft_loss: Form of the soft term.
             label_similarity: Similarity of two labels, a name or a function.
             gather_distributed: Compare with the keys of all ranks.
-            soft_bias: Bias of similarities, see :class:`SoftLabelLoss`.
-            soft_reduction: Mean over pairs, or sum over keys.
-            target_temperature: Temperature of the targets of ``'cross_entropy'``.
             same_label_weight: Weight of other images with exactly the labels of the query
                 among the keys of the contrastive term, whose sum of exponentials they
                 enter: 1 as in InfoNCE, 0 leaves them out. Around Delhi, 9 % of all pairs are
                 such, which the two terms pull in opposite directions.
+            **options: *soft_loss*, *soft_bias*, *soft_reduction* and *target_temperature*
+                of :class:`SoftLabelLoss`.
 
         Raises:
-            ValueError: If an option is out of range or unknown.
+            TypeError: If an option is unknown.
+            ValueError: If an option is out of range.
         """
         check_types(SoftContrastiveLoss.__init__, locals())
         check_positive(temperature=temperature, soft_temperature=soft_temperature)
@@ -180,20 +170,15 @@ class SoftContrastiveLoss(nn.Module):
         super().__init__()
         self.soft_weight = soft_weight
         self.temperature = temperature
-        self.soft_temperature = soft_temperature
-        self.soft_loss: SoftLoss = soft_loss
         self.label_similarity = label_similarity
         self.gather_distributed = gather_distributed
         self.same_label_weight = same_label_weight
         #: The soft term, without its weight.
         self.soft = SoftLabelLoss(
             temperature if soft_temperature is None else soft_temperature,
-            soft_loss=soft_loss,
             label_similarity=label_similarity,
-            soft_bias=soft_bias,
-            soft_reduction=soft_reduction,
-            target_temperature=target_temperature,
             gather_distributed=gather_distributed,
+            **options,
         )
 
     def terms(
@@ -211,8 +196,7 @@ class SoftContrastiveLoss(nn.Module):
         contrast = self._contrast(query, key, label, key_label)
         soft = contrast.new_zeros(())
         if label is not None and self.soft_weight:
-            pair = (query, key) if soft_embeddings is None else soft_embeddings
-            soft = self.soft(*pair, label, key_label)
+            soft = self.soft(*(soft_embeddings or (query, key)), label, key_label)
         return SoftContrastiveTerms(contrast, soft)
 
     def _contrast(
@@ -241,9 +225,9 @@ class SoftContrastiveLoss(nn.Module):
         key_label: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss, see :func:`soft_contrastive_loss`."""
-        if label is None and self.soft_weight > 0:
-            raise ValueError(
-                f'label must be given if soft_weight > 0, got {self.soft_weight}'
-            )
+        require(
+            label is not None or self.soft_weight == 0,
+            f'label must be given if soft_weight > 0, got {self.soft_weight}',
+        )
         terms = self.terms(query, key, label, key_label)
         return terms.contrast + self.soft_weight * terms.soft

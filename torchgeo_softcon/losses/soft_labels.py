@@ -88,12 +88,7 @@ _SIMILARITIES: dict[str, LabelSimilarity] = {
 
 def gather(x: Tensor) -> Tensor:
     """Concatenate a tensor of all ranks, with gradient where it has one."""
-    if not x.requires_grad:
-        # lightly's gather is an autograd function, which needs none of this
-        out = [torch.empty_like(x) for _ in range(dist.world_size())]
-        torch.distributed.all_gather(out, x.contiguous())
-        return torch.cat(out)
-    return torch.cat(dist.gather(x))
+    return torch.cat(dist.gather(x.contiguous()))
 
 
 def _add_up(x: Tensor, distributed: bool) -> Tensor:
@@ -169,10 +164,10 @@ def compare_labels(
 def _batch_bias(
     logits: Tensor, target: Tensor, known: Tensor, distributed: bool
 ) -> Tensor:
-    """Find the bias with which the mean probability of known pairs is the mean target.
+    """Find the bias of least binary cross entropy of known pairs.
 
-    This is the bias of least binary cross entropy. Newton's method within an interval that
-    holds the solution, halved where a step would leave it.
+    With it, the mean probability is the mean target: Newton's method within an interval
+    that holds the solution, halved where a step would leave it.
     """
     logits = logits.detach()
     if distributed:
@@ -200,17 +195,7 @@ def _batch_bias(
 def _entropy(share: Tensor) -> Tensor:
     """Return the entropy of probabilities of one of two events, elementwise."""
     share = share.clamp(0, 1)
-    return -torch.special.xlogy(share, share) - torch.special.xlogy(
-        1 - share, 1 - share
-    )
-
-
-class _Terms(NamedTuple):
-    """Soft term, that of the best constant, and that of the labels themselves."""
-
-    loss: Tensor
-    chance: Tensor
-    floor: Tensor
+    return torch.special.entr(share) + torch.special.entr(1 - share)
 
 
 def _pearson(
@@ -264,17 +249,11 @@ class SoftLabelLoss(nn.Module):
     least loss for the batch, so that the gradient sums to zero over pairs and knows
     nothing but differences of labels (``'mse'``: both similarities minus their means).
     ``'learned'`` makes scale and bias parameters, as in SigLIP
-    (https://arxiv.org/abs/2303.15343); they move with the learning rate, by about that
-    much per step of AdamW.
+    (https://arxiv.org/abs/2303.15343), which AdamW moves by about the learning rate.
 
     *soft_reduction* is the mean over ``'pairs'``, with which a gradient becomes smaller
     the larger the batch, or ``'rows'``, the sum over keys averaged over queries: N times
-    as much for N keys, so its weight is that of another scale, and does not depend on the
-    batch.
-
-    All cost the same beside an encoder, two products of (B, D) embeddings and passes over
-    (B, N) numbers.
-
+    as much for N keys, whatever the batch.
     """
 
     def __init__(
@@ -336,8 +315,7 @@ class SoftLabelLoss(nn.Module):
             query: Embeddings of the trainable branch, shape (B, D), of any length.
             key: Embeddings of the EMA branch, shape (B, D), usually detached.
             label: Non-negative multi-hot labels or class fractions, shape (B, K). Fractions
-                spread the similarities more (standard deviation .38 instead of .28 for ESA
-                WorldCover around Delhi).
+                spread the similarities more.
             key_label: Labels of the keys, shape (B, K). Defaults to *label*.
 
         Returns:
@@ -350,7 +328,7 @@ class SoftLabelLoss(nn.Module):
         with torch.autocast(query.device.type, enabled=False):
             cosine, own = compare_embeddings(query, key, distributed)
             pairs = compare_labels(label, key_label, cosine, self.label_similarity)
-            return self._terms(cosine, *pairs, own, distributed).loss
+            return self._terms(cosine, *pairs, own, distributed)[0]
 
     @torch.no_grad()
     def agreement(
@@ -367,16 +345,16 @@ class SoftLabelLoss(nn.Module):
             target, known = compare_labels(
                 label[part], other, cosine, self.label_similarity
             )
-            terms = self._terms(cosine, target, known, own)
+            loss, chance, floor = self._terms(cosine, target, known, own)
             # Contrast alone makes an image similar to itself
             counted = known & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
             # What is equal is equal, whatever the rounding of a processor says
             equal = cosine.round(decimals=5), target.round(decimals=4)
             ranks = [_ranks(x, counted) for x in equal]
             correlation = _pearson(ranks[0], ranks[1], counted)
-        reach = terms.chance - terms.floor
-        explained = ((terms.chance - terms.loss) / reach).where(reach > 1e-6, 0)
-        return LabelAgreement(correlation, explained, terms.chance, terms.floor)
+        reach = chance - floor
+        explained = ((chance - loss) / reach).where(reach > 1e-6, 0)
+        return LabelAgreement(correlation, explained, chance, floor)
 
     def _terms(
         self,
@@ -385,24 +363,23 @@ class SoftLabelLoss(nn.Module):
         known: Tensor,
         own: Tensor,
         distributed: bool = False,
-    ) -> _Terms:
-        """Compute the term over known pairs, or rows, and what it can be compared with."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the term over known pairs, of the best constant, and of the labels."""
         if self.soft_loss == 'correlation':
             keys = torch.arange(cosine.shape[1], device=own.device)
             others = known & (own[:, None] != keys)
             loss = 1 - _pearson(cosine, target, others, distributed)
             # Without a single pair, there is nothing to agree with
             loss = loss * _add_up(others.any().to(loss), distributed).clamp(max=1)
-            return _Terms(loss, torch.ones_like(loss), torch.zeros_like(loss))
+            return loss, torch.ones_like(loss), torch.zeros_like(loss)
 
         counted = known
         mean = target.sum() / known.sum().clamp_min(1)
         if self.soft_loss == 'bce':
+            logits = cosine / self.temperature
             if self.soft_bias == 'learned':
                 logits = cosine * self.log_scale.exp() + self.bias
-            else:
-                logits = cosine / self.temperature
-            if self.soft_bias == 'batch':
+            elif self.soft_bias == 'batch':
                 logits = logits + _batch_bias(logits, target, known, distributed)
             losses = F.binary_cross_entropy_with_logits(
                 logits, target, reduction='none'
@@ -427,15 +404,16 @@ class SoftLabelLoss(nn.Module):
                 shares = scaled.where(known, lowest).softmax(1)
             losses = -shares * F.log_softmax(logits, dim=1)
             chance = shares * known.sum(1, keepdim=True).clamp_min(1).log()
-            floor = -torch.special.xlogy(shares, shares)
+            floor = torch.special.entr(shares)
         if self.soft_loss == 'cross_entropy' or self.soft_reduction == 'rows':
             counted = known.any(1)
 
         sums = [x.where(known, 0).sum() for x in (losses, chance, floor)]
         # Ranks may know different numbers of labels
         parts = torch.stack([*sums, counted.sum().to(losses)])
-        *sums, count = _add_up(parts, distributed)
-        return _Terms(*(total / count.clamp_min(1e-12) for total in sums))
+        loss, best, least, count = _add_up(parts, distributed)
+        count = count.clamp_min(1e-12)
+        return loss / count, best / count, least / count
 
 
 def soft_label_loss(

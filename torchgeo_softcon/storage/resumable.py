@@ -72,7 +72,8 @@ class ResumableParquet:
         """Refuse parts of something else, and delete those that are cut off."""
         # Without parts, it does not matter what was about to be written
         if not self.part_files():
-            self._write_manifest({**self.origin, 'overwrite': self._replaced})
+            self._manifest.unlink(missing_ok=True)
+            self.note(**self.origin, overwrite=self._replaced)
             return
         there = self.noted()
         self._replaced = there.get('overwrite', False)
@@ -100,17 +101,14 @@ class ResumableParquet:
 
     def note(self, **notes: Any) -> None:
         """Write values of :attr:`notes` to the manifest."""
-        self._write_manifest({**self.noted(), **notes})
-
-    def _write_manifest(self, content: Mapping[str, Any]) -> None:
+        content = json.dumps({**self.noted(), **notes}, indent=2)
         with whole_file(self._manifest) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=2))
+            unfinished.write_text(content)
 
     def noted(self) -> dict[str, Any]:
         """Read the manifest."""
-        if not self._manifest.exists():
-            return {}
-        return dict(json.loads(self._manifest.read_text()))
+        there = self._manifest.exists()
+        return dict(json.loads(self._manifest.read_text())) if there else {}
 
     def part_files(self, kind: str = '*') -> list[Path]:
         """List the parts, of one kind or of all, in the order in which they were written."""

@@ -4,31 +4,30 @@
 """Tables about many files, kept for the next start in the user's cache folder."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .lock import exclusive
 from .whole_file import whole_file
 
-_METADATA = b'torchgeo_softcon'
-
 #: Files that are read at once: most of the time goes into waiting for a disk.
 _THREADS = 8
 
 #: From so many files on, a bar is shown.
 _MANY = 100
-
-#: What tells a file from another one of the same name: path, size, time of change in ns.
-Stamp = tuple[str, int, int]
 
 
 def cache_folder() -> Path:
@@ -37,10 +36,35 @@ def cache_folder() -> Path:
     return Path(folder).expanduser()
 
 
-def file_stamp(path: str) -> Stamp:
-    """Return what tells a file from another one of the same name."""
+def file_stamp(path: str) -> tuple[str, int, int]:
+    """Return the path, size and time of change in ns of a file."""
     status = os.stat(path)
     return path, status.st_size, status.st_mtime_ns
+
+
+def file_stamps(paths: Iterable[str]) -> list[list[Any]]:
+    """Return the stamps of files, each followed by those of the files that belong to it.
+
+    These lie beside it, and their names begin like its own: ``a.tif.msk``, ``a.tfw``.
+    """
+    list_folder = functools.cache(_names_by_stem)
+    stamps = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        names = list_folder(folder)[os.path.splitext(name)[0]]
+        others = (os.path.join(folder, other) for other in names if other != name)
+        beside = [list(file_stamp(other)) for other in others if os.path.isfile(other)]
+        stamps.append([*file_stamp(path), *beside])
+    return stamps
+
+
+def _names_by_stem(folder: str) -> dict[str, list[str]]:
+    """List a folder by what stands before any point of a name."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(os.listdir(folder or '.')):
+        for point in re.finditer(r'\.', name):
+            names[name[: point.start()]].append(name)
+    return names
 
 
 def describe_files(
@@ -49,13 +73,14 @@ def describe_files(
     describe: Callable[[str], pa.Table],
     threads: int = _THREADS,
 ) -> pa.Table:
-    """Describe files, each of them only once as long as its size and time are the same.
+    """Describe files, each of them only once as long as its stamp is the same.
 
-    Of several processes that start together, one reads the files and all others wait for
-    it. Without a cache folder that can be written, every start reads them.
+    See :func:`file_stamps`. Of several processes that start together, one reads the files
+    and all others wait for it. Without a cache folder that can be written, every start
+    reads them.
 
     Args:
-        kind: Name and version of what *describe* makes.
+        kind: Name and version of the rows that *describe* makes.
         files: Their paths, at least one.
         describe: Makes rows of a file, always of one schema.
         threads: Number of files that are read at once.
@@ -64,35 +89,35 @@ def describe_files(
         The rows of all files in their order, with the position of the file as *file*.
     """
     paths = [os.path.abspath(file) for file in files]
-    folder = os.path.dirname(paths[0])
-    with contextlib.suppress(ValueError):  # on different drives
-        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:20]
     index = cache_folder() / f'{kind}-{name}.parquet'
-    stamps = [file_stamp(path) for path in paths]
-    known, rows = _load(index)
-    if not known.keys() >= {*stamps}:
+    stamps = [json.dumps(stamp) for stamp in file_stamps(paths)]
+    wanted = dict(zip(stamps, paths, strict=True))
+    rows = _load(index)
+    if rows is None or _missing(rows, wanted):
         with _alone(index):
-            known, rows = _load(index)
-            known, rows = _add(index, known, rows, stamps, describe, threads)
-    assert rows is not None
-    position = np.full(len(known), -1)
-    position[[known[stamp] for stamp in stamps]] = np.arange(len(stamps))
-    where = position[rows['file'].to_numpy()]
-    order = np.argsort(where, kind='stable')[np.count_nonzero(where < 0) :]
-    chosen = rows.take(pa.array(order))
-    column = chosen.column_names.index('file')
-    return chosen.set_column(column, 'file', pa.array(where[order], pa.int32()))
+            rows = _add(index, _load(index), wanted, describe, threads)
+    where = pc.index_in(rows['stamp'], pa.array(stamps))
+    rows = rows.drop_columns(['path', 'stamp']).append_column('file', where)
+    return rows.filter(pc.is_valid(where)).sort_by('file')
 
 
-def _load(index: Path) -> tuple[dict[Stamp, int], pa.Table | None]:
-    """Return the numbers of the files in a cached table, and its rows."""
+def _load(index: Path) -> pa.Table | None:
+    """Read a cached table, None if it is missing, damaged or of an older form."""
     try:
         rows = pq.read_table(index)
-        stamps = json.loads(rows.schema.metadata[_METADATA])
-        return {tuple(stamp): number for number, stamp in enumerate(stamps)}, rows
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
-        return {}, None  # missing or damaged: it is made again
+    except (OSError, pa.ArrowException):
+        return None
+    return rows if {'path', 'stamp'} <= {*rows.column_names} else None
+
+
+def _missing(rows: pa.Table | None, wanted: dict[str, str]) -> dict[str, str]:
+    """Return the stamps, each with its path, that no row has."""
+    if rows is None:
+        return wanted
+    known = {*pc.unique(rows['stamp']).to_pylist()}
+    return {stamp: path for stamp, path in wanted.items() if stamp not in known}
 
 
 @contextlib.contextmanager
@@ -108,38 +133,28 @@ def _alone(index: Path) -> Iterator[None]:
 
 def _add(
     index: Path,
-    known: dict[Stamp, int],
     rows: pa.Table | None,
-    asked: Sequence[Stamp],
+    wanted: dict[str, str],
     describe: Callable[[str], pa.Table],
     threads: int,
-) -> tuple[dict[Stamp, int], pa.Table]:
-    """Read files that are not in a cached table, and write it again with their rows."""
-    new = [stamp for stamp in asked if stamp not in known]
-    replaced = {path for path, *_ in new}
-    kept = [stamp for stamp in known if stamp[0] not in replaced]
+) -> pa.Table:
+    """Describe files that are not in a cached table, and write it again with their rows."""
+    new = _missing(rows, wanted)
     tables = []
     if rows is not None:
-        renumber = np.full(len(known), -1)
-        renumber[[known[stamp] for stamp in kept]] = np.arange(len(kept))
-        numbers = renumber[rows['file'].to_numpy()]
-        column = rows.column_names.index('file')
-        rows = rows.set_column(column, 'file', pa.array(numbers, pa.int32()))
-        tables.append(rows.filter(pa.array(numbers >= 0)).replace_schema_metadata())
-    stamps = kept[:]
+        changed = pa.array(map(os.fsencode, new.values()), pa.binary())
+        tables = [rows.filter(pc.invert(pc.is_in(rows['path'], changed)))]
     with ThreadPoolExecutor(threads) as pool:
-        described = pool.map(describe, [path for path, *_ in new])
+        described = pool.map(describe, new.values())
         bar = tqdm(described, f'index {index.stem}', len(new), disable=len(new) < _MANY)
         try:
-            for stamp, table in zip(new, bar, strict=True):
-                file = pa.array(np.full(len(table), len(stamps)), pa.int32())
-                tables.append(table.append_column('file', file))
-                stamps.append(stamp)
+            for (stamp, path), table in zip(new.items(), bar, strict=True):
+                for name, value in (('path', os.fsencode(path)), ('stamp', stamp)):
+                    table = table.append_column(name, pa.repeat(value, len(table)))
+                tables.append(table)
         finally:  # a file that cannot be read must not cost the others
-            everything = pa.concat_tables(tables).combine_chunks() if tables else rows
-            if everything is not None:
-                metadata = {_METADATA: json.dumps(stamps)}
-                everything = everything.replace_schema_metadata(metadata)
+            if tables:
+                rows = pa.concat_tables(tables).combine_chunks()
                 with contextlib.suppress(OSError), whole_file(index) as unfinished:
-                    pq.write_table(everything, unfinished, compression='zstd')
-    return {stamp: number for number, stamp in enumerate(stamps)}, everything
+                    pq.write_table(rows, unfinished, compression='zstd')
+    return rows

@@ -12,18 +12,25 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_fractions, check_not_negative, check_positive
+from .._checks import (
+    check_counts,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    check_types,
+    require,
+)
 from .._compat import Sample, WeightsEnum, extend_host_tasks
 from ..bands import normalize_band_names
+from ..datamodules.protocol import offer_of, trainer_datamodule
 from ..models import create_encoder, feature_size
 from ..models.encoders import PRETRAINING, explain_misfit, initial_weights
-from ..models.input_layer import input_layer
+from ..models.input_layer import InputLayerInit, input_layer
 from ..models.loading import check_patches
 from ..models.positions import load_positions, save_positions
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
-from .accumulation import save_once, warn_of_lost_gradients
-from .continual import ContinualTask
+from .continual import BatchNorm, ContinualTask
 from .guard import NonFiniteGuard
 from .memory import (
     checkpoint_activations,
@@ -32,15 +39,14 @@ from .memory import (
     paused_statistics,
     set_memory_format,
 )
-from .next_step import tell_next_step
 from .optimizers import (
+    OptimizerName,
     cosine_warmup,
     create_optimizer,
     parameter_groups,
-    peak_lr,
-    run_length,
     with_schedule,
 )
+from .runs import peak_lr, run_length, save_once, tell_next_step, warn_of_lost_gradients
 
 extend_host_tasks(explain_misfit)
 
@@ -61,10 +67,10 @@ _SHOWN = ('train_loss', 'train_loss_contrast', 'train_loss_soft', 'train_feature
 class PretrainingTask(ContinualTask):
     """Base of tasks that pretrain an encoder, with what they share.
 
-    A new method is a subclass that builds ``self.model``, the encoder to export, in
-    :meth:`configure_models` by :meth:`create_encoder`, and computes its loss in
-    :meth:`training_step`. Checkpoints note what it declares, so that ``export``,
-    ``embed``, ``evaluate`` and ``report`` know them.
+    A new method is a subclass with the arguments *model*, *in_channels*, *size* and *lr*
+    that builds ``self.model``, the encoder to export, in :meth:`configure_models` by
+    :meth:`create_encoder`, and computes its loss in :meth:`training_step`. Checkpoints note
+    what it declares, so that ``export``, ``embed``, ``evaluate`` and ``report`` know it.
     """
 
     #: Name of the method. A task of several may choose by its hyperparameters.
@@ -94,17 +100,66 @@ class PretrainingTask(ContinualTask):
         self,
         weights: WeightsEnum | bool | str | None = None,
         augmentations: nn.Module | None = None,
+        bands: Sequence[str] | None = None,
+        in_layer_init: InputLayerInit = 'random',
+        freeze_patch_embed: bool = False,
+        batch_norm: BatchNorm | None = None,
+        optimizer: OptimizerName = 'adamw',
+        lr_final: float = 0.0,
+        weight_decay: float = 0.0,
+        warmup_epochs: float = 0.0,
+        layer_decay: float = 1.0,
+        head_warmup_epochs: float = 0.0,
+        grad_checkpointing: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         """Initialize a new PretrainingTask instance.
 
-        All arguments of the subclass become hyperparameters, but those in *ignore*.
-        *model*, *in_channels*, *size* and *lr* must be among them.
+        All arguments, and those of the subclass, become hyperparameters, but those in
+        *ignore*.
 
         Args:
-            weights: Initial weights, see :func:`~torchgeo_softcon.models.read_weights`.
-            augmentations: Module that draws views of images, None to take them as they
-                are.
+            weights: Initial weights: a weight enum or its name, True for timm's own (such
+                as those of DINOv2), None or False for random ones, or the path of a
+                checkpoint of a TorchGeo task or of a state dict.
+            augmentations: Module that draws views of images (B, C, H, W), None to take
+                them as they are. Not saved in checkpoints.
+            bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
+            in_layer_init: What to do if *weights* are for another number of bands, see
+                :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
+                ``'random'`` is SoftCon's choice.
+            freeze_patch_embed: Whether to keep the input layer as it is. Not after
+                ``in_layer_init='random'``.
+            batch_norm: Whether batch norm of the encoders learns running statistics
+                (``'train'``) or keeps those of *weights*, in evaluation mode
+                (``'frozen'``; scale and shift are trained all the same). Statistics of
+                augmented views are not those of images: they alone can cost a pretrained
+                encoder more than training gains. Only behind an input layer that is drawn
+                anew, the first one learns. Defaults to ``'frozen'`` if *weights* are given
+                and the encoder has batch norm, else to ``'train'``.
+            optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``. SoftCon's authors used AdamW
+                for Vision Transformers and SGD for ResNets.
+            lr_final: Learning rate at the end of a cosine, as it is.
+            weight_decay: Weight decay of all but one-dimensional parameters.
+            warmup_epochs: Epochs of linear warm-up of the learning rate.
+            layer_decay: Factor of the learning rate from a layer of the encoder to the one
+                before it, so that what was pretrained moves least near the input. 1 for
+                none; 0.65 to 0.9 in fine-tuning of Vision Transformers (BEiT, MAE). Heads
+                and an input layer that is drawn anew have the full rate.
+            head_warmup_epochs: First epochs in which only the heads are trained, and an
+                input layer that is drawn anew, so that their first, random gradients do
+                not reach what was pretrained.
+            grad_checkpointing: Whether to compute activations of the trainable encoder
+                again in the backward pass: the same results from less memory in more
+                time, with a Trainer. Not for all models.
+            channels_last: Whether parameters of encoders lie in memory with channels
+                last, which is faster for convolutions. None: with more than one of
+                them. Files do not show it; safetensors refuses to save a live encoder.
         """
+        options = {**locals()}
+        check_types(PretrainingTask.__init__, options)
+        left_out = ('self', '__class__', *self.ignore)
+        self._options = {k: v for k, v in options.items() if k not in left_out}
         PretrainingTask.created = True
         self.weights = weights
         super().__init__()
@@ -127,17 +182,22 @@ class PretrainingTask(ContinualTask):
             ValueError: If an option is out of range, or *model*, *weights*, *bands* and
                 *size* do not fit each other.
         """
+        for name, value in self._options.items():
+            # The command line saves the arguments of a subclass alone
+            self.hparams.setdefault(name, value)
         for check, names in _CHECKS.items():
-            check(**{name: self.option(name) for name in names})
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+            check(**{name: self.hparams.get(name) for name in names})
+        require(
+            0 <= drop_path_rate < 1,
+            f'drop_path_rate must be in [0, 1), got {drop_path_rate}',
+        )
         name, channels = self.hparams['model'], self.hparams['in_channels']
-        bands = self.option('bands')
-        if bands is not None and len(normalize_band_names(bands)) != channels:
-            raise ValueError(
-                f'bands must name all in_channels = {channels} bands, got {len(bands)}: '
-                f'{tuple(bands)}'
-            )
+        bands = self.hparams['bands']
+        require(
+            bands is None or len(normalize_band_names(bands)) == channels,
+            f'bands must name all in_channels = {channels} bands, got {len(bands or ())}: '
+            f'{bands}',
+        )
 
         size = self.hparams['size']
         encoder = create_encoder(name, channels, False, drop_path_rate, size)
@@ -145,15 +205,15 @@ class PretrainingTask(ContinualTask):
         #: Number of features F of the encoder.
         self.feature_size = self.try_sizes(encoder)
         if self.weights:
-            init = self.option('in_layer_init')
+            init = self.hparams['in_layer_init']
             source = initial_weights(self.weights, name, channels, bands)
             source.load_into(encoder, init, bands)
             others = source.state_dict[f'{key}.weight'].shape[1] != channels
             self.new_input_layer = others and init == 'random'
         self.choose_batch_norm(encoder, bool(self.weights))
-        if self.option('freeze_patch_embed'):
+        if self.hparams['freeze_patch_embed']:
             layer.requires_grad_(False)
-        set_memory_format(encoder, self.option('channels_last'))
+        set_memory_format(encoder, self.hparams['channels_last'])
         # As a buffer: a run that goes on draws what it would have drawn
         self.register_buffer('rng_seed', torch.tensor(torch.initial_seed() % 2**63))
         self.guard = NonFiniteGuard()
@@ -162,7 +222,7 @@ class PretrainingTask(ContinualTask):
     def make_encoder_teacher(self, encoder: nn.Module) -> nn.Module:
         """Copy the encoder into its teacher, then let it save memory if asked to."""
         teacher = make_teacher(encoder)
-        if self.option('grad_checkpointing'):
+        if self.hparams['grad_checkpointing']:
             checkpoint_activations(encoder, self.hparams['model'])
         return teacher
 
@@ -176,10 +236,9 @@ class PretrainingTask(ContinualTask):
     def step_rng(self, batch_idx: int) -> Iterator[None]:
         """Draw the random numbers of a step from its own seed.
 
-        The seed depends on the run, the rank, the step and *batch_idx* (which tells the
-        batches of one gradient accumulation apart) alone. A resumed run therefore draws what
-        an uninterrupted run draws, and ranks draw differently. PyTorch's global generators
-        are as before afterwards.
+        It depends on the run, the rank, the step and *batch_idx* (which tells the batches of
+        one accumulation apart) alone, so a resumed run draws what an uninterrupted one
+        draws. PyTorch's global generators are as before afterwards.
         """
         if not hasattr(self, '_seed'):
             # Once per run, because it waits for the device
@@ -193,28 +252,32 @@ class PretrainingTask(ContinualTask):
 
     def read_image(self, batch: Sample, seasons: bool) -> Tensor:
         """Return the images (B, T, C, H, W) of a batch, see :func:`.split_seasons`."""
-        if 'image' not in batch:
-            raise ValueError(f"batch must have the key 'image', got {sorted(batch)}")
+        require(
+            'image' in batch, f"batch must have the key 'image', got {sorted(batch)}"
+        )
         return split_seasons(batch['image'], self.hparams['in_channels'], seasons)
 
     def augment(self, image: Tensor) -> Tensor:
         """Draw a view (B, C, size, size) of each of the images (B, C, H, W)."""
         size = self.hparams['size']
         view = self.augmentations(image)
-        if view.shape != (*image.shape[:2], size, size):
-            raise ValueError(
-                f'augmentations must give views of shape (B, C, size, size) = '
-                f'{(*image.shape[:2], size, size)}, got {tuple(view.shape)}'
-            )
+        expected = (*image.shape[:2], size, size)
+        require(
+            view.shape == expected,
+            f'augmentations must give views of shape (B, C, size, size) = {expected}, got '
+            f'{tuple(view.shape)}',
+        )
         return view.to(self.dtype)
 
     def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
-        """Draw views (B, C, h, w) of a batch, each with a title, for ``report``.
-
-        By default one view by the augmentations; a task that draws others tells so here.
-        """
+        """Draw views (B, C, h, w) of a batch, each with a title, for ``report``."""
         image = self.read_image(batch, False)[:, 0]
         return [('view', self.augment(image))]
+
+    @classmethod
+    def class_path(cls) -> str:
+        """Return the name by which checkpoints note the class of their task."""
+        return f'{cls.__module__}.{cls.__qualname__}'
 
     def unsaved(self) -> dict[str, str]:
         """Return the arguments that a checkpoint may not hold, in words."""
@@ -234,15 +297,15 @@ class PretrainingTask(ContinualTask):
         save_positions(checkpoint, self.model, self.hparams['model'])
         checkpoint['unsaved'] = self.unsaved()
         checkpoint[PRETRAINING] = {
-            'task': class_path(type(self)),
+            'task': self.class_path(),
             'method': getattr(self, 'method', type(self).__name__),
             'reference': self.reference,
             'branches': dict(self.branches),
             'new_input_layer': self.new_input_layer,
         }
         # For those who use the encoder with other data
-        datamodule = getattr(self._trainer, 'datamodule', None)
-        checkpoint['unit_range'] = getattr(datamodule, 'unit_range', False)
+        datamodule = trainer_datamodule(self._trainer)
+        checkpoint['unit_range'] = offer_of(datamodule).unit_range
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint does not hold from this task, and warn if it differs."""
@@ -266,11 +329,8 @@ class PretrainingTask(ContinualTask):
         self.keep_as_before(checkpoint)
 
     def on_train_start(self) -> None:
-        """Put everything into training mode, and say so if batch norm stays frozen.
-
-        Lightning leaves modules as they are. The batch norm of a teacher that was used
-        before, in evaluation mode, would never learn its statistics.
-        """
+        """Put everything into training mode, and say so if batch norm stays frozen."""
+        # Lightning does not: batch norm of a teacher that was used before would stay
         self.train()
         self.guard.value_range = getattr(self.augmentations, 'value_range', None)
         self.tell_frozen()
@@ -284,7 +344,7 @@ class PretrainingTask(ContinualTask):
 
     def warmup_steps(self, name: str) -> int:
         """Return the steps of a start that *name* gives in epochs, at most half of the run."""
-        epochs = self.option(name)
+        epochs = self.hparams[name]
         steps = round(epochs * self.epoch_steps)
         if steps > self.total_steps // 2:
             rank_zero_warn(
@@ -295,12 +355,7 @@ class PretrainingTask(ContinualTask):
         return steps
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and the learning rate schedule.
-
-        The peak learning rate is *lr* times the images per optimizer step over 256. It
-        rises linearly during the warm-up and falls as a cosine to *lr_final*, or to zero
-        for tasks without, per step.
-        """
+        """Return the optimizer, and a warm-up and cosine of the learning rate per step."""
         if str(self.trainer.precision).endswith('16-true'):
             raise ValueError(
                 f'trainer.precision = {self.trainer.precision} rounds the small steps of '
@@ -318,23 +373,20 @@ class PretrainingTask(ContinualTask):
             and getattr(self.trainer.precision_plugin, 'scaler', None) is None
             and self.trainer.strategy.root_device.type in ('cpu', 'cuda')
         )
-        groups = parameter_groups([self], self.option('weight_decay'), self.lr_scales())
-        optimizer = create_optimizer(self.option('optimizer'), groups, lr, fused)
-        final = self.option('lr_final') / lr
+        decay = self.hparams['weight_decay']
+        groups = parameter_groups([self], decay, self.lr_scales())
+        optimizer = create_optimizer(self.hparams['optimizer'], groups, lr, fused)
+        final = self.hparams['lr_final'] / lr
         return with_schedule(optimizer, self.total_steps, final, warmup)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; batch norm does not see twice what is computed twice."""
-        again = self.modules() if self.option('grad_checkpointing') else ()
+        again = self.modules() if self.hparams['grad_checkpointing'] else ()
         with paused_statistics(again):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the optimizer, then move the teacher towards the student.
-
-        Called once per optimizer step, so gradient accumulation does not change the
-        teacher.
-        """
+        """Step the optimizer, then move the teacher towards the student."""
         super().optimizer_step(*args, **kwargs)
         momentum = self.momentum_at(self.global_step)
         for student, teacher in self.ema_pairs():
@@ -348,10 +400,7 @@ class PretrainingTask(ContinualTask):
         return values
 
     def log_step(self, values: dict[str, Tensor], batch_size: int) -> None:
-        """Log scalars (*train_loss* among them) and where the schedules are.
-
-        They are not read here, only when Lightning's loggers need them.
-        """
+        """Log scalars, *train_loss* among them, and schedules, without reading them."""
         if self._trainer is None:
             return
         loss = values['train_loss']
@@ -379,8 +428,3 @@ class PretrainingTask(ContinualTask):
     def on_fit_end(self) -> None:
         """Say where the pretrained encoder is and how to go on from it."""
         tell_next_step(self)
-
-
-def class_path(task: type[PretrainingTask]) -> str:
-    """Return the name by which checkpoints note the class of their task."""
-    return f'{task.__module__}.{task.__qualname__}'

@@ -27,11 +27,7 @@ def _batch_norms(encoder: nn.Module) -> list[nn.Module]:
 
 
 class ContinualTask(BaseTask):
-    """Base of pretraining tasks, with what keeps the start of an encoder.
-
-    Frozen running statistics of batch norm, a learning rate that decays from layer to
-    layer, and a warm-up of the heads alone.
-    """
+    """Base of pretraining tasks, with what keeps the start of an encoder."""
 
     #: Attributes with the encoders of the task. The one in *model* is exported.
     branches: Mapping[Branch, str] = MappingProxyType({'student': 'model'})
@@ -44,31 +40,9 @@ class ContinualTask(BaseTask):
 
     _chosen_batch_norm: bool = False
 
-    #: Options that a task need not have, and what stands for them.
-    defaults: Mapping[str, Any] = MappingProxyType(
-        {
-            'bands': None,
-            'in_layer_init': 'random',
-            'freeze_patch_embed': False,
-            'batch_norm': 'train',
-            'layer_decay': 1.0,
-            'head_warmup_epochs': 0.0,
-            'grad_checkpointing': False,
-            'channels_last': None,
-            'optimizer': 'adamw',
-            'lr_final': 0.0,
-            'weight_decay': 0.0,
-            'warmup_epochs': 0.0,
-        }
-    )
-
-    def option(self, name: str) -> Any:
-        """Return a hyperparameter, or the default of a task that does not have it."""
-        return self.hparams.get(name, self.defaults.get(name))
-
     def choose_batch_norm(self, encoder: nn.Module, pretrained: bool) -> None:
         """Freeze batch norm of a pretrained encoder, unless the task was told what to do."""
-        self._chosen_batch_norm = self.option('batch_norm') is None
+        self._chosen_batch_norm = self.hparams['batch_norm'] is None
         if self._chosen_batch_norm:
             # A run that goes on learns them as before
             fresh = pretrained and not self.hparams.get('continue_training')
@@ -86,7 +60,7 @@ class ContinualTask(BaseTask):
 
     def tell_frozen(self) -> None:
         """Say if batch norm stays frozen."""
-        if self.option('batch_norm') == 'frozen':
+        if self.hparams['batch_norm'] == 'frozen':
             rank_zero_info(
                 'Batch norm keeps the running statistics of the weights it started from '
                 "(batch_norm = 'frozen'). batch_norm = 'train' learns those of the views"
@@ -95,7 +69,7 @@ class ContinualTask(BaseTask):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules, but for frozen batch norm of student and teacher."""
         super().train(mode)
-        if mode and self.option('batch_norm') == 'frozen':
+        if mode and self.hparams['batch_norm'] == 'frozen':
             for name in self.branches.values():
                 # The first one learns behind an input layer that was drawn anew, which its
                 # statistics would not fit
@@ -114,17 +88,14 @@ class ContinualTask(BaseTask):
 
     def lr_scales(self) -> dict[nn.Parameter, float]:
         """Return factors of the learning rate where they are not 1, by *layer_decay*."""
-        decay = self.option('layer_decay')
+        decay = self.hparams['layer_decay']
         scales = layer_scales(self.trained_encoder, decay) if decay < 1 else {}
         if self.new_input_layer:
             scales |= dict.fromkeys(self._input_parameters(), 1.0)
         return scales
 
-    def hold_encoder(self) -> None:
-        """Take the gradients of the encoder away while only heads warm up.
-
-        An input layer that was drawn anew warms up with them.
-        """
+    def hold_gradients(self) -> None:
+        """Take the gradients of the encoder away while heads and new input layers warm up."""
         if self.global_step >= self._held_steps:
             return
         new = self._input_parameters() if self.new_input_layer else ()
@@ -135,5 +106,6 @@ class ContinualTask(BaseTask):
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Leave out gradients of an encoder that is held, and clip as the trainer says."""
-        self.hold_encoder()
-        super().configure_gradient_clipping(*args, **kwargs)
+        self.hold_gradients()
+        if kwargs.get('gradient_clip_val') is not None:
+            super().configure_gradient_clipping(*args, **kwargs)

@@ -3,7 +3,6 @@
 
 """DINO-MC: self-distillation with local crops of several sizes."""
 
-import functools
 import math
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -13,29 +12,35 @@ import torch
 from lightly.utils.debug import std_of_l2_normalized
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from .._checks import check_counts, check_not_negative, check_positive, check_types
+from .._checks import (
+    check_counts,
+    check_not_negative,
+    check_positive,
+    check_types,
+    require,
+)
 from .._compat import Sample, WeightsEnum
 from ..losses import DINOLoss, SoftLabelLoss
-from ..models.input_layer import InputLayerInit
-from ..models.loading import default_drop_path_rate, nearest_vit
+from ..models.loading import default_drop_path_rate, feature_size, nearest_vit
 from ..modules.ema import copy_buffers, make_teacher
 from ..modules.heads import DINOHead
 from ..modules.packing import CropBatching, PositionRule, can_pack, encode_crops
 from ..transforms import MultiCropView
-from .continual import BatchNorm
 from .guard import is_chance, plateau_message
-from .multi_crop import MultiCropTask
-from .optimizers import OptimizerName, clip_each_gradient, cosine_warmup
+from .label_guidance import LabelGuidedTask, LabelPairs
+from .optimizers import clip_each_gradient, cosine_warmup
 from .training_file import go_on, load_networks
 
 #: Optimizer steps in a row with a loss of log(output_dim) after which a run is called
 #: collapsed, and how close to it the loss must be.
 _PLATEAU_STEPS, _PLATEAU_WIDTH = 200, 1e-3
 
+#: Options of which these need an encoder that takes all crops at once.
+_AT_ONCE = {'crop_batching': 'packed', 'compile_encoder': True, 'position_rule': 'dino'}
 
-class DINOMCTask(MultiCropTask):
+
+class DINOMCTask(LabelGuidedTask):
     """DINO-MC and DINO-TP: self-distillation with local crops of several sizes.
 
     A student encodes two global and several local crops of every image, each local crop
@@ -50,11 +55,8 @@ class DINOMCTask(MultiCropTask):
     https://github.com/WennyXY/DINO-MC/tree/4f8e519. Different are, on purpose: seasons
     are drawn anew in every epoch and without repetition, the teacher of a Swin has no
     stochastic depth, the loss is always computed in float32, and the teacher temperature
-    warms up per step.
-
-    DINO needs many images per batch to know its prototypes, and many steps for its
-    average to arrive anywhere. ``examples/dino_mc_small.yaml`` is a recipe for small data
-    and short runs: fewer prototypes (*output_dim*), a lower *momentum*, a higher *lr*.
+    warms up per step. For small data and short runs, ``examples/dino_mc_small.yaml`` has
+    fewer prototypes (*output_dim*), a lower *momentum* and a higher *lr*.
 
     With *soft_weight*, labels guide it as they guide SoftCon: the similarities of student
     and teacher, global crops in the bottleneck of the head, agree with those of labels.
@@ -69,7 +71,10 @@ class DINOMCTask(MultiCropTask):
     branches = MappingProxyType({'teacher': 'model', 'student': 'student'})
 
     plateau: Tensor
+    teacher_head: Any
     _idle: Tensor
+    #: Sides of the crops in pixels, as far as they are known.
+    _sizes: tuple[int, ...]
     _temperature_steps: int = 0
     _frozen_steps: int = 0
 
@@ -79,10 +84,6 @@ class DINOMCTask(MultiCropTask):
         weights: WeightsEnum | bool | str | None = None,
         continue_training: bool = False,
         in_channels: int = 3,
-        bands: Sequence[str] | None = None,
-        in_layer_init: InputLayerInit = 'random',
-        freeze_patch_embed: bool = False,
-        batch_norm: BatchNorm | None = None,
         size: int = 224,
         local_sizes: Sequence[int] = (184, 164, 144, 124, 104, 84),
         num_local_crops: int | None = None,
@@ -105,42 +106,30 @@ class DINOMCTask(MultiCropTask):
         momentum_final: float = 1.0,
         teacher_statistics: Literal['own', 'student'] = 'own',
         soft_weight: float | Literal['auto'] = 0.0,
-        soft_ratio: float = 1.0,
         soft_options: dict[str, Any] | None = None,
-        num_classes: int | None = None,
-        optimizer: OptimizerName = 'adamw',
         lr: float = 5e-4,
         lr_final: float = 1e-6,
         weight_decay: float = 0.04,
         weight_decay_final: float = 0.4,
         warmup_epochs: float = 10,
-        layer_decay: float = 1.0,
-        head_warmup_epochs: float = 0,
         clip_grad: float | None = 3.0,
         compile_encoder: bool = False,
         crop_batching: CropBatching = 'auto',
         position_rule: PositionRule = 'timm',
-        grad_checkpointing: bool = False,
-        channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
+        **options: Any,
     ) -> None:
         """Initialize a new DINOMCTask instance.
 
         Args:
             model: Name of a timm model that pools its features and takes images of any
                 size.
-            weights: Initial weights of both encoders, see :class:`.SoftConTask`.
+            weights: Initial weights of both encoders, see :class:`.PretrainingTask`.
             continue_training: Whether to go on where the training file of the authors of
                 DINO-MC (or DINO) in *weights* stopped: with both encoders, heads, centre,
                 optimizer and epoch. The data and the batch size should be those of then.
                 Checkpoints of this task go on with Lightning's ``--ckpt_path`` instead.
             in_channels: Number of bands of one image.
-            bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
-            in_layer_init: What to do if *weights* are for another number of bands, see
-                :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
-            freeze_patch_embed: Whether to keep the input layer as it is.
-            batch_norm: Whether batch norm learns running statistics (``'train'``) or keeps
-                those of *weights* (``'frozen'``), see :class:`.SoftConTask`.
             size: Side of the global crops in pixels.
             local_sizes: Sides of the local crops in pixels. What patches do not cover is
                 cut off. Crops larger than the images magnify them.
@@ -170,21 +159,15 @@ class DINOMCTask(MultiCropTask):
             teacher_statistics: Running statistics of the teacher's batch norm: its own, of
                 global crops (the paper's code), or those of the student, of all crops.
             soft_weight: Weight of the soft term. With 0, labels are not needed; else they
-                are the mean over seasons of a place. ``'auto'``: see :class:`.SoftConTask`,
-                also for the options that follow.
-            soft_ratio: Ratio of the gradients for ``soft_weight='auto'``.
+                are the mean over seasons of a place. ``'auto'``: see *soft_ratio*.
             soft_options: Arguments of :class:`~torchgeo_softcon.losses.SoftLabelLoss`, such
                 as *soft_loss* or *temperature*. Images of all ranks are compared.
-            num_classes: Number of classes if labels are class indices.
-            optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``.
             lr: Peak learning rate per 256 images of an optimizer step, over all ranks and
                 accumulated batches.
             lr_final: Learning rate at the end, as it is.
             weight_decay: Weight decay at the start, but of one-dimensional parameters.
             weight_decay_final: Weight decay at the end, of a cosine.
             warmup_epochs: Epochs of linear warm-up of the learning rate.
-            layer_decay: Decay of the learning rate per layer, see :class:`.SoftConTask`.
-            head_warmup_epochs: First epochs of the heads alone, see there.
             clip_grad: Largest norm of each gradient, parameter by parameter. Not used if
                 the trainer clips (*gradient_clip_val*, the norm of all together).
             compile_encoder: Whether to use ``torch.compile`` (Vision Transformers only).
@@ -194,12 +177,12 @@ class DINOMCTask(MultiCropTask):
                 crops of other sizes: ``'timm'``, as the exported encoder does, or
                 ``'dino'``, the rule of the paper's code, see
                 :func:`~torchgeo_softcon.modules.packing.position_matrix`.
-            grad_checkpointing: Whether to save memory, see :class:`.SoftConTask`.
-            channels_last: How parameters lie in memory, see :class:`.SoftConTask`.
             augmentations: Module that turns a batch (B, C, H, W), or (B, T, C, H, W) of
                 several seasons, into a list of crops, the 2 (``'temporal'``: 3) that the
-                teacher sees first. Not saved in checkpoints. Defaults to
+                teacher sees first. Defaults to
                 :class:`~torchgeo_softcon.transforms.MultiCropView`.
+            **options: Options of all tasks, see :class:`.PretrainingTask` and
+                :class:`.LabelGuidedTask`.
 
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
@@ -227,11 +210,9 @@ class DINOMCTask(MultiCropTask):
                 local_scale=local_scale,
                 value_range=value_range,
             )
-        # Sides of the crops, as far as they are known
-        self._sizes: tuple[int, ...] = (
-            augmentations.sizes if isinstance(augmentations, MultiCropView) else (size,)
-        )
-        super().__init__(weights, augmentations)
+        known = isinstance(augmentations, MultiCropView)
+        self._sizes = cast(Any, augmentations).sizes if known else (size,)
+        super().__init__(weights, augmentations, **options)
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -247,9 +228,12 @@ class DINOMCTask(MultiCropTask):
             self.hparams['center_momentum'],
         )
         if self.uses_labels:
-            options = self.hparams['soft_options'] or {}
-            soft = SoftLabelLoss(**{'gather_distributed': True, **options})
-            self.criterion.add_module('soft', soft)
+            options: dict[str, Any] = {
+                'label_similarity': self.label_similarity,
+                'gather_distributed': True,
+                **(self.hparams['soft_options'] or {}),
+            }
+            self.criterion.add_module('soft', SoftLabelLoss(**options))
         if self.hparams['continue_training'] and self.weights:
             load_networks(self, self.weights)
         # Optimizer steps in a row in which the loss was that of no opinion
@@ -271,30 +255,39 @@ class DINOMCTask(MultiCropTask):
         self.model = self.make_encoder_teacher(self.student)
         self.teacher_head = make_teacher(self.head)
         self.momentum = self.hparams['momentum'], self.hparams['momentum_final']
-        compiled = self.hparams['compile_encoder']
-        batching = self.hparams['crop_batching']
-        rule = self.hparams['position_rule']
-        at_once = {
-            'crop_batching': batching == 'packed',
-            'compile_encoder': compiled,
-            'position_rule': rule == 'dino',
-        }
-        for name, asked in at_once.items():
-            if asked and not can_pack(self.student):
+        model = self.hparams['model']
+        for name, value in _AT_ONCE.items():
+            if self.hparams[name] != value:
+                continue
+            if not can_pack(self.student):
                 raise ValueError(
-                    f'{name} = {self.hparams[name]!r} needs a Vision Transformer that takes '
-                    f'all crops at once, got {self.hparams["model"]!r}. Leave it out, or use '
-                    f'a model such as {nearest_vit(self.hparams["model"])}'
+                    f'{name} = {value!r} needs a Vision Transformer that takes all crops at '
+                    f'once, got {model!r}. Leave it out, or use a model such as '
+                    f'{nearest_vit(model)}'
                 )
-        if batching == 'by_size' and any(at_once.values()):
-            first = next(name for name, value in at_once.items() if value)
-            raise ValueError(
-                f"{first} needs all crops at once, got crop_batching = 'by_size'. Set that "
-                "to 'auto'"
+            require(
+                self.hparams['crop_batching'] != 'by_size',
+                f"{name} needs all crops at once, got crop_batching = 'by_size'. Set that "
+                "to 'auto'",
             )
-        self.encode = functools.partial(
-            encode_crops, compiled=compiled, batching=batching, position_rule=rule
-        )
+
+    def encode(self, encoder: nn.Module, crops: Sequence[Tensor]) -> Tensor:
+        """Encode crops: features (S, B, F)."""
+        options = self.hparams['crop_batching'], self.hparams['position_rule']
+        compiled = self.hparams['compile_encoder']
+        return encode_crops(encoder, crops, compiled, *options)
+
+    def try_sizes(self, encoder: nn.Module) -> int:
+        """Return the number of features of an encoder, if it takes the sizes of all crops."""
+        return [
+            feature_size(
+                encoder,
+                self.hparams['in_channels'],
+                size,
+                lambda image: encode_crops(encoder, [image])[0],
+            )
+            for size in sorted(set(self._sizes))
+        ][-1]
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return encoder and head, each with its teacher."""
@@ -330,24 +323,22 @@ class DINOMCTask(MultiCropTask):
             go_on(self, self.weights, optimizers)
         return optimizers
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Leave the prototypes alone in the first steps, and clip by trainer or task."""
-        self.hold_encoder()
+    def hold_gradients(self) -> None:
+        """Leave the prototypes alone in the first steps, too."""
+        super().hold_gradients()
         # Both: an epoch may be of unknown length, or the run of one epoch
         epochs = self.hparams['freeze_last_layer']
         if self.global_step < self._frozen_steps and self.current_epoch < epochs:
             # None and not zero, so that nothing decays them either
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None
-        if gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif self.hparams['clip_grad'] is not None:
-            clip_each_gradient(self.parameters(), self.hparams['clip_grad'])
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip as the trainer says, else each gradient by itself."""
+        super().configure_gradient_clipping(*args, **kwargs)
+        limit = self.hparams['clip_grad']
+        if kwargs.get('gradient_clip_val') is None and limit is not None:
+            clip_each_gradient(self.parameters(), limit)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then move the teacher and its centre."""
@@ -360,13 +351,70 @@ class DINOMCTask(MultiCropTask):
         self.criterion.update_center()
         self.plateau = torch.where(self._idle, self.plateau + 1, 0)
 
+    @property
+    def num_global(self) -> int:
+        """Number of crops that the teacher sees."""
+        return 3 if self.hparams['views'] == 'temporal' else 2
+
+    def draw_crops(self, batch: Sample) -> list[Tensor]:
+        """Draw the crops (B, C, h, w) of every image, those that the teacher sees first."""
+        temporal = self.hparams['views'] == 'temporal'
+        image = self.read_image(batch, temporal)
+        require(
+            image.shape[1] > 1 or not temporal,
+            "views='temporal' needs at least two seasons of every place, got "
+            f"batch['image'] of shape {tuple(batch['image'].shape)} with in_channels = "
+            f"{self.hparams['in_channels']}. Choose views='multi_crop' for it",
+        )
+        crops = self.augmentations(image[:, 0] if image.shape[1] == 1 else image)
+        got = len(crops) if isinstance(crops, Sequence) else type(crops).__name__
+        require(
+            isinstance(crops, Sequence) and len(crops) >= self.num_global,
+            f'augmentations must give a list of at least {self.num_global} crops, got {got}',
+        )
+        return [crop.to(self.dtype) for crop in crops]
+
+    def draw_for_report(self, batch: Sample) -> list[tuple[str, Tensor]]:
+        """Return all crops, see the base class."""
+        return [
+            (f'{"global" if i < self.num_global else "local"}, {x.shape[-1]} px', x)
+            for i, x in enumerate(self.draw_crops(batch))
+        ]
+
+    @staticmethod
+    def assign(head: nn.Module, features: Tensor) -> Tensor:
+        """Compare features (S, B, F) with the prototypes: logits (S, B, K)."""
+        logits: Tensor = head(features.flatten(0, 1))
+        return logits.unflatten(0, features.shape[:2])
+
+    def pair_crops(
+        self, batch: Sample, features: Tensor, teacher_features: Tensor
+    ) -> list[LabelPairs]:
+        """Pair each global crop of the student with the teacher's next one.
+
+        In the bottleneck (B, D) of the heads, of features (S, B, F).
+        """
+        image = self.read_image(batch, self.hparams['views'] == 'temporal')
+        label = cast(Tensor, self.read_label(batch, image)).mean(1)
+        queries = self.head.embed(features[: self.num_global])
+        with torch.no_grad():
+            keys = self.teacher_head.embed(teacher_features).roll(-1, 0)
+        return [(*pair, label, label) for pair in zip(queries, keys, strict=True)]
+
+    def label_pairs(self, batch: Sample, batch_idx: int) -> LabelPairs:
+        """Return what the soft term of a step compares first, see the base class."""
+        with self.step_rng(batch_idx):
+            crops = self.draw_crops(batch)[: self.num_global]
+            (student, teacher), _ = self.ema_pairs()
+            features = [self.encode(encoder, crops) for encoder in (student, teacher)]
+        return self.pair_crops(batch, *features)[0]
+
     def training_step(
         self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Compute the training loss.
+        """Compute the training loss of a batch with *image* (B, C, H, W).
 
-        The batch has *image* of shape (B, C, H, W), or of several seasons, of which
-        ``views='multi_crop'`` draws one, (B, T * C, H, W) or (B, T, C, H, W).
+        Or of several seasons, of which ``views='multi_crop'`` draws one.
         """
         with self.step_rng(batch_idx):
             crops = self.draw_crops(batch)
@@ -386,7 +434,8 @@ class DINOMCTask(MultiCropTask):
         if self.uses_labels:
             pairs = self.pair_crops(batch, features, teacher_features)
             values |= self.beside_chance('train_loss_dino', loss, prototypes)
-            loss = self.add_soft(loss, pairs, features, values)
+            soft = torch.stack([self.soft_criterion(*pair) for pair in pairs]).mean()
+            loss = self.add_soft(loss, soft, features, pairs[0], values)
         self.watch_step(loss, batch)
         self.log_step({'train_loss': loss, **values}, len(crops[0]))
         return loss

@@ -4,16 +4,16 @@
 """The part of a pretraining task that land-cover labels guide."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from lightly.utils import dist
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_positive, require
+from .._checks import check_counts, check_positive, check_types, require
 from .._compat import Sample, WeightsEnum
 from ..losses import SoftLabelLoss
+from ..losses.soft_labels import LabelSimilarity
 from .base import PretrainingTask
 from .guard import label_message, read_at_once
 
@@ -28,8 +28,8 @@ _AUTO_EVERY, _AUTO_SHARE = 10, 0.1
 class LabelGuidedTask(PretrainingTask):
     """Base of tasks whose loss may have a soft term that compares labels.
 
-    A subclass has the hyperparameters *soft_weight*, *soft_ratio* and *num_classes*, and
-    keeps the term in *criterion* as *soft* where :attr:`uses_labels` says so.
+    A subclass has the argument *soft_weight*, and keeps the term in *criterion* as *soft*
+    where :attr:`uses_labels` says so.
     """
 
     criterion: Any
@@ -40,21 +40,33 @@ class LabelGuidedTask(PretrainingTask):
         self,
         weights: WeightsEnum | bool | str | None = None,
         augmentations: nn.Module | None = None,
-        label_similarity: Literal['cosine', 'jaccard']
-        | Callable[[Tensor, Tensor], Tensor] = 'cosine',
+        label_similarity: Literal['cosine', 'jaccard'] | LabelSimilarity = 'cosine',
+        soft_ratio: float = 1.0,
+        num_classes: int | None = None,
+        **options: Any,
     ) -> None:
         """Initialize a new LabelGuidedTask instance.
 
         Args:
             weights: Initial weights.
             augmentations: Module that draws views.
-            label_similarity: Similarity of two labels, a name or a function.
+            label_similarity: Similarity of two labels, ``'cosine'`` as in SoftCon,
+                ``'jaccard'``, or a function of labels (B, K) and (N, K) to (B, N).
+            soft_ratio: Ratio of the gradients for ``soft_weight='auto'``: that of the soft
+                term at the features to that of the other, as measured every 10 steps, a
+                backward pass through the heads.
+            num_classes: If the labels of the data are class indices (B,), the number of
+                classes: they become one-hot, negative ones unknown.
+            **options: Options of :class:`.PretrainingTask`.
         """
+        check_types(LabelGuidedTask.__init__, locals())
+        check_positive(soft_ratio=soft_ratio)
+        check_counts(num_classes=num_classes)
         self.label_similarity = label_similarity
         if callable(label_similarity):
             # A function in a checkpoint could not be loaded safely
             self.ignore = (*self.ignore, 'label_similarity')
-        super().__init__(weights, augmentations)
+        super().__init__(weights, augmentations, **options)
 
     @property
     def soft_criterion(self) -> SoftLabelLoss:
@@ -79,16 +91,13 @@ class LabelGuidedTask(PretrainingTask):
             weight == 'auto' or weight >= 0,
             f"soft_weight must be >= 0 or 'auto', got {weight!r}",
         )
-        check_positive(soft_ratio=self.hparams['soft_ratio'])
-        check_counts(num_classes=self.hparams['num_classes'])
         if weight == 'auto':
             self.register_buffer('auto_weight', torch.zeros(()))
 
     def unsaved(self) -> dict[str, str]:
-        """Return augmentations, and the function that compares labels if it is one."""
-        name = getattr(
-            self.label_similarity, '__qualname__', str(self.label_similarity)
-        )
+        """Return augmentations, and the similarity of labels, which may be a function."""
+        compare: Any = self.label_similarity
+        name = getattr(compare, '__qualname__', str(compare))
         return {**super().unsaved(), 'label_similarity': name}
 
     def read_label(self, batch: Sample, image: Tensor) -> Tensor | None:
@@ -108,19 +117,18 @@ class LabelGuidedTask(PretrainingTask):
                 'dataset transforms=torchgeo_softcon.transforms.WorldCoverMultiLabel(), '
                 'or set soft_weight to 0'
             )
-
         size, seasons = image.shape[:2]
         classes = self.hparams['num_classes']
         if classes is not None:
             label = self._one_hot(label, (size, seasons), classes)
         if label.ndim == 2 and len(label) == size:
             label = label[:, None].expand(-1, seasons, -1)
-        if label.ndim != 3 or label.shape[:2] != (size, seasons):
-            raise ValueError(
-                f"batch['label'] must have the shape (B, K) or (B, T, K) with B = {size} "
-                f'and T = {seasons}, got {tuple(label.shape)}. Class indices are not '
-                'multi-labels: set num_classes to make them one-hot'
-            )
+        require(
+            label.ndim == 3 and label.shape[:2] == (size, seasons),
+            f"batch['label'] must have the shape (B, K) or (B, T, K) with B = {size} and T "
+            f'= {seasons}, got {tuple(label.shape)}. Class indices are not multi-labels: '
+            'set num_classes to make them one-hot',
+        )
         if read_at_once(label) and not (label.isfinite() & (label >= 0)).all():
             raise ValueError(label_message(float(label.min()), float(label.max())))
         return label.float()
@@ -129,12 +137,12 @@ class LabelGuidedTask(PretrainingTask):
     def _one_hot(label: Tensor, shape: tuple[int, int], classes: int) -> Tensor:
         """Turn class indices (B,) or (B, T) into labels; negative ones mean unknown."""
         whole = not (label.is_floating_point() or label.dtype == torch.bool)
-        if not whole or label.shape not in (shape, shape[:1]):
-            raise ValueError(
-                f"batch['label'] must be class indices of shape (B,) or (B, T) = {shape} "
-                f'because num_classes = {classes}, got {label.dtype} of shape '
-                f'{tuple(label.shape)}. Leave out num_classes for multi-labels'
-            )
+        require(
+            whole and label.shape in (shape, shape[:1]),
+            f"batch['label'] must be class indices of shape (B,) or (B, T) = {shape} "
+            f'because num_classes = {classes}, got {label.dtype} of shape '
+            f'{tuple(label.shape)}. Leave out num_classes for multi-labels',
+        )
         if read_at_once(label) and (label >= classes).any():
             raise ValueError(
                 f"batch['label'] must be class indices below num_classes = {classes}, got "
@@ -145,9 +153,8 @@ class LabelGuidedTask(PretrainingTask):
     def weigh_soft(self, main: Tensor, soft: Tensor, features: Tensor) -> Tensor:
         """Return the weight of the soft term, a scalar without gradient.
 
-        With ``soft_weight='auto'``, it is measured every few steps with how long the
-        gradients of both terms are at the features of the encoder, of any shape. Does not
-        wait for the device.
+        ``soft_weight='auto'`` is found by the lengths of the gradients of both terms at the
+        features of the encoder, of any shape, without waiting for the device.
         """
         if self.hparams['soft_weight'] != 'auto':
             return torch.full_like(soft.detach(), self.fixed_weight)
@@ -176,19 +183,6 @@ class LabelGuidedTask(PretrainingTask):
             f'{name}_chance': torch.full_like(loss, math.log(candidates)),
         }
 
-    def add_soft(
-        self,
-        main: Tensor,
-        pairs: list[LabelPairs],
-        features: Tensor,
-        values: dict[str, Tensor],
-    ) -> Tensor:
-        """Add the soft term, the mean over pairs, to a loss, and to *values* to log."""
-        soft = torch.stack([self.soft_criterion(*pair) for pair in pairs]).mean()
-        weight = self.weigh_soft(main, soft, features)
-        values |= self.label_values(pairs[0], soft, weight)
-        return main + weight * soft
-
     def watch_step(self, loss: Tensor, batch: Sample) -> None:
         """Let the guard see a loss, its images, and the multi-labels if they are used."""
         # Class indices may be negative
@@ -196,20 +190,28 @@ class LabelGuidedTask(PretrainingTask):
         label = batch.get('label') if used else None
         self.guard.watch(self.global_step, loss, batch['image'], label)
 
-    def label_values(
-        self, pairs: LabelPairs, soft: Tensor, weight: Tensor
-    ) -> dict[str, Tensor]:
-        """Return what the labels did in a step, to be logged."""
-        agreement = self.soft_criterion.agreement(*pairs)
-        return {
-            'train_loss_soft': soft,
-            'train_loss_soft_chance': agreement.chance,
-            'train_loss_soft_floor': agreement.floor,
-            'train_soft_explained': agreement.explained,
-            'train_label_correlation': agreement.correlation,
-            'train_unknown_share': (~pairs[2].any(1)).float().mean(),
-            'schedule/soft_weight': weight,
-        }
+    def add_soft(
+        self,
+        main: Tensor,
+        soft: Tensor,
+        features: Tensor,
+        pairs: LabelPairs | None,
+        values: dict[str, Tensor],
+    ) -> Tensor:
+        """Add the soft term to a loss, and what labels of *pairs* did to *values* to log."""
+        weight = self.weigh_soft(main, soft, features)
+        if pairs is not None:
+            agreement = self.soft_criterion.agreement(*pairs)
+            values |= {
+                'train_loss_soft': soft,
+                'train_loss_soft_chance': agreement.chance,
+                'train_loss_soft_floor': agreement.floor,
+                'train_soft_explained': agreement.explained,
+                'train_label_correlation': agreement.correlation,
+                'train_unknown_share': (~pairs[2].any(1)).float().mean(),
+                'schedule/soft_weight': weight,
+            }
+        return main + weight * soft
 
     def label_pairs(self, batch: Sample, batch_idx: int) -> LabelPairs:
         """Return what the soft term of a step compares, for :class:`.LabelControl`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics.classification import MultilabelAveragePrecision
 
-from .._checks import check_counts, check_positive, check_types
+from .._checks import check_counts, check_positive, check_types, require
 from .._compat import ClassificationTask, Sample, WeightsEnum
 from ..models import create_encoder, load_encoder
 from ..models.convert import choose_bands
@@ -24,7 +24,8 @@ from ..models.loading import check_patches, has_class_token
 from ..models.positions import load_positions, save_positions
 from ..transforms import RandomView
 from ..transforms.center_view import center_view
-from .optimizers import peak_lr, run_length, with_schedule
+from .optimizers import with_schedule
+from .runs import peak_lr, run_length
 
 
 class LinearProbeTask(ClassificationTask):
@@ -32,18 +33,16 @@ class LinearProbeTask(ClassificationTask):
 
     The linear evaluation of DINO, which DINO-MC and the authors of SoftCon use: SGD with
     momentum 0.9 and a cosine schedule, no weight decay, 100 epochs of random crops and
-    flips; tests are on the centre of the image. Of ViT-Small, the classifier sees the
-    class tokens of the last four blocks.
+    flips; tests are on the centre of the image.
     https://github.com/facebookresearch/dino/blob/main/eval_linear.py
     https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/transfer_classification/linear_BE_dino.py
 
     TorchGeo's own classification task with ``freeze_backbone: true`` differs: it sees the
     last block only, lets the statistics of batch norms drift, and uses AdamW.
 
-    Logged are the metrics of TorchGeo's classification task, and for multi-labels average
-    precision: ``val_MeanAveragePrecision`` over classes (macro) and
-    ``val_OverallAveragePrecision`` (micro). The papers report the latter, averaged over
-    batches.
+    Logged are its metrics, and for multi-labels average precision:
+    ``val_MeanAveragePrecision`` over classes (macro) and ``val_OverallAveragePrecision``
+    (micro). The papers report the latter, averaged over batches.
 
     If you use this task in your research, please cite the following paper:
 
@@ -75,8 +74,8 @@ class LinearProbeTask(ClassificationTask):
                 checkpoint, or True for the weights that *model* stands for.
             in_channels: Number of bands of the images.
             bands: Their names, in the order of the channels, if they are not those of
-                *weights*. They are chosen from the weights by name, which must tell
-                theirs, as weight enums and checkpoints of tasks with *bands* do.
+                *weights*: chosen by name from weight enums, and from checkpoints of tasks
+                with *bands*.
             task: One of 'binary', 'multiclass', or 'multilabel'.
             num_classes: Number of classes (only for ``task='multiclass'``).
             num_labels: Number of labels (only for ``task='multilabel'``).
@@ -88,10 +87,8 @@ class LinearProbeTask(ClassificationTask):
                 DINO does for ViT-Base. Only for encoders with class tokens.
             size: Side of the images that the encoder sees, in pixels.
             crop_scale: Range of the share of the image's area that random crops show.
-                The authors of SSL4EO-S12 use (0.8, 1) for multi-labels of ResNets, not to
-                crop out what the label says.
-            lr: Learning rate per 256 images. It matters, try several (1e-3 in the code
-                of the papers).
+                The authors of SSL4EO-S12 use (0.8, 1) for multi-labels of ResNets.
+            lr: Learning rate per 256 images (1e-3 in the code of the papers). Try several.
 
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
@@ -99,10 +96,11 @@ class LinearProbeTask(ClassificationTask):
         check_types(LinearProbeTask.__init__, locals())
         check_counts(in_channels=in_channels, size=size)
         check_positive(lr=lr)
-        if bands is not None and len(bands) != in_channels:
-            raise ValueError(
-                f'bands must name all in_channels = {in_channels} bands, got {len(bands)}'
-            )
+        got = in_channels if bands is None else len(bands)
+        require(
+            got == in_channels,
+            f'bands must name all in_channels = {in_channels} bands, got {got}',
+        )
         super().__init__(
             model,
             weights,
@@ -123,8 +121,7 @@ class LinearProbeTask(ClassificationTask):
     def configure_models(self) -> None:
         """Initialize the encoder, and the linear classifier."""
         hparams = self.hparams
-        # The command line saves what it gives to this class, not what that gives to the
-        # host's
+        # The command line saves the arguments of this class alone
         for name, parameter in inspect.signature(ClassificationTask).parameters.items():
             hparams.setdefault(name, parameter.default)
         # For several labels, the same as MultiLabelSoftMarginLoss of the papers
@@ -149,11 +146,11 @@ class LinearProbeTask(ClassificationTask):
         plain = not has_class_token(self.model)
         #: Number of blocks whose class tokens are used, None for pooled features.
         self.blocks = blocks if plain else 4 if blocks is None else blocks
-        if self.blocks is None and hparams['average_patches']:
-            raise ValueError(
-                'average_patches needs a Vision Transformer with a class token, got '
-                f'{hparams["model"]!r}. Leave it out for other encoders'
-            )
+        require(
+            self.blocks is not None or not hparams['average_patches'],
+            'average_patches needs a Vision Transformer with a class token, got '
+            f'{hparams["model"]!r}. Leave it out for other encoders',
+        )
         classes = hparams['num_classes'] or hparams['num_labels'] or 1
         width = self.features(torch.zeros(1, channels, size, size)).shape[1]
         self.head = nn.Linear(width, classes)
@@ -162,22 +159,19 @@ class LinearProbeTask(ClassificationTask):
 
     def _read_weights(self) -> dict[str, Tensor]:
         """Read the parameters of the encoder, for the bands of the images."""
-        weights, bands = (
-            cast(WeightsEnum | str | bool, self.weights),
-            self.hparams['bands'],
+        weights: Any = self.weights
+        model, channels, bands = (
+            self.hparams[name] for name in ('model', 'in_channels', 'bands')
         )
-        encoder = initial_weights(
-            weights, self.hparams['model'], self.hparams['in_channels'], bands
-        )
+        encoder = initial_weights(weights, model, channels, bands)
         if weights is True or bands is None:
             return encoder.state_dict
-        if not encoder.bands:
-            raise ValueError(
-                f'weights = {self.weights} do not tell their bands, so bands cannot be '
-                'chosen from them. Leave bands out, and give images the bands of the '
-                'weights in their order'
-            )
-        return choose_bands(encoder.state_dict, encoder.bands, bands)
+        require(
+            encoder.bands,
+            f'weights = {weights} do not tell their bands, so bands cannot be chosen from '
+            'them. Leave bands out, and give images the bands of the weights in their order',
+        )
+        return choose_bands(encoder.state_dict, cast(Any, encoder.bands), bands)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let TorchGeo open the encoder, see :func:`.save_positions`."""

@@ -11,7 +11,7 @@ import torch
 
 from ..models.checkpoints import SAFE_GLOBALS
 from ..models.encoders import PRETRAINING
-from .base import PretrainingTask, class_path
+from .base import PretrainingTask
 from .dino_mc import DINOMCTask
 from .softcon import SoftConTask
 
@@ -31,7 +31,7 @@ def find_task(checkpoint: Mapping[str, Any]) -> type[PretrainingTask] | None:
     note = checkpoint.get(PRETRAINING)
     if isinstance(note, Mapping):
         noted = note.get('task')
-        found = [c for c in _subclasses(PretrainingTask) if class_path(c) == noted]
+        found = [c for c in _subclasses(PretrainingTask) if c.class_path() == noted]
         return found[-1] if found else None
     hparams = checkpoint.get('hyper_parameters')
     if not isinstance(hparams, Mapping):

@@ -14,19 +14,14 @@ from torch.optim import Optimizer
 
 
 def is_convolutional(encoder: nn.Module) -> bool:
-    """Whether an encoder is faster with channels last.
-
-    So it is with more convolutions of images than the one that embeds patches: ResNets,
-    ConvNeXt, but not Vision Transformers and Swin.
-    """
+    """Whether an encoder has more convolutions of images than one that embeds patches."""
     return sum(isinstance(m, nn.Conv2d) for m in encoder.modules()) > 1
 
 
 def set_memory_format(encoder: nn.Module, channels_last: bool | None) -> None:
-    """Lay out the parameters of an encoder, which its activations follow.
+    """Lay out the parameters of an encoder, by default by :func:`is_convolutional`.
 
     PyTorch convolves with channels last if parameters are so, whatever the images are.
-    None decides by :func:`is_convolutional`.
     """
     if is_convolutional(encoder) if channels_last is None else channels_last:
         # Not all of four dimensions: others are no images, and five are refused
@@ -44,10 +39,9 @@ def contiguous(state_dict: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def follow_parameters(optimizer: Optimizer) -> None:
-    """Lay out the state of an optimizer as its parameters are.
+    """Lay out the state of an optimizer, from a checkpoint, as its parameters are.
 
-    A checkpoint may hold it in another layout, and PyTorch's (2.15) fused optimizers pair
-    values as they lie in memory.
+    PyTorch's (2.15) fused optimizers pair values as they lie in memory.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -73,10 +67,7 @@ def checkpoint_activations(encoder: nn.Module, name: str) -> None:
 
 @contextmanager
 def paused_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep batch norm from taking note of a batch a second time.
-
-    What is computed again in the backward pass has been seen before.
-    """
+    """Keep batch norm from taking note of a batch that is computed again."""
     paused = [
         (module, module.momentum, number, number.clone())
         for module in modules

@@ -1,7 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Optimizers, schedules per step, and what a trainer tells of the length of a run."""
+"""Optimizers, and schedules per step."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,8 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightly.utils.lars import LARS
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from timm.models import group_parameters
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -75,53 +73,6 @@ def create_optimizer(
     if name == 'adamw':
         return AdamW(groups, lr=lr, fused=fused)
     return {'sgd': SGD, 'lars': LARS}[name](groups, lr=lr, momentum=0.9)
-
-
-def run_length(trainer: Trainer) -> tuple[int, int]:
-    """Return the number of optimizer steps of a run, and of an epoch."""
-    if trainer.train_dataloader is None:
-        # Lightning does not look at the data if max_steps alone ends the run
-        trainer.fit_loop.setup_data()
-    total = trainer.estimated_stepping_batches
-    if not 0 < total < math.inf:
-        raise ValueError(
-            'the schedules need the length of the run, but trainer.max_epochs = '
-            f'{trainer.max_epochs} and trainer.max_steps = {trainer.max_steps}. Set one '
-            'of them'
-        )
-
-    batches = trainer.num_training_batches
-    if batches == math.inf:
-        return int(total), int(total)
-    return int(total), math.ceil(batches / trainer.accumulate_grad_batches)
-
-
-def images_per_step(trainer: Trainer) -> int | None:
-    """Return the images per optimizer step, which learning rates are scaled by.
-
-    Over all ranks and accumulated batches; None if the loader does not tell.
-    """
-    loader = trainer.train_dataloader
-    for source in (loader, getattr(loader, 'batch_sampler', None)):
-        size = getattr(source, 'batch_size', None)
-        if size is not None:
-            return int(size * trainer.world_size * trainer.accumulate_grad_batches)
-    return None
-
-
-def peak_lr(lr: float, trainer: Trainer) -> float:
-    """Return *lr* times the images per optimizer step over 256.
-
-    If their number is not known, it is *lr*, with a warning.
-    """
-    images = images_per_step(trainer)
-    if images is None:
-        rank_zero_warn(
-            'The batch size cannot be read from the data loader, so lr is used as it is, '
-            'without scaling by the batch size.'
-        )
-        return lr
-    return lr * images / 256
 
 
 @torch.no_grad()

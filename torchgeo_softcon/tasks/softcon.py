@@ -4,9 +4,8 @@
 """SoftCon: soft contrastive pretraining guided by land-cover multi-labels."""
 
 import math
-from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightly.utils import dist
@@ -18,7 +17,6 @@ from .._compat import Sample, WeightsEnum
 from ..losses import SoftContrastiveLoss
 from ..losses.soft_labels import SoftBias, SoftLoss, SoftReduction
 from ..models import is_vit
-from ..models.input_layer import InputLayerInit
 from ..models.loading import nearest_vit
 from ..modules.ema import make_teacher
 from ..modules.heads import mlp_head
@@ -31,9 +29,7 @@ from ..modules.masking import (
 )
 from ..modules.packing import encode_crops
 from ..transforms import RandomView
-from .continual import BatchNorm
 from .label_guidance import LabelGuidedTask, LabelPairs
-from .optimizers import OptimizerName
 
 
 class SoftConTask(LabelGuidedTask):
@@ -66,10 +62,6 @@ class SoftConTask(LabelGuidedTask):
         model: str = 'resnet50',
         weights: WeightsEnum | bool | str | None = None,
         in_channels: int = 13,
-        bands: Sequence[str] | None = None,
-        in_layer_init: InputLayerInit = 'random',
-        freeze_patch_embed: bool = False,
-        batch_norm: BatchNorm | None = None,
         size: int = 224,
         drop_path_rate: float = 0.0,
         mask_mode: MaskMode | None = None,
@@ -77,18 +69,14 @@ class SoftConTask(LabelGuidedTask):
         mask_patch_size: int = 16,
         seasons: Literal['same', 'different'] = 'same',
         soft_weight: float | Literal['auto'] = 30.0,
-        soft_ratio: float = 1.0,
         soft_loss: SoftLoss = 'bce',
         soft_bias: SoftBias = 'none',
         soft_reduction: SoftReduction = 'pairs',
         soft_projector: bool = False,
         target_temperature: float | None = None,
         same_label_weight: float = 1.0,
-        label_similarity: Literal['cosine', 'jaccard']
-        | Callable[[Tensor, Tensor], Tensor] = 'cosine',
         temperature: float = 0.2,
         soft_temperature: float | None = None,
-        num_classes: int | None = None,
         symmetric: bool = False,
         gather_distributed: bool = True,
         momentum: float | None = None,
@@ -97,15 +85,11 @@ class SoftConTask(LabelGuidedTask):
         output_dim: int = 256,
         projector_layers: int = 3,
         predictor_layers: int = 2,
-        optimizer: OptimizerName = 'adamw',
         lr: float = 1.5e-4,
         weight_decay: float = 0.1,
         warmup_epochs: float = 10,
-        layer_decay: float = 1.0,
-        head_warmup_epochs: float = 0,
-        grad_checkpointing: bool = False,
-        channels_last: bool | None = None,
         augmentations: nn.Module | None = None,
+        **options: Any,
     ) -> None:
         """Initialize a new SoftConTask instance.
 
@@ -113,23 +97,8 @@ class SoftConTask(LabelGuidedTask):
             model: Name of a timm model that pools its features. The defaults for "Vision
                 Transformers" are for ViT, DeiT and DINOv2, and those with rotary positions
                 such as DINOv3 and EVA-02 (the table in ``examples/README.md`` has all).
-            weights: Initial weights: a weight enum or its name, True for timm's own (such
-                as those of DINOv2), None or False for random ones, or the path of a
-                checkpoint of a TorchGeo task or of a state dict.
+            weights: Initial weights, see :class:`.PretrainingTask`.
             in_channels: Number of bands of one image.
-            bands: Names of the bands in their order, for ``in_layer_init='rgb'``.
-            in_layer_init: What to do if *weights* are for another number of bands, see
-                :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`.
-                ``'random'`` is the paper's choice.
-            freeze_patch_embed: Whether to keep the input layer as it is. Not after
-                ``in_layer_init='random'``.
-            batch_norm: Whether batch norm of the encoders learns running statistics
-                (``'train'``) or keeps those of *weights*, in evaluation mode
-                (``'frozen'``; scale and shift are trained all the same). Statistics of
-                augmented views are not those of images: they alone can cost a pretrained
-                encoder more than training gains. Only behind an input layer that is drawn
-                anew, the first one learns. Defaults to ``'frozen'`` if *weights* are given
-                and the encoder has batch norm, else to ``'train'``.
             size: Side of the views in pixels, 224 in the authors' models.
             drop_path_rate: Stochastic depth of the trainable encoder.
             mask_mode: How to mask the trainable branch, see
@@ -142,16 +111,10 @@ class SoftConTask(LabelGuidedTask):
                 ``'same'`` one, as in the authors' figure, or two ``'different'`` ones, as
                 in their earlier MoCo runs.
             soft_weight: Weight of the soft term. With 0, labels are not needed. The
-                paper's value is not known. At 1, the soft term does not show: its
-                gradient is small, see
-                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. At 30, both
-                gradients start at about the same size for 128 images, and features tell
-                land cover of unseen ground better in ``examples/study.py``, but not with
-                144 images to train on (``examples/README.md``). ``'auto'`` finds it while training, for
-                any batch size: the gradient of the soft term at the features is kept
-                *soft_ratio* times as long as that of the contrastive one, as measured
-                every 10 steps, a backward pass through the heads.
-            soft_ratio: Ratio of the gradients for ``soft_weight='auto'``.
+                paper's value is not known. At 30, both gradients start at about the same
+                size for 128 images, see
+                :func:`~torchgeo_softcon.losses.soft_contrastive_loss`. ``'auto'`` finds it
+                while training, for any batch size, see *soft_ratio*.
             soft_loss: Form of the soft term, see
                 :class:`~torchgeo_softcon.losses.SoftLabelLoss`, as for the next two.
                 :data:`~torchgeo_softcon.losses.PRESETS` has the options of known forms.
@@ -166,13 +129,9 @@ class SoftConTask(LabelGuidedTask):
                 0.1. Defaults to label similarities in proportion.
             same_label_weight: Weight of other images with the same labels among the keys
                 of the contrastive term, 0 to leave them out.
-            label_similarity: Similarity of two labels, ``'cosine'`` as in the paper,
-                ``'jaccard'``, or a function of labels (B, K) and (N, K) to (B, N).
             temperature: Temperature of the contrastive term, 0.2 in the same authors'
                 MoCo runs.
             soft_temperature: Temperature of the soft term. Defaults to *temperature*.
-            num_classes: If the labels of the data are class indices (B,), the number of
-                classes: they become one-hot, negative ones unknown.
             symmetric: Whether to also exchange the views and average. The authors'
                 figure shows one direction.
             gather_distributed: Whether images are compared with those of all ranks.
@@ -184,29 +143,15 @@ class SoftConTask(LabelGuidedTask):
             output_dim: Size of the embeddings (256 in MoCo v3).
             projector_layers: Number of layers of the projector (3 in MoCo v3).
             predictor_layers: Number of layers of the predictor (2 in MoCo v3).
-            optimizer: ``'adamw'``, ``'sgd'`` or ``'lars'``. The same authors used AdamW
-                for Vision Transformers and SGD for ResNets.
             lr: Peak learning rate per 256 images of an optimizer step, over all ranks and
                 accumulated batches: 1.5e-4 for AdamW (MoCo v3), 0.03 for SGD (MoCo v2).
             weight_decay: Weight decay of all but one-dimensional parameters, 0.1 for
                 AdamW and 1e-4 for SGD.
             warmup_epochs: Epochs of linear warm-up (10 in the same authors' MoCo v3).
-            layer_decay: Factor of the learning rate from a layer of the encoder to the one
-                before it, so that what was pretrained moves least near the input. 1 for
-                none; 0.65 to 0.9 in fine-tuning of Vision Transformers (BEiT, MAE). Heads
-                and an input layer that is drawn anew have the full rate.
-            head_warmup_epochs: First epochs in which only the heads are trained, and an
-                input layer that is drawn anew, so that their first, random gradients do
-                not reach what was pretrained.
-            grad_checkpointing: Whether to compute activations of the trainable encoder
-                again in the backward pass: the same results from less memory in more
-                time, with a Trainer. Not for all models.
-            channels_last: Whether parameters of encoders lie in memory with channels
-                last, which is faster for convolutions. None: with more than one of
-                them. Files do not show it; safetensors refuses to save a live encoder.
             augmentations: Module that draws views of *size* of a batch (B, C, H, W).
-                Defaults to :class:`~torchgeo_softcon.transforms.RandomView`. Not saved
-                in checkpoints.
+                Defaults to :class:`~torchgeo_softcon.transforms.RandomView`.
+            **options: Options of all tasks, see :class:`.PretrainingTask` and
+                :class:`.LabelGuidedTask`.
 
         Raises:
             ValueError: If arguments are out of range or do not fit each other.
@@ -217,12 +162,10 @@ class SoftConTask(LabelGuidedTask):
             projector_layers=projector_layers,
             predictor_layers=predictor_layers,
         )
-
         require(0 <= mask_ratio < 1, f'mask_ratio must be in [0, 1), got {mask_ratio}')
-
         if augmentations is None:
             augmentations = RandomView(size)
-        super().__init__(weights, augmentations, label_similarity)
+        super().__init__(weights, augmentations, **options)
 
     def configure_losses(self) -> None:
         """Initialize the loss criterion."""
@@ -247,14 +190,14 @@ class SoftConTask(LabelGuidedTask):
         self.model = self.create_encoder(self.hparams['drop_path_rate'])
         vit, width = is_vit(self.model), self.feature_size
         hidden, out = self.hparams['hidden_dim'], self.hparams['output_dim']
-        self.projector = mlp_head(width, hidden, out, self.hparams['projector_layers'])
+        depth = self.hparams['projector_layers']
+        self.projector = mlp_head(width, hidden, out, depth)
         # As MoCo v3: no batch norm at the end of the predictor of a ResNet
         layers = self.hparams['predictor_layers']
         self.predictor = mlp_head(out, hidden, out, layers, vit)
         self.teacher = self.make_encoder_teacher(self.model)
         self.teacher_projector = make_teacher(self.projector)
         if self.hparams['soft_projector']:
-            depth = self.hparams['projector_layers']
             self.soft_projector = mlp_head(width, hidden, out, depth)
             self.soft_predictor = mlp_head(out, hidden, out, layers, vit)
             self.teacher_soft_projector = make_teacher(self.soft_projector)
@@ -292,12 +235,11 @@ class SoftConTask(LabelGuidedTask):
         """Draw two views (B, C, H, W) of every image, with their labels (B, K) or None."""
         different = self.hparams['seasons'] == 'different'
         image = self.read_image(batch, different)
-        if len(image) < 2:
-            raise ValueError(
-                'SoftCon compares the images of a batch with each other and needs at '
-                'least 2, got a batch of 1. Raise batch_size, and drop the last batch'
-            )
-
+        require(
+            len(image) > 1,
+            'SoftCon compares the images of a batch with each other and needs at least 2, '
+            'got a batch of 1. Raise batch_size, and drop the last batch',
+        )
         label = self.read_label(batch, image)
         (size, seasons), device = image.shape[:2], image.device
         rows = torch.arange(size, device=device)
@@ -345,24 +287,18 @@ class SoftConTask(LabelGuidedTask):
             if self.hparams['symmetric']:
                 reverse = self.compare_views(views[::-1], labels[::-1])[0]
                 terms = (terms + reverse) / 2
-        weight = self.weigh_soft(terms[0], terms[1], features)
-        loss = terms[0] + weight * terms[1]
-        self.watch_step(loss, batch)
-
         ranks = dist.world_size() if self.hparams['gather_distributed'] else 1
         values = {
-            'train_loss': loss,
             **self.beside_chance(
                 'train_loss_contrast', terms[0], ranks * len(features)
             ),
             # Much smaller than 1 / sqrt(F): all images look alike to the encoder
             'train_feature_std': std_of_l2_normalized(features.detach().float()),
         }
-        if labels[0] is not None and labels[1] is not None:
-            values |= self.label_values(
-                (*compared, labels[0], labels[1]), terms[1], weight
-            )
-        self.log_step(values, len(views[0]))
+        known = None if labels[0] is None else cast(LabelPairs, (*compared, *labels))
+        loss = self.add_soft(terms[0], terms[1], features, known, values)
+        self.watch_step(loss, batch)
+        self.log_step({'train_loss': loss, **values}, len(views[0]))
         return loss
 
     def compare_views(

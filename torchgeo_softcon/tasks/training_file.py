@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require
 from ..models import load_encoder
 from ..models.checkpoints import dino_mc_encoder, read_checkpoint, require_shapes
 from ..models.convert import is_torchvision_swin, swin_to_timm
@@ -23,19 +24,15 @@ _BUFFER = re.compile(r'\.(running_mean|running_var|num_batches_tracked|\w+_index
 
 
 def _read(path: Any) -> Mapping[str, Any]:
-    """Read a training file.
-
-    Raises:
-        ValueError: If it is another file.
-    """
+    """Read a training file, and raise a ValueError if it is another file."""
     content = read_checkpoint(path) if isinstance(path, str) else {}
-    missing = [part for part in _PARTS if part not in content]
-    if missing:
-        raise ValueError(
-            'continue_training needs weights = the path of a training file of DINO-MC with '
-            f'{", ".join(_PARTS)}, but {path} has no {", ".join(missing)}. Leave '
-            'continue_training out to start from the encoder alone'
-        )
+    missing = ', '.join(part for part in _PARTS if part not in content)
+    require(
+        not missing,
+        'continue_training needs weights = the path of a training file of DINO-MC with '
+        f'{", ".join(_PARTS)}, but {path} has no {missing}. Leave continue_training out to '
+        'start from the encoder alone',
+    )
     return content
 
 
@@ -76,12 +73,12 @@ def load_networks(task: Any, path: Any) -> None:
         state = _encoder(content, branch)
         name, layer = input_layer(encoder)
         channels = state[f'{name}.weight'].shape[1] if f'{name}.weight' in state else 0
-        if channels not in (0, layer.in_channels):
-            raise ValueError(
-                f'in_channels must be {channels}, that of the training file, to go on with '
-                f'it, got {layer.in_channels}. Leave continue_training out to start from '
-                'the encoder alone'
-            )
+        require(
+            channels in (0, layer.in_channels),
+            f'in_channels must be {channels}, that of the training file, to go on with it, '
+            f'got {layer.in_channels}. Leave continue_training out to start from the '
+            'encoder alone',
+        )
         load_encoder(encoder, state)
         found = _head(content, branch)
         require_shapes(
@@ -98,8 +95,8 @@ def go_on(task: Any, path: Any, optimizers: Mapping[str, Any]) -> None:
     """Go on with the optimizer, the epoch and the schedules of a training file."""
     content = _read(path)
     _load_optimizer(content, task, optimizers['optimizer'])
-    scheduler, epoch = optimizers['lr_scheduler']['scheduler'], content['epoch']
-    _skip_epochs(task.trainer, scheduler, int(epoch), task.epoch_steps)
+    scheduler = optimizers['lr_scheduler']['scheduler']
+    _skip_epochs(task.trainer, scheduler, int(content['epoch']), task.epoch_steps)
 
 
 def _load_optimizer(
@@ -111,7 +108,7 @@ def _load_optimizer(
     order of the student.
     """
     saved = content['optimizer']
-    own = {name: parameter for name, parameter in task.named_parameters()}
+    own = dict(task.named_parameters())
     order: tuple[list[str], list[str]] = ([], [])
     for key, value in content['student'].items():
         name = _own_name(key) if not _BUFFER.search(key) else ''
@@ -121,38 +118,27 @@ def _load_optimizer(
     names = [*order[0], *order[1]]
     kinds = sorted({key for state in saved['state'].values() for key in state})
     adam = isinstance(optimizer, torch.optim.AdamW)
-    if len(names) != len(numbers) or adam != ('exp_avg' in kinds):
-        raise ValueError(
-            f'the optimizer of the training file has {kinds} of {len(numbers)} parameters, '
-            f'and this task has {len(names)} and optimizer = {type(optimizer).__name__}. Set '
-            'optimizer and norm_last_layer as in the file'
-        )
-    states = {
-        own[name]: saved['state'][number]
-        for name, number in zip(names, numbers, strict=True)
-        if number in saved['state']
-    }
+    require(
+        len(names) == len(numbers) and adam == ('exp_avg' in kinds),
+        f'the optimizer of the training file has {kinds} of {len(numbers)} parameters, and '
+        f'this task has {len(names)} and optimizer = {type(optimizer).__name__}. Set '
+        'optimizer and norm_last_layer as in the file',
+    )
+    number_of = {own[n]: number for n, number in zip(names, numbers, strict=True)}
     parameters = [p for group in optimizer.param_groups for p in group['params']]
+    found = {i: saved['state'].get(number_of.get(p)) for i, p in enumerate(parameters)}
     state = optimizer.state_dict()
-    state['state'] = {
-        i: dict(states[parameter])
-        for i, parameter in enumerate(parameters)
-        if parameter in states
-    }
+    state['state'] = {i: dict(values) for i, values in found.items() if values}
     optimizer.load_state_dict(state)
 
 
 def _skip_epochs(trainer: Any, scheduler: Any, epochs: int, epoch_steps: int) -> None:
-    """Let a run start after some epochs of it, with its schedules.
-
-    Raises:
-        ValueError: If the run has no more epochs.
-    """
-    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
-        raise ValueError(
-            f'trainer.max_epochs must be more than the {epochs} epochs that the training '
-            f'file has behind it, got {trainer.max_epochs}'
-        )
+    """Let a run start after some epochs of it, with its schedules."""
+    require(
+        trainer.max_epochs in (None, -1) or trainer.max_epochs > epochs,
+        f'trainer.max_epochs must be more than the {epochs} epochs that the training file '
+        f'has behind it, got {trainer.max_epochs}',
+    )
     steps = epochs * epoch_steps
     loop = trainer.fit_loop
     for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
