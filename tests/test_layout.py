@@ -19,7 +19,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 # A unit may import the units of earlier rows, and those of its own row
 ROWS: tuple[tuple[str, ...], ...] = (
-    ('_checks', '_cores', '_lazy', '_version', 'bands', 'plugin'),
+    ('_checks', '_cores', '_lazy', '_version', '_workers', 'bands', 'plugin'),
     ('_compat',),
     ('storage',),
     ('geo',),

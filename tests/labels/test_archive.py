@@ -23,8 +23,8 @@ from affine import Affine
 
 from torchgeo_softcon import label_archive
 from torchgeo_softcon.__main__ import main
+from torchgeo_softcon._workers import Workers
 from torchgeo_softcon.labels import archive, plan, store, write_json
-from torchgeo_softcon.labels.workers import Workers
 from torchgeo_softcon.landcover.products import (
     DYNAMICWORLD,
     WORLDCOVER,

@@ -14,7 +14,7 @@ import rasterio
 from affine import Affine
 
 from torchgeo_softcon import label_archive
-from torchgeo_softcon.labels.cover import find_year, remote_bucket
+from torchgeo_softcon.labels.cover import LandCover, remote_bucket
 from torchgeo_softcon.landcover import download
 from torchgeo_softcon.landcover.products import WORLDCOVER
 
@@ -239,11 +239,11 @@ class TestRemote:
             f'/vsicurl/https://a/{WORLDCOVER.file_path("N45E006", y)}'
             for y in (2020, 2021)
         ]
-        assert find_year(tiles, WORLDCOVER, 2020) == tiles[:1]
+        assert LandCover(tiles, WORLDCOVER).files(2020) == tiles[:1]
         with pytest.raises(
             FileNotFoundError, match='only those of other years, such as'
         ):
-            find_year(tiles[:1], WORLDCOVER, 2021)
+            LandCover(tiles[:1], WORLDCOVER).files(2021)
 
     @pytest.mark.parametrize(
         ('path', 'expected'),

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from rasterio.warp import transform
 
+from torchgeo_softcon import _workers as workers
 from torchgeo_softcon import label_archive
-from torchgeo_softcon.labels import plan, workers
+from torchgeo_softcon._workers import LocalWorkers, Workers, open_workers
+from torchgeo_softcon.labels import plan
 from torchgeo_softcon.labels.blocks import open_path
 from torchgeo_softcon.labels.plan import count_unit
 from torchgeo_softcon.labels.sources import read
-from torchgeo_softcon.labels.workers import LocalWorkers, Workers, open_workers
 
 from .helpers import write_tile
 from .test_archive import boxes
@@ -102,7 +103,7 @@ class TestLocal:
     def test_a_script_need_not_ask_for_its_name(self, tmp_path: Path) -> None:
         script = tmp_path / 'script.py'
         script.write_text(
-            'from torchgeo_softcon.labels.workers import open_workers\n'
+            'from torchgeo_softcon._workers import open_workers\n'
             'print("once")\n'
             'with open_workers(2, None) as pool:\n'
             '    print(sorted(pool.map(abs, range(-3, 0))))\n'

@@ -220,6 +220,25 @@ def repack(content: bytes, path: Path, how: str) -> bytes:
     return (path / 'out.zip').read_bytes()
 
 
+def write_group(root: Path, parts: Any, **options: Any) -> ShardArchive:
+    """Write two dates of 12 bands of 8 x 8 pixels, which are 7 but for some parts."""
+    path = root / 'S2L2A' / '0000003.zarr.zip'
+    path.parent.mkdir()
+    with zarr.storage.ZipStore(path, mode='w') as store:
+        group = zarr.create_group(store, zarr_format=2)
+        array = group.create_array(
+            'bands', shape=(2, 12, 8, 8), fill_value=7, **options
+        )
+        for place, values in parts.items():
+            array[place] = values
+        times = np.array(['2020-01-02', '2020-02-03'], 'datetime64[ns]')
+        group['time'] = times.astype(np.int64)
+        group['band'] = np.array([f'B{n}' for n in (*range(1, 9), '8A', 9, 11, 12)])
+        group['center_lon'], group['center_lat'] = np.array([9.0]), np.array([48.7])
+        group['crs'] = np.array([32632])
+    return ShardArchive(path.parent, 's2a', offset=0)
+
+
 class TestFormats:
     @pytest.mark.parametrize('how', ['deflated', 'not consolidated', 'in a folder'])
     def test_zip_files(self, tmp_path: Path, how: str) -> None:
@@ -248,27 +267,15 @@ class TestFormats:
         values = np.random.default_rng(0).integers(0, 4000, (2, 12, 8, 8)).astype(dtype)
         names = {'zlib': numcodecs.Zlib(), 'zstd': numcodecs.Zstd(), None: None}
         names |= {'blosc': numcodecs.Blosc(cname='zstd')}
-        path = tmp_path / 'S2L2A' / '0000003.zarr.zip'
-        path.parent.mkdir()
-        with zarr.storage.ZipStore(path, mode='w') as store:
-            group = zarr.create_group(store, zarr_format=2)
-            array = group.create_array(
-                'bands',
-                shape=values.shape,
-                chunks=(1, 12, 8, 8),
-                dtype=dtype,
-                compressors=names[compressor],
-                order=order,
-                filters=[numcodecs.Delta(dtype)] if filters else None,
-                fill_value=7,
-            )
-            array[0] = values[0]  # the other date is not stored
-            times = np.array(['2020-01-02', '2020-02-03'], 'datetime64[ns]')
-            group['time'] = times.astype(np.int64)
-            group['band'] = np.array([f'B{n}' for n in (*range(1, 9), '8A', 9, 11, 12)])
-            group['center_lon'], group['center_lat'] = np.array([9.0]), np.array([48.7])
-            group['crs'] = np.array([32632])
-        archive = ShardArchive(path.parent, 's2a', offset=0)
+        archive = write_group(
+            tmp_path,
+            {(0,): values[0]},  # the other date is not stored
+            chunks=(1, 12, 8, 8),
+            dtype=dtype,
+            compressors=names[compressor],
+            order=order,
+            filters=[numcodecs.Delta(dtype)] if filters else None,
+        )
         assert np.array_equal(archive.pixels(0), values[0])
         assert (archive.pixels(1) == 7).all()
         assert archive.season.tolist() == [b'20200102T000000', b'20200203T000000']
@@ -277,6 +284,14 @@ class TestFormats:
         left, bottom, right, top = grids.bounds
         assert (right - left, top - bottom) == (80, 80)
         assert abs((left + right) / 2 - 500000) < 1e-3
+
+    def test_chunks_of_which_some_are_not_stored(self, tmp_path: Path) -> None:
+        values = np.random.default_rng(0).integers(0, 4000, (2, 6, 8, 8)).astype('<i2')
+        later = {(date, slice(6, 12)): values[date] for date in range(2)}
+        archive = write_group(tmp_path, later, chunks=(1, 6, 8, 8), dtype='<i2')
+        for date in range(2):
+            assert (archive.pixels(date)[:6] == 7).all()
+            assert np.array_equal(archive.pixels(date)[6:], values[date])
 
     def test_terramesh(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
@@ -466,7 +481,7 @@ class TestErrors:
         path = archive.files[0]
         times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
         with open(path, 'r+b') as file:
-            file.seek(archive._pixels.offset[0])
+            file.seek(archive._table['bands'][0]['offset'][0].as_py())
             file.write(bytes(40))
         os.utime(path, ns=times)
         with pytest.raises(OSError, match=f'0000001/2020.* in {path} cannot be read'):

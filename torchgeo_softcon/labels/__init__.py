@@ -13,8 +13,8 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .archive import Labelled as Labelled
     from .archive import label_archive as label_archive
-    from .export import write_json as write_json
+    from .store import write_json as write_json
 
 __getattr__, __dir__, __all__ = lazy_names(
-    globals(), archive=('Labelled', 'label_archive'), export=('write_json',)
+    globals(), archive=('Labelled', 'label_archive'), store=('write_json',)
 )

@@ -7,8 +7,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal, cast
 
@@ -22,19 +21,17 @@ from tqdm import tqdm
 
 from .._checks import check_counts, check_fractions
 from .._cores import count_cores
+from .._workers import Workers, check_scheduler, open_workers
 from ..geo.antimeridian import Floats
 from ..geo.find_files import AnyPath as Path
 from ..geo.footprints import outlines
-from ..landcover.product import LandCoverProduct
 from ..landcover.products import ProductLike, find_legend, find_product
 from ..storage.resumable import REMEDY
-from .cover import Cover, download_folder, find_cover, find_year, reasons, remote_bucket
-from .export import check_locations, write_json
+from .cover import LandCover
 from .plan import Plan, count_unit
 from .sources import Images, Table, find_images, find_layout, read
-from .store import LabelStore
+from .store import LabelStore, check_locations, write_json
 from .tables import read_footprints
-from .workers import Workers, check_scheduler, open_workers
 
 #: Footprints whose outlines are made at once.
 _CHUNK = 2**16
@@ -157,14 +154,9 @@ def label_archive(
 
     if scheduler is not None:
         check_scheduler(scheduler)
-    if not isinstance(worldcover, str | os.PathLike):
-        worldcover = list(worldcover)
-    if download or remote_bucket(worldcover) is not None:
-        product.grid  # noqa: B018, raises an error if there is none
-    if download:
-        download_folder(worldcover)
-    elif remote_bucket(worldcover) is None:
-        years = _find_years(worldcover, product, years)
+    url = (base_url or product.url) if download else None
+    land_cover = LandCover(worldcover, product, url, progress)
+    years = land_cover.find_years(years)
     source, name = _find_archive(images, footprints, layout)
     if format == 'json' and layout is None:
         # The products of an image in a layout are at one place
@@ -184,10 +176,7 @@ def label_archive(
     store = LabelStore(file, name, legend, of_code, origin, editions)
     count = workers or count_cores()
     with store.open(overwrite), open_workers(count, scheduler) as pool:
-        url = (base_url or product.url) if download else None
-        labelled = _Run(
-            source, store, pool, product, years, worldcover, url, progress
-        ).run()
+        labelled = _Run(source, store, pool, land_cover, years, progress).run()
     if format == 'json':
         write_json(store.path, json, min_fraction, min_valid)
     return labelled
@@ -213,67 +202,41 @@ def _find_archive(
     return table, f'footprints {digest}'
 
 
-def _find_years(
-    worldcover: Path | Iterable[Path],
-    product: LandCoverProduct,
-    years: Sequence[int | None],
-) -> list[int | None]:
-    """Return the years of which there are tiles, an error if there are none at all."""
-    found: list[int | None] = []
-    for year in years:
-        with suppress(FileNotFoundError):
-            find_year(worldcover, product, year)
-            found.append(year)
-    if not found:
-        find_year(worldcover, product, years[0])  # says what is missing
-    return found
-
-
 def _absent(ids: pa.Array, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Tell which ids are not among others, of shape (N,)."""
-    if isinstance(among, pa.ChunkedArray):
-        among = among.combine_chunks()
-    missing = pc.is_null(pc.index_in(ids, among))
-    return np.array(missing.to_numpy(zero_copy_only=False))
+    return ~pc.is_in(ids, among).to_numpy(zero_copy_only=False)
 
 
+@dataclass
 class _Run:
     """Labels the patches of an archive that are missing in a store."""
 
-    def __init__(
-        self,
-        source: Images | Table,
-        store: LabelStore,
-        workers: Workers,
-        product: LandCoverProduct,
-        years: Sequence[int | None],
-        worldcover: Path | Iterable[Path],
-        base_url: str | None,
-        progress: bool,
-    ) -> None:
-        self.source, self.store, self.workers = source, store, workers
-        self.product, self.years, self.progress = product, years, progress
-        self.worldcover, self.base_url = worldcover, base_url
-        self.failures: dict[str, str] = {}
-        self.decoded = 0
+    source: Images | Table
+    store: LabelStore
+    workers: Workers
+    land_cover: LandCover
+    years: Sequence[int | None]
+    progress: bool
+    failures: dict[str, str] = field(default_factory=dict)
+    decoded: int = 0
 
     def run(self) -> Labelled:
         """Read footprints, count their pixels, and write the file."""
-        missing = self._find_missing(self._tile_names())
+        missing = self._find_missing(self.land_cover.names(self.years))
         footprints, boxes = self._locate(self._read_footprints(missing))
         ids = footprints['id'].combine_chunks()
         plans = []
         for year, rows in self._by_year(ids, boxes):
-            cover = self._cover(year, boxes[rows])
+            cover = self.land_cover.cover(year, boxes[rows], self.workers)
             plan = Plan(boxes[rows], cover.tiles)
             bare = np.flatnonzero(plan.first < 0).tolist()
-            lost = reasons(cover, plan.boxes, bare, self.product, year)
+            lost = self.land_cover.reasons(cover, plan.boxes, bare, year)
             part = footprints.take(pa.array(rows))
             names = part['id'].take(pa.array([*lost], pa.int64())).to_pylist()
             self.failures |= dict(zip(names, lost.values(), strict=True))
             plans.append((year, plan, part, [*lost]))
 
-        tiles = self._tile_names()  # with those that were downloaded
+        tiles = self.land_cover.names(self.years)  # with those that were downloaded
         self.store.start_counting(tiles)
         wanted = self.source.ids.take(missing)
         new = 0
@@ -297,13 +260,6 @@ class _Run:
             self.store.path, total, new, self.failures, self.decoded, partial
         )
 
-    def _cover(self, year: int | None, boxes: Floats) -> Cover:
-        """Find the tiles of a year under boxes."""
-        return find_cover(
-            *(self.worldcover, self.product, year, boxes, self.workers),
-            *(self.base_url, self.progress),
-        )
-
     def _by_year(
         self, ids: pa.Array, boxes: Floats
     ) -> Iterator[tuple[int | None, npt.NDArray[np.int64]]]:
@@ -322,24 +278,13 @@ class _Run:
                 stacklevel=4,
             )
         gaps = abs(np.where(unknown, years[0], taken)[:, None] - years)  # (N, Y)
-        if self.base_url is None and remote_bucket(self.worldcover) is None:
-            for column, year in enumerate(self.years):
-                without = Plan(boxes, self._cover(year, boxes).tiles).first < 0
-                gaps[without, column] += 1e6
+        for column, year in enumerate(self.years if self.land_cover.local else ()):
+            tiles = self.land_cover.cover(year, boxes, self.workers).tiles
+            gaps[Plan(boxes, tiles).first < 0, column] += 1e6
         chosen = gaps.argmin(1)
         for column, year in enumerate(self.years):
             if len(rows := np.flatnonzero(chosen == column)):
                 yield year, rows
-
-    def _tile_names(self) -> list[str]:
-        """Return the names of the tiles that are there, none if they are on a server."""
-        if remote_bucket(self.worldcover) is not None:
-            return []
-        files = set()
-        for year in self.years:
-            with suppress(FileNotFoundError):
-                files |= {*find_year(self.worldcover, self.product, year)}
-        return sorted(map(os.path.basename, files))
 
     def _find_missing(self, tiles: list[str]) -> pa.Array:
         """Return the positions of patches that are not in the file, or lack data there."""
@@ -371,7 +316,8 @@ class _Run:
             unread = _absent(self.source.ids.take(missing), tables[0]['id'])
             missing = missing.filter(pa.array(unread))
         with self._bar(len(missing) if images else 0, 'images') as bar:
-            for part in self.workers.map(read, self.source.units(missing)):
+            run: Any = self.workers.map if images else map
+            for part in run(read, self.source.units(missing)):
                 if images:
                     self.store.append('footprints', part.table)
                 tables.append(part.table)
@@ -398,7 +344,8 @@ class _Run:
         year: int | None,
     ) -> int:
         """Count the pixels of footprints."""
-        codes, no_data = self.product.codes, self.product.no_data
+        product = self.land_cover.product
+        codes, no_data = product.codes, product.no_data
         units = plan.units(footprints, todo, codes, self.workers.count, no_data)
         done = 0
         with self._bar(int(todo.sum()), 'patches') as bar:

@@ -4,7 +4,7 @@
 """The order in which footprints are counted, and the units of work."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import pyarrow as pa
 import shapely
 
 from ..geo.antimeridian import TURNS, Floats, turned_boxes
-from ..geo.grid import LONLAT, outline, parse_crs
+from ..geo.grid import LONLAT, Bounds, outline, parse_crs
 from ..geo.mosaic import Tile
 from .counting import Counted, count_pixels
 
@@ -27,16 +27,8 @@ _BLOCK = 1024
 _CHUNK = 2**16
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Footprints to count, with the tiles under them.
-
-    Attributes:
-        table: The footprints.
-        tiles: The tiles, in order of precedence.
-        codes: Codes to count.
-        no_data: Codes of pixels without data.
-    """
+class Unit(NamedTuple):
+    """Footprints to count, with the tiles under them, see :func:`.count_pixels`."""
 
     table: pa.Table
     tiles: list[Tile]
@@ -46,20 +38,16 @@ class Unit:
 
 def count_unit(unit: Unit) -> tuple[pa.Array, Counted]:
     """Count the footprints of a work unit: ids, and the counts in their order."""
-    counted = count_pixels(unit.table, unit.tiles, unit.codes, unit.no_data)
-    return unit.table['id'].combine_chunks(), counted
+    return unit.table['id'].combine_chunks(), count_pixels(*unit)
 
 
 class Plan:
     """Which tiles are under which footprints."""
 
     def __init__(self, boxes: Floats, tiles: Sequence[Tile]) -> None:
-        """Find the tiles under footprints.
+        """Find the tiles, in order of precedence, under footprints.
 
-        Args:
-            boxes: Left, bottom, right and top of footprints in degrees of longitude and
-                latitude, of shape (N, 4).
-            tiles: All tiles, in order of precedence.
+        *boxes*, of shape (N, 4), are left, bottom, right and top in degrees.
         """
         self.boxes, self.tiles = boxes, list(tiles)
         bounds = np.array([_degrees(tile) for tile in tiles]).reshape(-1, 4)
@@ -85,26 +73,17 @@ class Plan:
         workers: int,
         no_data: Sequence[int] = (0,),
     ) -> Iterator[Unit]:
-        """Cut footprints into units of neighbours.
+        """Cut footprints, those of the boxes, into units of neighbours.
 
-        Args:
-            table: Footprints, those of the boxes.
-            todo: Which of them are to be counted, of shape (N,).
-            codes: Codes to count.
-            workers: How many units run at once.
-            no_data: Codes of pixels without data.
+        *todo*, of shape (N,), tells which are to be counted, *workers* how many units run
+        at once.
         """
         order, rows_of_blocks = self._order(np.flatnonzero(todo))
         size = int(np.clip(len(order) / (2 * workers), _SMALLEST, _LARGEST))
         for start, stop in _cut(rows_of_blocks, size):
             rows = order[start:stop]
-            tiles = np.unique(self._pairs(rows)[1])
-            yield Unit(
-                table.take(pa.array(rows)),
-                [self.tiles[tile] for tile in tiles],
-                tuple(codes),
-                tuple(no_data),
-            )
+            tiles = [self.tiles[tile] for tile in np.unique(self._pairs(rows)[1])]
+            yield Unit(table.take(pa.array(rows)), tiles, tuple(codes), tuple(no_data))
 
     def _order(
         self, rows: npt.NDArray[np.int64]
@@ -142,9 +121,8 @@ def _cut(numbers: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]
         start = stop
 
 
-def _degrees(tile: Tile) -> tuple[float, float, float, float]:
+def _degrees(tile: Tile) -> Bounds:
     """Return the box of a tile in degrees of longitude and latitude."""
-    lonlat = parse_crs(LONLAT)
     if tile.crs.is_geographic:
         return tile.bounds
-    return tuple(outline(tile.crs, lonlat, tile.bounds).bounds)
+    return tuple(outline(tile.crs, parse_crs(LONLAT), tile.bounds).bounds)

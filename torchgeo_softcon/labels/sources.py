@@ -5,8 +5,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,21 +26,12 @@ _FILES = 1024
 #: In folders as TorchGeo has them: a file of the finest band of each image.
 _SSL4EO_S12 = {'s2c': 'B2.tif', 's2a': 'B2.tif', 's1': 'VV.tif'}
 
-#: Names of layouts.
-LAYOUTS = ('ssl4eo-s12',)
 
-
-@dataclass
-class Read:
-    """Footprints of some patches.
-
-    Attributes:
-        table: The footprints.
-        failures: Why a patch has none, by its id.
-    """
+class Read(NamedTuple):
+    """Footprints of some patches, and why others have none, by their ids."""
 
     table: pa.Table
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str]
 
 
 class Images:
@@ -66,13 +56,8 @@ class Images:
         """Yield work units of :func:`read` for the patches at some positions."""
         for start in range(0, len(rows), _FILES):
             chosen = rows.slice(start, _FILES)
-            yield list(
-                zip(
-                    self.ids.take(chosen).to_pylist(),
-                    map(os.fsdecode, self._paths.take(chosen).to_pylist()),
-                    strict=True,
-                )
-            )
+            paths = map(os.fsdecode, self._paths.take(chosen).to_pylist())
+            yield [*zip(self.ids.take(chosen).to_pylist(), paths, strict=True)]
 
 
 class Table:
@@ -86,48 +71,39 @@ class Table:
         self, read: Read, ids: pa.StringArray, years: pa.Array | None = None
     ) -> None:
         """Initialize a new Table instance of footprints, names and years of all rows."""
-        self.ids = ids
-        self._read, self._years = read, years
+        self.ids, self._read = ids, read
+        self._years = pa.nulls(len(ids), pa.int64()) if years is None else years
 
     def years(self, ids: pa.Array) -> list[int | None]:
         """Return the year of each patch, None where nothing tells it."""
+        told = self._years.take(pc.index_in(ids, self.ids)).to_pylist()
         names = ids.to_pylist()
-        told = [None] * len(names)
-        if self._years is not None:
-            told = self._years.take(pc.index_in(ids, self.ids)).to_pylist()
         return [y or name_year(name) for y, name in zip(told, names, strict=True)]
 
     def units(self, rows: pa.Array) -> Iterator[Any]:
         """Yield the footprints of the rows at some positions, as one unit."""
         wanted = self.ids.take(rows)
-        table = self._read.table
+        table, reasons = self._read
         there = pc.drop_null(pc.index_in(wanted, table['id'].combine_chunks()))
-        names = set(wanted.to_pylist()) if self._read.failures else ()
-        failures = {k: v for k, v in self._read.failures.items() if k in names}
-        yield Read(table.take(there), failures)
+        names = {*wanted.to_pylist()} & reasons.keys()
+        yield Read(table.take(there), {name: reasons[name] for name in names})
 
 
 def read(unit: Any) -> Read:
     """Read the footprints of a work unit, from :meth:`Images.units` or the like."""
     if isinstance(unit, Read):
         return unit
-    ids, systems, transforms, shapes = [], [], [], []
-    failures = {}
+    grids, failures = {}, {}
     for name, path in unit:
         try:
             with open_raster(path) as source:
                 check_place(source)
-                ids.append(name)
-                systems.append(source.crs.to_string())
-                transforms.append(source.transform[:6])
-                shapes.append(source.shape)
+                crs = source.crs.to_string()
+                grids[name] = crs, source.transform[:6], source.shape
         except (OSError, ValueError) as error:
             failures[name] = ' '.join(str(error).split())
-    grids = np.array(transforms, np.float64).reshape(-1, 6)
-    return Read(
-        make_footprints(ids, systems, grids, np.array(shapes, np.int32).reshape(-1, 2)),
-        failures,
-    )
+    columns = zip(*grids.values(), strict=True) if grids else ((), (), ())
+    return Read(make_footprints(grids, *columns), failures)
 
 
 def check_unique(ids: pa.StringArray) -> None:
@@ -182,8 +158,8 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
         FileNotFoundError: If there are none.
         ValueError: If the layout is unknown.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    if layout != 'ssl4eo-s12':
+        raise ValueError(f'layout must be one of ssl4eo-s12, got {layout!r}')
     # Not before: it needs PyTorch
     from ..ssl4eo.shards import find_splits, open_archive
     from ..ssl4eo.tiffs import TiffArchive, list_images
@@ -206,24 +182,17 @@ def find_layout(layout: str, root: str | os.PathLike[str]) -> Images | Table:
 
 def _footprints(archives: Iterable['RecordArchive | ShardArchive']) -> Table:
     """Return the footprints of archives that know them."""
-    tables, ids = [], []
-    failures: dict[str, str] = {}
+    tables = []
     for archive in archives:
         crs, transforms, size = archive.grids()
-        names = ['/'.join((archive.split, *archive.name(n))) for n in range(len(crs))]
-        there = [n for n, one in enumerate(crs) if one is not None]
-        failures |= dict.fromkeys(
-            (names[n] for n, one in enumerate(crs) if one is None),
-            'has no coordinate reference system',
-        )
-        tables.append(
-            make_footprints(
-                [names[n] for n in there],
-                [str(crs[n]) for n in there],
-                transforms[there],
-                np.tile(np.array(size, np.int32), (len(there), 1)),
-            )
-        )
-        ids += names
+        images = [archive.name(row) for row in range(len(crs))]
+        names = ('/'.join((archive.split, *image)) for image in images)
+        sizes = np.broadcast_to(size, (len(crs), 2))
+        tables.append(make_footprints(names, crs, transforms, sizes))
     table = pa.concat_tables(tables).unify_dictionaries()
-    return Table(Read(table, failures), pa.array(ids, pa.string()))
+    nowhere = pc.is_null(table['crs'])
+    failures = dict.fromkeys(
+        table['id'].filter(nowhere).to_pylist(), 'has no coordinate reference system'
+    )
+    known = Read(table.filter(pc.invert(nowhere)), failures)
+    return Table(known, table['id'].combine_chunks())

@@ -1,18 +1,16 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""A file of labels, and the folder of its parts while it is not complete.
+"""Files of labels: as Parquet, which is resumable, and in the structure of SSL4EO-S12-ML."""
 
-The file is the same, whether the run was interrupted or not.
-"""
-
-import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,9 +21,6 @@ from ..landcover.product import LandCoverProduct
 from ..storage.resumable import REMEDY, ResumableParquet
 from ..storage.whole_file import whole_file
 from .counting import Counted, Counts
-
-#: Rows of a row group of the file.
-_ROWS = 2**16
 
 #: Version of the columns of the file.
 _VERSION = 1
@@ -153,37 +148,27 @@ class LabelStore(ResumableParquet):
         schema = self._schema().with_metadata({'labels': json.dumps(about)})
         # Before the file: when it is there, all is
         self._write_failures(ids, failures)
-        return self.finish(self._row_groups(ids, footprints), schema)
-
-    def _row_groups(
-        self, ids: pa.StringArray, footprints: pa.Table
-    ) -> Iterator[pa.Table]:
-        """Make the rows of the file, from parts or else from the file before."""
-        before, counts = self.labels(), self.read_parts('counts')
-        schema = self._schema()
-        for start in range(0, len(ids), _ROWS):
-            chunk = ids.slice(start, _ROWS)
-            position = pc.index_in(chunk, counts['id'].combine_chunks())
-            new = pc.is_valid(position)
-            counted = counts.take(position.filter(new))
-            where = pc.index_in(chunk.filter(new), footprints['id'].combine_chunks())
-            table = self._to_labels(counted, footprints.take(where)).cast(schema)
-            if before is not None:
-                old = chunk.filter(pc.invert(new))
-                position = pc.index_in(old, before['id'].combine_chunks()).drop_null()
-                table = pa.concat_tables([table, before.take(position).cast(schema)])
-            order = pc.index_in(chunk, table['id'].combine_chunks()).drop_null()
-            yield table.take(order)
+        counts = _in_order(ids, self.read_parts('counts'))
+        table = self._to_labels(counts, _in_order(counts['id'], footprints))
+        if self.exists:
+            table = pa.concat_tables([table, self.labels()])
+        return self.finish([_in_order(ids, table).cast(schema)], schema)
 
     def _to_labels(self, counts: pa.Table, footprints: pa.Table) -> pa.Table:
         """Make rows of the file of counts, and of the footprints in the same order."""
-        values = self._to_legend(counts)
+        values = np.zeros((len(counts), len(self.legend.codes)), np.int64)
+        by_code = _by_code(counts).T
+        for target, column in zip(self.of_code.values(), by_code, strict=True):
+            values[:, self.legend.codes.index(target)] += column
+        editions = [self.product] * len(counts)
+        if len(self.editions) > 1:
+            editions = [self.editions[year] for year in counts['year'].to_pylist()]
         pixels = counts['pixels'].to_numpy()
         found = values.sum(1)
         shares = (values / np.maximum(found, 1)[:, None]).astype(np.float32)
         columns: list[Any] = [
             counts['id'],
-            pa.array(self._editions(counts), pa.string()),
+            pa.array(editions, pa.string()),
             footprints['crs'].cast(pa.string()),
             pixels,
             (found / np.maximum(pixels, 1)).astype(np.float32),
@@ -191,21 +176,7 @@ class LabelStore(ResumableParquet):
             *shares.T,
             pa.array(shapely.to_wkb(outlines(footprints)), pa.binary()),
         ]
-        return pa.table(columns, names=self._schema().names)
-
-    def _editions(self, counts: pa.Table) -> list[str]:
-        """Return the map, with its year, that each row was counted in."""
-        if len(self.editions) == 1:
-            return [self.product] * len(counts)
-        return [self.editions[year] for year in counts['year'].to_pylist()]
-
-    def _to_legend(self, counts: pa.Table) -> Any:
-        """Add up counts for the legend's classes, of shape (N, K)."""
-        values = np.zeros((len(counts), len(self.legend.codes)), np.int64)
-        columns = _by_code(counts).T
-        for target, column in zip(self.of_code.values(), columns, strict=True):
-            values[:, self.legend.codes.index(target)] += column
-        return values
+        return pa.table(columns, schema=self._schema())
 
     def _schema(self) -> pa.Schema:
         """Return the columns of the file."""
@@ -228,18 +199,87 @@ class LabelStore(ResumableParquet):
         if not failures:
             self.failures.unlink(missing_ok=True)
             return
-        with (
-            whole_file(self.failures) as unfinished,
-            unfinished.open('w', newline='') as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(['id', 'reason'])
-            writer.writerows(
-                (name, failures[name]) for name in ids.to_pylist() if name in failures
-            )
+        names = [name for name in ids.to_pylist() if name in failures]
+        table = pd.DataFrame({'id': names, 'reason': [failures[n] for n in names]})
+        with whole_file(self.failures) as unfinished:
+            table.to_csv(unfinished, index=False, lineterminator='\r\n')
+
+
+def _in_order(ids: pa.Array | pa.ChunkedArray, table: pa.Table) -> pa.Table:
+    """Return the first row of a table with each of some ids, if there is one."""
+    return table.take(pc.index_in(ids, table['id']).drop_null())
 
 
 def _by_code(counts: pa.Table) -> Counts:
     """Return the counts of a part, of shape (N, K)."""
     column = counts['counts'].combine_chunks()
     return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
+
+
+def write_json(
+    labels: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    min_fraction: float = 0.05,
+    min_valid: float = 0.5,
+) -> None:
+    """Write which classes the patches have: ``{location: {season id: [class, ...]}}``.
+
+    A location is the last folder of an id, a season id its last part. For SSL4EO-S12, these
+    are the folders of the location and of the date. An id without folders is both. Classes
+    are codes of the legend, from the lowest to the highest. Patches with too few valid
+    pixels have none: unknown.
+
+    Args:
+        labels: A file of labels.
+        out: The file to write.
+        min_fraction: Smallest share of the valid pixels that a class must cover.
+        min_valid: Smallest share of the pixels that must be valid.
+
+    Raises:
+        ValueError: If patches of one location and season have different classes.
+    """
+    locations: dict[str, dict[str, list[int]]] = {}
+    with pq.ParquetFile(labels) as file:
+        names = [n for n in file.schema_arrow.names if n.startswith('fraction_')]
+        codes = np.array([int(name.removeprefix('fraction_')) for name in names])
+        for batch in file.iter_batches(columns=['id', 'valid', *names]):
+            shares = np.stack([batch[name].to_numpy() for name in names], 1)
+            present = (shares >= np.float32(min_fraction)) & (
+                batch['valid'].to_numpy() >= np.float32(min_valid)
+            )[:, None]
+            for name, row in zip(batch['id'].to_pylist(), present, strict=True):
+                location, season = _location(name)
+                classes = codes[row].tolist()
+                # Products of one image have the same classes, and are one
+                if locations.setdefault(location, {}).setdefault(season, classes) != (
+                    classes
+                ):
+                    raise ValueError(
+                        f'labels have different classes for {location}/{season}, the '
+                        f'last folder and the name of {name} and of another patch: '
+                        f'JSON cannot have both, use the Parquet file {labels}'
+                    )
+    with whole_file(Path(out)) as unfinished:
+        unfinished.write_text(json.dumps(locations))
+
+
+def check_locations(ids: Iterable[str]) -> None:
+    """Refuse ids that are one location and season in JSON, where one would be lost."""
+    first: dict[tuple[str, str], str] = {}
+    twice = [
+        (name, other)
+        for name in ids
+        if (other := first.setdefault(_location(name), name)) != name
+    ]
+    if twice:
+        examples = ', '.join(f'{name} (as {other})' for name, other in twice[:3])
+        raise ValueError(
+            'ids must differ in their last folder or name, which are the location and the '
+            f'season in JSON, {len(twice)} do not, such as {examples}: write Parquet'
+        )
+
+
+def _location(name: str) -> tuple[str, str]:
+    """Return the location and the season id of a patch."""
+    folders, _, season = name.rpartition('/')
+    return folders.rpartition('/')[2] or season, season

@@ -142,15 +142,15 @@ def _batches(path: str) -> Iterator[tuple[pa.Table, str | None]]:
 
 def _rename(table: pa.Table, path: str, geometry: str = 'geometry') -> pa.Table:
     """Bring the names of columns to lower case, and look for those that must be there."""
-    given = table.column_names
     # What the file says is its geometry comes before others of the name
-    order = sorted(range(len(given)), key=lambda i: given[i] != geometry)
-    names = [given[i].lower() if given[i] != geometry else 'geometry' for i in order]
-    if 'wkt' in names and 'geometry' not in names:
-        names[names.index('wkt')] = 'geometry'
-    unique = list(dict.fromkeys(names))
-    table = table.select([order[names.index(name)] for name in unique])
-    table = table.rename_columns(unique)
+    order = sorted(enumerate(table.column_names), key=lambda item: item[1] != geometry)
+    columns: dict[str, int] = {}
+    for number, name in order:
+        columns.setdefault('geometry' if name == geometry else name.lower(), number)
+    if 'wkt' in columns:
+        columns.setdefault('geometry', columns.pop('wkt'))
+    unique = [*columns]
+    table = table.select([*columns.values()]).rename_columns(unique)
     placed = 'geometry' in unique or set(_BOX) <= set(unique)
     if 'id' not in unique or not placed:
         raise ValueError(

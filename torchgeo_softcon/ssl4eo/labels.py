@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .._checks import require
 from ..landcover.products import DYNAMICWORLD, WORLDCOVER
 from .tiffs import days, pair
 
@@ -77,25 +78,17 @@ def _read_json(path: Path) -> SeasonLabels:
         content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f'labels {path} is not a valid JSON file: {error}') from error
-
-    def check(valid: bool, what: str) -> None:
-        if not valid:
-            raise ValueError(
-                f'labels {path} must be {{location: {{season: [class, ...]}}}}, {what} '
-                'has something else'
-            )
-
-    check(isinstance(content, dict), 'the file')
+    form = f'labels {path} must be {{location: {{season: [class, ...]}}}},'
+    require(isinstance(content, dict), f'{form} the file has something else')
     for location, seasons in content.items():
-        check(isinstance(seasons, dict), location)
+        require(isinstance(seasons, dict), f'{form} {location} has something else')
     names = [(location, season) for location in content for season in content[location]]
-    if not names:
-        raise ValueError(f'labels {path} has no entries')
+    require(names, f'labels {path} has no entries')
     classes = [content[location][season] for location, season in names]
-    check(all(isinstance(one, list) for one in classes), 'an image')
-    codes = [code for one in classes for code in one]
     # A bool is an int to Python, but no class
-    check({*map(type, codes)} <= {int}, 'an image')
+    sound = (isinstance(one, list) and {*map(type, one)} <= {int} for one in classes)
+    require(all(sound), f'{form} an image has something else')
+    codes = [code for one in classes for code in one]
 
     known = {*codes}
     # SSL4EO-S12-ML has the former, https://github.com/zhu-xlab/softcon#readme

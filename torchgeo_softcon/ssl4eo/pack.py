@@ -10,10 +10,8 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from tqdm import tqdm
 
+from .._workers import open_workers
 from ..storage.lock import exclusive
 from ..storage.whole_file import whole_file
 from .labels import SeasonLabels, match_labels, read_labels
@@ -57,6 +56,9 @@ _SHARD = re.compile(r'[0-9]{5,}')
 
 #: Files that a killed run has not finished.
 _UNFINISHED = re.compile(r'([0-9]{5,}\.(npy|parquet)|index\.parquet)\.tmp')
+
+#: Images to write, and the file of their records.
+_Shard = tuple[TiffArchive | ShardArchive, Path]
 
 
 class Failure(NamedTuple):
@@ -139,7 +141,7 @@ def verify(
 ) -> list[Failure]:
     """Return the images whose record is not what it was, by its checksum."""
     archives = open_archives(out, split)
-    return _for_each(RecordArchive.read_checked, archives, 'verify', progress)
+    return _for_each(RecordArchive.load, archives, 'verify', progress)
 
 
 @dataclass
@@ -213,10 +215,9 @@ def _pack_split(
         before = _read_rows(index)
     indexed, not_indexed = _resume(archive, folder, before)
     done = pa.concat_tables([indexed, *not_indexed])
-    ours = pd.MultiIndex.from_arrays(
-        [archive.location.astype(str), archive.season.astype(str)]
-    )
-    rows = np.flatnonzero(~ours.isin(_names(done)))
+    ours = [archive.name(row) for row in range(len(archive))]
+    there = _names(done)
+    rows = np.array([n for n, name in enumerate(ours) if name not in there], int)
     rows = rows[np.argsort(archive.order[rows], kind='stable')]
     if labels is not None and table is None and len(rows) + len(not_indexed):
         raise ValueError(
@@ -226,20 +227,21 @@ def _pack_split(
 
     # Not those of lost files: what the index on the disk says of them must not come true
     used = {*before['shard'].to_pylist(), *done['shard'].to_pylist()}
-    numbers = (n for n in itertools.count() if n not in used)
+    paths = (shard_path(folder, n) for n in itertools.count() if n not in used)
     cuts = range(0, len(rows), shard_size)
-    shards = {next(numbers): archive.only(rows[c : c + shard_size]) for c in cuts}
-    lost = _names(before).difference(_names(indexed)).difference(ours)
+    shards = ((archive.only(rows[c : c + shard_size]), next(paths)) for c in cuts)
     reason = f'its record is gone, and it is not in {archive.root}'
-    failures = [Failure(location, name, reason) for location, name in lost]
-    with tqdm(
+    lost = sorted(_names(before) - _names(indexed) - {*ours})
+    failures = [Failure(*name, reason) for name in lost]
+    bar = tqdm(
         total=len(ours),
         initial=len(ours) - len(rows),
         desc=f'pack {archive.split}',
         unit='image',
         disable=not progress,
-    ) as bar:
-        for count, failed in _write_shards(folder, shards, workers):
+    )
+    with bar, open_workers(workers, None) as pool:
+        for count, failed in pool.map(_write_shard, shards):
             failures += failed
             bar.update(count)
 
@@ -247,21 +249,21 @@ def _pack_split(
     path.unlink(missing_ok=True)
     if failures:
         pd.DataFrame(failures).to_csv(path, index=False, lineterminator='\r\n')
-    paths = _shard_files(folder, 'parquet')
-    if not paths and not len(indexed):
+    parts = _shard_files(folder, 'parquet')
+    if not parts and not len(indexed):
         raise ValueError(
             f'none of the {len(ours)} images of {archive.root} can be read, the first one '
             f'because: {failures[0].reason}'
         )
-    if paths or table is not None or len(indexed) < len(before):
-        joined = pa.concat_tables([indexed, *map(_read_rows, paths)])
+    if parts or table is not None or len(indexed) < len(before):
+        joined = pa.concat_tables([indexed, *map(_read_rows, parts)])
         # The order of the images does not depend on which were packed first
         joined = joined.sort_by([('id', 'ascending'), ('season', 'ascending')])
         if table is not None:
             joined = _with_labels(joined, table, archive.split)
             labels = {'codes': list(table.codes), 'shares': table.shares}
         write_index(index, joined, labels)
-    for path in paths:
+    for path in parts:
         path.unlink()
     return failures
 
@@ -289,11 +291,9 @@ def _read_rows(path: Path) -> pa.Table:
     return rows
 
 
-def _names(rows: pa.Table) -> pd.MultiIndex:
+def _names(rows: pa.Table) -> set[tuple[str, str]]:
     """Return the location and the name of each image in rows of an index."""
-    return pd.MultiIndex.from_arrays(
-        [rows['id'].to_pylist(), rows['season'].to_pylist()]
-    )
+    return {*zip(rows['id'].to_pylist(), rows['season'].to_pylist(), strict=True)}
 
 
 def _with_labels(rows: pa.Table, labels: SeasonLabels, split: str) -> pa.Table:
@@ -356,32 +356,12 @@ def _shard_files(folder: Path, suffix: str) -> list[Path]:
     return sorted(p for p in folder.glob(f'*.{suffix}') if _SHARD.fullmatch(p.stem))
 
 
-def _write_shards(
-    folder: Path, shards: Mapping[int, TiffArchive | ShardArchive], workers: int
-) -> Iterator[tuple[int, list[Failure]]]:
-    """Write files of records, and yield how many images each had, and its failures."""
-    if workers == 1 or len(shards) < 2:
-        for number, images in shards.items():
-            yield len(images), _write_shard(images, folder, number)
-        return
-    # Forks of a process with threads may hang
-    with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
-        jobs = {
-            pool.submit(_write_shard, images, folder, number): len(images)
-            for number, images in shards.items()
-        }
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _write_shard(unit: _Shard) -> tuple[int, list[Failure]]:
+    """Write a file of records and then, as a sign that it is complete, its rows.
 
-
-def _write_shard(
-    archive: TiffArchive | ShardArchive, folder: Path, number: int
-) -> list[Failure]:
-    """Write a file of records and then, as a sign that it is complete, its rows."""
+    Returns how many images there were, and those that failed.
+    """
+    archive, path = unit
     records = np.empty(len(archive), archive.dtype)
     entries: list[dict[str, Any]] = []
     failures = []
@@ -395,14 +375,14 @@ def _write_shard(
         offset = len(entries)
         records[offset] = record
         cloud = None
-        if CLOUD_MASK in (archive.dtype.names or ()):
+        if CLOUD_MASK in record.dtype.names:
             counts = np.bincount(record[CLOUD_MASK].reshape(-1), minlength=256)
             (cloud,) = cloud_shares(counts[None]).tolist()
         entries.append(
             {
                 'id': location,
                 'season': season,
-                'shard': number,
+                'shard': int(path.stem),
                 'offset': offset,
                 **grids._asdict(),
                 'transforms': [x for transform in grids.transforms for x in transform],
@@ -411,11 +391,10 @@ def _write_shard(
             }
         )
     if entries:
-        path = shard_path(folder, number)
         write_records(path, records[: len(entries)])
         table = pa.Table.from_pylist(entries, SCHEMA)
         write_index(path.with_suffix('.parquet'), table, None)
-    return failures
+    return len(archive), failures
 
 
 def _write_tiffs(

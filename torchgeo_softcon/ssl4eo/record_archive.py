@@ -26,6 +26,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .._checks import require
 from ..storage.whole_file import whole_file
 from .labels import SeasonLabels
 from .tiffs import BANDS, Archive, Georeference, Grids, check_names, split_names
@@ -161,18 +162,14 @@ class RecordArchive(Archive):
         )
 
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with its georeference, see :meth:`.Archive.load`."""
-        return self.read_checked(row), self.georeference(row)
-
-    def read_checked(self, row: int) -> npt.NDArray[Any]:
-        """Read the record of an image, of shape (), and compare it with its checksum."""
+        """Read an image, compare it with its checksum, see :meth:`.Archive.load`."""
         records = self.read([row])
-        if checksum(records) != self._checksums[row]:
-            raise ValueError(
-                'its checksum is not the one in the index. Delete '
-                f'{shard_path(self.root, self._shard[row])}, and pack again'
-            )
-        return np.asarray(records.view(self.dtype)[0, 0])
+        require(
+            checksum(records) == self._checksums[row],
+            'its checksum is not the one in the index. Delete '
+            f'{shard_path(self.root, self._shard[row])}, and pack again',
+        )
+        return records.view(self.dtype)[0, 0], self.georeference(row)
 
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Read images, see :meth:`.Archive.read`."""
@@ -227,28 +224,30 @@ class RecordArchive(Archive):
     def _columns(self, *names: str) -> pa.Table:
         """Read columns of the index, whose rows must be those of the start."""
         table = pq.read_table(self.index, columns=list(names))
-        if _version(self.index) != self._version:
-            raise ValueError(
-                f'{self.index} has changed since it was opened: open the archive again'
-            )
+        require(
+            _version(self.index) == self._version,
+            f'{self.index} has changed since it was opened: open the archive again',
+        )
         return table
 
     def _check(self) -> np.dtype[Any]:
         """Return the type of the records, and check the length of all files."""
         counts = pd.Series(self._offset + 1).groupby(self._shard).max()
         dtype, start = _read_header(shard_path(self.root, counts.index[0]))
-        if {*self.bands} != {*(dtype.names or ())} - {CLOUD_MASK}:
-            raise ValueError(
-                f'records of {self.split} must have the bands {", ".join(self.bands)}, '
-                f'those in {self.root} have {", ".join(dtype.names or ())}'
-            )
+        names = dtype.names or ()
+        require(
+            {*self.bands} == {*names} - {CLOUD_MASK},
+            f'records of {self.split} must have the bands {", ".join(self.bands)}, those '
+            f'in {self.root} have {", ".join(names)}',
+        )
         for shard, count in counts.items():
             path = shard_path(self.root, shard)
-            if path.stat().st_size < start + count * dtype.itemsize:
-                raise ValueError(
-                    f'{path} must have {count} records of {dtype.itemsize} bytes, it is '
-                    f'cut off after {path.stat().st_size} bytes. Delete it, and pack again'
-                )
+            size = path.stat().st_size
+            require(
+                size >= start + count * dtype.itemsize,
+                f'{path} must have {count} records of {dtype.itemsize} bytes, it is cut '
+                f'off after {size} bytes. Delete it, and pack again',
+            )
         return dtype
 
 
@@ -300,17 +299,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(
             f'{path} is not an index of `torchgeo-softcon pack`'
         ) from error
-    if version != FORMAT:
-        raise ValueError(
-            f'{path} must be of format {FORMAT}, got {version}. Pack the '
-            'archive again, or use the version of this package that it was packed with'
-        )
+    require(
+        version == FORMAT,
+        f'{path} must be of format {FORMAT}, got {version}. Pack the archive again, or '
+        'use the version of this package that it was packed with',
+    )
     expected = [SCHEMA.field(name).type for name in _NAMES]
-    if types != expected:
-        raise ValueError(
-            f'{path} must have the columns {", ".join(_NAMES)} of the types '
-            f'{", ".join(map(str, expected))}, got {", ".join(map(str, types))}'
-        )
+    require(
+        types == expected,
+        f'{path} must have the columns {", ".join(_NAMES)} of the types '
+        f'{", ".join(map(str, expected))}, got {", ".join(map(str, types))}',
+    )
     return metadata
 
 

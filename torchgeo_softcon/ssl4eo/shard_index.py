@@ -15,15 +15,19 @@ import pyarrow as pa
 
 from .._checks import require
 from ..geo.grid import LONLAT, parse_crs, projection
-from .tiffs import PIXEL, is_image_name
+from .tiffs import is_image_name
 from .zarr_zip import ZarrZip, open_members
 
 #: Dimensions of the pixels, last first, where the file does not name them.
 _DIMENSIONS = ('sample', 'time', 'band', 'y', 'x')
 
+#: Size of a pixel in metres.
+_PIXEL = 10.0
+
 #: Names of locations, which may be followed by the number of a date.
 _SAMPLE = re.compile(r'(\d{7})(?:_\d+)?', re.ASCII)
 
+#: See :meth:`.ZarrZip.places`.
 _CHUNKS = pa.struct(
     {
         'layout': pa.string(),
@@ -91,7 +95,7 @@ def _describe(group: ZarrZip, key: str, path: str) -> Iterator[dict[str, Any]]:
         for one in 'xy'
     ]
     scale, told = (attributes.get(name) for name in ('scale_factor', 'add_offset'))
-    masks = 'cloud_mask' in group
+    masks = group.layout('cloud_mask') if 'cloud_mask' in group else None
     for index in np.ndindex(*shape):
         at = dict(zip(leading, index, strict=True))
         # Without a dimension, one value holds for all samples
@@ -101,35 +105,22 @@ def _describe(group: ZarrZip, key: str, path: str) -> Iterator[dict[str, Any]]:
         )
         text = _text(sample[0])
         match, name = _SAMPLE.fullmatch(text), _text(ids[index])
-        time = np.datetime64(int(times[index]), 'ns')
+        time = pd.Timestamp(int(times[index]))
         crs, transform = _grid(_text(system[0]), center, grid, layout.shape[-2:])
         yield {
             'key': key if 'sample' not in at else text,
             'location': match[1] if match else re.sub(r'\W', '_', key),
-            'season': name if is_image_name(name) else _compact(time),
-            'time': int(times[index]),
+            'season': name if is_image_name(name) else f'{time:%Y%m%dT%H%M%S}',
+            'time': time.value,
             'crs': crs,
             'transform': transform,
             'names': json.dumps([_text(one) for one in names] or ['0']),
             'told': np.nan if told is None else -float(told) / float(scale or 1),
             'sample': at.get('sample', -1),
             'step': at.get('time', -1),
-            'bands': _places(group, 'bands', index),
-            'cloud_mask': _places(group, 'cloud_mask', index) if masks else None,
+            'bands': group.places('bands', layout, index),
+            'cloud_mask': masks and group.places('cloud_mask', masks, index),
         }
-
-
-def _places(group: ZarrZip, name: str, index: Sequence[int]) -> dict[str, Any]:
-    """Return where the chunks of an array of an image are."""
-    layout = group.layout(name)
-    # Of one date, an array may be without its dimension
-    places = group.places(name, index)
-    return {
-        'layout': layout.text,
-        'offset': [place.offset for place in places],
-        'size': [place.size for place in places],
-        'deflated': any(place.deflated for place in places),
-    }
 
 
 def _spread(
@@ -173,8 +164,8 @@ def _grid(
         easting, northing = map(float, center)
         if to_crs is not None:
             easting, northing = to_crs.transform(easting, northing)
-        left, top = easting - width / 2 * PIXEL, northing + height / 2 * PIXEL
-        return crs, [PIXEL, 0.0, left, 0.0, -PIXEL, top]
+        left, top = easting - width / 2 * _PIXEL, northing + height / 2 * _PIXEL
+        return crs, [_PIXEL, 0.0, left, 0.0, -_PIXEL, top]
     dx, dy = ((axis[-1] - axis[0]) / (len(axis) - 1) for axis in (x, y))
     return crs, [dx, 0.0, x[0] - dx / 2, 0.0, dy, y[0] - dy / 2]
 
@@ -182,8 +173,3 @@ def _grid(
 def _text(value: Any) -> str:
     """Return a text of an array, also where it is bytes or ends in zeros."""
     return (value.decode() if isinstance(value, bytes) else str(value)).rstrip('\0')
-
-
-def _compact(time: np.datetime64) -> str:
-    """Return a time as the names of images have it, such as 20200604T054639."""
-    return re.sub('[-:]', '', str(time.astype('datetime64[s]')))

@@ -9,15 +9,17 @@ https://github.com/DLR-MF-DAS/SSL4EO-S12-v1.1
 """
 
 import copy
+import functools
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -37,7 +39,7 @@ from .record_archive import (
 )
 from .shard_index import describe_images
 from .tiffs import BANDS, MODALITIES, Archive, Georeference, Grids, TiffArchive
-from .zarr_zip import SUFFIX, ChunkPlace, Layout, read_chunk
+from .zarr_zip import SUFFIX, Layout, read_chunk
 
 #: Files that are open at once.
 _OPEN = 64
@@ -55,14 +57,8 @@ def modality_folder(root: str | os.PathLike[str], split: str) -> Path | None:
     It is in *root*, or in ``train`` or else ``val`` in it.
     """
     name = MODALITIES.get(split, split)
-    for folder in (
-        Path(root, name),
-        Path(root, 'train', name),
-        Path(root, 'val', name),
-    ):
-        if folder.is_dir() and _files(folder):
-            return folder
-    return None
+    folders = (Path(root, part, name) for part in ('', 'train', 'val'))
+    return next((one for one in folders if one.is_dir() and _files(one)), None)
 
 
 def _files(folder: Path) -> list[str]:
@@ -76,39 +72,8 @@ def _open_file(path: str) -> IO[bytes]:
     return open(path, 'rb', buffering=0)
 
 
-class _Chunks(NamedTuple):
-    """Where an array of each of N images is, whose places are in one flat list."""
-
-    layouts: list[Layout]
-    layout: npt.NDArray[np.int64]
-    start: npt.NDArray[np.int64]
-    offset: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
-    deflated: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> Self:
-        """Take apart a column of the index."""
-        # Copies what is shown of it: fields of a part would be those of the whole
-        array = pa.concat_arrays(column.chunks)
-        texts = array.field('layout').dictionary_encode()
-        return cls(
-            [*map(Layout, texts.dictionary.to_pylist())],
-            texts.indices.to_numpy(),
-            array.field('offset').offsets.to_numpy(),
-            array.field('offset').values.to_numpy(),
-            array.field('size').values.to_numpy(),
-            array.field('deflated').to_numpy(zero_copy_only=False),
-        )
-
-    def find(self, row: int) -> tuple[Layout, list[ChunkPlace]]:
-        """Return the layout of an image, and where its chunks are."""
-        here = slice(self.start[row], self.start[row + 1])
-        places = zip(self.offset[here].tolist(), self.size[here].tolist(), strict=True)
-        deflated = bool(self.deflated[row])
-        return self.layouts[self.layout[row]], [
-            ChunkPlace(*place, deflated) for place in places
-        ]
+#: Layouts by their texts, of which an archive has few.
+_parse_layout = functools.lru_cache(Layout)
 
 
 class ShardArchive(Archive):
@@ -120,8 +85,7 @@ class ShardArchive(Archive):
 
     Attributes:
         stored_bands: Names of the bands in the order of the files.
-        key: Name of the group of each image, shape (N,).
-        file: Number of its file.
+        file: Number of the file of each image, shape (N,).
         time: When it was taken, in ns since 1970.
         told: The offset that its attributes tell, NaN without one.
         order: Its rank in the files, in which reading is fastest.
@@ -147,30 +111,29 @@ class ShardArchive(Archive):
         self._select(
             table.sort_by([('location', 'ascending'), ('season', 'ascending')])
         )
-        again = np.flatnonzero(
-            (self.location[1:] == self.location[:-1])
-            & (self.season[1:] == self.season[:-1])
-        )
-        require(
-            not len(again),
-            f'images must be there once, got {"/".join(self.name(int(again[:1].sum())))} '
-            f'again in {folder}: keep one form of the archive there',
-        )
-        names = json.loads(self._uniform(pc.unique(table['names']).to_pylist()))
-        self.stored_bands = tuple(map(spell_band_name, names))
+        names = pd.MultiIndex.from_arrays([self.location, self.season])
+        again = np.flatnonzero(names.duplicated())
+        if len(again):
+            raise ValueError(
+                f'images must be there once, got {"/".join(self.name(again[0]))} again in '
+                f'{folder}: keep one form of the archive there'
+            )
+        bands = json.loads(self._uniform(pc.unique(table['names']).to_pylist()))
+        self.stored_bands = tuple(map(spell_band_name, bands))
         self.bands = BANDS.get(split, self.stored_bands)
         require(
             sorted(self.bands) == sorted(self.stored_bands),
             f'{folder} must have the bands {", ".join(self.bands)}, got '
             f'{", ".join(self.stored_bands)}: choose another split',
         )
-        pixels = self._pixels.layouts
-        kinds = {(one.dtype.str, one.shape[-2:]) for one in pixels}
+        texts = pc.unique(pc.struct_field(table['bands'], 'layout')).to_pylist()
+        layouts = [*map(_parse_layout, texts)]
+        kinds = {(one.dtype.str, one.shape[-2:]) for one in layouts}
         dtype, (height, width) = self._uniform(sorted(kinds))
-        self._shape = len(names), height, width
-        fields: dict[str, Any] = {
-            band: (dtype, (height, width)) for band in self.stored_bands
-        }
+        self._shape = len(bands), height, width
+        fields: dict[str, Any] = dict.fromkeys(
+            self.stored_bands, (dtype, (height, width))
+        )
         if masks and self.has_masks:
             fields[CLOUD_MASK] = np.uint8, (height, width)
         self.dtype = record_dtype(fields)
@@ -178,7 +141,7 @@ class ShardArchive(Archive):
         if split in ('s2c', 's2a'):
             self.offset = find_offsets(self, offset)
         leading = sum(int(n[0] >= 0) for n in self._leading)
-        group = max(int(np.prod(one.chunks[:leading])) for one in pixels)
+        group = max(int(np.prod(one.chunks[:leading])) for one in layouts)
         if group >= _MANY:
             rank_zero_info(
                 f'A chunk of {folder} holds {group} images, which are all decoded to read '
@@ -192,15 +155,12 @@ class ShardArchive(Archive):
             np.array(table[name].to_pylist(), np.bytes_)
             for name in ('location', 'season')
         )
-        self.key = table['key']
         self.file, self.time, self.told, self.order, *self._leading = (
             table[name].to_numpy()
             for name in ('file', 'time', 'told', 'order', 'sample', 'step')
         )
-        self._pixels = _Chunks.of(table['bands'])
         #: Whether every image has a cloud mask.
         self.has_masks = not table['cloud_mask'].null_count
-        self._masks = _Chunks.of(table['cloud_mask']) if self.has_masks else None
         self._opened = OpenFiles(_open_file, _OPEN)
         self._decoded: dict[str, dict[Any, npt.NDArray[Any]]] = {}
         self._buffers = BufferPool()
@@ -224,10 +184,6 @@ class ShardArchive(Archive):
         other._select(self._table.take(pa.array(rows)))
         other.offset = self.offset[rows]
         return other
-
-    def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Read an image with its georeference, see :meth:`.Archive.load`."""
-        return self.read([row]).view(self.dtype)[0, 0], self.georeference(row)
 
     def georeference(self, row: int) -> Georeference:
         """Return the pixel grids of an image."""
@@ -257,9 +213,8 @@ class ShardArchive(Archive):
             self.pixels(row, pixels.reshape(self._shape))
             records[place, size:] = 0
             if CLOUD_MASK in (self.dtype.names or ()):
-                offset = self.dtype.fields[CLOUD_MASK][1]  # type: ignore[index]
-                mask = self.cloud_mask(row).reshape(-1)
-                records[place, offset : offset + len(mask)] = mask
+                record = records[place].view(self.dtype)[0]
+                record[CLOUD_MASK] = self.cloud_mask(row)
             if self.offset[row]:
                 # Unsigned numbers must not begin again at the other end
                 if pixels.dtype.kind == 'u':
@@ -271,36 +226,45 @@ class ShardArchive(Archive):
         """Read the numbers of an image as they are in the file, shape (C, H, W)."""
         if out is None:
             out = np.empty(self._shape, self.dtype[self.stored_bands[0]].base)
-        self._fill(out, self._pixels, row, 'bands')
+        self._fill(out, row, 'bands')
         return out
 
     def cloud_mask(self, row: int) -> npt.NDArray[np.uint8]:
         """Read the cloud mask of an image, see :meth:`.Archive.cloud_mask`."""
-        if self._masks is None:
+        if not self.has_masks:
             return super().cloud_mask(row)
         out = np.empty(self._shape[1:], np.uint8)
-        self._fill(out, self._masks, row, CLOUD_MASK)
+        self._fill(out, row, CLOUD_MASK)
         return out
 
-    def _fill(
-        self, out: npt.NDArray[Any], chunks: _Chunks, row: int, kind: str
-    ) -> None:
-        """Read an array of an image."""
+    def _fill(self, out: npt.NDArray[Any], row: int, kind: str) -> None:
+        """Read an array of an image, from the column of the index about it."""
         number = int(self.file[row])
         index = [int(n[row]) for n in self._leading if n[row] >= 0]
-        layout, places = chunks.find(row)
+        chunks = self._table[kind][row].as_py()
+        layout = _parse_layout(chunks['layout'])
+        places = [*zip(chunks['offset'], chunks['size'], strict=True)]
         with self._opened.use(self.files[number]) as opened:
             file = opened.fileno()
-            self._check_unchanged(number, file)
+            status = os.fstat(file)
+            require(
+                (status.st_size, status.st_mtime_ns) == self._stamps[number][1:],
+                f'{self.files[number]} has changed since it was indexed: open the archive '
+                'again',
+            )
+
+            def read(place: tuple[int, int]) -> bytes | None:
+                return read_chunk(file, *place, chunks['deflated'])
+
             try:
-                if layout.one_piece(index) and places[0].size:
-                    read_chunk(file, places[0], layout, out)
+                if layout.one_piece(index) and places[0][1]:
+                    layout.codecs[0].decode(read(places[0]), out)
                     return
                 # A chunk may hold several images: the last ones are kept
                 names = [(number, place) for place in places]
                 kept = self._decoded.get(kind, {})
-                if names[0] not in kept:
-                    kept = {n: read_chunk(file, n[1], layout) for n in names}
+                if not kept.keys() >= {*names}:
+                    kept = {name: layout.decode(read(name[1])) for name in names}
                     self._decoded[kind] = kept
                 shape = layout.shape[len(index) :]
                 layout.place(out.reshape(shape), index, map(kept.__getitem__, names))
@@ -309,15 +273,6 @@ class ShardArchive(Archive):
                     f'{"/".join(self.name(row))} in {self.files[number]} cannot be read '
                     f'({error}): download the file again'
                 ) from error
-
-    def _check_unchanged(self, number: int, file: int) -> None:
-        """Refuse an open file that is not as it was when it was indexed."""
-        status = os.fstat(file)
-        require(
-            (status.st_size, status.st_mtime_ns) == self._stamps[number][1:],
-            f'{self.files[number]} has changed since it was indexed: open the archive '
-            'again',
-        )
 
     def clouds(self) -> npt.NDArray[np.float32] | None:
         """Return the share of thin and thick clouds, see :meth:`.Archive.clouds`."""
@@ -337,12 +292,10 @@ class ShardArchive(Archive):
             # Of its own, so that several can be read at once
             part = self.only(rows[np.argsort(self.order[rows])])
             read = part.cloud_mask if kind == CLOUD_MASK else part.pixels
-            codes = (
-                np.minimum(read(row).reshape(-1), _CODES - 1)
-                for row in range(len(part))
-            )
+            images = (np.minimum(read(row), _CODES - 1) for row in range(len(part)))
             counts = [
-                np.bincount(one.astype(np.int64), minlength=_CODES) for one in codes
+                np.bincount(image.astype(np.int64).reshape(-1), minlength=_CODES)
+                for image in images
             ]
             return pa.table({'counts': pa.array(counts, pa.list_(pa.int64()))})
 
@@ -353,12 +306,10 @@ class ShardArchive(Archive):
 
     def members(self) -> dict[str, list[str]]:
         """Return the groups of each file in their order, by its name without folders."""
-        found: dict[str, dict[str, None]] = {}
-        order = np.argsort(self.order)
-        keys = self.key.take(pa.array(order)).to_pylist()
-        for number, key in zip(self.file[order].tolist(), keys, strict=True):
-            found.setdefault(os.path.basename(self.files[number]), {})[key] = None
-        return {name: [*keys] for name, keys in found.items()}
+        rows = np.argsort(self.order)
+        keys = pd.Series(self._table['key'].take(pa.array(rows)).to_pylist())
+        files = np.array([*map(os.path.basename, self.files)])[self.file[rows]]
+        return {name: [*group.unique()] for name, group in keys.groupby(files)}
 
 
 def check_aligned(archives: Sequence[Archive]) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import rasterio
 
+from .._checks import require
 from ..bands import RGB_BANDS, SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from ..geo.rasters import has_mask, open_raster, read_raster
 from .image_records import record_dtype
@@ -46,9 +47,6 @@ MODALITIES = {
     's2rgb': 'S2RGB',
     's1rtc': 'S1RTC',
 }
-
-#: Height and width of a patch at 10 m in pixels, and size of a pixel in metres.
-SIZE, PIXEL = 264, 10.0
 
 #: Images that are looked at to find out what all are like.
 _TRIED = 10
@@ -124,16 +122,16 @@ class Archive(abc.ABC):
         return self.location[row].decode(), self.season[row].decode()
 
     @abc.abstractmethod
-    def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Return the record of an image, of shape (), and its georeference."""
-
-    @abc.abstractmethod
     def read(self, rows: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Return the records of N images as bytes, shape (N, R)."""
 
+    @abc.abstractmethod
     def georeference(self, row: int) -> Georeference:
         """Return the pixel grids of an image."""
-        return self.load(row)[1]
+
+    def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
+        """Return the record of an image, of shape (), and its georeference."""
+        return self.read([row]).view(self.dtype)[0, 0], self.georeference(row)
 
     def clouds(self) -> npt.NDArray[np.float32] | None:
         """Return the share of clouds of each image, shape (N,), None if it is unknown."""
@@ -177,12 +175,16 @@ class TiffArchive(Archive):
     def only(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an archive of some of the images."""
         other = copy.copy(self)
-        for name in ('location', 'season', 'order'):
-            setattr(other, name, getattr(self, name)[rows])
+        other.location, other.season = self.location[rows], self.season[rows]
+        other.order = self.order[rows]
         return other
 
+    def georeference(self, row: int) -> Georeference:
+        """Return the pixel grids of an image."""
+        return self.load(row)[1]
+
     def load(self, row: int) -> tuple[npt.NDArray[Any], Georeference]:
-        """Return an image with its georeference, see :meth:`Archive.load`."""
+        """Return the record of an image, of shape (), and its georeference."""
         record = np.zeros((), self.dtype)
         grids = {}
         for band, source, values in self._open(row):
@@ -190,11 +192,11 @@ class TiffArchive(Archive):
             crs = source.crs.to_string() if source.crs else None
             grids[band] = crs, tuple(source.transform[:6]), source.nodata, source.bounds
         systems = {crs for crs, *_ in grids.values()}
-        if len(systems) > 1:
-            raise ValueError(
-                f'the bands of an image must have one CRS, those in {self._folder(row)} '
-                f'have {", ".join(sorted(map(str, systems)))}'
-            )
+        require(
+            len(systems) == 1,
+            f'the bands of an image must have one CRS, those in {self._folder(row)} have '
+            f'{", ".join(sorted(map(str, systems)))}',
+        )
         finest = max(self.bands, key=lambda band: self.dtype[band].shape)
         crs, _, _, bounds = grids[finest]
         _, transforms, nodata, _ = zip(*(grids[b] for b in self.bands), strict=True)
@@ -218,23 +220,23 @@ class TiffArchive(Archive):
             for band in self.dtype.names or ():
                 path, field = self._folder(row) / f'{band}.tif', self.dtype[band]
                 with open_raster(path, alone=True) as source:
-                    if (source.dtypes[0], source.shape) != (
-                        field.base.name,
-                        field.shape,
-                    ):
-                        raise ValueError(
-                            f'the images of an archive must be alike: {path} is '
-                            f'{source.dtypes[0]} of {source.height} x {source.width} '
-                            f'pixels, {self._model / path.name} is {field.base.name} of '
-                            f'{field.shape[0]} x {field.shape[1]}'
-                        )
-                    if has_mask(source) or source.scales[0] != 1 or source.offsets[0]:
-                        raise ValueError(
-                            f'the images of an archive must be as published: {path} has '
-                            'a mask, or a scale and an offset, which a record cannot '
-                            'hold. Apply them (`gdal_translate -unscale -mask none`), or '
-                            'read the files as images of WorldCoverScenes'
-                        )
+                    found, model = source.dtypes[0], field.base.name
+                    require(
+                        (found, source.shape) == (model, field.shape),
+                        f'the images of an archive must be alike: {path} is {found} of '
+                        f'{source.height} x {source.width} pixels, '
+                        f'{self._model / path.name} is {model} of {field.shape[0]} x '
+                        f'{field.shape[1]}',
+                    )
+                    require(
+                        source.scales[0] == 1
+                        and not source.offsets[0]
+                        and not has_mask(source),
+                        f'the images of an archive must be as published: {path} has a '
+                        'mask, or a scale and an offset, which a record cannot hold. '
+                        'Apply them (`gdal_translate -unscale -mask none`), or read the '
+                        'files as images of WorldCoverScenes',
+                    )
                     yield band, source, read_raster(source, [1])[0]
 
     def _first_dtype(self) -> np.dtype[Any]:

@@ -11,14 +11,13 @@ Zarr group takes longer than decoding its pixels, so only the codecs of Zarr are
 import itertools
 import json
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,50 +35,28 @@ _HEADER = 30
 _BLOCK = 512
 
 
-class ChunkPlace(NamedTuple):
-    """Where a chunk is in a file: *offset* and *size* in bytes, 0 if it is not stored."""
-
-    offset: int
-    size: int
-    deflated: bool
-
-
-@dataclass(frozen=True)
 class Layout:
-    """How an array is stored, from the text of its ``.zarray``."""
+    """How an array is stored, from the text of its ``.zarray``.
 
-    text: str
+    Attributes:
+        text: That text.
+        shape: Shape of the array.
+        chunks: Shape of a chunk, also at the edges.
+        dtype: Type of the numbers.
+    """
 
-    def __post_init__(self) -> None:
-        """Refuse what is not of format 2."""
-        version = self._values.get('zarr_format')
-        require(version == 2, f'must be of Zarr format 2, got {version!r}')
-
-    @cached_property
-    def _values(self) -> dict[str, Any]:
-        return dict(json.loads(self.text))
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return tuple(self._values['shape'])
-
-    @cached_property
-    def chunks(self) -> tuple[int, ...]:
-        """Shape of a chunk, also at the edges."""
-        return tuple(self._values['chunks'])
-
-    @cached_property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the numbers."""
-        return np.dtype(self._values['dtype'])
+    def __init__(self, text: str) -> None:
+        """Initialize a new Layout instance."""
+        values = json.loads(text)
+        self.text = text
+        self.shape, self.chunks = tuple(values['shape']), tuple(values['chunks'])
+        self.dtype, self._values = np.dtype(values['dtype']), values
 
     @cached_property
     def codecs(self) -> list[Any]:
         """The codecs that decode a chunk, in this order."""
-        compressor, filters = self._values['compressor'], self._values['filters']
-        stored = [*(filters or ()), *([compressor] if compressor else ())]
-        return [get_codec(config) for config in reversed(stored)]
+        stored = [*(self._values['filters'] or ()), self._values['compressor']]
+        return [get_codec(config) for config in reversed(stored) if config]
 
     def chunk_names(self, index: Sequence[int] = ()) -> list[str]:
         """Return the names of the chunks under a first few indices."""
@@ -104,7 +81,7 @@ class Layout:
         return np.reshape(data, self.chunks, order=self._values['order'])
 
     def one_piece(self, index: Sequence[int]) -> bool:
-        """Return whether what is under a first few indices is a chunk of its own."""
+        """Return whether a codec decodes what is under a first few indices in one go."""
         n = len(index)
         return (
             set(self.chunks[:n]) <= {1}
@@ -120,7 +97,7 @@ class Layout:
         index: Sequence[int],
         chunks: Iterator[npt.NDArray[Any]],
     ) -> None:
-        """Put chunks, in the order of :meth:`chunk_names`, together under a first few indices."""
+        """Put chunks together, in the order of :meth:`chunk_names`."""
         n = len(index)
         inside = tuple(i % c for i, c in zip(index, self.chunks, strict=False))
         for number, chunk in zip(self._numbers(index), chunks, strict=True):
@@ -154,30 +131,20 @@ class ZarrZip:
             raise ValueError(
                 f'{where} is not a complete ZIP file ({error}): download it again'
             ) from error
-        names = self._zip.namelist()
-        known = ('zarr.json', '.zmetadata', '.zgroup')
-        roots = [n for n in names if n.rpartition('/')[2] in known]
-        require(bool(roots), f'{where} has no Zarr group: is it another kind of file?')
-        root = min(roots, key=lambda n: (n.count('/'), known.index(n.rsplit('/')[-1])))
-        self._prefix, _, kind = root.rpartition('/')
-        self._prefix += '/' if self._prefix else ''
-        if kind == '.zmetadata':
-            self._metadata = self._json('.zmetadata').get('metadata', {})
-        else:
-            texts = {n.removeprefix(self._prefix) for n in names}
-            ends = ('.zarray', '.zattrs', '.zgroup')
-            self._metadata = {n: self._json(n) for n in texts if n.endswith(ends)}
-        about: dict[str, Any] = (
-            self._json(kind)
-            if kind == 'zarr.json'
-            else self._metadata.get('.zgroup', {})
-        )
-        version = about.get('zarr_format')
+        paths = (name.rpartition('/') for name in self._zip.namelist())
+        roots = [path for path in paths if path[2] in ('.zgroup', 'zarr.json')]
+        require(roots, f'{where} has no Zarr group: is it another kind of file?')
+        folder, slash, kind = min(roots, key=lambda path: (path[0].count('/'), path))
+        self._prefix = folder + slash
+        version = self._json(kind).get('zarr_format')
         require(
             version == 2,
             f'{where} is of Zarr format {version}, and only format 2 is known here: '
             'download the published file, or write it with zarr_format=2',
         )
+
+    def _entry(self, name: str) -> zipfile.ZipInfo | None:
+        return self._zip.NameToInfo.get(self._prefix + name)
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -189,38 +156,39 @@ class ZarrZip:
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is an array of this name."""
-        return f'{name}/.zarray' in self._metadata
+        return self._entry(f'{name}/.zarray') is not None
 
     def layout(self, name: str) -> Layout:
         """Return how an array is stored."""
         require(name in self, f'{self._where} has no array {name!r}')
-        try:
-            return Layout(json.dumps(self._metadata[f'{name}/.zarray'], sort_keys=True))
-        except ValueError as error:
-            raise ValueError(f'{name} in {self._where} {error}') from error
+        return Layout(json.dumps(self._json(f'{name}/.zarray'), sort_keys=True))
 
     def attributes(self, name: str) -> dict[str, Any]:
         """Return the attributes of an array."""
-        return dict(self._metadata.get(f'{name}/.zattrs', {}))
+        path = f'{name}/.zattrs'
+        return {} if self._entry(path) is None else self._json(path)
 
-    def places(self, name: str, index: Sequence[int] = ()) -> list[ChunkPlace]:
-        """Return where the chunks under a first few indices are in the outer file."""
-        places = []
-        for key in self.layout(name).chunk_names(index):
-            try:
-                entry = self._zip.getinfo(f'{self._prefix}{name}/{key}')
-            except KeyError:
-                places.append(ChunkPlace(0, 0, False))
-                continue
-            self._file.seek(entry.header_offset)
-            header = self._file.read(_HEADER)
-            name_size, extra = (
-                int.from_bytes(header[i : i + 2], 'little') for i in (26, 28)
-            )
-            offset = self._start + entry.header_offset + _HEADER + name_size + extra
-            deflated = entry.compress_type == zipfile.ZIP_DEFLATED
-            places.append(ChunkPlace(offset, entry.compress_size, deflated))
-        return places
+    def places(self, name: str, layout: Layout, index: Sequence[int]) -> dict[str, Any]:
+        """Return *layout*, and where the chunks under a first few indices are.
+
+        Chunks begin at *offset* in the outer file and have *size* bytes, 0 if they are not
+        stored.
+        """
+        offsets, sizes, deflated = [], [], False
+        for key in layout.chunk_names(index):
+            entry = self._entry(f'{name}/{key}')
+            offset = size = 0
+            if entry is not None:
+                self._file.seek(entry.header_offset)
+                header = self._file.read(_HEADER)
+                lengths = struct.unpack_from('<HH', header, _HEADER - 4)
+                offset = self._start + entry.header_offset + _HEADER + sum(lengths)
+                size = entry.compress_size
+                deflated |= entry.compress_type == zipfile.ZIP_DEFLATED
+            offsets.append(offset)
+            sizes.append(size)
+        stored = {'offset': offsets, 'size': sizes, 'deflated': deflated}
+        return {'layout': layout.text, **stored}
 
     def read(self, name: str, default: Any = None) -> npt.NDArray[Any]:
         """Read a whole array, or return a default if there is none."""
@@ -228,13 +196,10 @@ class ZarrZip:
             return np.asarray(default)
         layout = self.layout(name)
         out = np.empty(layout.shape, layout.dtype)
-        entries = (f'{self._prefix}{name}/{key}' for key in layout.chunk_names())
-        known = self._zip.NameToInfo
-        chunks = (
-            layout.decode(self._zip.read(n) if n in known else None) for n in entries
-        )
+        entries = (self._entry(f'{name}/{key}') for key in layout.chunk_names())
+        stored = (None if e is None else self._zip.read(e) for e in entries)
         try:
-            layout.place(out, (), chunks)
+            layout.place(out, (), map(layout.decode, stored))
         except (RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
                 f'{name} in {self._where} cannot be decoded ({error}): download it again'
@@ -242,21 +207,13 @@ class ZarrZip:
         return out
 
 
-def read_chunk(
-    file: int, place: ChunkPlace, layout: Layout, out: npt.NDArray[Any] | None = None
-) -> npt.NDArray[Any]:
-    """Read a chunk from an open file (by its number), into *out* if that is whole."""
-    raw: Any = None
-    if place.size:
-        raw = os.pread(file, place.size, place.offset)
-        if len(raw) < place.size:
-            raise ValueError('the file is shorter than it was')
-        if place.deflated:
-            raw = zlib.decompress(raw, -zlib.MAX_WBITS)
-    if out is None or raw is None:
-        return layout.decode(raw)
-    layout.codecs[0].decode(raw, out)
-    return out
+def read_chunk(file: int, offset: int, size: int, deflated: bool) -> bytes | None:
+    """Read a chunk from an open file (by its number), None if it is not stored."""
+    if not size:
+        return None
+    raw = os.pread(file, size, offset)
+    require(len(raw) == size, 'the file is shorter than it was')
+    return zlib.decompress(raw, -zlib.MAX_WBITS) if deflated else raw
 
 
 def open_members(path: str) -> Iterator[tuple[str, ZarrZip]]:
@@ -265,12 +222,11 @@ def open_members(path: str) -> Iterator[tuple[str, ZarrZip]]:
     Raises:
         ValueError: If the file is cut off or damaged.
     """
-    name = os.path.basename(path)
-    if name.endswith(SUFFIX):
+    if path.endswith(SUFFIX):
         with open(path, 'rb') as file:
-            yield name.removesuffix(SUFFIX), ZarrZip(file, path)
+            yield _key(path), ZarrZip(file, path)
         return
-    size = Path(path).stat().st_size
+    size = os.stat(path).st_size
     remedy = f'is cut off after {size} bytes: download it again'
     end = 0
     try:
@@ -281,9 +237,12 @@ def open_members(path: str) -> Iterator[tuple[str, ZarrZip]]:
                 if member.isfile() and member.name.endswith(SUFFIX):
                     opened: Any = tar.extractfile(member)
                     where, start = f'{path}:{member.name}', member.offset_data
-                    key = os.path.basename(member.name).removesuffix(SUFFIX)
-                    yield key, ZarrZip(opened, where, start)
+                    yield _key(member.name), ZarrZip(opened, where, start)
     except tarfile.TarError as error:
         raise ValueError(f'{path} {remedy} ({error})') from error
     # Without the zeros at its end, the last members may be missing
     require(end + _BLOCK <= size, f'{path} {remedy}')
+
+
+def _key(path: str) -> str:
+    return os.path.basename(path).removesuffix(SUFFIX)

@@ -14,6 +14,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
@@ -31,10 +32,6 @@ _AHEAD = 2
 
 #: How long a scheduler has to answer, and the seconds in which it must be reached.
 _ANSWER, _REACHED = '30s', 5.0
-
-#: Seconds without any result after which processes of this machine have stopped: the
-#: largest unit takes seconds with tiles on a disk, and minutes with those on a server.
-_TIME_LIMIT = 3600.0
 
 
 class Workers:
@@ -56,9 +53,10 @@ class ExecutorWorkers(Workers):
     #: Seconds without any result after which to give up, None for never.
     limit: float | None = None
 
-    def __init__(self, executor: Executor, count: int) -> None:
-        """Initialize a new ExecutorWorkers instance of *count* workers."""
-        self.executor, self.count = executor, count
+    def __init__(self, start: Callable[[], Executor], count: int) -> None:
+        """Start an executor of *count* workers, and another one when they have died."""
+        self.start, self.count = start, count
+        self.executor = start()
 
     def map(
         self, function: Callable[[Unit], Result], units: Iterable[Unit]
@@ -94,15 +92,12 @@ class ExecutorWorkers(Workers):
                 again += [(unit, tries + 1) for unit, tries in running.values()]
                 running = {}
                 if max(tries for _, tries in again) > _TRIES:
-                    raise RuntimeError(
+                    raise BrokenExecutor(
                         f'worker processes died {_TRIES} times in a row, which a lack '
                         'of memory does: use fewer workers'
                     ) from error
-                self.restart()
-
-    def restart(self) -> None:
-        """Replace an executor whose workers have died."""
-        raise NotImplementedError
+                self.close(kill=True)
+                self.executor = self.start()
 
     def close(self, kill: bool) -> None:
         """End the workers, or kill those that are at work."""
@@ -116,20 +111,14 @@ class LocalWorkers(ExecutorWorkers):
     sqlite and GDAL do, would stay locked in a fork for ever.
     """
 
-    limit = _TIME_LIMIT
+    # The largest unit takes seconds with tiles on a disk, minutes with those on a server
+    limit = 3600.0
 
     def __init__(self, count: int) -> None:
-        """Initialize a new LocalWorkers instance of *count* processes."""
+        """Start *count* processes."""
         self._context = _Context()
-        super().__init__(self._start(count), count)
-
-    def _start(self, count: int) -> Executor:
-        return ProcessPoolExecutor(count, self._context, _end_with_parent)
-
-    def restart(self) -> None:
-        """Replace an executor whose workers have died."""
-        self.close(kill=True)
-        self.executor = self._start(self.count)
+        options = count, self._context, _end_with_parent
+        super().__init__(partial(ProcessPoolExecutor, *options), count)
 
     def close(self, kill: bool) -> None:
         """End the workers, or kill those that are at work."""
@@ -213,8 +202,8 @@ def open_workers(count: int, scheduler: str | None) -> Iterator[Workers]:
         else:
             client = stack.enter_context(_connect(scheduler))
             # A unit may fail for a reason of the worker it is on
-            executor = client.get_executor(pure=False, retries=_TRIES)
-            workers = ExecutorWorkers(executor, max(sum(client.nthreads().values()), 1))
+            start = partial(client.get_executor, pure=False, retries=_TRIES)
+            workers = ExecutorWorkers(start, max(sum(client.nthreads().values()), 1))
         try:
             yield workers
         except BaseException:
