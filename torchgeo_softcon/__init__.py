@@ -47,39 +47,7 @@ if TYPE_CHECKING:
     from .transforms import ToUnitRange as ToUnitRange
     from .transforms import WorldCoverMultiLabel as WorldCoverMultiLabel
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    _version=('__version__',),
-    callbacks=('CollapseMonitor', 'EmbeddingWriter', 'KNNProbe'),
-    datamodules=(
-        'BigEarthNetV2DataModule',
-        'ImageMaskFolderDataModule',
-        'SSL4EOS12MLDataModule',
-        'SyntheticScenesDataModule',
-        'WorldCoverScenesDataModule',
-    ),
-    datasets=(
-        'SSL4EOS12ML',
-        'ESAWorldCover',
-        'ImageMaskFolder',
-        'SyntheticScenes',
-        'WorldCoverScenes',
-    ),
-    labels=('label_archive',),
-    losses=('DINOLoss', 'SoftContrastiveLoss', 'soft_contrastive_loss'),
-    models=(
-        'ResNet50_Weights',
-        'Swin_T_Weights',
-        'ViTBase14_DINOv2_Weights',
-        'ViTBase16_Weights',
-        'ViTSmall8_Weights',
-        'ViTSmall14_DINOv2_Weights',
-        'ViTSmall16_Weights',
-        'WideResNet50_2_Weights',
-    ),
-    tasks=('DINOMCTask', 'LinearProbeTask', 'SoftConTask'),
-    transforms=('MultiCropView', 'RandomView', 'ToUnitRange', 'WorldCoverMultiLabel'),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())
 
 # Last, as it may import the modules above
 _install()

@@ -44,20 +44,6 @@ def check_choice(
         )
 
 
-def check_range(name: str, limits: Sequence[float], top: float = math.inf) -> None:
-    """Check that an option is an ordered range of positive numbers."""
-    if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= top:
-        raise ValueError(
-            f'{name} must be a range (low, high) in (0, {top:g}], got {limits}'
-        )
-
-
-def check_limits(name: str, limits: Sequence[float] | None) -> None:
-    """Check that an option is None or two ascending numbers."""
-    if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
-        raise ValueError(f'{name} must be (low, high) with low < high, got {limits}')
-
-
 def check_types(function: Callable[..., None], values: Mapping[str, Any]) -> None:
     """Check arguments against the type hints of a function, usually an ``__init__``.
 

@@ -6,35 +6,36 @@
 The standard library only: this is imported in the middle of ``import torch``.
 """
 
+import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
+
+_NAME = re.compile(r'^    from \.(\w+) import (\w+) as \2$', re.MULTILINE)
 
 
 def lazy_names(
-    namespace: dict[str, Any], **modules: tuple[str, ...]
+    namespace: dict[str, Any],
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Load the public names of a package at their first use.
 
-    Type checkers need the same names as imports below ``if TYPE_CHECKING``;
-    ``tests/test_layout.py`` compares the two.
+    They are those that the package imports for type checkers, below ``if TYPE_CHECKING``
+    as ``from .module import name as name``: its source is the one list of them.
 
     Args:
         namespace: The ``globals()`` of the package, where loaded names stay.
-        **modules: The public names of each module of the package.
 
     Returns:
         ``__getattr__``, ``__dir__`` and ``__all__`` of the package.
     """
     package = namespace['__name__']
-    homes = {name: module for module, names in modules.items() for name in names}
+    source = namespace['__loader__'].get_source(package)
+    homes = {name: module for module, name in _NAME.findall(source)}
 
     def load(name: str) -> Any:
         """Load a name at its first use."""
         if name not in homes:
             raise AttributeError(f'module {package!r} has no attribute {name!r}')
-
-        from importlib import import_module
-
         value = getattr(import_module(f'.{homes[name]}', package), name)
         namespace[name] = value
         return value

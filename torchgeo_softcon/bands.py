@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, get_args
 
+from ._checks import require
+
 #: Bands of a Sentinel-2 Level-1C product, in the order of SSL4EO-S12 and of SoftCon.
 #: https://github.com/zhu-xlab/SSL4EO-S12/blob/main/src/download_data/convert_rgb.py
 SENTINEL2_BANDS = (
@@ -33,14 +35,16 @@ SENTINEL1_BANDS = ('VV', 'VH')
 #: Names for the colours of a photograph, in the order of an image file.
 RGB_BANDS = ('R', 'G', 'B')
 
+#: Names that are understood. The last ones have no statistics.
+KNOWN_BANDS = (
+    *SENTINEL2_BANDS,
+    *SENTINEL1_BANDS,
+    *RGB_BANDS,
+    *('HH', 'HV', 'NIR', 'SWIR1', 'SWIR2', 'COASTAL'),
+)
+
 #: Other spellings, after upper case and the removal of leading zeros.
-_ALIASES = {'RED': 'R', 'GREEN': 'G', 'BLUE': 'B', 'B08A': 'B8A'}
-
-#: Further names that sensors use, without statistics.
-_OTHER = ('HH', 'HV', 'NIR', 'SWIR1', 'SWIR2', 'COASTAL')
-
-#: Which band is red, green and blue, for each family of names.
-_RGB = (('B4', 'B3', 'B2'), RGB_BANDS)
+_ALIASES = {'RED': 'R', 'GREEN': 'G', 'BLUE': 'B'}
 
 #: Processing levels of Sentinel-2: top of the atmosphere, and ground.
 Level = Literal['L1C', 'L2A']
@@ -86,10 +90,6 @@ LEVEL2A_STATISTICS = {
 }
 
 
-#: Names that are understood.
-KNOWN_BANDS = (*SENTINEL2_BANDS, *SENTINEL1_BANDS, *RGB_BANDS, *_OTHER)
-
-
 def spell_band_name(band: str) -> str:
     """Bring one band name to our spelling, without a look at whether it is known."""
     name = re.sub(r'^B0+(?=\d)', 'B', str(band).upper())
@@ -98,10 +98,10 @@ def spell_band_name(band: str) -> str:
 
 def _reject_text(bands: Sequence[str]) -> None:
     """Raise for one text, whose characters would be taken for names."""
-    if isinstance(bands, str):
-        raise ValueError(  # noqa: TRY004
-            f"bands must be a list of names, such as ['B4', 'B3', 'B2'], got {bands!r}"
-        )
+    require(
+        not isinstance(bands, str),
+        f"bands must be a list of names, such as ['B4', 'B3', 'B2'], got {bands!r}",
+    )
 
 
 def normalize_band_names(
@@ -126,83 +126,56 @@ def normalize_band_names(
             )
         names.append(name)
 
-    if len(set(names)) != len(names):
-        raise ValueError(f'bands must be unique, got {tuple(bands)}')
+    require(len({*names}) == len(names), f'bands must be unique, got {tuple(bands)}')
     return tuple(names)
 
 
 def band_statistics(
     bands: Sequence[str], level: Level = 'L1C'
 ) -> tuple[tuple[float, float], ...]:
-    """Look up the statistics of SSL4EO-S12.
+    """Look up mean and standard deviation of bands in SSL4EO-S12, in our spelling.
 
-    Args:
-        bands: Bands of Sentinel-2 or Sentinel-1, in our spelling.
-        level: Processing level of those of Sentinel-2.
-
-    Returns:
-        Mean and standard deviation of each band, in digital numbers (reflectance times
-        10,000) of Sentinel-2 and in dB of Sentinel-1.
+    In digital numbers (reflectance times 10,000) of Sentinel-2 and dB of Sentinel-1.
 
     Raises:
         ValueError: If *level* is unknown, or bands have no statistics at that level.
     """
-    if level not in get_args(Level):
-        raise ValueError(
-            f'level must be one of {", ".join(get_args(Level))}, got {level!r}'
-        )
+    levels = get_args(Level)
+    require(level in levels, f'level must be one of {", ".join(levels)}, got {level!r}')
     table = BAND_STATISTICS
     if level == 'L2A':
         radar = {band: BAND_STATISTICS[band] for band in SENTINEL1_BANDS}
         table = {**LEVEL2A_STATISTICS, **radar}
-    if unknown := [band for band in bands if band not in table]:
-        raise ValueError(
-            f'there are no statistics of {", ".join(unknown)} of Sentinel-2 {level}'
-        )
+    unknown = ', '.join(band for band in bands if band not in table)
+    require(not unknown, f'there are no statistics of {unknown} of Sentinel-2 {level}')
     return tuple(table[band] for band in bands)
 
 
 def bands_of_count(count: int, known: Sequence[str]) -> tuple[str, ...]:
-    """Tell which bands a number of bands stands for.
+    """Tell which bands a number of bands stands for, or raise a ValueError.
 
-    Returns:
-        All of *known* if there are as many, else one of :data:`SENTINEL2_SUBSETS`.
-
-    Raises:
-        ValueError: If the number alone does not tell the bands.
+    All of *known* if there are as many, else one of :data:`SENTINEL2_SUBSETS`.
     """
-    if count > len(known):
-        raise ValueError(
-            f'{count} bands are too many, there are {len(known)}: {", ".join(known)}. '
-            'Choose fewer, or weights for more'
-        )
-    if count == len(known):
-        return tuple(known)
-    subset = SENTINEL2_SUBSETS.get(count, ())
-    if subset and set(subset) <= set(known):
-        return subset
-    sure = [
-        len(known),
-        *(n for n, s in SENTINEL2_SUBSETS.items() if set(s) < set(known)),
-    ]
-    raise ValueError(
-        f'{count} bands of {", ".join(known)} could be any, only '
-        f'{" or ".join(map(str, sorted({*sure})))} would be clear. Name them: bands=[...]'
+    require(
+        count <= len(known),
+        f'{count} bands are too many, there are {len(known)}: {", ".join(known)}. Choose '
+        'fewer, or weights for more',
     )
+    sets = {n: bands for n, bands in SENTINEL2_SUBSETS.items() if {*bands} < {*known}}
+    sets[len(known)] = tuple(known)
+    require(
+        count in sets,
+        f'{count} bands of {", ".join(known)} could be any, only '
+        f'{" or ".join(map(str, sorted(sets)))} would be clear. Name them: bands=[...]',
+    )
+    return sets[count]
 
 
 def rgb_indices(bands: Sequence[str]) -> tuple[int, int, int]:
-    """Find red, green and blue among some bands.
-
-    Args:
-        bands: Band names, in any spelling of :func:`normalize_band_names`.
-
-    Raises:
-        ValueError: If one of the three is not among *bands*, or *bands* is not a list.
-    """
+    """Find red, green and blue among band names in any spelling, or raise ValueError."""
     _reject_text(bands)
     names = [spell_band_name(band) for band in bands]
-    for red, green, blue in _RGB:
+    for red, green, blue in (SENTINEL2_SUBSETS[3], RGB_BANDS):
         if {red, green, blue} <= set(names):
             return names.index(red), names.index(green), names.index(blue)
     raise ValueError(

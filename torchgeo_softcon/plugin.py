@@ -195,11 +195,8 @@ def install_unless_silenced() -> None:
 def callbacks() -> list[Any]:
     """Return callbacks for each trainer of TorchGeo's tasks. Never raises.
 
-    Lightning, unlike TorchGeo, reads entry points of its own: those of the group
-    ``lightning.pytorch.callbacks_factory`` are called for each new trainer.
-
-    Returns:
-        None without TorchGeo's tasks, or if the user has opted out.
+    Lightning calls this entry point for each new trainer. There are none without
+    TorchGeo's tasks, or if the user has opted out.
     """
     tasks = [name for name, group in _TRIGGERS.items() if group == 'torchgeo.tasks']
     if os.environ.get(AUTOLOAD_VARIABLE) == '0' or sys.modules.keys().isdisjoint(tasks):
@@ -213,11 +210,7 @@ def callbacks() -> list[Any]:
 
 
 def declared() -> 'list[tuple[EntryPoint, str | None]]':
-    """Load all entry points of this distribution, sorted by group and name.
-
-    Returns:
-        Each entry point with the reason why it does not load, or None.
-    """
+    """Load all entry points of this distribution, each with the reason why it fails."""
     result: list[tuple[EntryPoint, str | None]] = []
     for entry_point in sorted(_entry_points(), key=lambda e: (e.group, e.name)):
         error = None
@@ -294,7 +287,7 @@ def _next() -> str | None:
 def _act(group: str) -> bool:
     """Load and register the entry points of a group, and tell whether that is over.
 
-    Doing it again does no harm, and is necessary after a reload of a host module.
+    Doing it again, as after a reload of a host module, does no harm.
     """
     failure: Exception | None = None
     try:
@@ -412,8 +405,7 @@ def _watch() -> None:
 def _is_ready() -> bool:
     """Tell whether our own modules can be, or have been, imported completely.
 
-    While a module of ours is half imported, it is the one that imports TorchGeo. Its
-    siblings that need it must wait.
+    Siblings of one that is half imported, because it imports TorchGeo, must wait.
     """
     ours = (name for name in [*sys.modules] if name.startswith(f'{_PACKAGE}.'))
     return not any(_is_half_imported(name) for name in (*_HOSTS, *ours))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchgeo_softcon.callbacks import EmbeddingWriter
-from torchgeo_softcon.evaluation.embedding_rows import EmbeddingRows, make_table
+from torchgeo_softcon.evaluation.embedding_file import EmbeddingRows, make_table
 from torchgeo_softcon.evaluation.footprints import footprints
 from torchgeo_softcon.storage.resumable import ResumableParquet
 

@@ -36,7 +36,7 @@ QUIET: dict[str, Any] = {'enable_progress_bar': False, 'enable_model_summary': F
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import torchgeo_softcon.evaluation.embedding_rows as embeddings
+import torchgeo_softcon.evaluation.embedding_file as embeddings
 from torchgeo_softcon.evaluation.embed import embed
 from torchgeo_softcon.models.encoders import open_encoder
 from tests.callbacks.helpers import Patches, PatchesDataModule

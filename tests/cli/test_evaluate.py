@@ -23,7 +23,7 @@ from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.encoders import Encoder
 from torchgeo_softcon.models.features import last_block_features
 from torchgeo_softcon.transforms import ToUnitRange
-from torchgeo_softcon.transforms.center_view import center_view
+from torchgeo_softcon.transforms.views import center_view
 
 from ..callbacks.helpers import Patches, PatchesDataModule
 from ..datamodules.host_data import make_bigearthnet, make_eurosat

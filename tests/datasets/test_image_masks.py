@@ -429,9 +429,9 @@ class TestCache:
         decoded: list[int] = []
         read = PatchFiles.read_image
 
-        def counted(self: PatchFiles, patch: Patch, *window: int) -> Any:
+        def counted(self: PatchFiles, patch: Patch, part: Any) -> Any:
             decoded.append(patch.number)
-            return read(self, patch, *window)
+            return read(self, patch, part)
 
         monkeypatch.setattr(PatchFiles, 'read_image', counted)
         first, second, _ = sorted((root / 'cache').rglob('*.npy'))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from rasterio.transform import from_origin
 
+from tests.geo.layouts import write
 from torchgeo_softcon import WorldCoverScenesDataModule
 from torchgeo_softcon.evaluation.dense import embed_dense, feature_map
 from torchgeo_softcon.models import create_encoder
@@ -129,6 +130,16 @@ def test_no_data(tmp_path: Path) -> None:
     found = read(embed_dense(encoder(), data(tmp_path / 'in'), tmp_path, **QUIET)[0])
     assert np.isnan(found[:, :, 3:]).all()
     assert np.isfinite(found[:, :, :3]).all()
+
+
+def test_each_scene_is_scaled_by_its_level(tmp_path: Path) -> None:
+    values = 1000 + 20 * ground(64, 64).astype('uint16')
+    for level in ('L1C', 'L2A'):
+        name = f'S2A_MSI{level}_20230601T101031_N0509_R022_T32UNE_20230601T120000.tif'
+        write(tmp_path / 'in' / name, values, ('B4', 'B3', 'B2'))
+    images = data(tmp_path / 'in')
+    first, second = map(read, embed_dense(encoder(), images, tmp_path, **QUIET))
+    assert np.abs(first - second).mean() > 1e-3
 
 
 def test_scenes_of_the_same_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 import datetime
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from torchgeo_softcon.evaluation.embedding_file import (
     Layout,
-    arranger,
+    arrange,
     describe,
+    make_table,
     write_stac_item,
 )
-from torchgeo_softcon.evaluation.embedding_rows import make_table
 from torchgeo_softcon.evaluation.footprints import Footprint
 from torchgeo_softcon.models import create_encoder
 from torchgeo_softcon.models.encoders import Encoder
@@ -58,7 +59,8 @@ def write(
     file = ResumableParquet(path, {})
     with file.open():
         file.append('part', make_table(range(12), embeddings(), found))
-        file.join(12, arranger(about(), layout, dtype))
+        finish = partial(arrange, about=about(), layout=layout, dtype=dtype)
+        file.join(12, finish)
     return path
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from torchgeo_softcon.callbacks import knn_scores
-from torchgeo_softcon.evaluation.places import assign_folds, sample_places
+from torchgeo_softcon.evaluation.footprints import assign_folds, sample_places
 from torchgeo_softcon.evaluation.probes import evaluate, linear_scores, score_spread
 
 

@@ -569,6 +569,7 @@ class TestCommand:
             (['.'], 'has no logs'),
             (['none'], 'does not exist'),
             ([], 'a report needs the folder of a run, or --checkpoint'),
+            (['.', '--split', 'all'], 'split must be one of'),
             (
                 ['--checkpoint', 'none.ckpt', '--data', PATCHES],
                 'none.ckpt does not exist',

@@ -221,7 +221,7 @@ def repack(content: bytes, path: Path, how: str) -> bytes:
 
 
 def write_group(root: Path, parts: Any, **options: Any) -> ShardArchive:
-    """Write two dates of 12 bands of 8 x 8 pixels, which are 7 but for some parts."""
+    """Write two dates of 12 bands of 8 x 8 pixels, all 7 but for parts at some places."""
     path = root / 'S2L2A' / '0000003.zarr.zip'
     path.parent.mkdir()
     with zarr.storage.ZipStore(path, mode='w') as store:
@@ -229,7 +229,7 @@ def write_group(root: Path, parts: Any, **options: Any) -> ShardArchive:
         array = group.create_array(
             'bands', shape=(2, 12, 8, 8), fill_value=7, **options
         )
-        for place, values in parts.items():
+        for place, values in parts:
             array[place] = values
         times = np.array(['2020-01-02', '2020-02-03'], 'datetime64[ns]')
         group['time'] = times.astype(np.int64)
@@ -269,7 +269,7 @@ class TestFormats:
         names |= {'blosc': numcodecs.Blosc(cname='zstd')}
         archive = write_group(
             tmp_path,
-            {(0,): values[0]},  # the other date is not stored
+            [(0, values[0])],  # the other date is not stored
             chunks=(1, 12, 8, 8),
             dtype=dtype,
             compressors=names[compressor],
@@ -287,7 +287,7 @@ class TestFormats:
 
     def test_chunks_of_which_some_are_not_stored(self, tmp_path: Path) -> None:
         values = np.random.default_rng(0).integers(0, 4000, (2, 6, 8, 8)).astype('<i2')
-        later = {(date, slice(6, 12)): values[date] for date in range(2)}
+        later = [((date, slice(6, 12)), values[date]) for date in range(2)]
         archive = write_group(tmp_path, later, chunks=(1, 6, 8, 8), dtype='<i2')
         for date in range(2):
             assert (archive.pixels(date)[:6] == 7).all()

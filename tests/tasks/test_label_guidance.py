@@ -52,6 +52,12 @@ class TestDINOMC:
             more, torch.as_tensor(expected), atol=1e-5, rtol=1e-5
         )
 
+    def test_similarity_of_labels(self) -> None:
+        options: dict[str, Any] = {'label_similarity': 'jaccard'}
+        for given in (options, {'soft_options': options}):
+            task = make_dino(soft_weight=1, **given)
+            assert task.soft_criterion.label_similarity == 'jaccard'
+
     @pytest.mark.parametrize('views', ['multi_crop', 'temporal'])
     def test_labels_of_seasons(self, views: Any) -> None:
         task = make_dino(soft_weight=1, views=views)

@@ -104,6 +104,8 @@ def test_rebuilt_by_its_class(checkpoint: Path) -> None:
     task = load_task(checkpoint, read_checkpoint(str(checkpoint)))
     assert type(task) is SiameseTask
     assert task.hparams['lr'] == 0.1
+    # An option that it does not name
+    assert task.hparams['layer_decay'] == 1
 
 
 def test_nothing_is_imported_because_a_file_says_so(checkpoint: Path) -> None:

@@ -4,7 +4,7 @@
 import torch
 import torchvision.transforms.v2 as T
 
-from torchgeo_softcon.transforms.center_view import center_view
+from torchgeo_softcon.transforms.views import center_view
 
 
 def test_is_the_transform_of_dino() -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
-from torchgeo_softcon.transforms import MultiCropView, RandomView, random_crop_grid
+from torchgeo_softcon.transforms import MultiCropView, RandomView
 from torchgeo_softcon.transforms.sampling import choose, random_boxes
+
+from .helpers import random_crop_grid
 
 
 def jitter(view: Tensor, factors: list[Tensor]) -> Tensor:

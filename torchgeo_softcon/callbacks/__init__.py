@@ -22,14 +22,4 @@ if TYPE_CHECKING:
     from .resize import ResizeInput as ResizeInput
     from .terminal import Terminal as Terminal
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    backbone=('LoadBackbone',),
-    collapse=('CollapseMonitor', 'effective_rank', 'uniformity'),
-    datamodule=('TrainSubset', 'UnitRange'),
-    embeddings=('EmbeddingWriter',),
-    knn=('KNNProbe', 'knn_scores'),
-    label_control=('LabelControl',),
-    resize=('ResizeForWeights', 'ResizeInput'),
-    terminal=('Terminal',),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

@@ -6,6 +6,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from .._checks import check_types
-from ..evaluation.embedding_file import arranger, describe
-from ..evaluation.embedding_rows import EmbeddingRows
+from ..evaluation.embedding_file import EmbeddingRows, arrange, describe
 from ..models.encoders import Encoder
 from ..storage.resumable import ResumableParquet
 
@@ -128,8 +128,9 @@ class EmbeddingWriter(BasePredictionWriter):
                 reduce_op='sum',
             )
             if trainer.is_global_zero:
-                arrange = arranger(_describe(trainer, pl_module, self._rows.dataset))
-                self.rows = self._file.join(int(samples), arrange)
+                about = _describe(trainer, pl_module, self._rows.dataset)
+                finish = partial(arrange, about=about)
+                self.rows = self._file.join(int(samples), finish)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

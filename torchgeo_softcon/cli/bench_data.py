@@ -20,7 +20,8 @@ def parser() -> CommandParser:
         'torchgeo-softcon bench-data --config run.yaml --data.num_workers 8',
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         '-c',
         '--config',
         metavar='FILE',
@@ -28,10 +29,8 @@ def parser() -> CommandParser:
         default=[],
         help='configuration of `torchgeo fit`. May be repeated: later files win',
     )
-    parser.add_argument(
-        '--steps', type=int, default=20, help='batches to measure (default: 20)'
-    )
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    add('--steps', type=int, default=20, help='batches to measure (default: 20)')
+    add('--json', action='store_true', help='print JSON')
     return parser
 
 

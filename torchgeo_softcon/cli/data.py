@@ -12,12 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .parsers import CommandParser, boolean, list_of, optional
+from .parsers import CommandParser
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
     from ..models.encoders import Encoder
+
+_ENCODER = {
+    '--checkpoint FILE': 'checkpoint of a task',
+    '--weights NAME': 'name of a weight enum member, instead',
+    '--model NAME': 'timm name, if the checkpoint has none',
+    '--bands NAMES': 'names of the bands of the images, if they are not those of --weights: '
+    '[B2,B3,B4,B8]',
+    '--unit-range BOOL': 'whether to scale the images of a datamodule of TorchGeo to [0, 1], '
+    'as SoftCon did. By default true for weights of SoftCon',
+}
+_DATA = {
+    '--data CLASS': 'datamodule, as in `torchgeo fit`. --data.help CLASS shows its options',
+    '--data.OPTION VALUE': 'option of the datamodule',
+    '--config FILE': 'configuration of `torchgeo fit`, of which the section `data` is used. '
+    'By default the one of the run that the checkpoint is from',
+}
+
+#: Splits of a datamodule.
+_SPLITS = ('train', 'val', 'test', 'predict')
 
 
 def data_parser(command: str, description: str, example: str) -> CommandParser:
@@ -29,43 +48,8 @@ def data_parser(command: str, description: str, example: str) -> CommandParser:
         allow_abbrev=False,
         usage='%(prog)s [OPTIONS]',
     )
-    # Options without a type are texts that can be null, as in YAML
-    parser.register('type', None, optional(str))
-    group = parser.add_argument_group('encoder')
-    group.add_argument('--checkpoint', help='checkpoint of a task')
-    group.add_argument('--weights', help='name of a weight enum member, instead')
-    group.add_argument('--model', help='timm name, if the checkpoint has none')
-    group.add_argument(
-        '--bands',
-        type=optional(list_of(str)),
-        help='names of the bands of the images, if they are not those of --weights: '
-        '[B2,B3,B4,B8]',
-    )
-    group.add_argument(
-        '--unit-range',
-        type=optional(boolean),
-        metavar='BOOL',
-        help='whether to scale the images of a datamodule of TorchGeo to [0, 1], as '
-        'SoftCon did. By default true for weights of SoftCon',
-    )
-    group = parser.add_argument_group('data')
-    group.add_argument(
-        '--data',
-        metavar='CLASS',
-        default=argparse.SUPPRESS,
-        help='datamodule, as in `torchgeo fit`. --data.help CLASS shows its options',
-    )
-    group.add_argument(
-        '--data.OPTION',
-        metavar='VALUE',
-        default=argparse.SUPPRESS,
-        help='option of the datamodule',
-    )
-    group.add_argument(
-        '--config',
-        help='configuration of `torchgeo fit`, of which the section `data` is used. By '
-        'default the one of the run that the checkpoint is from',
-    )
+    parser.add_options(_ENCODER, 'encoder')
+    parser.add_options(_DATA, 'data')
     return parser
 
 
@@ -80,7 +64,12 @@ def parse_options(parser: CommandParser, args: Sequence[str]) -> argparse.Namesp
         value_of_data = value and not arg.startswith('--')
         (data_args if of_data or value_of_data else others).append(arg)
         value = of_data and not equals
-    return argparse.Namespace(**vars(parser.parse_args(others)), data_args=data_args)
+    options = parser.parse_args(others)
+    if options.split not in (None, *_SPLITS):
+        raise ValueError(
+            f'split must be one of {", ".join(_SPLITS)}, got {options.split}'
+        )
+    return argparse.Namespace(**vars(options), data_args=data_args)
 
 
 def open_data(
@@ -101,20 +90,22 @@ def open_data(
         if run is None and options.checkpoint is not None:
             run = Path(options.checkpoint).absolute().parent.parent
         if run is not None and (run / 'config.yaml').exists():
-            config = str(run / 'config.yaml')
-    data = None
+            config = run / 'config.yaml'
     if config is not None:
         if not Path(config).is_file():
             raise FileNotFoundError(f'config {config} does not exist, or is not a file')
         sections = _load_yaml('config', config)
         data = sections.get('data') if isinstance(sections, dict) else None
-    if data:
-        if named and _class_name(_load_yaml('data', named)) != _class_name(data):
+        if (
+            data
+            and named
+            and _class_name(_load_yaml('data', named)) != _class_name(data)
+        ):
             raise ValueError(
                 f'data must be those of config {config}, {_class_name(data)}, got '
                 f'{named}. Leave out --config or --data'
             )
-        args = ['--data', json.dumps(data), *args]
+        args = ['--data', json.dumps(data), *args] if data else args
     if not args:
         return None, {}
     # Not before: help must not wait for them
@@ -130,6 +121,26 @@ def open_data(
     return parser.instantiate_classes(namespace).data, values or {}
 
 
+def open_encoder_and_data(
+    options: argparse.Namespace,
+) -> 'tuple[Encoder, LightningDataModule, dict[str, Any]]':
+    """Open what the options name, with the values of the datamodule, which must be given."""
+    datamodule, values = open_data(options)
+    if datamodule is None:
+        raise ValueError(
+            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
+        )
+    return open_named_encoder(options), datamodule, values
+
+
+def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
+    """Build the encoder that the options name."""
+    from ..models.encoders import open_encoder
+
+    names = ('checkpoint', 'weights', 'model', 'bands', 'unit_range')
+    return open_encoder(*(getattr(options, name) for name in names))
+
+
 def load_classes(*folders: str) -> None:
     """Load classes, which options can name without their modules from then on."""
     for folder in folders:
@@ -138,36 +149,11 @@ def load_classes(*folders: str) -> None:
             getattr(face, name)
 
 
-def open_required_data(
-    options: argparse.Namespace,
-) -> 'tuple[LightningDataModule, dict[str, Any]]':
-    """Build the datamodule as :func:`open_data`, and raise if none is named."""
-    datamodule, values = open_data(options)
-    if datamodule is None:
-        raise ValueError(
-            'data must be given: --data CLASS --data.OPTION VALUE, or --config FILE'
-        )
-    return datamodule, values
-
-
-def open_named_encoder(options: argparse.Namespace) -> 'Encoder':
-    """Build the encoder that the options name."""
-    from ..models.encoders import open_encoder
-
-    return open_encoder(
-        options.checkpoint,
-        options.weights,
-        options.model,
-        options.bands,
-        options.unit_range,
-    )
-
-
-def _load_yaml(name: str, value: str) -> Any:
+def _load_yaml(name: str, value: str | Path) -> Any:
     """Load the value of an option, which is YAML or a file of that."""
     path = Path(value)
     try:
-        return yaml.safe_load(path.read_text() if path.is_file() else value)
+        return yaml.safe_load(path.read_text() if path.is_file() else str(value))
     except yaml.YAMLError as error:
         raise ValueError(f'{name} {value} is not YAML: {error}') from error
 

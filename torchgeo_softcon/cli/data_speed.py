@@ -1,11 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""How many images per second a run reads and trains on, and what to change.
-
-The parts are measured one after the other, which Lightning's profilers do not: in a run,
-workers read and a GPU computes while the main process waits for either.
-"""
+"""How many images per second a run reads and trains on, and what to change."""
 
 import itertools
 import json
@@ -17,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor
@@ -26,51 +21,43 @@ from .._compat import Sample, host_main
 from .._cores import count_cores
 from ..callbacks.knn import KNNProbe
 from ..callbacks.terminal import Terminal
+from ..datamodules.protocol import loader_batch_size
 from .data import load_classes
+from .recipe import section
 
 #: Share of the time from which a run is called data-bound.
 _BOUND = 0.1
 
-#: What `torchgeo fit` is told on top of the configuration: to train on one device and to
-#: do nothing else, and not to end before the measurement does. Not to switch anything off
-#: by *enable_...*: that would be an error where callbacks for the same are given.
+#: What the trainer of `torchgeo fit` is told on top of the configuration: to train on one
+#: device and to do nothing else, and not to end before the measurement does. Not to switch
+#: anything off by *enable_...*: that would be an error where callbacks for it are given.
 _OVERRIDES = (
-    '{barebones: false, enable_checkpointing: true, enable_progress_bar: true, '
-    'num_sanity_val_steps: 0, limit_train_batches: null, limit_val_batches: 0, '
-    'fast_dev_run: false, overfit_batches: 0.0, max_epochs: 1000, max_steps: -1, '
-    'max_time: null, devices: 1, num_nodes: 1, strategy: auto}'
+    *('barebones=false', 'enable_checkpointing=true', 'enable_progress_bar=true'),
+    *('num_sanity_val_steps=0', 'limit_train_batches=null', 'limit_val_batches=0'),
+    *('fast_dev_run=false', 'overfit_batches=0.0', 'max_epochs=1000', 'max_steps=-1'),
+    *('max_time=null', 'devices=1', 'num_nodes=1', 'strategy=auto'),
 )
 
 #: Callbacks that write, watch, or end a run, and change nothing of its steps.
 _LEFT_OUT = (
-    callbacks.BatchSizeFinder,
-    callbacks.Checkpoint,
-    callbacks.LearningRateFinder,
-    callbacks.ModelSummary,
-    callbacks.ProgressBar,
-    callbacks.Timer,
-    KNNProbe,
-    Terminal,
+    *(callbacks.BatchSizeFinder, callbacks.Checkpoint, callbacks.LearningRateFinder),
+    *(callbacks.ModelSummary, callbacks.ProgressBar, callbacks.Timer),
+    *(KNNProbe, Terminal),
 )
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second of a run and of its parts, on one device.
-
-    *data* is the data loader alone, *step* the training alone (views, optimizer and EMA
-    included) on one batch that stays on the device, *both* the training with its data.
-    The dataset is *batch_wise* if it reads all samples of a batch in one call.
-    """
+    """Images per second of a run and of its parts, on one device."""
 
     device: str
-    data: float
-    step: float
-    both: float
+    data: float  # the data loader alone
+    step: float  # the training alone, with views and EMA, on a batch kept on the device
+    both: float  # the training with its data
     batch_size: int
     num_workers: int
     pin_memory: bool
-    batch_wise: bool
+    batch_wise: bool  # whether the dataset reads all samples of a batch in one call
     cores: int
 
     @property
@@ -124,15 +111,15 @@ class Speed:
 
     def __str__(self) -> str:
         """Return the same in a few lines."""
-        share = f'ata-bound: data take {self.share:.0%} of the time.'
-        bound = f'D{share} What may help:' if self.share > _BOUND else f'Not d{share}'
+        bound = self.share > _BOUND
+        title = 'Data-bound' if bound else 'Not data-bound'
         workers = f'{self.num_workers or "no"} workers'
         lines = [
             f'images per second on {self.device}, batches of {self.batch_size}',
             f'  data loader alone  {self.data:10.1f}  {workers}',
             f'  training alone     {self.step:10.1f}  on one batch kept on the device',
             f'  both together      {self.both:10.1f}',
-            bound,
+            f'{title}: data take {self.share:.0%} of the time.{" What may help:" * bound}',
             *(f'  - {line}' for line in self.advice()),
         ]
         return '\n'.join(lines)
@@ -143,7 +130,11 @@ class _Measured(Exception):
 
 
 class Stopwatch(Callback):
-    """Measure the parts of a run one after the other, then end the run."""
+    """Measure the parts of a run one after the other, then end the run.
+
+    Lightning's profilers do not: workers read and a GPU computes while the main process
+    waits for either.
+    """
 
     def __init__(self, steps: int) -> None:
         """Initialize a new Stopwatch instance for a number of batches of each part."""
@@ -169,8 +160,7 @@ class _MeasuredBatches:
     def __init__(self, loader: Any, device: torch.device, steps: int) -> None:
         self.loader, self.device, self.steps = loader, device, steps
         #: For the tasks that scale their learning rate by it.
-        self.batch_size = getattr(loader, 'batch_size', None)
-        self.batch_sampler = getattr(loader, 'batch_sampler', None)
+        self.batch_size = loader_batch_size(loader)
 
     def __len__(self) -> int:
         # One epoch for all: the time between epochs does not count
@@ -236,14 +226,13 @@ class _MeasuredBatches:
 
 def _count(batch: Sample) -> int:
     """Count the images of a batch."""
-    if isinstance(batch, dict):
-        # A datamodule may make the images of something else on the device
-        values = [batch.get('image', batch)]
-        while values:
-            value = values.pop(0)
-            if isinstance(value, Tensor):
-                return len(value)
-            values += value.values() if isinstance(value, dict) else ()
+    # A datamodule may make the images of something else on the device
+    values = [batch.get('image', batch)] if isinstance(batch, dict) else []
+    while values:
+        value = values.pop(0)
+        if isinstance(value, Tensor):
+            return len(value)
+        values += value.values() if isinstance(value, dict) else ()
     got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
     raise ValueError(f"batches must have the key 'image', or other tensors, got {got}")
 
@@ -252,27 +241,16 @@ def measure(args: Sequence[str], steps: int) -> Speed:
     """Measure a run of ``torchgeo fit`` with some arguments, *steps* batches of each part."""
     load_classes('datamodules', 'tasks')
     with tempfile.TemporaryDirectory() as folder:
-        stopwatch = {
-            'class_path': f'{__name__}.Stopwatch',
-            'init_args': {'steps': steps},
-        }
-        # Callbacks may need a logger
-        logger = {
-            'class_path': 'lightning.pytorch.loggers.CSVLogger',
-            'init_args': {'save_dir': folder},
-        }
-        overrides = {
-            **yaml.safe_load(_OVERRIDES),
+        stopwatch = section(f'{__name__}.Stopwatch', steps=steps)
+        logger = section('lightning.pytorch.loggers.CSVLogger', save_dir=folder)
+        overrides = (
+            *_OVERRIDES,
             # Added: others may change what is trained on, such as ResizeInput
-            'callbacks+': stopwatch,
-            'default_root_dir': folder,  # where the host writes its configuration
-            'logger': logger,
-        }
-        # Text as it is: a quoted word is another word to newer parsers
-        options = [
-            f'--trainer.{name}={value if isinstance(value, str) else json.dumps(value)}'
-            for name, value in overrides.items()
-        ]
+            f'callbacks+={json.dumps(stopwatch)}',
+            f'default_root_dir={folder}',  # where the host writes its configuration
+            f'logger={json.dumps(logger)}',  # which callbacks may need
+        )
+        options = [f'--trainer.{override}' for override in overrides]
         try:
             host_main(['fit', *args, *options, '--ckpt_path', 'null'])
         except _Measured as measured:

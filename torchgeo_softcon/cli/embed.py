@@ -8,12 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import data_parser, open_named_encoder, open_required_data, parse_options
-from .parsers import CommandParser, optional
+from .data import data_parser, open_encoder_and_data, parse_options
+from .parsers import CommandParser
 
 #: Options of datamodules that do not change what a sample is. (The choice of samples is
 #: compared on its own.)
 _READING = ('batch_size', 'num_workers', 'length')
+
+_RUN = {
+    '--split NAME': 'predict, test, val or train, by default the first that the data have',
+    '--size N': 'pixels to resize images to, by default as in the training',
+    '--pooling NAME': 'cls or mean',
+    '--accelerator NAME': 'cpu, gpu, ...',
+    '--out FILE': 'default: embeddings.parquet',
+    '--overwrite': 'replace the file',
+}
+_FILE = {
+    '--layout {footprint,point}': "point: centres as geometry, for all of TorchGeo's readers "
+    'of embeddings',
+    '--dtype {float32,int8}': 'int8: a quarter of the size',
+    '--stac': 'write a STAC item, too',
+    '--dense': 'features of all patches of whole scenes instead, as GeoTIFFs in the folder '
+    '--out, from overlapping windows of --size pixels',
+}
 
 
 def parser() -> CommandParser:
@@ -24,45 +41,10 @@ def parser() -> CommandParser:
         'the data tell. An interrupted run goes on when started again.',
         '--checkpoint logs/version_0/checkpoints/last.ckpt',
     )
-    group = parser.add_argument_group('run')
-    group.add_argument(
-        '--split',
-        help='predict, test, val or train, by default the first that the data have',
-    )
-    group.add_argument(
-        '--size',
-        type=optional(int),
-        help='pixels to resize images to, by default as in the training',
-    )
-    group.add_argument('--pooling', help='cls or mean')
-    group.add_argument('--accelerator', type=str, default='auto', help='cpu, gpu, ...')
-    group.add_argument(
-        '--out',
-        type=str,
-        default='embeddings.parquet',
-        help='file, default: embeddings.parquet',
-    )
-    group.add_argument('--overwrite', action='store_true', help='replace the file')
-    group = parser.add_argument_group('file')
-    group.add_argument(
-        '--layout',
-        choices=('footprint', 'point'),
-        default='footprint',
-        help="point: centres as geometry, for all of TorchGeo's readers of embeddings",
-    )
-    group.add_argument(
-        '--dtype',
-        choices=('float32', 'int8'),
-        default='float32',
-        help='int8: a quarter of the size',
-    )
-    group.add_argument('--stac', action='store_true', help='write a STAC item, too')
-    group.add_argument(
-        '--dense',
-        action='store_true',
-        help='features of all patches of whole scenes instead, as GeoTIFFs in the folder '
-        '--out, from overlapping windows of --size pixels',
-    )
+    parser.add_options(_RUN, 'run')
+    parser.add_options(_FILE, 'file')
+    parser.set_defaults(accelerator='auto', out='embeddings.parquet')
+    parser.set_defaults(layout='footprint', dtype='float32')
     return parser
 
 
@@ -73,16 +55,10 @@ def main(args: Sequence[str]) -> int:
     from ..evaluation.dense import embed_dense
     from ..evaluation.embed import embed
     from ..evaluation.embedding_file import write_stac_item
-    from ..evaluation.samples import STAGES
 
-    datamodule, data = open_required_data(options)
-    if options.split not in (None, *STAGES):
-        raise ValueError(
-            f'split must be one of {", ".join(STAGES)}, got {options.split}'
-        )
-    encoder = open_named_encoder(options)
+    encoder, datamodule, data = open_encoder_and_data(options)
     if options.dense:
-        for path in embed_dense(
+        written = embed_dense(
             encoder,
             datamodule,
             options.out.removesuffix('.parquet'),
@@ -90,25 +66,21 @@ def main(args: Sequence[str]) -> int:
             options.overwrite,
             str(data['class_path']),
             accelerator=options.accelerator,
-        ):
-            print(path)
+        )
+        print(*written, sep='\n')
         return 0
+    names = ('split', 'pooling', 'overwrite', 'layout', 'dtype', 'accelerator')
     rows = embed(
         encoder,
         datamodule,
         options.out,
-        options.split,
-        options.size or encoder.size,
-        options.pooling,
-        options.overwrite,
-        {
+        size=options.size or encoder.size,
+        origin={
             'checkpoint': _fingerprint(options.checkpoint),
             'weights': options.weights,
             **_data_origin(data),
         },
-        options.layout,
-        options.dtype,
-        accelerator=options.accelerator,
+        **{name: getattr(options, name) for name in names},
     )
     print(f'{rows} embeddings are in {options.out}')
     if options.stac:

@@ -6,10 +6,27 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .data import data_parser, open_named_encoder, open_required_data, parse_options
-from .parsers import CommandParser, list_of, optional
+from .data import data_parser, open_encoder_and_data, parse_options
+from .parsers import CommandParser, print_table
+
+_RUN = {
+    '--protocol {softcon,dino,torchgeo-bench,copernicus-bench}': 'as a paper or a benchmark '
+    'does, on train, val and test, with intervals of 95 %%; --split, --k, --temperature and '
+    '--fraction are then not used',
+    '--split NAME': 'test (default) or val',
+    '--k NUMBERS': 'numbers of neighbours, default: [5,10,15,20]',
+    '--temperature X': 'of their votes, default: 0.07',
+    '--size N': 'pixels, by default as in training, or 224',
+    '--fraction X': 'share of the training split to use, default: 1',
+    '--seed N': 'of the choice of the share and the bootstrap, default: 42',
+    '--device NAME': 'cpu, cuda, ...',
+    '--out FILE': 'JSON file for the result',
+    '--overwrite': 'replace the file',
+}
+
+#: Options of the evaluation without a protocol.
+_OWN = ('split', 'k', 'temperature', 'fraction')
 
 #: Values that are counts, not scores.
 _COUNTS = ('train_images', 'test_images', 'val_images', 'image_size')
@@ -24,91 +41,41 @@ def parser() -> CommandParser:
         '--weights ResNet50_Weights.SENTINEL2_SOFTCON \\\n'
         '    --data EuroSATDataModule --data.dict_kwargs.root DIR',
     )
-    group = parser.add_argument_group('run')
-    group.add_argument(
-        '--protocol',
-        choices=('softcon', 'dino', 'torchgeo-bench', 'copernicus-bench'),
-        help='as a paper or a benchmark does, on train, val and test, with intervals of '
-        '95 %%; --split, --k, --temperature and --fraction are then not used',
-    )
-    group.add_argument(
-        '--split', type=str, default='test', help='test (default) or val'
-    )
-    group.add_argument(
-        '--k',
-        type=list_of(int),
-        default=[5, 10, 15, 20],
-        help='numbers of neighbours, default: [5,10,15,20]',
-    )
-    group.add_argument(
-        '--temperature', type=float, default=0.07, help='of their votes, default: 0.07'
-    )
-    group.add_argument(
-        '--size', type=optional(int), help='pixels, by default as in training, or 224'
-    )
-    group.add_argument(
-        '--fraction',
-        type=float,
-        default=1.0,
-        help='share of the training split to use, default: 1',
-    )
-    group.add_argument(
-        '--seed',
-        type=int,
-        default=42,
-        help='of the choice of the share and the bootstrap, default: 42',
-    )
-    group.add_argument('--device', help='cpu, cuda, ...')
-    group.add_argument('--out', help='JSON file for the result')
-    group.add_argument('--overwrite', action='store_true', help='replace the file')
+    parser.add_options(_RUN, 'run')
+    parser.set_defaults(split='test', k=[5, 10, 15, 20], temperature=0.07)
+    parser.set_defaults(fraction=1.0, seed=42)
     return parser
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     options = parse_options(parser(), args)
-    out = None if options.out is None else Path(options.out)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f'the folder of out = {out} does not exist')
-    if out is not None and out.exists() and not options.overwrite:
-        raise FileExistsError(f'out = {out} exists already. Set overwrite')
+    if options.out is not None:
+        out = Path(options.out)
+        if not out.absolute().parent.is_dir():
+            raise FileNotFoundError(f'the folder of out = {out} does not exist')
+        if out.exists() and not options.overwrite:
+            raise FileExistsError(f'out = {out} exists already. Set overwrite')
     # Not before: help must not wait for them
     import torch
 
     from ..evaluation.evaluate import evaluate_encoder
     from ..evaluation.protocols import evaluate_protocol
 
-    datamodule, data = open_required_data(options)
-    encoder = open_named_encoder(options)
+    encoder, datamodule, data = open_encoder_and_data(options)
     device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    common = {'size': options.size, 'seed': options.seed, 'device': device}
     if options.protocol is not None:
-        values = evaluate_protocol(
-            encoder, datamodule, options.protocol, options.size, options.seed, device
-        )
+        values = evaluate_protocol(encoder, datamodule, options.protocol, **common)
     else:
-        values = evaluate_encoder(
-            encoder,
-            datamodule,
-            options.split,
-            options.k,
-            options.temperature,
-            options.size,
-            options.fraction,
-            options.seed,
-            device,
-        )
-    print(_table(values))
-    if out is not None:
-        names = (
-            'checkpoint',
-            'weights',
-            'protocol',
-            'split',
-            'fraction',
-            'seed',
-            'temperature',
-        )
-        origin: dict[str, Any] = {
+        own = {name: getattr(options, name) for name in _OWN}
+        values = evaluate_encoder(encoder, datamodule, **own, **common)
+    print_table(
+        [(k, f'{v:{".0f" if k in _COUNTS else ".4f"}}') for k, v in values.items()]
+    )
+    if options.out is not None:
+        names = ('checkpoint', 'weights', 'protocol', 'seed', *_OWN)
+        origin = {
             **{name: getattr(options, name) for name in names},
             'data': data,
             'bands': encoder.bands,
@@ -117,12 +84,3 @@ def main(args: Sequence[str]) -> int:
         text = json.dumps({**origin, **values}, indent=2, default=str)
         out.write_text(f'{text}\n')
     return 0
-
-
-def _table(values: dict[str, float]) -> str:
-    """Return the values in lines."""
-    width = max(map(len, values))
-    return '\n'.join(
-        f'{name:{width}}  {value:{".0f" if name in _COUNTS else ".4f"}}'
-        for name, value in values.items()
-    )

@@ -7,6 +7,17 @@ from collections.abc import Sequence
 
 from .parsers import CommandParser
 
+_OPTIONS = {
+    '--format {torchgeo,timm,safetensors,smp,hf,onnx}': 'tool that opens the file',
+    '--branch {student,teacher}': 'default: the student of SoftCon, the teacher of DINO-MC',
+    '--patch-size N': 'of a Vision Transformer',
+    '--img-size N': 'that a Vision Transformer is built for',
+    '--output FILE': 'default: beside the checkpoint; of hf a folder',
+    '--license NAME': 'for the card, such as apache-2.0',
+    '--push OWNER/NAME': 'upload hf to this repository, too',
+    '--private': 'if that is new',
+}
+
 
 def parser() -> CommandParser:
     """Return the parser of the command."""
@@ -18,35 +29,8 @@ def parser() -> CommandParser:
         'torchgeo-softcon export last.ckpt --format timm --img-size 120',
     )
     parser.add_argument('checkpoint', help='of SoftConTask or DINOMCTask')
-    parser.add_argument(
-        '--format',
-        required=True,
-        choices=('torchgeo', 'timm', 'safetensors', 'smp', 'hf', 'onnx'),
-    )
-    parser.add_argument(
-        '--branch',
-        choices=('student', 'teacher'),
-        help='default: the student of SoftCon, the teacher of DINO-MC',
-    )
-    parser.add_argument('--patch-size', type=int, metavar='P')
-    parser.add_argument(
-        '--img-size',
-        type=int,
-        metavar='N',
-        help='that a Vision Transformer is built for',
-    )
-    parser.add_argument(
-        '--output',
-        metavar='FILE',
-        help='default: beside the checkpoint; of hf a folder',
-    )
-    parser.add_argument(
-        '--license', default='unknown', help='for the card, such as apache-2.0'
-    )
-    parser.add_argument(
-        '--push', metavar='OWNER/NAME', help='upload hf to this repository, too'
-    )
-    parser.add_argument('--private', action='store_true', help='if that is new')
+    parser.add_options(_OPTIONS, required=['--format'])
+    parser.set_defaults(license='unknown')
     return parser
 
 

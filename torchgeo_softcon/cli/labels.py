@@ -21,6 +21,35 @@ torchgeo-softcon labels --images 'DIR/**/*.tif' --worldcover DIR --out labels.pa
   torchgeo-softcon labels --layout ssl4eo-s12 ROOT --worldcover DIR --out labels.json
   torchgeo-softcon labels --images DIR --map own.tif --legend own.yaml --out own.parquet"""
 
+_LAND_COVER = {
+    '--worldcover, --map PATH...': 'folders of tiles, or tiles. /vsicurl/https://... of a tile '
+    'or of a bucket reads them where they are',
+    '--download': 'download the tiles that are missing',
+    '--base-url URL': "default: ESA's bucket at Amazon",
+    '--year YEAR': 'of the product, by default its last one. nearest takes for each patch the '
+    'year it was taken in, as names of files or a column date tell, or the nearest',
+    '--classes NAME': 'a legend that the product has a mapping to: dynamicworld for the 9 '
+    'classes of Dynamic World made of the 11 of worldcover (default)',
+    '--product, --legend NAME': 'another land-cover product (esri, lcm10, cgls, corine, '
+    'dynamicworld), or the .yaml file with the legend of your own map: name and classes with '
+    'code and name',
+}
+_OUTPUT = {
+    '--out FILE': 'default: labels.parquet',
+    '--format {parquet,json}': 'json also writes {location: {season: [class, ...]}} as '
+    'SSL4EO-S12-ML has it; by default if FILE ends in .json',
+    '--min-fraction X': 'smallest share of a class in the JSON file, default: 0.05. Counts '
+    'have none',
+    '--min-valid X': 'smallest share of pixels with data in the JSON file, default: 0.5',
+    '--overwrite': 'replace the file',
+}
+_RUN = {
+    '--workers N': 'processes, default: one per core',
+    '--scheduler ADDRESS': 'of Dask, like tcp://10.0.0.1:8786, whose workers have this package '
+    'and the same paths',
+    '--quiet': 'no progress bar',
+}
+
 
 def parser() -> CommandParser:
     """Return the parser of the command.
@@ -57,89 +86,10 @@ def parser() -> CommandParser:
         'or as v1.1',
     )
 
-    group = parser.add_argument_group('land cover')
-    group.add_argument(
-        '--worldcover',
-        '--map',
-        nargs='+',
-        required=True,
-        metavar='PATH',
-        help='folders of tiles, or tiles. /vsicurl/https://... of a tile or of a bucket '
-        'reads them where they are',
-    )
-    group.add_argument(
-        '--download', action='store_true', help='download the tiles that are missing'
-    )
-    group.add_argument(
-        '--base-url', metavar='URL', help="default: ESA's bucket at Amazon"
-    )
-    group.add_argument(
-        '--year',
-        type=_year,
-        help='of the product, by default its last one. nearest takes for each patch the '
-        'year it was taken in, as names of files or a column date tell, or the nearest',
-    )
-    group.add_argument(
-        '--classes',
-        metavar='NAME',
-        help='a legend that the product has a mapping to: dynamicworld for the 9 classes of '
-        'Dynamic World made of the 11 of worldcover (default)',
-    )
-    group.add_argument(
-        '--product',
-        '--legend',
-        metavar='NAME',
-        help='another land-cover product (esri, lcm10, cgls, corine, dynamicworld), or '
-        'the .yaml file with the legend of your own map: name and classes with code and name',
-    )
-
-    group = parser.add_argument_group('output')
-    group.add_argument('--out', metavar='FILE', help='default: labels.parquet')
-    group.add_argument(
-        '--format',
-        choices=('parquet', 'json'),
-        help='json also writes {location: {season: [class, ...]}} as SSL4EO-S12-ML has it; '
-        'by default if FILE ends in .json',
-    )
-    group.add_argument(
-        '--min-fraction',
-        type=float,
-        metavar='X',
-        help='smallest share of a class in the JSON file, default: 0.05. Counts have none',
-    )
-    group.add_argument(
-        '--min-valid',
-        type=float,
-        metavar='X',
-        help='smallest share of pixels with data in the JSON file, default: 0.5',
-    )
-    group.add_argument('--overwrite', action='store_true', help='replace the file')
-
-    group = parser.add_argument_group('run')
-    group.add_argument(
-        '--workers', type=int, metavar='N', help='processes, default: one per core'
-    )
-    group.add_argument(
-        '--scheduler',
-        metavar='ADDRESS',
-        help='of Dask, like tcp://10.0.0.1:8786, whose workers have this package and the '
-        'same paths',
-    )
-    group.add_argument(
-        '--quiet',
-        action='store_false',
-        default=True,
-        dest='progress',
-        help='no progress bar',
-    )
+    parser.add_options(_LAND_COVER, 'land cover', required=['--worldcover'])
+    parser.add_options(_OUTPUT, 'output')
+    parser.add_options(_RUN, 'run')
     return parser
-
-
-def _year(text: str) -> int | str:
-    """Return a year, or the word that stands for that of each patch."""
-    if text == 'nearest' or text.isdecimal():
-        return int(text) if text.isdecimal() else text
-    raise argparse.ArgumentTypeError(f'must be a year or nearest, got {text!r}')
 
 
 def main(args: Sequence[str]) -> int:
@@ -147,6 +97,7 @@ def main(args: Sequence[str]) -> int:
     options = vars(parser().parse_args(args))
     if 'layout' in options:
         options['layout'] = tuple(options['layout'])
+    options['progress'] = not options.pop('quiet')
     # Not before: help must not wait for it
     from ..labels.archive import label_archive
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__, plugin
-from .parsers import CommandParser
+from .parsers import CommandParser, print_table
 
 
 def parser() -> CommandParser:
@@ -44,11 +44,10 @@ def main(args: Sequence[str]) -> int:
         return 1
 
     rows = [('GROUP', 'NAME', 'OBJECT', 'STATUS')]
-    rows += [(e.group, e.name, e.value, error or 'ok') for e, error in declared]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print()
-    for *cells, status in rows:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    for entry, error in declared:
         # The message of an exception may have several lines
-        print(*padded, status.partition('\n')[0], sep='  ')
+        status = (error or 'ok').partition('\n')[0]
+        rows.append((entry.group, entry.name, entry.value, status))
+    print()
+    print_table(rows)
     return int(any(error for _, error in declared))

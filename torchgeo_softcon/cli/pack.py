@@ -8,10 +8,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .parsers import CommandError, CommandParser
+from .parsers import LAND_COVER, CommandError, CommandParser
 
 #: Failures that are printed.
 _NAMED = 10
+
+_SPLIT = {
+    '--split NAME...': 's1, s2c, s2a, or S1GRD, S2L1C, S2L2A, S2RGB, S1RTC of v1.1 and '
+    'TerraMesh; default: all that the archive has'
+}
+_PACKING = {
+    '--labels FILE': 'to put into the index, or lulc for the layer of v1.1',
+    '--workers N': 'processes (default: 1)',
+    '--shard-size N': 'images per file (default: 256)',
+    '--verify': 'read all again and compare checksums',
+}
 
 
 def archive_parser(command: str, description: str, root: str) -> CommandParser:
@@ -27,13 +38,7 @@ def archive_parser(command: str, description: str, root: str) -> CommandParser:
     )
     parser.add_argument('root', help=root)
     parser.add_argument('out', help='folder to write')
-    parser.add_argument(
-        '--split',
-        nargs='+',
-        metavar='NAME',
-        help='s1, s2c, s2a, or S1GRD, S2L1C, S2L2A, S2RGB, S1RTC of v1.1 and TerraMesh; '
-        'default: all that the archive has',
-    )
+    parser.add_options(_SPLIT)
     return parser
 
 
@@ -47,35 +52,8 @@ def parser() -> CommandParser:
         'scenes of your own, with the land cover under them.',
         'folder with s1, s2c or s2a, or with the modalities of v1.1, or with scenes',
     )
-    parser.add_argument(
-        '--labels',
-        metavar='FILE',
-        help='to put into the index, or lulc for the layer of v1.1',
-    )
-    parser.add_argument(
-        '--workers', type=int, metavar='N', help='processes (default: 1)'
-    )
-    parser.add_argument(
-        '--shard-size', type=int, metavar='N', help='images per file (default: 256)'
-    )
-    group = parser.add_argument_group('scenes of your own')
-    group.add_argument(
-        '--worldcover',
-        '--map',
-        nargs='+',
-        metavar='PATH',
-        help='folders or files of land cover, to be warped to the pixels of each place',
-    )
-    group.add_argument(
-        '--product', '--legend', metavar='NAME', help='land-cover product or .yaml file'
-    )
-    group.add_argument('--year', type=int, help='of the product, default: its last one')
-    parser.add_argument(
-        '--verify',
-        action='store_true',
-        default=False,
-        help='read all again and compare checksums',
-    )
+    parser.add_options(_PACKING)
+    parser.add_options(LAND_COVER, 'land cover of your own scenes')
     return parser
 
 

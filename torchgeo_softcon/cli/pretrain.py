@@ -11,9 +11,18 @@ from typing import Any
 import yaml
 
 from .parsers import CommandParser
+from .report import last_checkpoint
+from .report import main as report
 
 #: Name of the configuration in the folder of a run.
 _CONFIG = 'config.yaml'
+
+_OPTIONS = {
+    '--out DIR': 'folder of the run, runs/NAME by default',
+    '--worldcover DIR': 'tiles of ESA WorldCover, if they are not in the folder',
+    '--download': 'get missing tiles of ESA WorldCover under scenes (some 50 MB each)',
+    '--dry-run': 'write the configuration, do not train',
+}
 
 
 def parser() -> CommandParser:
@@ -30,26 +39,7 @@ def parser() -> CommandParser:
         usage='%(prog)s DIR [OPTIONS]',
     )
     parser.add_argument('dir', type=Path, metavar='DIR', help='folder with images')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        metavar='RUN',
-        help='folder of the run, runs/NAME by default',
-    )
-    parser.add_argument(
-        '--worldcover',
-        type=Path,
-        metavar='DIR',
-        help='tiles of ESA WorldCover, if they are not in the folder',
-    )
-    parser.add_argument(
-        '--download',
-        action='store_true',
-        help='get missing tiles of ESA WorldCover under scenes (some 50 MB each)',
-    )
-    parser.add_argument(
-        '--dry-run', action='store_true', help='write the configuration, do not train'
-    )
+    parser.add_options(_OPTIONS)
     return parser
 
 
@@ -78,11 +68,8 @@ def main(args: Sequence[str]) -> int:
         print(f'{options.dir} has {found.text}')
         config, reasons = plan(found, changes.get('trainer.max_steps'))
         print(*reasons, sep='\n')
-        config['trainer']['logger']['init_args'] = {
-            'save_dir': str(run),
-            'name': '',
-            'version': '',
-        }
+        logger = {'save_dir': str(run), 'name': '', 'version': ''}
+        config['trainer']['logger']['init_args'] = logger
         _merge(config, changes)
     text = yaml.safe_dump(config, sort_keys=False)
     run.mkdir(parents=True, exist_ok=True)
@@ -101,20 +88,19 @@ def main(args: Sequence[str]) -> int:
 def _changes(args: Sequence[str]) -> dict[str, Any]:
     """Read options of ``torchgeo fit``: values by their names."""
     changes: dict[str, Any] = {}
-    rest = list(args)
-    while rest:
-        name, equals, value = rest.pop(0).partition('=')
+    rest = iter(args)
+    for arg in rest:
+        name, equals, value = arg.partition('=')
         if not name.startswith(
             ('--model.', '--data.', '--trainer.', '--seed_everything')
         ):
             raise ValueError(
                 f'{name} is not an option. See torchgeo-softcon pretrain --help'
             )
-        if not equals:
-            if not rest:
-                raise ValueError(f'{name} needs a value')
-            value = rest.pop(0)
-        changes[name.removeprefix('--')] = yaml.safe_load(value)
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ValueError(f'{name} needs a value')
+        changes[name.removeprefix('--')] = yaml.safe_load(given)
     return changes
 
 
@@ -134,7 +120,6 @@ def _train(run: Path, config: Mapping[str, Any]) -> None:
     """Train, from the last checkpoint if there is one."""
     from .._compat import host_main
     from ..models.checkpoints import read_checkpoint
-    from .report import last_checkpoint
 
     args = ['fit', '--config', str(run / _CONFIG)]
     checkpoint = last_checkpoint(run)
@@ -153,9 +138,6 @@ def _train(run: Path, config: Mapping[str, Any]) -> None:
 
 def _finish(run: Path) -> int:
     """Write the report of a run, and say what it means and how to go on."""
-    from .report import last_checkpoint
-    from .report import main as report
-
     status = report([str(run)])
     checkpoint = last_checkpoint(run)
     if checkpoint is not None:

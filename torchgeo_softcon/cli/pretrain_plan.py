@@ -1,24 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""The data in a folder, and the configuration that ``pretrain`` makes of them.
-
-Without a CUDA device, the recipes of the quick start are run for some hundred steps, with
-one, those of real runs:
-
-============ ======================== ===========================================
-labels       without CUDA             with CUDA
-============ ======================== ===========================================
-land cover   ``quickstart``           ``own_area``
-none         ``dino_mc_small``        ``dino_mc``
-============ ======================== ===========================================
-
-With CUDA, the encoder is a ResNet-50 for fewer than 10,000 images, of which a Vision
-Transformer learns too little, else a ViT-S/16. A batch is the largest power of two up to
-256 (64 without CUDA) that fits into half of the memory of the device, and is at most a
-quarter of the images. A
-run takes 100 epochs, but from 5,000 to 100,000 steps; without CUDA 300 steps.
-"""
+"""The data in a folder, and the configuration that ``pretrain`` makes of them."""
 
 import math
 from dataclasses import dataclass, field
@@ -30,6 +13,7 @@ import torch
 import yaml
 from pyproj import CRS
 
+from ..datasets.image_masks import ImageMaskFolder
 from ..geo.discovery import find_rasters, find_scenes
 from ..geo.grid import outline
 from ..landcover.download import TileDownload, download_tiles, tiles_of
@@ -37,8 +21,8 @@ from ..landcover.files import find_map_files
 from ..landcover.products import WORLDCOVER
 from ..ssl4eo.lulc import LULC
 from ..ssl4eo.record_archive import RecordArchive, index_path
-from ..ssl4eo.shards import modality_folder
-from .recipe import recipes
+from ..ssl4eo.shards import find_splits, modality_folder
+from .recipe import recipes, section
 
 #: Recipes by whether there are labels, and a CUDA device.
 _RECIPES = {
@@ -47,10 +31,6 @@ _RECIPES = {
     (False, False): 'dino_mc_small',
     (False, True): 'dino_mc',
 }
-
-#: Sides of views and of the windows they are cut from, in pixels.
-_SIDES = {'quickstart': (64, 96), 'dino_mc_small': (48, 64)}
-_DEFAULT_SIDES = (224, 264)
 
 #: Images from which on a Vision Transformer is trained.
 _MANY = 10_000
@@ -71,6 +51,10 @@ _EPOCH = 16
 #: Checkpoints in a run, and probes.
 _CHECKPOINTS, _PROBES = 20, 4
 
+_NO_LABELS = (
+    'no land cover was found (--worldcover DIR names tiles, --download gets them)'
+)
+
 
 @dataclass
 class Found:
@@ -85,19 +69,16 @@ class Found:
 
 
 def find_data(root: Path, worldcover: Path | None, download: bool, run: Path) -> Found:
-    """Find out what a folder holds.
+    """Find out what a folder holds, with *worldcover* or the tiles of WorldCover in it.
 
-    Args:
-        root: The folder.
-        worldcover: Folder with tiles of WorldCover, None for what is in *root*.
-        download: Whether to download tiles under scenes.
-        run: Folder of the run, where tiles go.
+    Missing tiles under scenes are downloaded, if allowed, to the folder of the *run*.
 
     Raises:
         ValueError: If it holds nothing that can be trained on.
     """
+    archives = find_splits(root)
     for split in ('s2c', 's2a', 's1'):
-        if (root / split).is_dir() or modality_folder(root, split) is not None:
+        if split in archives:
             return _find_archive(root, split)
     if (root / 'images').is_dir() and (root / 'masks').is_dir():
         return _find_patches(root)
@@ -133,8 +114,6 @@ def _find_archive(root: Path, split: str) -> Found:
 
 def _find_patches(root: Path) -> Found:
     """Describe a folder of patches with masks."""
-    from ..datasets.image_masks import ImageMaskFolder
-
     images = ImageMaskFolder(root, size=1)
     shapes = {patch.shape for patches in images.samples for patch in patches}
     height, width = (min(sides) for sides in zip(*shapes, strict=True))
@@ -154,12 +133,11 @@ def _find_scenes(
     """Describe rasters, and find the land cover under them."""
     images = root / 'images' if (root / 'images').is_dir() else root
     scenes = find_scenes(find_rasters(images))
-    boxes = [
-        outline(scene.grid.crs, CRS.from_epsg(4326), scene.grid.bounds).bounds
-        for scene in scenes
-    ]
+    grids = [scene.grid for scene in scenes]
     if download:
         worldcover = worldcover or run / 'worldcover'
+        degrees = CRS.from_epsg(4326)
+        boxes = [outline(grid.crs, degrees, grid.bounds).bounds for grid in grids]
         done: TileDownload = download_tiles(tiles_of(boxes), worldcover)
         print(f'WorldCover in {worldcover}: {done}')
         if done.failed:
@@ -177,8 +155,8 @@ def _find_scenes(
         text + (', and WorldCover' if tiles else ', and no WorldCover'),
         'WorldCoverScenesDataModule',
         bool(tiles),
-        min(scene.grid.height for scene in scenes),
-        min(scene.grid.width for scene in scenes),
+        min(grid.height for grid in grids),
+        min(grid.width for grid in grids),
         {
             'images': str(images),
             'worldcover': tiles or None,
@@ -190,44 +168,50 @@ def _find_scenes(
 def plan(
     found: Found, max_steps: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration of ``torchgeo fit`` and the reasons for it, by the rule above.
+    """Return a configuration of ``torchgeo fit`` and the reasons for it.
 
-    *max_steps* is the length of the run if the rule is not to choose it.
+    It is a recipe: without a CUDA device one of the quick starts, with one that of a real
+    run. With CUDA, the encoder is a ResNet-50 for fewer than 10,000 images, of which a
+    Vision Transformer learns too little, else a ViT-S/16. A batch is the largest power of
+    two up to 256 (64 without CUDA) that fits into half of the memory of the device, and is
+    at most a quarter of the images. A run takes 100 epochs, but from 5,000 to 100,000 steps
+    (without CUDA 300), or *max_steps*.
 
     Raises:
-        ValueError: If there are too few images.
+        ValueError: If there are too few images, or they are too small.
     """
     memory = 0
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
     recipe = _RECIPES[found.labels, memory > 0]
     config: dict[str, Any] = yaml.safe_load(recipes()[recipe])
-    size, patch = _SIDES.get(recipe, _DEFAULT_SIDES)
-    patch = min(patch, found.height, found.width)
-    size = min(size, patch // 16 * 16)
+    model, chosen = config['model']['init_args'], config['data']['init_args']
+    patch = min(chosen.get('patch_size', 264), found.height, found.width)
+    size = min(model.get('size', 224), patch // 16 * 16)
     if size < 16:
         raise ValueError(
             f'images must have at least 16 x 16 pixels, found {found.text}'
         )
     data = dict(found.options)
-    if found.datamodule == 'WorldCoverScenesDataModule':
+    drawn = found.datamodule == 'WorldCoverScenesDataModule'  # windows, without end
+    if drawn:
         parts = [p for p in _VAL_FRACTIONS if int(p * found.height) >= patch]
         data |= {'patch_size': patch, 'val_fraction': parts[0] if parts else 0.0}
     elif found.datamodule == 'ImageMaskFolderDataModule':
         data['size'] = patch
     images, channels = _count(found.datamodule, data)
-    counted = images
 
-    model = config['model']['init_args']
     for name in ('bands', 'value_range'):
         model.pop(name, None)
     if memory:
         model['model'] = 'vit_small_patch16_224' if images >= _MANY else 'resnet50'
     if not found.labels and memory and images < _MANY:
         model['output_dim'] = 4096  # few images cannot tell more prototypes apart
-    model |= {'in_channels': channels, 'size': size}
+    method = config['model']['class_path'].removesuffix('Task')
+    device = f'{memory / 1e9:.0f} GB of device memory' if memory else 'no CUDA device'
+    encoder = f'{model["model"]}, {size} px, for {images} images and {device}'
+
     most = 64 if not memory else min(256, memory / 2 / _BYTES[found.labels])
-    drawn = found.datamodule == 'WorldCoverScenesDataModule'  # windows, without end
     batch = 2 ** int(math.log2(max(2, min(most, images if drawn else images / 4))))
     if drawn:
         data['length'] = images = max(images, _EPOCH * batch)
@@ -237,29 +221,32 @@ def plan(
     # A divisor: the last step is saved, too
     some = range(max(1, steps // _CHECKPOINTS), steps + 1)
     every = next(number for number in some if steps % number == 0)
+    model |= {'in_channels': channels, 'size': size}
     model['warmup_epochs'] = round(steps / 10 / per_epoch, 3)
-    callbacks: list[dict[str, Any]] = [
-        {
-            'class_path': 'lightning.pytorch.callbacks.ModelCheckpoint',
-            'init_args': {'every_n_train_steps': every, 'filename': '{step}'},
-        },
-        {
-            'class_path': 'torchgeo_softcon.callbacks.CollapseMonitor',
-            'init_args': {'every_n_steps': every},
-        },
+    callbacks = [
+        section(
+            'lightning.pytorch.callbacks.ModelCheckpoint',
+            every_n_train_steps=every,
+            filename='{step}',
+        ),
+        section('torchgeo_softcon.callbacks.CollapseMonitor', every_n_steps=every),
+    ]
+    reasons = [
+        f'Method: {method}, {"there is land cover" if found.labels else _NO_LABELS}',
+        f'Encoder: {encoder} (recipe {recipe})',
+        f'Steps: {steps} of {batch} images',
     ]
     if found.labels and data['val_fraction']:
-        probe = {'every_n_steps': max(1, steps // _PROBES)}
+        probe = max(1, steps // _PROBES)
         callbacks.append(
-            {'class_path': 'torchgeo_softcon.callbacks.KNNProbe', 'init_args': probe}
+            section('torchgeo_softcon.callbacks.KNNProbe', every_n_steps=probe)
         )
+    else:
+        reasons.append('Probe: none, as no labelled ground can be kept apart for it')
     result = {
         'seed_everything': 0,
         'model': config['model'],
-        'data': {
-            'class_path': found.datamodule,
-            'init_args': data | {'batch_size': batch},
-        },
+        'data': section(found.datamodule, **data, batch_size=batch),
         'trainer': {
             'max_steps': steps,
             'max_epochs': -1,
@@ -269,22 +256,7 @@ def plan(
             'logger': {'class_path': 'lightning.pytorch.loggers.CSVLogger'},
         },
     }
-    method = config['model']['class_path'].removesuffix('Task')
-    device = f'{memory / 1e9:.0f} GB of device memory' if memory else 'no CUDA device'
-    encoder = f'{model["model"]}, {size} px, for {counted} images and {device}'
-    reasons = [
-        f'Method: {method}, {"there is land cover" if found.labels else _NO_LABELS}',
-        f'Encoder: {encoder} (recipe {recipe})',
-        f'Steps: {steps} of {batch} images',
-    ]
-    if len(callbacks) < 3:
-        reasons.append('Probe: none, as no labelled ground can be kept apart for it')
     return result, reasons
-
-
-_NO_LABELS = (
-    'no land cover was found (--worldcover DIR names tiles, --download gets them)'
-)
 
 
 def _count(datamodule: str, options: dict[str, Any]) -> tuple[int, int]:

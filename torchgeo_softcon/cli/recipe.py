@@ -6,8 +6,15 @@
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from .parsers import CommandParser
+from .._checks import check_choice
+from .parsers import CommandParser, print_table
+
+_OPTIONS = {
+    '--out FILE': 'file to write, NAME.yaml by default',
+    '--overwrite': 'replace the file if it exists',
+}
 
 
 def recipes() -> dict[str, str]:
@@ -15,6 +22,11 @@ def recipes() -> dict[str, str]:
     paths = (files('torchgeo_softcon') / 'recipes').iterdir()
     found = {p.name.removesuffix('.yaml'): p for p in paths if p.name.endswith('.yaml')}
     return {name: found[name].read_text(encoding='utf-8') for name in sorted(found)}
+
+
+def section(class_path: str, **init_args: Any) -> dict[str, Any]:
+    """Return a part of a configuration that stands for an instance of a class."""
+    return {'class_path': class_path, 'init_args': init_args}
 
 
 def parser() -> CommandParser:
@@ -26,10 +38,7 @@ def parser() -> CommandParser:
         'torchgeo-softcon recipe own_area',
     )
     parser.add_argument('name', nargs='?', help='recipe to write')
-    parser.add_argument('--out', type=Path, help='file to write, NAME.yaml by default')
-    parser.add_argument(
-        '--overwrite', action='store_true', help='replace the file if it exists'
-    )
+    parser.add_options(_OPTIONS)
     return parser
 
 
@@ -38,15 +47,11 @@ def main(args: Sequence[str]) -> int:
     options = parser().parse_args(args)
     texts = recipes()
     if options.name is None:
-        width = max(map(len, texts))
-        for name, text in texts.items():
-            print(f'{name:{width}}  {text.partition(chr(10))[0].removeprefix("# ")}')
+        titles = {name: text.partition('\n')[0] for name, text in texts.items()}
+        print_table([(k, title.removeprefix('# ')) for k, title in titles.items()])
         return 0
-    if options.name not in texts:
-        raise ValueError(
-            f'name must be one of the recipes {", ".join(texts)}, got {options.name}'
-        )
-    out = options.out or Path(f'{options.name}.yaml')
+    check_choice('name', options.name, [*texts])
+    out = Path(options.out or f'{options.name}.yaml')
     if out.exists() and not options.overwrite:
         raise ValueError(f'{out} exists. Give another --out, or --overwrite')
     out.write_text(

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,12 @@ from .parsers import CommandParser
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_PAGE = {
+    '--out DIR': 'folder to write to, RUN_DIR/report by default',
+    '--split NAME': 'val, predict, test or train, by default the first that the data have',
+    '--samples N': 'number of images, default: 200',
+}
 
 
 def parser() -> CommandParser:
@@ -33,15 +39,8 @@ def parser() -> CommandParser:
         metavar='RUN_DIR',
         help='folder of a run. Curves of several runs are laid side by side',
     )
-    group = parser.add_argument_group('page')
-    group.add_argument('--out', help='folder to write to, RUN_DIR/report by default')
-    group.add_argument(
-        '--split',
-        help='val, predict, test or train, by default the first that the data have',
-    )
-    group.add_argument(
-        '--samples', type=int, default=200, help='number of images, default: 200'
-    )
+    parser.add_options(_PAGE, 'page')
+    parser.set_defaults(samples=200)
     return parser
 
 
@@ -71,8 +70,7 @@ def main(args: Sequence[str]) -> int:
     facts: dict[str, list[str]] = {}
     for number, (folder, log) in enumerate(zip(folders, logs.values(), strict=True)):
         for name, value in {'run': str(folder), **_last_values(log)}.items():
-            row = facts.setdefault(name, [''] * len(folders))
-            row[number] = value
+            facts.setdefault(name, [''] * len(folders))[number] = value
     width = None
     sections: list[Section] = []
     judged: list[Finding] = []
@@ -110,11 +108,13 @@ def main(args: Sequence[str]) -> int:
     if width:
         for log in logs.values():
             add_even_spread(log, width)
-    out = Path(options.out or (run or Path()) / 'report')
+    facts['made'] = [f'{datetime.now(UTC):%Y-%m-%d %H:%M} UTC']
+    names = ('torchgeo-softcon', 'torchgeo', 'torch', 'lightning', 'timm')
+    facts['versions'] = [', '.join(f'{name} {version(name)}' for name in names)]
     page = write_page(
-        out,
+        Path(options.out or (run or Path()) / 'report'),
         f'Report of {" and ".join(options.run_dir) or source}',
-        facts | _versions(),
+        facts,
         [*(curve_sections(logs) if logs else ()), *sections],
         findings,
         {
@@ -127,21 +127,6 @@ def main(args: Sequence[str]) -> int:
         print(f'{name}: {summarize(found)}', *(f'  {f}' for f in found), sep='\n')
     print(f'The report is in {page}')
     return 0
-
-
-def _versions() -> dict[str, list[str]]:
-    """Return when and with which versions a page is made."""
-    now = datetime.now(UTC).strftime('%Y-%m-%d %H:%M UTC')
-    names = ('torchgeo-softcon', 'torchgeo', 'torch', 'lightning', 'timm')
-    versions = ', '.join(f'{name} {_version(name)}' for name in names)
-    return {'made': [now], 'versions': [versions]}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return 'not installed'
 
 
 def last_checkpoint(run: Path) -> str | None:

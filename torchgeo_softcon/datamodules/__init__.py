@@ -14,11 +14,4 @@ if TYPE_CHECKING:
     from .ssl4eo_s12_ml import SSL4EOS12MLDataModule as SSL4EOS12MLDataModule
     from .synthetic import SyntheticScenesDataModule as SyntheticScenesDataModule
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    bigearthnet_v2=('BigEarthNetV2DataModule',),
-    image_masks=('ImageMaskFolderDataModule',),
-    scenes=('WorldCoverScenesDataModule',),
-    ssl4eo_s12_ml=('SSL4EOS12MLDataModule',),
-    synthetic=('SyntheticScenesDataModule',),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

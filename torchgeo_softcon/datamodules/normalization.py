@@ -74,8 +74,11 @@ def use_unit_range(
         statistics: Mean and standard deviation of each band, instead of those of
             SSL4EO-S12.
     """
-    if _has_unit_range(datamodule):
-        return
+    offer = offer_of(datamodule)
+    if offer.mean is not None and offer.std is not None:
+        mean, std = (torch.as_tensor(value) for value in (offer.mean, offer.std))
+        if (mean == 0).all() and (std == 1).all():  # as in datamodules of this package
+            return
     found, name = _normalizations(datamodule), type(datamodule).__name__
     if not any(found):
         raise ValueError(
@@ -102,15 +105,6 @@ def use_unit_range(
     # TorchGeo's tasks undo the normalization by these to plot images
     plain: Any = datamodule
     plain.mean, plain.std = unit.low, unit.extent
-
-
-def _has_unit_range(datamodule: LightningDataModule) -> bool:
-    """Tell whether images are in [0, 1] already, as in datamodules of this package."""
-    offer = offer_of(datamodule)
-    if offer.mean is None or offer.std is None:
-        return False
-    mean, std = (torch.as_tensor(value) for value in (offer.mean, offer.std))
-    return bool((mean == 0).all() and (std == 1).all())
 
 
 def _normalizations(

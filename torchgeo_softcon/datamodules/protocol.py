@@ -49,19 +49,10 @@ class DataModuleOffer(Protocol):
     test_dataset: _Samples = None
     predict_dataset: _Samples = None
 
-    #: Samplers of TorchGeo's geospatial datamodules, which query a dataset by place.
+    #: Samplers of TorchGeo's geospatial datamodules, which query a dataset by place, and
+    #: of lists of queries. Splits may have their own, such as *train_sampler*.
     sampler: _Queries = None
-    train_sampler: _Queries = None
-    val_sampler: _Queries = None
-    test_sampler: _Queries = None
-    predict_sampler: _Queries = None
-
-    #: The same, of lists of queries.
     batch_sampler: _Queries = None
-    train_batch_sampler: _Queries = None
-    val_batch_sampler: _Queries = None
-    test_batch_sampler: _Queries = None
-    predict_batch_sampler: _Queries = None
 
     #: Transform of a batch on the device, and the one of a split that replaces it.
     aug: _Transform = None
@@ -139,7 +130,7 @@ def find_split(
     offer = offer_of(datamodule)
 
     def find(kind: str) -> Any:
-        own = getattr(offer, f'{split}_{kind}')
+        own = getattr(datamodule, f'{split}_{kind}', None)
         return getattr(offer, kind) if own is None else own
 
     return find('dataset'), find('sampler'), find('batch_sampler')

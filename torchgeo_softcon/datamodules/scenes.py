@@ -135,6 +135,7 @@ class WorldCoverScenesDataModule(DrawDataModule):
         """Open the rasters and choose the windows."""
         super().setup(stage)
         if stage == 'fit':
+            dataset: Any = self.train_dataset
             world_size = self.trainer.world_size if self.trainer else 1
-            whole = max(len(self.train_dataset), self.batch_size * world_size)
-            self.train_dataset.length = self.length or whole
+            whole = max(len(dataset), self.batch_size * world_size)
+            dataset.length = self.length or whole

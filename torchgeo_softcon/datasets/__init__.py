@@ -18,11 +18,4 @@ if TYPE_CHECKING:
     from .synthetic import SyntheticScenes as SyntheticScenes
     from .worldcover import ESAWorldCover as ESAWorldCover
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    image_masks=('ImageMaskFolder',),
-    scenes=('WorldCoverScenes',),
-    ssl4eo_s12_ml=('SSL4EOS12ML',),
-    synthetic=('SyntheticScenes',),
-    worldcover=('ESAWorldCover',),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

@@ -18,7 +18,7 @@ from ..geo.rasters import Values
 from ..ssl4eo.record_archive import has_records, shard_path, write_records
 from ..storage.lock import exclusive
 from ..storage.user_cache import file_stamps
-from .patches import Patch, PatchFiles
+from .patches import Part, Patch, PatchFiles
 
 #: Bytes in a file of the cache, about: as much memory as writing it takes.
 _SHARD = 256 * 2**20
@@ -108,12 +108,9 @@ class ImageCache:
             self._maps[shard] = np.load(shard_path(self._folder, shard), mmap_mode='r')
         return self._maps[shard][offset]
 
-    def read_image(
-        self, patch: Patch, top: int, left: int, height: int, width: int
-    ) -> Values:
+    def read_image(self, patch: Patch, part: Part) -> Values:
         """Read an image, see :meth:`.PatchFiles.read_image`."""
-        record = self._open(patch.number)
-        window = np.s_[:, top : top + height, left : left + width]
+        record, window = self._open(patch.number), (slice(None), *_slices(part))
         image: Values = record['image'][window].astype(np.float32)
         if record['missing'].any():
             shape = record['image'].shape
@@ -121,14 +118,16 @@ class ImageCache:
             image[missing.reshape(shape)[window] > 0] = np.nan
         return image
 
-    def read_mask(
-        self, patch: Patch, top: int, left: int, height: int, width: int
-    ) -> npt.NDArray[Any]:
+    def read_mask(self, patch: Patch, part: Part) -> npt.NDArray[Any]:
         """Read a mask, see :meth:`.PatchFiles.read_mask`."""
-        mask = self._open(patch.number)['mask']
-        return np.array(mask[top : top + height, left : left + width])
+        return np.array(self._open(patch.number)['mask'][_slices(part)])
+
+
+def _slices(part: Part) -> tuple[slice, slice]:
+    top, left, height, width = part
+    return slice(top, top + height), slice(left, left + width)
 
 
 def _read_whole(source: PatchFiles, patch: Patch) -> tuple[Values, npt.NDArray[Any]]:
-    window = 0, 0, *patch.shape
-    return source.read_image(patch, *window), source.read_mask(patch, *window)
+    whole = 0, 0, *patch.shape
+    return source.read_image(patch, whole), source.read_mask(patch, whole)

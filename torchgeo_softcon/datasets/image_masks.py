@@ -22,14 +22,11 @@ from ..transforms.worldcover import WorldCoverMultiLabel
 from .base import DrawnImages, check_seed, is_batched
 from .damage import Damage, OnError
 from .image_cache import ImageCache
-from .patches import Patch, PatchFiles, find_patches, in_pixels
+from .patches import Part, Patch, PatchFiles, find_patches, in_pixels
 from .scaling import SceneScaler, ValueRange
 
 #: Places that an error message lists.
 _MAX_NAMED = 5
-
-#: Top, left, height and width.
-_Window = tuple[int, int, int, int]
 
 
 class ImageMaskFolder(DrawnImages):
@@ -296,15 +293,15 @@ class ImageMaskFolder(DrawnImages):
         rng = self._generator(index)
         place = self.samples[index % len(self.samples)]
         dates = rng.permutation(len(place))[: self.seasons]
-        window = self._crop(place[0], rng)
+        part = self._crop(place[0], rng)
         chosen = [place[date] for date in dates]
-        windows = [(p.scene, self._source.read_image(p, *window)) for p in chosen]
-        mask = self._source.read_mask(chosen[0], *window)
+        windows = [(p.scene, self._source.read_image(p, part)) for p in chosen]
+        mask = self._source.read_mask(chosen[0], part)
         if mask.dtype.kind in 'iu':
             mask = mask.astype(np.int64)
         return self._scale.sample(windows, torch.from_numpy(mask))
 
-    def _crop(self, patch: Patch, rng: np.random.Generator) -> _Window:
+    def _crop(self, patch: Patch, rng: np.random.Generator) -> Part:
         """Return top, left, height and width of a part of an image."""
         if self.size is None:
             return 0, 0, *patch.shape

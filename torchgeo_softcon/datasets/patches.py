@@ -35,6 +35,9 @@ from .scaling import with_level
 #: File types that a folder is searched for.
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.jp2')
 
+#: Top, left, height and width.
+Part = tuple[int, int, int, int]
+
 #: Files that an error message lists.
 _MAX_NAMED = 5
 
@@ -67,16 +70,13 @@ class PatchFiles:
         # Not kept open: there may be any number of files, each read once in an epoch
         self.reader = RasterReader(max_open=0)
 
-    def read_image(
-        self, patch: Patch, top: int, left: int, height: int, width: int
-    ) -> Values:
+    def read_image(self, patch: Patch, part: Part) -> Values:
         """Read an image (C, H, W), NaN where it has no data."""
-        return self.reader.read(patch.scene, top, left, height, width)
+        return self.reader.read(patch.scene, *part)
 
-    def read_mask(
-        self, patch: Patch, top: int, left: int, height: int, width: int
-    ) -> npt.NDArray[Any]:
+    def read_mask(self, patch: Patch, part: Part) -> npt.NDArray[Any]:
         """Read the codes of a mask, 0 where it has no data."""
+        top, left, height, width = part
         window, band = Window(left, top, width, height), self.mask_band or 1
         with open_raster(patch.mask) as source:
             stored = read_raster(source, [band], window)[0]

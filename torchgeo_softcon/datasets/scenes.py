@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
@@ -312,7 +312,7 @@ class WorldCoverScenes(DrawnImages):
         seed: int | None = None,
         seasons: int | None = None,
         stream: int = 0,
-    ) -> 'WorldCoverScenes':
+    ) -> Self:
         """Return other windows of the same rasters, without opening them again.
 
         Args:
@@ -322,9 +322,6 @@ class WorldCoverScenes(DrawnImages):
             seasons: Number of dates per sample, None for the same.
             stream: Number of an independent series of windows with the same seed.
 
-        Returns:
-            A new dataset.
-
         Raises:
             ValueError: If a window does not fit into the rows of a raster, or if an
                 argument is out of range.
@@ -332,17 +329,15 @@ class WorldCoverScenes(DrawnImages):
         other = copy.copy(self)
         other._reader = RasterReader(open_mapped)
         other.seed = self.seed if seed is None else seed
-        other.stream = stream
         other.seasons = self.seasons if seasons is None else seasons
+        other.stream = stream
         check_seed(other.seed)
         check_counts(seasons=other.seasons, length=length)
         other._check_dates()
         other._set_rows(rows, length)
         return other
 
-    def divide(
-        self, fraction: float
-    ) -> tuple['WorldCoverScenes', 'WorldCoverScenes', 'WorldCoverScenes']:
+    def divide(self, fraction: float) -> tuple[Self, Self, Self]:
         """Divide the rows of each raster, and take windows of their own in each part.
 
         Args:

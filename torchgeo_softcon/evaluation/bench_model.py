@@ -1,14 +1,7 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""The encoder class for torchgeo-bench. Needs torchgeo-bench, and is imported by it.
-
-.. code-block:: yaml
-
-    # conf/model/softcon_vits14.yaml, for `torchgeo-bench run model=softcon_vits14`
-    _target_: torchgeo_softcon.evaluation.bench_model.SoftConBenchModel
-    weights: ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON  # or checkpoint: run.ckpt
-"""
+"""The encoder class for torchgeo-bench. Needs torchgeo-bench, and is imported by it."""
 
 from contextlib import suppress
 from typing import Any
@@ -17,6 +10,7 @@ import torch
 from torch import Tensor
 from torchgeo_bench.models.interface import BenchModel
 
+from .._checks import require
 from ..bands import SENTINEL2_BANDS, normalize_band_names
 from ..models.encoders import open_encoder
 from ..transforms.unit_range import ToUnitRange
@@ -43,7 +37,10 @@ _MOST = 10
 
 
 class SoftConBenchModel(BenchModel):  # type: ignore[misc]
-    """An encoder of this package in torchgeo-bench: published weights or a checkpoint."""
+    """An encoder of this package in torchgeo-bench: published weights or a checkpoint.
+
+    The ``_target_`` of a file in torchgeo-bench's ``conf/model``.
+    """
 
     def __init__(
         self,
@@ -71,11 +68,11 @@ class SoftConBenchModel(BenchModel):  # type: ignore[misc]
         names = band_names(bands)
         encoder = open_encoder(checkpoint, weights, bands=names)
         self.backbone = encoder.model
-        self.pooling = pooling or poolings(encoder.model)[0]
-        if self.pooling not in poolings(encoder.model):
-            raise ValueError(
-                f'pooling must be one of {poolings(encoder.model)}, got {pooling!r}'
-            )
+        known = poolings(encoder.model)
+        self.pooling = pooling or known[0]
+        require(
+            self.pooling in known, f'pooling must be one of {known}, got {pooling!r}'
+        )
         self.unit_range = None
         self.factor = 1.0
         if native and encoder.unit_range and names is not None:

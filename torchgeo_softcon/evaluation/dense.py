@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-import rasterio.shutil
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
-from rasterio.io import MemoryFile
+from lightning.pytorch import LightningDataModule
 from rasterio.transform import Affine
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,10 +23,12 @@ from tqdm.auto import tqdm
 from ..datamodules.normalization import match_images
 from ..datamodules.protocol import offer_of
 from ..datasets.scene_grid import SceneGrid
+from ..datasets.scenes import WorldCoverScenes
 from ..geo.rasters import Scene
 from ..models.encoders import Encoder
 from ..storage.whole_file import whole_file
 from .embedding_file import describe
+from .loop import make_runner
 
 #: Windows side by side share this part of their side: each place is in four windows, and
 #: in the middle of one.
@@ -75,9 +75,7 @@ def embed_dense(
             'dense features need whole scenes, as of WorldCoverScenesDataModule or '
             f'SyntheticScenesDataModule, got {type(datamodule).__name__}'
         )
-    runner = Trainer(
-        **{'logger': False, 'enable_checkpointing': False, 'devices': 1, **trainer}
-    )
+    runner = make_runner(**trainer)
     device = runner.strategy.root_device
     model = encoder.model.to(device)
     side = size or encoder.size or 224
@@ -100,7 +98,7 @@ def embed_dense(
     for scene, target in tqdm(
         scenes.values(), 'embed', leave=False, disable=not runner.progress_bar_callback
     ):
-        values = _features(model, grid, scene, side, patch, device)
+        values = _features(model, grid.scenes, scene, side, patch, device)
         transform = scene.grid.transform * Affine.scale(patch)
         _write(target, values, scene.grid.crs, transform, about)
     return [target for _, target in scenes.values()]
@@ -126,7 +124,7 @@ def _cell_size(model: nn.Module, channels: int, device: torch.device) -> int:
 
 def _features(
     model: nn.Module,
-    grid: SceneGrid,
+    scenes: WorldCoverScenes,
     scene: Scene,
     side: int,
     patch: int,
@@ -141,9 +139,9 @@ def _features(
     empty = np.zeros((rows, columns), bool)
     for top, left in itertools.product(_starts(rows, tall), _starts(columns, wide)):
         window = top * patch, left * patch, tall * patch, wide * patch
-        values = grid.scenes._reader.read(scene, *window)
+        values = scenes._reader.read(scene, *window)
         valid = np.isfinite(values).any(0)  # before it is scaled in place
-        image = torch.from_numpy(grid.scenes.scale(scene, values))
+        image = torch.from_numpy(scenes.scale(scene, values))
         with torch.inference_mode():
             found = feature_map(model, image[None].to(device))[0].float().cpu().numpy()
         if summed is None:
@@ -176,7 +174,7 @@ def _write(
     """Write a cloud-optimised GeoTIFF, all or nothing."""
     about = {**about, 'emb:dimensions': len(values), 'data_type': 'float32'}
     profile = {
-        'driver': 'GTiff',
+        'driver': 'COG',
         'count': len(values),
         'height': values.shape[1],
         'width': values.shape[2],
@@ -184,19 +182,15 @@ def _write(
         'crs': rasterio.CRS.from_user_input(crs),
         'transform': transform,
         'nodata': np.nan,
-        'interleave': 'band',
+        'compress': 'DEFLATE',
+        'predictor': 'YES',
+        'blocksize': 128,
+        'overview_resampling': 'average',
+        'bigtiff': 'IF_SAFER',
     }
-    with MemoryFile() as memory, whole_file(target) as unfinished:
-        with memory.open(**profile) as dataset:
-            dataset.write(values)
-            dataset.update_tags(emb=json.dumps(about))
-        rasterio.shutil.copy(
-            memory.name,
-            os.fspath(unfinished),
-            driver='COG',
-            compress='DEFLATE',
-            predictor='YES',
-            blocksize=128,
-            overview_resampling='average',
-            bigtiff='IF_SAFER',
-        )
+    with (
+        whole_file(target) as unfinished,
+        rasterio.open(unfinished, 'w', **profile) as file,
+    ):
+        file.write(values)
+        file.update_tags(emb=json.dumps(about))

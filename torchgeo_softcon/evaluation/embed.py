@@ -5,11 +5,12 @@
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -19,10 +20,9 @@ from ..datamodules.normalization import match_images
 from ..datamodules.protocol import offer_of
 from ..models.encoders import Encoder
 from ..storage.resumable import ResumableParquet
-from .embedding_file import Dtype, Layout, arranger, describe
-from .embedding_rows import EmbeddingRows
+from .embedding_file import Dtype, EmbeddingRows, Layout, arrange, describe
 from .features import poolings
-from .loop import batch_transform, encode_batches
+from .loop import batch_transform, encode_batches, make_runner
 from .samples import set_up, split_samples
 
 
@@ -41,8 +41,7 @@ def embed(
 ) -> int:
     """Write the embeddings of a split to a file, and return the number of its rows.
 
-    The columns are those of :class:`.EmbeddingWriter`, and those by which readers of
-    others know a place: *centre_lon*, *centre_lat*, *timestamp* and *datetime*. If an interrupted run has left an
+    The columns are those of :class:`.EmbeddingWriter`. If an interrupted run has left an
     incomplete file of the same *origin*, this one goes on where that ended.
 
     Args:
@@ -67,13 +66,13 @@ def embed(
             f'pooling must be one that the encoder has ({", ".join(known)}), got '
             f'{pooling!r}'
         )
-    runner = Trainer(
-        **{'logger': False, 'enable_checkpointing': False, 'devices': 1, **trainer}
-    )
+    pooling = pooling or known[0]
+    runner = make_runner(**trainer)
     split = set_up(datamodule, split)
     match_images(datamodule, encoder.bands, encoder.unit_range)
     torch.manual_seed(0)  # for samplers that draw
     dataset, indices = split_samples(datamodule, split)
+    asked = ''.join(f'{index!r}\n' for index in indices)
     origin = {
         **(origin or {}),
         'encoder': encoder.name,
@@ -83,23 +82,18 @@ def embed(
         'unit_range': encoder.unit_range,
         'split': split,
         'samples': len(indices),
-        'indices': hashlib.sha256(
-            ''.join(f'{index!r}\n' for index in indices).encode()
-        ).hexdigest(),
+        'indices': hashlib.sha256(asked.encode()).hexdigest(),
         'processes': 1,
     }
     chip = (dataset[indices[0]]['image'].shape if indices else ())[-2:]
     data = str(origin.get('data') or type(datamodule).__name__)
-    about = describe(encoder, pooling or known[0], size, chip, data, dataset)
-    arrange = arranger(about, layout, dtype)
+    about = describe(encoder, pooling, size, chip, data, dataset)
+    finish = partial(arrange, about=about, layout=layout, dtype=dtype)
     file = ResumableParquet(Path(out), origin)
     with file.open(overwrite):
         done = file.count_rows()
         if done:
             print(f'{done} of {len(indices)} samples are in {file.folder} already')
-        if done >= len(indices):
-            return file.join(len(indices), arrange)
-
         # The number of processes that read may depend on its device
         datamodule.trainer = runner
         offer = offer_of(datamodule)
@@ -111,11 +105,10 @@ def embed(
             collate_fn=offer.collate_fn,
         )
         device = runner.strategy.root_device
+        hidden = not runner.progress_bar_callback
         encoded = encode_batches(
             encoder.model.to(device),
-            tqdm(
-                loader, 'embed', leave=False, disable=not runner.progress_bar_callback
-            ),
+            tqdm(loader, 'embed', leave=False, disable=hidden),
             batch_transform(datamodule, RunningStage.PREDICTING),
             encoder.in_channels,
             size,
@@ -125,9 +118,9 @@ def embed(
         try:
             with torch.inference_mode(), runner.precision_plugin.forward_context():
                 for batch, _, features in encoded:
-                    values = features[pooling or known[0]]
+                    values = features[pooling]
                     start = rows.position
                     rows.add(values, batch, indices[start : start + len(values)])
         finally:
             rows.flush()  # for the next run to go on from
-        return file.join(len(indices), arrange)
+        return file.join(len(indices), finish)

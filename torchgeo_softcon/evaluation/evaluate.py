@@ -3,7 +3,7 @@
 
 """k-NN and linear evaluation of frozen features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..datamodules.normalization import match_images
 from ..models.encoders import Encoder
 from ..models.loading import has_class_token
-from ..transforms.center_view import center_view
+from ..transforms.views import center_view
 from .features import encode, pool
 from .loop import LabelledFeatures, collect_labelled, encode_batches, score_probes
 from .samples import LabelledSamples, choose_subset, find_places, set_up
@@ -96,25 +96,8 @@ def evaluate_encoder(
     """
     if split not in ('test', 'val'):
         raise ValueError(f"split must be 'test' or 'val', got {split!r}")
-    try:
-        device = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition('\n')[0]
-        raise ValueError(
-            f'device must be one that PyTorch finds here, got {device}: {reason}'
-        ) from error
-    for name in ('train', split):
-        set_up(datamodule, name)
-    match_images(datamodule, encoder.bands, encoder.unit_range)
-    torch.manual_seed(0)  # for samplers that draw
-    bank = LabelledSamples.of_split(datamodule, 'train', 'training split')
-    queries = LabelledSamples.of_split(datamodule, split, f'{split} split')
-    if bank.is_same(queries) or bank.shares_ground:
-        raise ValueError(
-            f'split = {split} of {type(datamodule).__name__} has the images of its training '
-            'split, or others of the same ground, so that scores would mean nothing. Keep '
-            'them apart, such as by val_fraction = 0.1, or more for a large patch_size'
-        )
+    samples = open_splits(encoder, datamodule, 'train', split)
+    bank = samples['train']
     chosen = choose_subset(len(bank.indices), fraction, seed)
     bank.indices = [bank.indices[i] for i in chosen]
     if min(k) < 1 or max(k) > len(chosen):
@@ -122,17 +105,64 @@ def evaluate_encoder(
             'k must be from 1 to the number of training images that are used, '
             f'{len(chosen)}, got {tuple(k)}'
         )
-    find_places(bank, queries)
-    size = size or encoder.size or 224
-    encoder.model.to(device)
-    bank_features = extract_features(encoder, bank, size, device)
-    query_features = extract_features(encoder, queries, size, device)
-    values = {
-        'train_images': float(len(bank_features.labels)),
-        f'{split}_images': float(len(query_features.labels)),
-        'image_size': float(size),
-    }
-    for score in score_probes(bank_features, query_features, k, temperature):
+    find_places(bank, samples[split])
+    features, values = encode_splits(encoder, samples, size, device)
+    for score in score_probes(features['train'], features[split], k, temperature):
         name = f'{score.method}{score.k or ""}_{score.metric}'
         values['_'.join(filter(None, (name, score.feature)))] = score.value
     return values
+
+
+def open_splits(
+    encoder: Encoder, datamodule: LightningDataModule, *splits: str
+) -> dict[str, LabelledSamples]:
+    """Prepare labelled splits for an encoder: one to learn from, ..., one to test on.
+
+    Raises:
+        ValueError: If the last one has images or ground of the first.
+    """
+    for split in splits:
+        set_up(datamodule, split)
+    match_images(datamodule, encoder.bands, encoder.unit_range)
+    torch.manual_seed(0)  # for samplers that draw
+    names = {'train': 'training split'}
+    samples = {
+        split: LabelledSamples.of_split(
+            datamodule, split, names.get(split, f'{split} split')
+        )
+        for split in splits
+    }
+    bank, *_, queries = samples.values()
+    if bank.is_same(queries) or bank.shares_ground:
+        raise ValueError(
+            f'split = {splits[-1]} of {type(datamodule).__name__} has the images of its '
+            'training split, or others of the same ground, so that scores would mean '
+            'nothing. Keep them apart, such as by val_fraction = 0.1, or more for a large '
+            'patch_size'
+        )
+    return samples
+
+
+def encode_splits(
+    encoder: Encoder,
+    samples: Mapping[str, LabelledSamples],
+    size: int | None,
+    device: str | torch.device,
+    view: Callable[[Tensor, int], Tensor] = center_view,
+) -> tuple[dict[str, LabelledFeatures], dict[str, float]]:
+    """Encode splits as :func:`extract_features` does, and count their images."""
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(
+            f'device must be one that PyTorch finds here, got {device}: {reason}'
+        ) from error
+    size = size or encoder.size or 224
+    encoder.model.to(device)
+    features = {
+        split: extract_features(encoder, part, size, device, view)
+        for split, part in samples.items()
+    }
+    counts = {f'{k}_images': float(len(v.labels)) for k, v in features.items()}
+    return features, {**counts, 'image_size': float(size)}

@@ -1,21 +1,28 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Where and when the samples of a batch are from, as far as data tell."""
+"""Where and when samples are from, and keeping those of one place together."""
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import shapely
+import torch
 from pyproj import CRS
 from torch import Tensor
+from torch.utils.data import Subset
 
-from ..datamodules.protocol import LocatedDataset
+from ..datamodules.protocol import LocatedDataset, PlacedDataset
 from ..geo.footprints import to_crs
 from ..geo.grid import LONLAT, parse_crs
+
+#: Samples whose centres lie in one square of so many degrees are of one place.
+_CELL = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,9 @@ def _of_dataset(
     """Return the footprint of an outline in *crs*, on one day."""
     if day is None:
         return _to_degrees(outline, crs)
-    start = pd.Timestamp(day, tz='UTC')
-    stop = start + pd.Timedelta(days=1) - pd.Timedelta(microseconds=1)
-    return _to_degrees(outline, crs, start.to_pydatetime(), stop.to_pydatetime())
+    ends = (datetime.time.min, datetime.time.max)
+    span = (datetime.datetime.combine(day, end, datetime.UTC) for end in ends)
+    return _to_degrees(outline, crs, *span)
 
 
 def _of_bounds(bounds: Any, crs: Any, dataset: Any) -> Footprint:
@@ -100,3 +107,46 @@ def _to_degrees(
     name = CRS.from_user_input(crs).to_string()
     degrees = to_crs(outline, parse_crs(name), parse_crs(LONLAT))
     return Footprint(degrees, name, start, stop)
+
+
+def sample_places(dataset: Any, indices: Sequence[Any]) -> list[str] | None:
+    """Return the name of the place of each sample, None if a dataset does not tell.
+
+    Known are datasets with a method ``place(index)``, such as :class:`.ImageMaskFolder`,
+    and those with georeference, see :func:`.footprints`, whose places are squares of 0.1
+    degrees.
+    """
+    while isinstance(dataset, Subset):
+        dataset, indices = dataset.dataset, [dataset.indices[i] for i in indices]
+    if isinstance(dataset, PlacedDataset):
+        names = [dataset.place(index) for index in indices]
+        return None if None in names else [str(name) for name in names]
+    found = footprints({}, indices, dataset)
+    if found is None:
+        return None
+    centres = [footprint.outline.centroid for footprint in found]
+    return [f'{math.floor(c.y / _CELL)} {math.floor(c.x / _CELL)}' for c in centres]
+
+
+def number_places(places: Sequence[str]) -> Tensor:
+    """Give each of the places (N,) a number, equal ones the same."""
+    return torch.from_numpy(np.unique(np.asarray(places), return_inverse=True)[1])
+
+
+def assign_folds(places: Tensor, folds: int) -> Tensor:
+    """Divide samples into *folds* of about one size that have no place in common.
+
+    From the number of the place of each sample, (N,), to that of its part, (N,): the same
+    for the same places. There may be as many parts as places at most.
+    """
+    _, places = places.unique(return_inverse=True)
+    sizes = torch.bincount(places.cpu())
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(sizes), generator=generator)
+    # Large places first, each into what is the smallest part so far
+    order = order[sizes[order].argsort(descending=True, stable=True)]
+    part, filled = torch.zeros_like(sizes), torch.zeros(folds, dtype=torch.long)
+    for place in order.tolist():
+        part[place] = filled.argmin()
+        filled[part[place]] += sizes[place]
+    return part.to(places.device)[places]

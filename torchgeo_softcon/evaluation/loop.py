@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._compat import BaseDataModule, Sample
 from ..datamodules.protocol import eval_transform, offer_of
 from .features import encode, prepare, resize
-from .places import assign_folds
+from .footprints import assign_folds
 from .probes import evaluate, knn_scores, linear_scores, score_spread
 
 Transform = Callable[[Sample], Sample]
@@ -50,14 +50,18 @@ def batch_transform(
     return lambda batch: aug({'image': batch['image'].float()})
 
 
+def make_runner(**options: Any) -> Trainer:
+    """Return a trainer that writes nothing, for its device, precision and bar."""
+    quiet = {'logger': False, 'enable_checkpointing': False, 'devices': 1}
+    return Trainer(**{**quiet, **options})
+
+
 def _run_hook(
     datamodule: LightningDataModule, stage: RunningStage, batch: Sample
 ) -> Sample:
     """Run the hook of a datamodule as a trainer does, whose stage TorchGeo's asks for."""
     if datamodule.trainer is None:
-        datamodule.trainer = Trainer(
-            devices=1, logger=False, enable_checkpointing=False
-        )
+        datamodule.trainer = make_runner()
     state = datamodule.trainer.state
     before, state.stage = state.stage, stage
     try:

@@ -101,16 +101,13 @@ def score_spread(
 
     The standard deviation over bootstrap samples of places, as queries of one place are
     alike (cluster bootstrap, B. Efron and R. Tibshirani, An introduction to the
-    bootstrap, 1993). The bank stays the same.
+    bootstrap, 1993). The bank stays the same. NaN if all queries are of one place.
 
     Args:
         scores: Scores (Q, K).
         labels: Class indices (Q,), or multi-hot labels (Q, K).
         places: Number of the place of each query, from 0, shape (Q,).
         draws: Number of bootstrap samples.
-
-    Returns:
-        The standard deviation, NaN if all queries are of one place.
     """
     scores, labels, places = scores.cpu(), labels.cpu(), places.cpu()
     count = int(places.max()) + 1

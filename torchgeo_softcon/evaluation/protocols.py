@@ -13,14 +13,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from .._checks import check_choice
-from ..datamodules.normalization import match_images
 from ..models.encoders import Encoder
-from ..transforms.center_view import center_view
-from .evaluate import extract_features
+from ..transforms.views import center_view
+from .evaluate import encode_splits, open_splits
 from .features import resize
-from .loop import LabelledFeatures
 from .probes import evaluate, knn_scores
-from .samples import LabelledSamples, set_up
 
 #: Names of the protocols, see :func:`evaluate_protocol`.
 Protocol = Literal['softcon', 'dino', 'torchgeo-bench', 'copernicus-bench']
@@ -32,26 +29,13 @@ _RESAMPLES = 200
 
 
 class _Steps(NamedTuple):
-    """Steps of a protocol."""
+    """Steps of a protocol. Features are the encoder's own where it lacks those of a name."""
 
-    #: Features in the order of preference, those of the encoder itself without any.
-    features: tuple[str, ...]
-    #: Number of neighbours, None for no k-NN, and their temperature, None for one vote
-    #: each by Euclidean distance.
-    k: int | None
-    temperature: float | None
-    #: Brings images to the size of the encoder.
-    view: Callable[[Tensor, int], Tensor]
-
-
-_PROTOCOLS: dict[Protocol, _Steps] = {
-    # Class tokens of the last four blocks; no k-NN in the paper
-    'softcon': _Steps(('blocks',), None, None, center_view),
-    # k-NN by the class token
-    'dino': _Steps(('blocks',), 20, 0.07, center_view),
-    'torchgeo-bench': _Steps((), 5, None, resize),
-    'copernicus-bench': _Steps(('mean',), 5, None, resize),
-}
+    linear: str  # features of the linear classifier
+    k: int | None  # number of neighbours, None for no k-NN
+    neighbours: str  # features of the neighbours
+    vote: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    view: Callable[[Tensor, int], Tensor]  # brings images to the size of the encoder
 
 
 def evaluate_protocol(
@@ -90,41 +74,17 @@ def evaluate_protocol(
     """
     check_choice('protocol', protocol, [*_PROTOCOLS])
     steps = _PROTOCOLS[protocol]
-    for name in ('train', 'val', 'test'):
-        set_up(datamodule, name)
-    match_images(datamodule, encoder.bands, encoder.unit_range)
-    torch.manual_seed(0)  # for samplers that draw
-    samples = [
-        LabelledSamples.of_split(datamodule, name, f'{name} split')
-        for name in ('train', 'val', 'test')
-    ]
-    if any(one.shares_ground for one in samples) or samples[2].is_same(samples[0]):
-        raise ValueError(
-            f'{type(datamodule).__name__} tests on the images or the ground of its '
-            'training, so that scores would mean nothing. Keep them apart'
-        )
-    size = size or encoder.size or 224
-    encoder.model.to(device)
-    train, val, test = (
-        extract_features(encoder, one, size, torch.device(device), steps.view)
-        for one in samples
-    )
-    values = {
-        **{
-            f'{n}_images': float(len(s.labels))
-            for n, s in zip(('train', 'val', 'test'), (train, val, test), strict=True)
-        },
-        'image_size': float(size),
-    }
+    samples = open_splits(encoder, datamodule, 'train', 'val', 'test')
+    features, values = encode_splits(encoder, samples, size, device, steps.view)
+    train, val, test = features.values()
     own = next(iter(train.features))
     if steps.k is not None:
-        name = 'cls' if protocol == 'dino' and 'cls' in train.features else own
-        name = next(
-            (n for n in steps.features if n == 'mean' and n in train.features), name
-        )
-        scores = _neighbours(test.features[name], train, name, steps)
+        name = steps.neighbours if steps.neighbours in train.features else own
+        labels = train.labels if train.labels.ndim == 2 else F.one_hot(train.labels)
+        k = min(steps.k, len(labels))
+        scores = steps.vote(test.features[name], train.features[name], labels, k)
         values |= _rate(f'knn{steps.k}', scores, test.labels, seed)
-    name = next((n for n in steps.features if n in train.features), own)
+    name = steps.linear if steps.linear in train.features else own
     strength = choose_strength(
         train.features[name], train.labels, val.features[name], val.labels
     )
@@ -133,19 +93,6 @@ def evaluate_protocol(
     scores = logistic_scores(test.features[name], both, labels, strength, 4000)
     values |= _rate('linear', scores, test.labels, seed)
     return {**values, 'linear_c': strength}
-
-
-def _neighbours(
-    queries: Tensor, train: LabelledFeatures, name: str, steps: _Steps
-) -> Tensor:
-    """Return the votes of neighbours, (Q, K)."""
-    labels = train.labels
-    hot = labels if labels.ndim == 2 else F.one_hot(labels)
-    assert steps.k is not None
-    k = min(steps.k, len(hot))
-    if steps.temperature is not None:
-        return knn_scores(queries, train.features[name], hot, k, steps.temperature)
-    return majority_scores(queries, train.features[name], hot, k)
 
 
 def majority_scores(
@@ -230,23 +177,27 @@ def choose_strength(
 def _rate(name: str, scores: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
     """Rate scores, with the bounds of an interval of 95 % by bootstrap."""
     name += '_micro_map' if labels.ndim == 2 else '_accuracy'
-    rng, count = np.random.default_rng(seed), len(labels)
+    count = len(labels)
+    drawn = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
     if labels.ndim == 1:
         # Of classes with the same votes, the first
         right = np.argmax(scores.numpy(), 1) == labels.numpy()
-        value = float(right.mean())
-        drawn = right[rng.integers(0, count, (_RESAMPLES, count))].mean(1)
+        value, values = float(right.mean()), right[drawn].mean(1).tolist()
     else:
         value = evaluate(scores, labels, 'micro')
-        choices = [
-            torch.from_numpy(rng.integers(0, count, count)) for _ in range(_RESAMPLES)
+        values = [
+            evaluate(scores[chosen], labels[chosen], 'micro')
+            for chosen in torch.from_numpy(drawn)
+            if labels[chosen].any()
         ]
-        drawn = np.array(
-            [
-                evaluate(scores[chosen], labels[chosen], 'micro')
-                for chosen in choices
-                if labels[chosen].any()
-            ]
-        )
-    low, high = np.percentile(drawn, (2.5, 97.5))
+    low, high = np.percentile(values, (2.5, 97.5))
     return {name: value, f'{name}_low': float(low), f'{name}_high': float(high)}
+
+
+_PROTOCOLS: dict[Protocol, _Steps] = {
+    # Class tokens of the last four blocks; no k-NN in the paper
+    'softcon': _Steps('blocks', None, '', knn_scores, center_view),
+    'dino': _Steps('blocks', 20, 'cls', knn_scores, center_view),
+    'torchgeo-bench': _Steps('', 5, '', majority_scores, resize),
+    'copernicus-bench': _Steps('mean', 5, 'mean', majority_scores, resize),
+}

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._compat import Sample
 from ..datamodules.protocol import find_split, is_endless, offer_of
+from .footprints import number_places, sample_places
 from .loop import Transform, batch_transform
-from .places import number_places, sample_places
 
 #: Smallest share of an image that a class must cover to count, where labels are shares.
 #: As in WorldCoverMultiLabel.
@@ -176,14 +176,14 @@ def find_places(bank: LabelledSamples, queries: LabelledSamples | None = None) -
     """
     parts = [bank] if queries is None else [bank, queries]
     names = [sample_places(part.dataset, part.indices) for part in parts]
-    if None in names:
+    known = [part for part in names if part is not None]
+    if len(known) < len(parts):
         rank_zero_info(
             f'The data do not tell the places of the samples of the {bank.name}: if '
             'images overlap or are neighbours, its scores are too high. Images of a '
             'folder tell theirs by places, a pattern of their names'
         )
         return
-    known = [part for part in names if part is not None]
     both = set.intersection(*map(set, known))
     if queries is None and len(both) < 2:
         rank_zero_warn(

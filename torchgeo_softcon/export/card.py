@@ -4,20 +4,30 @@
 """Model cards of exported encoders."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from segmentation_models_pytorch.encoders import encoders
 
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, spell_band_name
 from ..models.encoders import Encoder
 
+_SENSORS = {'sentinel-2': SENTINEL2_BANDS, 'sentinel-1': SENTINEL1_BANDS}
+
+_FROZEN = {'batch norm': 'frozen: running statistics of the weights it started from'}
+
+#: What Hugging Face calls the use of an encoder.
+_TASK = 'image-feature-extraction'
+
 _CARD = """\
 ---
-{front}---
+{front}
+---
 
 # {title}
 
@@ -50,7 +60,7 @@ def model_card(
     channels = encoder.in_channels
     run = _run_files(Path(encoder.source))
     bands = encoder.bands or run.get('bands')
-    metrics = run.get('metrics', {})
+    metrics, data = run.get('metrics', {}), run.get('data', 'not known')
     values = run.get('value range', 'not known')
     if encoder.unit_range:
         values = '[0, 1], as torchgeo_softcon.ToUnitRange scales bands'
@@ -63,40 +73,48 @@ def model_card(
         'bands': ', '.join(bands) if bands else f'{channels}, not named',
         'value range': values,
         'image size in training': encoder.size or 'not known',
-        **(
-            {'batch norm': 'frozen: running statistics of the weights it started from'}
-            if encoder.hparams.get('batch_norm') == 'frozen'
-            else {}
-        ),
-        'data': run.get('data', 'not known'),
+        **(_FROZEN if encoder.hparams.get('batch_norm') == 'frozen' else {}),
+        'data': data,
         'epochs, steps': f'{checkpoint.get("epoch", -1) + 1}, '
         f'{checkpoint.get("global_step", "not known")}',
         'metrics at the end': ', '.join(f'{k} {v}' for k, v in metrics.items())
         or 'not known',
         'versions': ', '.join(f'{package} {version(package)}' for package in packages),
     }
-    settings = {k: v for k, v in encoder.hparams.items() if not k.startswith('_')}
     hub = written[0].name == 'config.json'
     title = written[0].parent.name if hub else written[0].stem
-    sensors = {'sentinel-2': SENTINEL2_BANDS, 'sentinel-1': SENTINEL1_BANDS}
     seen = {spell_band_name(band) for band in bands or ()}
-    front = {
-        'license': license,
-        'library_name': 'timm',
-        'pipeline_tag': 'image-feature-extraction',
-        'tags': [
+    front = ModelCardData(
+        license=license,
+        library_name='timm',
+        pipeline_tag=_TASK,
+        tags=[
             *('timm', 'torchgeo', 'remote-sensing'),
-            *(str(encoder.method or 'self-supervised').lower(),),
-            *(sensor for sensor, known in sensors.items() if seen & {*known}),
+            str(encoder.method or 'self-supervised').lower(),
+            *(sensor for sensor, known in _SENSORS.items() if seen & {*known}),
         ],
-        'bands': [*bands] if bands else channels,
-        'range': values,
-        'metrics': [*metrics],
-        # The form in which Hugging Face shows numbers
-        'model-index': [_results(title, run, metrics)] if metrics else None,
-    }
+        bands=[*bands] if bands else channels,
+        range=values,
+        metrics=[*metrics],
+        model_name=title if metrics else None,
+        # Which Hugging Face shows
+        eval_results=[
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=data.partition('(')[0],
+                dataset_name=data,
+                metric_type=name,
+                metric_name=name,
+                metric_value=float(value),
+            )
+            for name, value in metrics.items()
+        ]
+        or None,
+    )
+    settings = {k: v for k, v in encoder.hparams.items() if not k.startswith('_')}
+    plain = json.loads(json.dumps(settings, default=str))
     return _CARD.format(
-        front=yaml.safe_dump(_plain(front), sort_keys=False, allow_unicode=True),
+        front=front.to_yaml(),
         title=title,
         rows='\n'.join(f'| {name} | {value} |' for name, value in rows.items()),
         usage=usage.format(
@@ -108,38 +126,8 @@ def model_card(
             folder=title,
             last_file=written[-1].name,
         ),
-        settings=yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True),
+        settings=yaml.safe_dump(plain, sort_keys=False, allow_unicode=True),
     )
-
-
-def _results(
-    name: str, run: Mapping[str, Any], metrics: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the metrics of a run as Hugging Face reads them."""
-    data = run.get('data', 'not known')
-    return {
-        'name': name,
-        'results': [
-            {
-                'task': {'type': 'image-feature-extraction'},
-                'dataset': {'name': data, 'type': data.partition('(')[0]},
-                'metrics': [
-                    {'name': key, 'type': key, 'value': float(value)}
-                    for key, value in metrics.items()
-                ],
-            }
-        ],
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting in the types of YAML."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    plain = value is None or type(value) in (bool, int, float, str)
-    return value if plain else str(value)
 
 
 def _run_files(source: Path) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..models.checkpoints import check_architecture
 from ..models.convert import fresh, resample_positions, to_patch_size
 from ..models.encoders import Encoder
-from ..models.loading import resample_grid
-from ..models.positions import native_grid
+from ..models.loading import native_grid, resample_grid
 from ..models.timm_models import timm_name
 
 _PATCHES = 'patch_embed.proj.weight'

@@ -1,16 +1,13 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""From a training checkpoint to files that other tools load.
-
-A checkpoint of this package is large (optimizer, teacher, heads), but TorchGeo opens it as
-it is. An export holds one encoder, in the layout of a tool, with a model card.
-"""
+"""From a training checkpoint to the encoder alone, in files that other tools load."""
 
 import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,8 +67,7 @@ def _smp_torchgeo(encoder: Encoder) -> Any:
     return _host_checkpoint(encoder, 'backbone', 'model.backbone.model.', _smp(encoder))
 
 
-def _state_dict(encoder: Encoder) -> Any:
-    return encoder.state_dict
+_state_dict = attrgetter('state_dict')
 
 
 def _model_args(encoder: Encoder) -> dict[str, Any]:

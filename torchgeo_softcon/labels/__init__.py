@@ -15,6 +15,4 @@ if TYPE_CHECKING:
     from .archive import label_archive as label_archive
     from .store import write_json as write_json
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(), archive=('Labelled', 'label_archive'), store=('write_json',)
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

@@ -21,21 +21,4 @@ if TYPE_CHECKING:
     from .soft_labels import jaccard_similarity as jaccard_similarity
     from .soft_labels import soft_label_loss as soft_label_loss
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    dino=('DINOLoss', 'multi_crop_cross_entropy'),
-    soft_contrastive=(
-        'PRESETS',
-        'SoftContrastiveLoss',
-        'SoftContrastiveTerms',
-        'soft_contrastive_loss',
-        'soft_contrastive_terms',
-    ),
-    soft_labels=(
-        'LabelAgreement',
-        'SoftLabelLoss',
-        'cosine_similarity',
-        'jaccard_similarity',
-        'soft_label_loss',
-    ),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

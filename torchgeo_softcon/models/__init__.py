@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .encoders import read_pretrained as read_pretrained
     from .encoders import read_weights as read_weights
     from .loading import create_encoder as create_encoder
     from .loading import feature_size as feature_size
@@ -27,18 +26,4 @@ if TYPE_CHECKING:
     from .weights import ViTSmall16_Weights as ViTSmall16_Weights
     from .weights import WideResNet50_2_Weights as WideResNet50_2_Weights
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    encoders=('read_pretrained', 'read_weights'),
-    loading=('create_encoder', 'feature_size', 'is_vit', 'load_encoder'),
-    weights=(
-        'ResNet50_Weights',
-        'Swin_T_Weights',
-        'ViTBase14_DINOv2_Weights',
-        'ViTBase16_Weights',
-        'ViTSmall8_Weights',
-        'ViTSmall14_DINOv2_Weights',
-        'ViTSmall16_Weights',
-        'WideResNet50_2_Weights',
-    ),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

@@ -4,7 +4,6 @@
 """Reading checkpoints without running code in them, and finding the encoder in them."""
 
 import argparse
-import functools
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -44,7 +43,7 @@ _DINO_KEY = re.compile(r'(?:module\.)?(backbone|head)\.(.+)')
 def read_checkpoint(path: str) -> dict[str, Any]:
     """Read a file of torch.save or safetensors without running any code in it.
 
-    Beyond what PyTorch allows, *SAFE_GLOBALS* are accepted.
+    Beyond the types that PyTorch allows, *SAFE_GLOBALS* are accepted.
     """
     try:
         if path.endswith('.safetensors'):
@@ -118,21 +117,6 @@ def dino_mc_encoder(
     return encoder
 
 
-@functools.cache
-def _shapes(model: str, in_channels: int, img_size: int | None) -> dict[str, Any]:
-    """Return the shapes of the parameters of an encoder by their names."""
-
-    def build() -> dict[str, Any]:
-        if model == 'swin_t':  # the host takes it from torchvision
-            return drop_head(torchvision.models.swin_t().state_dict())
-        kwargs: Any = {} if img_size is None else {'img_size': img_size}
-        return timm.create_model(
-            model, in_chans=in_channels, num_classes=0, **kwargs
-        ).state_dict()
-
-    return {k: tuple(v.shape) for k, v in on_meta(build).items()}
-
-
 def on_meta(build: Callable[[], _T]) -> _T:
     """Build without memory for parameters, where timm does not read them as it builds."""
     try:
@@ -152,38 +136,34 @@ def check_architecture(
 ) -> None:
     """Raise a ValueError unless parameters are those of an encoder, all and no others.
 
-    Args:
-        state_dict: Parameters in the layout of *model*, without a classifier.
-        model: Name of a timm model, or *swin_t* for torchvision's.
-        in_channels: Number of bands.
-        img_size: Image size that *model* is built for, None for its default.
-        source: What to call the parameters in the error.
-        hint: What to do, the end of the error.
+    *model* is one of timm without a classifier, built for *img_size*, or torchvision's
+    *swin_t*. The error starts with *source* and ends with *hint*, what to do.
     """
-    require_shapes(
-        state_dict,
-        _shapes(model, in_channels, img_size),
-        f'{source} must have the parameters of {model} with {in_channels} bands',
-        hint,
-    )
+
+    def build() -> dict[str, Tensor]:
+        if model == 'swin_t':  # the host takes it from torchvision
+            return drop_head(torchvision.models.swin_t().state_dict())
+        size: Any = {} if img_size is None else {'img_size': img_size}
+        created = timm.create_model(model, in_chans=in_channels, num_classes=0, **size)
+        return dict(created.state_dict())
+
+    message = f'{source} must have the parameters of {model} with {in_channels} bands'
+    require_shapes(state_dict, on_meta(build), message, hint)
 
 
 def require_shapes(
     state_dict: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Tensor],
     message: str,
     hint: str,
 ) -> None:
-    """Raise a ValueError unless parameters have the expected names and shapes.
-
-    The error starts with *message* and ends with *hint*, what to do.
-    """
+    """Raise a ValueError, from *message* to *hint*, unless names and shapes are equal."""
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - expected.keys())
     shapes = [
-        f'{k} {tuple(state_dict[k].shape)} instead of {v}'
+        f'{k} {tuple(state_dict[k].shape)} instead of {tuple(v.shape)}'
         for k, v in expected.items()
-        if k in state_dict and tuple(state_dict[k].shape) != v
+        if k in state_dict and state_dict[k].shape != v.shape
     ]
     if missing or unexpected or shapes:
         if has_layer_scale(unexpected):

@@ -6,6 +6,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,8 +22,7 @@ from ..bands import SENTINEL2_SUBSETS, normalize_band_names, spell_band_name
 from .checkpoints import Branch, dino_mc_encoder, read_checkpoint
 from .convert import is_torchvision_swin, swin_to_timm
 from .input_layer import COLOURS, InputLayerInit, Normalization, input_layer
-from .loading import create_encoder, load_encoder
-from .positions import POSITIONS, match_grid
+from .loading import POSITIONS, create_encoder, load_encoder, match_grid
 from .timm_models import model_for, timm_name
 from .weights import EncoderWeights
 
@@ -49,16 +49,15 @@ class Encoder:
 
     Attributes:
         state_dict: Parameters in timm's layout, with a classifier if there is one.
-        name: timm name of the architecture, None if it is not known.
-        size: Side of the images that it was trained with in pixels, if it is known.
-        bands: Names of its bands, if they are known.
-        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them, None
-            if that is not known.
+        name: timm name of the architecture. This and the next seven are None if unknown.
+        size: Side of the images that it was trained with in pixels.
+        bands: Names of its bands.
+        unit_range: Whether it expects bands as :class:`.ToUnitRange` scales them.
         normalization: Mean and standard deviation of its bands by which images in [0, 1]
-            were normalized, None if they were not, or that is not known.
-        method: Name of the method that trained it, if it is known.
-        reference: Paper of the method, if it is known.
-        branch: Which of the encoders of its task it is, None if that is not known.
+            were normalized, None also if they were not.
+        method: Name of the method that trained it.
+        reference: Paper of the method.
+        branch: Which of the encoders of its task it is.
         source: Path of the file, or name of the weights.
         checkpoint: All of the file, empty for published weights.
         options: What timm has to build *name* with, besides the number of bands.
@@ -85,19 +84,19 @@ class Encoder:
     @functools.cached_property
     def in_channels(self) -> int:
         """Number of bands."""
-        layer = input_layer(create_encoder(self._known_name()))[0]
-        weight = self.state_dict.get(f'{layer}.weight')
+        key = f'{input_layer(create_encoder(self._known_name()))[0]}.weight'
+        weight = self.state_dict.get(key)
         if weight is None:
             raise ValueError(
-                f'{self.source} has no parameters of a {self.name}: {layer}.weight is '
-                'not among them. Set model to the name of its architecture'
+                f'{self.source} has no parameters of a {self.name}: {key} is not among '
+                'them. Set model to the name of its architecture'
             )
         return int(weight.shape[1])
 
     @functools.cached_property
     def model(self) -> nn.Module:
         """A timm model that pools its features, in evaluation mode."""
-        encoder: Any = create_encoder(self._known_name(), self.in_channels)
+        encoder = create_encoder(self._known_name(), self.in_channels)
         # Not resampled to timm's native size and back
         match_grid(encoder, self.state_dict.get('pos_embed'))
         load_encoder(encoder, self.state_dict)
@@ -142,8 +141,8 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         path: A checkpoint of a pretraining task of this package or of another task of
             TorchGeo, a training checkpoint of the authors of DINO-MC, or a state dict.
         branch: Of two encoders, ``'student'``, which is trained, or ``'teacher'``, its
-            moving average. Defaults to the one that the task exports: the student of
-            SoftCon, the teacher of DINO-MC, as the papers evaluate them.
+            moving average. Defaults to the one that the task exports, as the papers
+            evaluate them: the student of SoftCon, the teacher of DINO-MC.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist, or is no file')
@@ -160,8 +159,7 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
         state_dict = dino_mc_encoder(checkpoint, branch)
     else:
         state = checkpoint.get('state_dict', checkpoint)
-        if state is checkpoint and _mapping(checkpoint, 'model'):
-            inner = _mapping(checkpoint, 'model')
+        if state is checkpoint and (inner := _mapping(checkpoint, 'model')):
             state = {k: v for k, v in inner.items() if not k.startswith(_OF_MAE)}
         attributes = {str(key).partition('.')[0] for key in state}
         note = note or _guess_note(attributes, hparams)
@@ -205,24 +203,17 @@ def read_encoder(path: str | os.PathLike[str], branch: Branch | None = None) -> 
 
 
 def _guess_note(attributes: set[str], hparams: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Guess the note of a checkpoint that has none, of the version before it.
-
-    `model` is the encoder that the task exports; beside it is the other branch.
-    """
+    """Guess the note of a checkpoint from before there were any."""
     if 'student' in attributes:
-        temporal = hparams.get('views') == 'temporal'
-        return {
-            'method': 'DINO-TP' if temporal else 'DINO-MC',
-            'reference': 'arXiv 2303.06670',
-            'branches': {'teacher': 'model', 'student': 'student'},
-        }
-    if 'teacher' in attributes:
-        return {
-            'method': 'SoftCon',
-            'reference': 'arXiv 2405.20462',
-            'branches': {'student': 'model', 'teacher': 'teacher'},
-        }
-    return {}
+        method = 'DINO-TP' if hparams.get('views') == 'temporal' else 'DINO-MC'
+        reference, exported, other = 'arXiv 2303.06670', 'teacher', 'student'
+    elif 'teacher' in attributes:
+        method, reference = 'SoftCon', 'arXiv 2405.20462'
+        exported, other = 'student', 'teacher'
+    else:
+        return {}
+    branches = {exported: 'model', other: other}
+    return {'method': method, 'reference': reference, 'branches': branches}
 
 
 def _locate(
@@ -243,30 +234,15 @@ def _locate(
 
 
 def read_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
-    """Read the parameters of an encoder.
+    """Read the parameters of an encoder in timm's layout.
 
     Args:
-        weights: A weight enum, the name of one, or the path of a file, see
-            :func:`read_encoder`.
-
-    Returns:
-        A state dict in timm's layout.
+        weights: A member of a weight enum, its name, or a file, see :func:`read_encoder`.
 
     Raises:
         ValueError: If *weights* is neither a file nor a known name, or is unreadable.
     """
     return find_weights(weights).state_dict
-
-
-def read_pretrained(
-    model: str, in_channels: int, bands: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Read the weights that the name of a timm model stands for.
-
-    Those of this package's models are for *in_channels* bands called *bands*, those of
-    timm's own for RGB.
-    """
-    return initial_weights(True, model, in_channels, bands).state_dict
 
 
 def initial_weights(
@@ -275,7 +251,11 @@ def initial_weights(
     in_channels: int,
     bands: Sequence[str] | None = None,
 ) -> Encoder:
-    """Read the encoder that a task starts from: True is what *model* stands for."""
+    """Read the encoder that a task starts from: True is what *model* stands for.
+
+    Models of this package have weights for *in_channels* bands called *bands*, those of
+    timm for RGB.
+    """
     if not isinstance(weights, bool):
         return find_weights(weights)
     own = timm_name(model) != model.split('/')[-1].split('.')[0]
@@ -303,9 +283,9 @@ def find_weights(
     weights: WeightsEnum | str, bands: Sequence[str] | None = None
 ) -> Encoder:
     """Read an encoder, of an enum of this package for the *bands* of the images."""
-    if isinstance(weights, str) and os.path.exists(weights):
-        return read_encoder(weights)
     if isinstance(weights, str):
+        if os.path.exists(weights):
+            return read_encoder(weights)
         try:
             weights = get_weight(weights)
         except ValueError as error:
@@ -319,14 +299,14 @@ def find_weights(
     name, names = meta.get('model'), bands or meta.get('bands')
     if is_torchvision_swin(state):
         state, name = swin_to_timm(state), 'swin_tiny_patch4_window7_224'
+    standardized = 'mean' in meta  # those of DINO-MC, from [0, 1]
     return Encoder(
         state,
         name,
         meta.get('img_size'),
         None if names is None else tuple(_spelled(names)),
-        # Those of DINO-MC are standardized after that
-        meta.get('value_range') == (0, 1) and 'mean' not in meta,
-        (meta['mean'], meta['std']) if 'mean' in meta else None,
+        meta.get('value_range') == (0, 1) and not standardized,
+        (meta['mean'], meta['std']) if standardized else None,
         meta.get('ssl_method'),
         source=str(weights),
     )
@@ -335,10 +315,8 @@ def find_weights(
 def own_weights(weights: Any) -> EncoderWeights | None:
     """Return weights of this package, given as they are or by name, None for others."""
     if isinstance(weights, str):
-        try:
+        with suppress(ValueError):  # a path
             weights = get_weight(weights)
-        except ValueError:  # a path
-            return None
     return weights if isinstance(weights, EncoderWeights) else None
 
 
@@ -347,10 +325,11 @@ def explain_misfit(task: Any) -> str | None:
     weights = own_weights(getattr(task, 'weights', None))
     if weights is None:
         return None
-    given = {k: task.hparams[k] for k in ('model', 'backbone') if task.hparams.get(k)}
+    options = [k for k in ('model', 'backbone') if task.hparams.get(k)]
+    given = ' and '.join(f'{k} = {task.hparams[k]!r}' for k in options)
     fitting = model_for(type(weights).__name__, weights.name.lower())
     return (
-        f'weights = {weights} do not fit {" and ".join(f"{k} = {v!r}" for k, v in given.items())}. '
+        f'weights = {weights} do not fit {given}. '
         f'Set model to {fitting!r} (or backbone to {"tu-" + fitting!r}) and weights to '
         'true: that is the model with these weights, for images of any size'
     )
@@ -394,9 +373,8 @@ def open_encoder(
         if bands and encoder.bands and not encoder.has_bands(bands):
             raise ValueError(
                 f'bands must be those that {checkpoint} was trained with, '
-                f'{encoder.bands}, got '
-                f'{tuple(bands)}. Leave bands out, and choose and order those of the '
-                'dataset'
+                f'{encoder.bands}, got {tuple(bands)}. Leave bands out, and choose and '
+                'order those of the dataset'
             )
         if bands:
             encoder = replace(encoder, bands=tuple(bands))

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require
 from .loading import has_class_token
 
 
 def last_block_features(
     encoder: nn.Module, image: Tensor, blocks: int = 4, average_patches: bool = False
 ) -> Tensor:
-    """Class tokens of the last blocks of a Vision Transformer, side by side.
+    """Return the class tokens of the last blocks of a Vision Transformer, side by side.
 
-    What DINO, and DINO-MC and SoftCon after it, fit linear classifiers to: of ViT-Small,
-    the class tokens of the last four blocks; of ViT-Base, that of the last block with the
-    mean of its patch tokens. All tokens are normalized by the last layer norm.
+    DINO, and DINO-MC and SoftCon after it, fit linear classifiers to them: of ViT-Small,
+    to those of the last four blocks; of ViT-Base, to that of the last block with the mean
+    of its patch tokens. All tokens are normalized by the last layer norm.
     https://github.com/facebookresearch/dino/blob/main/eval_linear.py
 
     Args:
@@ -30,17 +31,17 @@ def last_block_features(
     Returns:
         Features of shape (B, blocks * F), or (B, (blocks + 1) * F).
     """
-    if not has_class_token(encoder):
-        raise ValueError(
-            'blocks are for Vision Transformers with a class token, got '
-            f'{type(encoder).__name__}. Leave them out for other encoders'
-        )
+    require(
+        has_class_token(encoder),
+        'blocks are for Vision Transformers with a class token, got '
+        f'{type(encoder).__name__}. Leave them out for other encoders',
+    )
     vit: Any = encoder
-    if not 1 <= blocks <= len(vit.blocks):
-        raise ValueError(
-            f'blocks must be from 1 to {len(vit.blocks)}, those of the encoder, got '
-            f'{blocks}'
-        )
+    number = len(vit.blocks)
+    require(
+        1 <= blocks <= number,
+        f'blocks must be from 1 to {number}, those of the encoder, got {blocks}',
+    )
     layers = vit.forward_intermediates(
         image,
         blocks,

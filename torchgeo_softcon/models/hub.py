@@ -16,6 +16,7 @@ from urllib.request import url2pathname
 import torch
 from tqdm.auto import tqdm
 
+from .._checks import require
 from .checkpoints import read_checkpoint
 
 #: Environment variable with the folder to look into before the network is used.
@@ -39,26 +40,22 @@ def find_file(
     check_hash: bool = False,
     progress: bool = True,
 ) -> str:
-    """Find a file of weights, or download it.
+    """Find a file of weights in *root* or *model_dir*, or download it to *model_dir*.
 
-    The first of these that exists: the file in *root* (defaults to the folder that the
-    environment variable ``TORCHGEO_SOFTCON_WEIGHTS`` names, if any), the file in
-    *model_dir* (defaults to the cache of torch.hub), a download to *model_dir*. A
-    download replaces nothing before it is complete and readable, so that an interrupted
+    A download replaces nothing before it is complete and readable, so that an interrupted
     one leaves no trace.
 
     Args:
         url: Where to download from, http(s):// or file://.
         file: Name of the file. Defaults to the last part of *url*.
-        root: Folder with files that were downloaded by hand.
-        model_dir: Folder to download to.
-        check_hash: Whether to compare the file with the digits of SHA-256 in its name, if
-            there are any.
+        root: Folder with files that were downloaded by hand. Defaults to the one that the
+            environment variable ``TORCHGEO_SOFTCON_WEIGHTS`` names, if any.
+        model_dir: Folder to download to. Defaults to the cache of torch.hub.
+        check_hash: Whether to compare the file with the digits of SHA-256 in its name.
         progress: Whether to show the progress of a download.
 
     Raises:
-        ValueError: If *root* or *model_dir* is not a folder, *file* is more than a name, or
-            the file has another hash.
+        ValueError: If an argument is invalid, or the file has another hash.
         RuntimeError: If the download fails.
     """
     name = file or os.path.basename(urlparse(url).path)
@@ -68,8 +65,7 @@ def find_file(
     folder = os.environ.get(WEIGHTS_VARIABLE) if root is None else root
     if folder:
         given = Path(folder).expanduser()
-        if not given.is_dir():
-            raise ValueError(f'{option} must be a folder, got {str(given)!r}')
+        require(given.is_dir(), f'{option} must be a folder, got {str(given)!r}')
         if (given / name).is_file():
             return _checked(given / name, check_hash)
 
@@ -88,15 +84,14 @@ def find_file(
 
 def _checked(path: Path, check_hash: bool) -> str:
     """Return the path of a file, if the file is what its name promises."""
-    match = _HASH.search(path.name) if check_hash else None
-    if match is not None:
+    if check_hash and (match := _HASH.search(path.name)):
         with path.open('rb') as stream:
             digest = hashlib.file_digest(stream, 'sha256').hexdigest()
-        if not digest.startswith(match[1]):
-            raise ValueError(
-                f'{path} must have a SHA-256 of {match[1]}..., as its name says, got '
-                f'{digest[:16]}.... Remove the file and download it again'
-            )
+        require(
+            digest.startswith(match[1]),
+            f'{path} must have a SHA-256 of {match[1]}..., as its name says, got '
+            f'{digest[:16]}.... Remove the file and download it again',
+        )
     return str(path)
 
 
@@ -140,8 +135,8 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
             for chunk in response.iter_content(2**16):
                 if not stream.tell():
                     _reject_page(chunk)
-                if max(size, stream.tell() + len(chunk)) > _MOST:
-                    raise ValueError(f'a file of weights has at most {_MOST} bytes')
+                enough = max(size, stream.tell() + len(chunk)) <= _MOST
+                require(enough, f'a file of weights has at most {_MOST} bytes')
                 stream.write(chunk)
                 bar.update(len(chunk))
         if stream.tell() < size:  # before version 2, urllib3 accepts that
@@ -151,16 +146,16 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
 def _reject_page(start: bytes) -> None:
     """Raise if a server sends a page or a message instead of the file.
 
-    Google Drive does so to ask for confirmation, to ask for a login, and after too many
-    downloads by others.
+    Google Drive does so to ask for confirmation or a login, and after too many downloads.
     """
-    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if b'\0' in start:  # not text, whatever the first byte is
         return
-    if start[:1] in (b'{', b'['):
-        text = start[:200].decode(errors='replace')
-        raise ValueError(f'the server sent a message {text!r} instead of the file')
-    if start[:1] == b'<':
-        title = re.search(rb'<title>(.*?)</title>', start, re.DOTALL | re.IGNORECASE)
-        name = title[1].decode(errors='replace').strip() if title else ''
+    text = start.removeprefix(codecs.BOM_UTF8).decode(errors='replace').lstrip()
+    if text.startswith(('{', '[')):
+        raise ValueError(
+            f'the server sent a message {text[:200]!r} instead of the file'
+        )
+    if text.startswith('<'):
+        title = re.search('<title>(.*?)</title>', text, re.DOTALL | re.IGNORECASE)
+        name = title[1].strip() if title else ''
         raise ValueError(f'the server sent a web page {name!r} instead of the file')

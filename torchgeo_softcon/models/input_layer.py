@@ -12,7 +12,7 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .._checks import check_choice
+from .._checks import check_choice, require
 from ..bands import normalize_band_names, rgb_indices
 
 #: What Sentinel-2 calls the colours of a photograph.
@@ -40,15 +40,13 @@ def adapt_input_weight(
 ) -> Tensor:
     """Adapt the weight (F, 3, H, W) of a pretrained input layer to *C* bands.
 
-    * ``'random'``: drawn anew by PyTorch's rule for convolutions. This is SoftCon's
-      choice: only the input layer starts from scratch, the rest is pretrained.
+    * ``'random'``: drawn anew by PyTorch's rule for convolutions, SoftCon's choice.
     * ``'rgb'``: red, green and blue of the pretrained layer go to the bands of those
       names, all other bands get their mean, and everything is scaled by 3 / *C* so that
       the sum over bands keeps its size. Images are in [0, 1], whatever normalization the
       weights were trained with, see :func:`fold_normalization`.
-    * ``'timm'``: channel *j* copies pretrained channel *j* modulo 3, as
-      ``timm.create_model(..., pretrained=True, in_chans=C)`` does. Knows no band names:
-      in the order of Sentinel-2, B1 gets the weights of red.
+    * ``'timm'``: as ``timm.create_model(..., pretrained=True, in_chans=C)`` does, band
+      *j* copies pretrained band *j* modulo 3: of Sentinel-2, B1 gets the weights of red.
 
     Args:
         weight: Pretrained weight, red first.
@@ -92,7 +90,7 @@ def fold_normalization(
 
     Exact for patches. Convolutions that pad by zeros see a black border where that of the
     pretrained model had the mean colour: the outermost values of the first feature map
-    differ, as no parameter can tell them from others.
+    differ.
 
     Args:
         model: The encoder that the parameters are for.
@@ -150,11 +148,8 @@ def _bias_place(model: nn.Module, name: str, layer: nn.Conv2d) -> str:
 
 def _check_names(option: str, names: Sequence[str], channels: int) -> None:
     """Raise a ValueError unless there is one name per channel."""
-    if len(names) != channels:
-        raise ValueError(
-            f'{option} must have one name per channel, got {len(names)} names for '
-            f'{channels} channels'
-        )
+    count = f'got {len(names)} names for {channels} channels'
+    require(len(names) == channels, f'{option} must have one name per channel, {count}')
 
 
 def select_bands(weight: Tensor, names: Sequence[str], bands: Sequence[str]) -> Tensor:
@@ -165,12 +160,9 @@ def select_bands(weight: Tensor, names: Sequence[str], bands: Sequence[str]) -> 
     """
     known = normalize_band_names(names)
     _check_names('names', known, weight.shape[1])
-    if not bands:
-        raise ValueError('bands must have at least one name, got none')
-    chosen = [
-        band if band in known else COLOURS.get(band, band)
-        for band in normalize_band_names(bands)
-    ]
+    require(bands, 'bands must have at least one name, got none')
+    names = normalize_band_names(bands)
+    chosen = [band if band in known else COLOURS.get(band, band) for band in names]
     missing = [band for band in chosen if band not in known]
     if missing:
         raise ValueError(
@@ -178,6 +170,5 @@ def select_bands(weight: Tensor, names: Sequence[str], bands: Sequence[str]) -> 
             f'{", ".join(missing)} {"is" if len(missing) == 1 else "are"} not. Leave '
             'them out, or choose other weights'
         )
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f'bands must be unique, got {tuple(bands)}')
+    require(len({*chosen}) == len(chosen), f'bands must be unique, got {tuple(bands)}')
     return weight[:, [known.index(band) for band in chosen]]

@@ -4,6 +4,8 @@
 """Encoders from timm, for any number of bands and any image size."""
 
 import difflib
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +18,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import require_shapes
+from .._checks import require
+from .checkpoints import on_meta, require_shapes
 from .convert import drop_head
 from .input_layer import (
     InputLayerInit,
@@ -26,6 +29,9 @@ from .input_layer import (
     input_layer,
 )
 from .timm_models import timm_name
+
+#: Entry of a checkpoint, see :func:`save_positions`.
+POSITIONS = 'positions'
 
 #: Modules of timm with Vision Transformers, and with Swin Transformers.
 _VITS = ('vision_transformer', 'deit', 'eva')
@@ -43,8 +49,8 @@ def create_encoder(
 ) -> nn.Module:
     """Create a timm model that pools its features and takes images of any size.
 
-    Vision Transformers have the position embedding of one size, and resample it in the
-    forward pass for images of another.
+    Vision Transformers resample their position embedding for images of another size than
+    they are built for.
 
     Args:
         model: Name of a timm model.
@@ -52,7 +58,7 @@ def create_encoder(
         pretrained: Whether to load timm's weights.
         drop_path_rate: Stochastic depth rate of the last block.
         size: Side of the images in pixels that the position embedding of a Vision
-            Transformer is for. Defaults to that of timm's model of the name.
+            Transformer is for. Defaults to that of the name.
 
     Returns:
         A model from (B, C, H, W) to (B, F).
@@ -82,10 +88,10 @@ def create_encoder(
 
 
 def is_vit(model: nn.Module) -> bool:
-    """Whether a timm model is a plain Vision Transformer: patches that can be dropped.
+    """Whether a timm model is a plain Vision Transformer, whose patches can be dropped.
 
-    Such as ViT, DeiT and DINOv2, and with rotary positions DINOv3, EVA-02 and Perception
-    Encoder, but not hybrids with a convolutional stem.
+    Those with rotary positions are (DINOv3, EVA-02, ...), hybrids with a convolutional
+    stem are not.
     """
     return isinstance(model, VisionTransformer | Eva) and isinstance(
         model.patch_embed, PatchEmbed
@@ -93,7 +99,7 @@ def is_vit(model: nn.Module) -> bool:
 
 
 def nearest_vit(model: str) -> str:
-    """Return the name of the plain Vision Transformer of timm that is most like a model's."""
+    """Return the plain Vision Transformer of timm with the name most like a model's."""
     name = timm_name(model)
     listed = [n for module in _VITS for n in timm.list_models(module=module)]
     known = [n for n in listed if not _NOT_PLAIN.search(n)]
@@ -107,35 +113,79 @@ def has_class_token(model: nn.Module) -> bool:
 
 def resample_grid(vit: nn.Module, positions: Tensor, grid: Sequence[int]) -> Tensor:
     """Resample a position embedding of a Vision Transformer to other rows and columns."""
-    model = cast(VisionTransformer, vit)
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    return resample_abs_pos_embed(
-        positions, new_size=list(grid), num_prefix_tokens=prefix
-    )
+    prefix = _prefix_positions(vit)
+    return resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=prefix)
+
+
+def _prefix_positions(vit: Any) -> int:
+    """Count the positions of the class token and registers."""
+    return 0 if vit.no_embed_class else int(vit.num_prefix_tokens)
+
+
+@functools.cache
+def native_grid(model: str) -> tuple[int, int]:
+    """Return the rows and columns of patches that timm builds a model of a name for."""
+    created: Any = on_meta(lambda: timm.create_model(model, num_classes=0))
+    rows, columns = created.patch_embed.grid_size
+    return rows, columns
+
+
+def match_grid(encoder: nn.Module, positions: Tensor | None) -> None:
+    """Build a Vision Transformer for the grid that a position embedding has."""
+    if is_vit(encoder) and positions is not None:
+        vit: Any = encoder
+        side = math.isqrt(positions.shape[1] - _prefix_positions(vit))
+        if side != vit.patch_embed.grid_size[0]:
+            vit.set_input_size(side * vit.patch_embed.patch_size[0])
+
+
+def save_positions(checkpoint: dict[str, Any], vit: nn.Module, model: str) -> None:
+    """Let TorchGeo open a checkpoint of an encoder that was built for another size.
+
+    The position embedding in the state dict becomes that of the size that timm, and so
+    TorchGeo, builds *model* for. An entry keeps the original.
+    """
+    positions = checkpoint['state_dict'].get('model.pos_embed')
+    if is_vit(vit) and positions is not None:
+        grid = native_grid(model)
+        if grid != cast(Any, vit).patch_embed.grid_size:
+            checkpoint[POSITIONS] = positions
+            resampled = resample_grid(vit, positions, grid)
+            checkpoint['state_dict']['model.pos_embed'] = resampled
+
+
+def load_positions(
+    checkpoint: Mapping[str, Any], encoders: Mapping[str, nn.Module]
+) -> None:
+    """Undo :func:`save_positions`, and build encoders for the size of their positions.
+
+    *encoders* are attributes of the task. Older checkpoints have the size of timm.
+    """
+    state = checkpoint['state_dict']
+    if POSITIONS in checkpoint:
+        state['model.pos_embed'] = checkpoint[POSITIONS]
+    for name, encoder in encoders.items():
+        match_grid(encoder, state.get(f'{name}.pos_embed'))
 
 
 def default_drop_path_rate(model: str) -> float:
-    """Return the stochastic depth rate of the student in DINO-MC.
-
-    0.1 for Vision Transformers, an option of DINO, and 0.2 for Swin, where the paper's
-    code leaves torchvision's default.
-    """
-    rates = {_VITS: 0.1, _SWIN: 0.2}
+    """Return the rate of the student in DINO-MC: DINO's, and torchvision's for Swin."""
     name = timm_name(model)
-    return next((r for m, r in rates.items() if is_model_in_modules(name, m)), 0.0)
+    if is_model_in_modules(name, _VITS):
+        return 0.1
+    return 0.2 if is_model_in_modules(name, _SWIN) else 0.0
 
 
 def check_patches(encoder: nn.Module, size: tuple[int, ...], name: str) -> None:
     """Raise a ValueError unless whole patches of an encoder cover an image (H, W)."""
     if not is_vit(encoder):
         return
-    patch = cast(Any, encoder).patch_embed.patch_size
-    if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(
-            f'{name} must be a multiple of the patch size {patch[0]} of the model, got '
-            f'{size[0]} x {size[1]}. The nearest one is '
-            f'{max(1, round(size[0] / patch[0])) * patch[0]}'
-        )
+    side, width = cast(Any, encoder).patch_embed.patch_size
+    require(
+        size[0] % side == 0 and size[1] % width == 0,
+        f'{name} must be a multiple of the patch size {side} of the model, got '
+        f'{size[0]} x {size[1]}. The nearest one is {max(1, round(size[0] / side)) * side}',
+    )
 
 
 def feature_size(
@@ -144,19 +194,15 @@ def feature_size(
     size: int,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> int:
-    """Find the number of features of an encoder, by using it once.
+    """Find the number F of features (B, F) of an encoder, by using it once.
 
-    timm's ``num_features`` is not the width of the output for models with layers between
-    pooling and classifier.
+    timm's ``num_features`` leaves out layers between pooling and classifier.
 
     Args:
         encoder: A model made by :func:`create_encoder`.
         in_channels: Number of bands.
         size: Side of the images in pixels.
         encode: How the encoder is used, if it is not simply called.
-
-    Returns:
-        The number F of (B, F) features.
 
     Raises:
         ValueError: If the encoder does not make (B, F) features of such images.
@@ -180,11 +226,10 @@ def feature_size(
         ) from error
     finally:
         encoder.train(training)
-    if out.ndim != 2:
-        raise ValueError(
-            f'model {type(encoder).__name__} must pool its features to (B, F), got '
-            f'{tuple(out.shape)}'
-        )
+    kind, shape = type(encoder).__name__, tuple(out.shape)
+    require(
+        out.ndim == 2, f'model {kind} must pool its features to (B, F), got {shape}'
+    )
     return int(out.shape[1])
 
 
@@ -195,12 +240,12 @@ def load_encoder(
     bands: Sequence[str] | None = None,
     normalization: Normalization | None = None,
 ) -> None:
-    """Load pretrained parameters into an encoder, strictly.
+    """Load pretrained parameters into an encoder, strictly, but for classifiers.
 
-    Classifiers are left out. The position embedding of a Vision Transformer is
-    resampled to the encoder's grid. If the number of bands differs, the input layer is
-    adapted by :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`; by its
-    ``'rgb'``, RGB weights with a *normalization* always are.
+    The position embedding of a Vision Transformer is resampled to the encoder's grid. If
+    the number of bands differs, the input layer is adapted by
+    :func:`~torchgeo_softcon.models.input_layer.adapt_input_weight`; by its ``'rgb'``, RGB
+    weights with a *normalization* always are.
 
     Args:
         encoder: A model made by :func:`create_encoder`.
@@ -220,11 +265,10 @@ def load_encoder(
     name, layer = input_layer(encoder)
     key = f'{name}.weight'
     if key in loaded:
-        normalized = in_layer_init == 'rgb' and normalization is not None
-        if normalized:
-            mean_std = cast(Normalization, normalization)
-            loaded = fold_normalization(encoder, loaded, mean_std)
-        named = normalized and bands is not None
+        named = False
+        if in_layer_init == 'rgb' and normalization is not None:
+            loaded = fold_normalization(encoder, loaded, normalization)
+            named = bands is not None
         if loaded[key].shape[1] != layer.in_channels or named:
             loaded[key] = adapt_input_weight(
                 loaded[key], layer.in_channels, in_layer_init, bands
@@ -235,7 +279,7 @@ def load_encoder(
         loaded[key] = resample_grid(encoder, loaded[key], grid)
     require_shapes(
         loaded,
-        {k: tuple(v.shape) for k, v in own.items()},
+        own,
         f'weights are of another architecture than {type(encoder).__name__}',
         'Choose the model that the weights were made for',
     )

@@ -10,7 +10,7 @@ segmentation_models_pytorch, ``timm.create_model(..., pretrained=True, in_chans=
 Nothing but timm is imported here: this module is loaded whenever timm is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -19,6 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from .._checks import require
 from ..bands import (
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
@@ -35,12 +36,10 @@ _DINO_MC = {
     'sentinel2_rgb_dinotp': SENTINEL2_SUBSETS[3],
 }
 
-
 #: Start of the URLs that stand for members of the enums.
 _SCHEME = 'torchgeo-softcon:'
 #: Where a configuration of timm may say, besides a URL, that weights come from.
 _SOURCES = ('file', 'state_dict', 'hf_hub_id')
-
 
 # As in timm's own models of these families
 _LAYERS = {
@@ -54,7 +53,6 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {
     'vit': {'img_size': 224, 'dynamic_img_size': True, 'dynamic_img_pad': True},
     'swin': {'img_size': 224, 'strict_img_size': False},
 }
-
 
 #: Enums with the weights of timm's models.
 _ENUMS = {
@@ -70,7 +68,7 @@ _ENUMS = {
 
 
 class _Model:
-    """How a model is built."""
+    """A model that timm and TorchGeo create by a call."""
 
     def __init__(self, name: str, timm_name: str) -> None:
         """Initialize a new _Model instance."""
@@ -80,10 +78,138 @@ class _Model:
         self.options = dict(_ANY_SIZE[self.family])
         if name.endswith('_256'):
             self.options['img_size'] = 256
+        # What timm registers it by, and what TorchGeo finds by get_model_weights
+        self.__name__ = self.__qualname__ = name
+        self.__doc__ = f'Create {timm_name} for the weights of {self.enum}.'
+        self.weights = [f'{self.enum}.{tag.upper()}' for tag in self.bands]
+
+    def __call__(
+        self,
+        weights: Any = None,
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+        bands: Sequence[str] | None = None,
+        cache_dir: Any = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Create the model.
+
+        Args:
+            weights: Member of the enum, which TorchGeo's get_model hands over first.
+            pretrained: Whether to load weights.
+            pretrained_cfg: Tag or configuration of the weights, by default the first with
+                the bands. timm loads those of a configuration from elsewhere.
+            pretrained_cfg_overlay: See timm. If it names other weights, timm loads them.
+            bands: Names of the bands that the model shall see, by default those that the
+                number *in_chans* stands for.
+            cache_dir: Folder to download to.
+            **kwargs: Arguments of timm's model, such as *in_chans* (default: as many as
+                the weights have), *num_classes* (default: 0), *img_size*.
+        """
+        if weights is not None:
+            require(
+                str(weights) in self.weights,
+                f'weights must be one of get_model_weights({self.__name__!r}), got {weights}',
+            )
+            pretrained, pretrained_cfg = True, weights.name.lower()
+        channels = kwargs.pop('in_chans', None)
+        if bands is not None:
+            bands = normalize_band_names(bands)
+            require(
+                channels in (None, len(bands)),
+                f'in_chans must be the number of bands, {len(bands)}, got {channels}',
+            )
+            channels = len(bands)
+        asked = self._own_tag(pretrained_cfg)
+        require(
+            asked is None or asked in self.bands,
+            f'{self.__name__} must have one of the tags {[*self.bands]}, got {asked!r}',
+        )
+        elsewhere = pretrained_cfg is not None and asked is None
+        tag = asked or self._choose_tag(channels if bands is None else bands)
+        channels = len(self.bands[tag]) if channels is None else channels
+        kwargs = {**self.options, **kwargs}
+
+        cfg = {**self.cfg(tag, channels), 'architecture': self.__name__, 'tag': tag}
+        overlay = dict(pretrained_cfg_overlay or {})
+        foreign = elsewhere or any(overlay.get(key) for key in ('url', *_SOURCES))
+        created = timm.create_model(
+            self.timm_name,
+            pretrained=pretrained and foreign,
+            pretrained_cfg=pretrained_cfg if elsewhere else cfg,
+            pretrained_cfg_overlay=overlay,
+            cache_dir=cache_dir,
+            in_chans=channels,
+            **kwargs,
+        )
+        if pretrained and not foreign:
+            chosen = bands or bands_of_count(channels, self.bands[tag])
+            state_dict = self._read(tag, chosen, kwargs.get('img_size'), cache_dir)
+            _load(created, state_dict, bool(kwargs.get('features_only')))
+        return created
+
+    def cfg(self, tag: str, channels: int) -> dict[str, Any]:
+        """Return what timm wants to know of pretrained weights."""
+        rgb = self.bands is _DINO_MC
+        size = self.options.get('img_size', 224)
+        return {
+            # Says to timm that there are weights; _read gets them
+            'url': f'{_SCHEME}{self.enum}.{tag.upper()}',
+            'input_size': (channels, size, size),
+            'num_classes': 0,
+            'mean': IMAGENET_DEFAULT_MEAN if rgb else (0.0,) * channels,
+            'std': IMAGENET_DEFAULT_STD if rgb else (1.0,) * channels,
+            'origin_url': 'https://github.com/'
+            + ('WennyXY/DINO-MC' if rgb else 'zhu-xlab/softcon'),
+            'paper_ids': 'arXiv:2303.06670' if rgb else 'arXiv:2405.20462',
+            'pool_size': None if self.family == 'vit' else (7, 7),
+            **_LAYERS[self.family],
+        }
+
+    def _own_tag(self, cfg: Any) -> str | None:
+        """Return the tag that is asked for, None for weights from elsewhere."""
+        if cfg is None or isinstance(cfg, str):
+            return cfg
+        cfg = cfg if isinstance(cfg, Mapping) else vars(cfg)
+        elsewhere = any(cfg.get(key) for key in _SOURCES)
+        if elsewhere or not str(cfg.get('url')).startswith(_SCHEME):
+            return None
+        enum, _, member = cfg['url'].removeprefix(_SCHEME).partition('.')
+        require(
+            enum == self.enum,
+            f'pretrained_cfg must be of {self.enum} for {self.__name__}, got {enum}.'
+            f'{member}. Leave it out, or choose the model that it is for',
+        )
+        return str(member.lower())
+
+    def _choose_tag(self, bands: Sequence[str] | int | None) -> str:
+        """Return the first weights that have the bands, else the first ones."""
+        if isinstance(bands, int):
+            fitting = [tag for tag, known in self.bands.items() if len(known) == bands]
+        else:
+            fitting = [
+                t for t, known in self.bands.items() if {*(bands or ())} <= {*known}
+            ]
+        return (fitting or [*self.bands])[0]
+
+    def _read(
+        self, tag: str, bands: Sequence[str], img_size: Any, cache_dir: Any
+    ) -> dict[str, Tensor]:
+        """Read the parameters."""
+        from . import weights  # which imports TorchGeo
+
+        member: weights.EncoderWeights = getattr(weights, self.enum)[tag.upper()]
+        patch, size = weights.patch_side(self.timm_name), None
+        if patch and isinstance(img_size, int):  # else _load resamples positions
+            size = max(1, img_size // patch) * patch
+        return member.get_state_dict(
+            bands=bands, img_size=size, layout='timm', model_dir=cache_dir
+        )
 
 
-#: How each model is built, by its name. An entry point names each of them as well. Those
-#: of 256 pixels have the grid of patch 14, and therefore its features.
+#: The models by their names. An entry point names each of them as well. Those of 256
+#: pixels have the grid of patch 14, and therefore its features.
 _MODELS = {
     name: _Model(name, timm_name)
     for name, timm_name in (
@@ -100,6 +226,16 @@ _MODELS = {
         ('dinomc_swin_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224'),
     )
 }
+globals().update(_MODELS)
+
+#: timm reads this when a model of this module is registered.
+default_cfgs = generate_default_cfgs(
+    {
+        f'{name}.{tag}': model.cfg(tag, len(bands))
+        for name, model in _MODELS.items()
+        for tag, bands in model.bands.items()
+    }
+)
 
 
 def timm_name(model: str) -> str:
@@ -114,193 +250,24 @@ def model_for(enum: str, tag: str) -> str:
     return next(f'{n}.{tag}' for n, m in models if m.enum == enum and tag in m.bands)
 
 
-def _cfg(model: _Model, tag: str, channels: int) -> dict[str, Any]:
-    """Return what timm wants to know of pretrained weights."""
-    rgb = model.bands is _DINO_MC
-    size = model.options.get('img_size', 224)
-    return {
-        # Says to timm that there are weights; _create gets them
-        'url': f'{_SCHEME}{model.enum}.{tag.upper()}',
-        'input_size': (channels, size, size),
-        'num_classes': 0,
-        'mean': IMAGENET_DEFAULT_MEAN if rgb else (0.0,) * channels,
-        'std': IMAGENET_DEFAULT_STD if rgb else (1.0,) * channels,
-        'origin_url': 'https://github.com/'
-        + ('WennyXY/DINO-MC' if rgb else 'zhu-xlab/softcon'),
-        'paper_ids': 'arXiv:2303.06670' if rgb else 'arXiv:2405.20462',
-        'pool_size': None if model.family == 'vit' else (7, 7),
-        **_LAYERS[model.family],
-    }
-
-
-#: timm reads this when a model of this module is registered.
-default_cfgs = generate_default_cfgs(
-    {
-        f'{name}.{tag}': _cfg(model, tag, len(bands))
-        for name, model in _MODELS.items()
-        for tag, bands in model.bands.items()
-    }
-)
-
-
-def _choose_tag(name: str, tag: str | None, bands: Sequence[str] | int | None) -> str:
-    """Return the weights that fit: those asked for, else the first with the bands."""
-    known = _MODELS[name].bands
-    if tag is not None:
-        if tag not in known:
-            raise ValueError(
-                f'{name} must have one of the tags {[*known]}, got {tag!r}'
-            )
-        return tag
-    if isinstance(bands, int):
-        fitting = [t for t, b in known.items() if len(b) == bands]
-    else:
-        names = set(normalize_band_names(bands or ()))
-        fitting = [t for t, b in known.items() if names <= set(b)]
-    return (fitting or [*known])[0]
-
-
-def _own_tag(name: str, cfg: Mapping[str, Any]) -> str | None:
-    """Return the tag that a configuration stands for, None for weights from elsewhere."""
-    elsewhere = any(cfg.get(key) for key in _SOURCES)
-    if elsewhere or not str(cfg.get('url')).startswith(_SCHEME):
-        return None
-    enum, _, member = cfg['url'].removeprefix(_SCHEME).partition('.')
-    if enum != _MODELS[name].enum:
-        raise ValueError(
-            f'pretrained_cfg must be of {_MODELS[name].enum} for {name}, got {enum}.'
-            f'{member}. Leave it out, or choose the model that it is for'
-        )
-    return str(member.lower())
-
-
-def _create(
-    name: str,
-    pretrained: bool,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-    bands: Sequence[str] | None = None,
-    cache_dir: Any = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Create a model of this module.
-
-    Args:
-        name: Its name.
-        pretrained: Whether to load its weights.
-        pretrained_cfg: Tag of the weights, or their configuration. Defaults to the first
-            that has the bands. Or another configuration, for weights from elsewhere.
-        pretrained_cfg_overlay: See timm. If it names other weights, timm loads them.
-        bands: Names of the bands that the model shall see. Defaults to those that the
-            number *in_chans* stands for.
-        cache_dir: Folder to download to.
-        **kwargs: Arguments of timm's model: *in_chans* (default: those of the weights),
-            *num_classes* (default: 0), *img_size*, *features_only*, ...
-    """
-    model = _MODELS[name]
-    channels = kwargs.pop('in_chans', None)
-    if bands is not None:
-        bands = normalize_band_names(bands)
-        if channels not in (None, len(bands)):
-            raise ValueError(
-                f'in_chans must be the number of bands, {len(bands)}, got {channels}'
-            )
-        channels = len(bands)
-    tag = pretrained_cfg
-    if tag is not None and not isinstance(tag, str):  # a dict or an object
-        tag = _own_tag(name, tag if isinstance(tag, Mapping) else vars(tag))
-    elsewhere = pretrained_cfg is not None and tag is None
-    tag = _choose_tag(name, tag, channels if bands is None else bands)
-    channels = len(model.bands[tag]) if channels is None else channels
-    kwargs = {**model.options, **kwargs}
-
-    cfg: Any = {**_cfg(model, tag, channels), 'architecture': name, 'tag': tag}
-    overlay = dict(pretrained_cfg_overlay or {})
-    foreign = elsewhere or any(overlay.get(key) for key in ('url', *_SOURCES))
-    if elsewhere:
-        cfg = pretrained_cfg
-    created = timm.create_model(
-        model.timm_name,
-        pretrained=pretrained and foreign,
-        pretrained_cfg=cfg,
-        pretrained_cfg_overlay=overlay,
-        cache_dir=cache_dir,
-        in_chans=channels,
-        **kwargs,
-    )
-    if pretrained and not foreign:
-        chosen = bands or bands_of_count(channels, model.bands[tag])
-        state_dict = _read(model, tag, chosen, kwargs.get('img_size'), cache_dir)
-        _load(created, state_dict, bool(kwargs.get('features_only')))
-    return created
-
-
 def _load(model: nn.Module, state_dict: dict[str, Tensor], features_only: bool) -> None:
     """Load parameters, all but classifiers strictly.
 
-    Not timm's own loader, which adapts input layers of other than 3 bands at random and,
-    in some versions, takes a Swin Transformer without classifier for one of another
-    layout.
+    timm's own loader adapts input layers of other than 3 bands at random and, in some
+    versions, takes a Swin Transformer without classifier for one of another layout.
     """
     own = model.state_dict()
     names = {key: plain_name(key) for key in own}
     missing = sorted(n for n in names.values() if not (n in state_dict or is_head(n)))
     lost = sorted(state_dict.keys() - set(names.values()))
-    if missing or (lost and not features_only):
-        raise ValueError(
-            f'the arguments of the model leave no place for the weights {lost[:3]}, or '
-            f'need others {missing[:3]}. Leave out what changes the layers'
-        )
-    loaded = {
-        key: state_dict[name] for key, name in names.items() if name in state_dict
-    }
+    require(
+        not missing and (features_only or not lost),
+        f'the arguments of the model leave no place for the weights {lost[:3]}, or need '
+        f'others {missing[:3]}. Leave out what changes the layers',
+    )
+    loaded = {k: state_dict[name] for k, name in names.items() if name in state_dict}
     for key, value in loaded.items():
         if key.endswith('pos_embed') and value.shape != own[key].shape:
             vit: Any = model.model if key.startswith('model.') else model
             loaded[key] = resample_abs_pos_embed(value, list(vit.patch_embed.grid_size))
     model.load_state_dict(loaded, strict=False)
-
-
-def _read(
-    model: _Model, tag: str, bands: Sequence[str], img_size: Any, cache_dir: Any
-) -> dict[str, Tensor]:
-    """Read the parameters of a model."""
-    from . import weights  # which imports TorchGeo
-
-    member = getattr(weights, model.enum)[tag.upper()]
-    # timm resamples positions for images that are not square
-    size = None
-    if isinstance(img_size, int) and model.family == 'vit':
-        patch = int(model.timm_name.split('_patch')[1].split('_')[0])
-        size = max(1, img_size // patch) * patch
-    state_dict: dict[str, Tensor] = member.get_state_dict(
-        bands=bands, img_size=size, layout='timm', model_dir=cache_dir
-    )
-    return state_dict
-
-
-def _builder(name: str) -> Callable[..., nn.Module]:
-    """Return what timm calls to create a model of this module."""
-    model = _MODELS[name]
-
-    # TorchGeo's get_model hands weights over first, timm everything by name
-    def create(
-        weights: Any = None, pretrained: bool = False, **kwargs: Any
-    ) -> nn.Module:
-        if weights is not None:
-            if str(weights) not in create.weights:  # type: ignore[attr-defined]
-                raise ValueError(
-                    f'weights must be one of get_model_weights({name!r}), got {weights}'
-                )
-            pretrained, kwargs['pretrained_cfg'] = True, weights.name.lower()
-        return _create(name, pretrained, **kwargs)
-
-    # What timm registers it by
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f'Create {model.timm_name} for the weights of {model.enum}.'
-    # What TorchGeo finds by get_model_weights
-    create.weights = [f'{model.enum}.{tag.upper()}' for tag in model.bands]  # type: ignore[attr-defined]
-    return create
-
-
-globals().update({name: _builder(name) for name in _MODELS})

@@ -4,16 +4,17 @@
 """Pretrained weights of SoftCon, DINO-MC and DINO-TP."""
 
 import os
+import re
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torchvision.transforms.v2 as T
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from .._checks import check_choice
+from .._checks import check_choice, require
 from .._compat import Weights, WeightsEnum, host_weights
 from ..bands import SENTINEL1_BANDS, SENTINEL2_BANDS, SENTINEL2_SUBSETS
 from ..transforms.unit_range import ToUnitRange
@@ -28,14 +29,11 @@ from .convert import (
 )
 from .hub import find_file
 
-#: Patch sizes of the Vision Transformers that the weights are for.
-_PATCH_SIZES = {
-    'vit_small_patch8_224': 8,
-    'vit_small_patch14_dinov2': 14,
-    'vit_base_patch14_dinov2': 14,
-    'vit_small_patch16_224': 16,
-    'vit_base_patch16_224': 16,
-}
+
+def patch_side(model: str) -> int | None:
+    """Return the patch size of a Vision Transformer by its name, None of others."""
+    match = re.match(r'vit_.+_patch(\d+)_', model)
+    return int(match[1]) if match else None
 
 
 class EncoderWeights(WeightsEnum):
@@ -62,11 +60,11 @@ class EncoderWeights(WeightsEnum):
             check_hash: Whether to check the file, if its name has a part of its hash.
             weights_only: Without effect: files are never loaded unsafely.
             bands: Names of the bands that the model shall see, in any order. Defaults to
-                all, see ``meta['bands']``.
+                ``meta['bands']``.
             img_size: Side of the images in pixels that a Vision Transformer is built
                 for. Defaults to ``meta['img_size']``.
             branch: ``'teacher'`` (the default, as evaluated in the paper) or
-                ``'student'`` of DINO-MC and DINO-TP. SoftCon has published one only.
+                ``'student'``, of DINO-MC and DINO-TP only.
             layout: ``'host'`` for the model of the same name in TorchGeo, which is
                 timm's for all but *swin_t*, or ``'timm'``.
             root: Folder with the file, see :func:`~torchgeo_softcon.models.hub.find_file`.
@@ -78,33 +76,27 @@ class EncoderWeights(WeightsEnum):
             RuntimeError: If the download fails.
         """
         model, method = self.meta['model'], self.meta['ssl_method']
-        if method == 'softcon' and branch is not None:
-            raise ValueError(
-                f'branch must be left out for {self}, of which one is published, got '
-                f'{branch!r}'
-            )
+        require(
+            method != 'softcon' or branch is None,
+            f'branch must be left out for {self}, of which one is published, got {branch!r}',
+        )
         check_choice('layout', layout, ('host', 'timm'))
         grid = self._grid(img_size)
 
-        file = self.meta.get('file')
-        path = find_file(self.url, file, root, model_dir, check_hash, progress)
+        path = find_file(
+            self.url, self.meta.get('file'), root, model_dir, check_hash, progress
+        )
         state_dict: Any = read_checkpoint(path)
         if method != 'softcon':
             state_dict = dino_mc_encoder(state_dict, branch or 'teacher')
         state_dict = drop_head(state_dict)
         source, names = self.meta.get('converted_from', model), self.meta['bands']
-        # At the size of the file
-        size = 224 if source in _PATCH_SIZES else None
-        check_architecture(
-            state_dict,
-            source,
-            len(names),
-            size,
-            f'{path} of {self}',
-            'Remove the file if it is not the published one',
-        )
+        size = None if grid is None else 224  # of the file
+        hint = 'Remove the file if it is not the published one'
+        what = f'{path} of {self}'
+        check_architecture(state_dict, source, len(names), size, what, hint)
         if source != model:
-            state_dict = to_patch_size(state_dict, _PATCH_SIZES[model], grid)
+            state_dict = to_patch_size(state_dict, cast(int, patch_side(model)), grid)
         elif grid is not None:
             state_dict = resample_positions(state_dict, grid)
         if bands is not None:
@@ -115,25 +107,24 @@ class EncoderWeights(WeightsEnum):
 
     def _grid(self, img_size: int | None) -> int | None:
         """Return the number of patches along each side, None without patches."""
-        if img_size is not None and not isinstance(img_size, Integral):
-            raise ValueError(
-                f'img_size must be a side as a number, such as 224, got {img_size!r}'
-            )
-        patch = _PATCH_SIZES.get(self.meta['model'])
-        if patch is None:
+        model, native = self.meta['model'], self.meta['img_size']
+        size = native if img_size is None else img_size
+        require(
+            isinstance(size, Integral),
+            f'img_size must be a side as a number, such as 224, got {img_size!r}',
+        )
+        if (patch := patch_side(model)) is None:
             return None
-        size = self.meta['img_size'] if img_size is None else img_size
-        if size < patch or size % patch:
-            raise ValueError(
-                f'img_size must be a multiple of the patch size {patch} of '
-                f'{self.meta["model"]}, got {size}. The nearest one is '
-                f'{max(1, round(size / patch)) * patch}'
-            )
+        require(
+            size >= patch and size % patch == 0,
+            f'img_size must be a multiple of the patch size {patch} of {model}, got {size}. '
+            f'The nearest one is {max(1, round(size / patch)) * patch}',
+        )
         return int(size // patch)
 
 
 def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
-    """Describe the weights of Sentinel-2 and Sentinel-1 that an enum of the host has.
+    """Describe the weights of Sentinel-2 and Sentinel-1 in an enum of the host.
 
     Converted to *model*, if it is given. Transforms lead to the range of the pretraining;
     the host's are z-scores.
@@ -141,13 +132,9 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
 
     def describe(member: str, bands: tuple[str, ...]) -> Weights:
         host = host_weights(enum, member)
-        meta = {
-            'img_size': 224,
-            **host.meta,
-            # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
-            'license': 'Apache-2.0',
-            'value_range': (0, 1),
-        }
+        # https://github.com/zhu-xlab/softcon/blob/main/LICENSE
+        ours = {'license': 'Apache-2.0', 'value_range': (0, 1)}
+        meta = {'img_size': 224, **host.meta, **ours}
         if model is not None:
             meta.update(model=model, converted_from=meta['model'])
         transforms = nn.Sequential(
@@ -164,8 +151,8 @@ def _softcon(enum: str, model: str | None = None) -> tuple[Weights, Weights]:
 def _dino_mc(model: str, mc_id: str, tp_id: str) -> tuple[Weights, Weights]:
     """Describe the training checkpoints of DINO-MC and DINO-TP on Google Drive.
 
-    The ids of their files are linked from https://github.com/WennyXY/DINO-MC#readme. URLs
-    of this form do not ask for confirmation before large files.
+    Their ids are those of https://github.com/WennyXY/DINO-MC#readme. URLs of this form do
+    not ask for confirmation before large files.
     """
 
     def describe(method: str, drive_id: str) -> Weights:
@@ -203,9 +190,7 @@ def _dino_mc(model: str, mc_id: str, tp_id: str) -> tuple[Weights, Weights]:
 
 
 class ResNet50_Weights(EncoderWeights):
-    """ResNet-50 weights of SoftCon, DINO-MC and DINO-TP.
-
-    For timm's *resnet50*.
+    """ResNet-50 weights of SoftCon, DINO-MC and DINO-TP, for timm's *resnet50*.
 
     SoftCon: the files that TorchGeo hosts. Digital numbers (Sentinel-2) or dB
     (Sentinel-1) in, see *transforms*.
@@ -230,10 +215,7 @@ class ResNet50_Weights(EncoderWeights):
 
 
 class WideResNet50_2_Weights(EncoderWeights):
-    """Wide ResNet-50-2 weights of DINO-MC and DINO-TP.
-
-    For timm's *wide_resnet50_2*. See :class:`ResNet50_Weights`.
-    """
+    """Weights of DINO-MC and DINO-TP for timm's *wide_resnet50_2*, as those of ResNet-50."""
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
         'wide_resnet50_2',
@@ -243,11 +225,11 @@ class WideResNet50_2_Weights(EncoderWeights):
 
 
 class Swin_T_Weights(EncoderWeights):
-    """Swin-T weights of DINO-MC and DINO-TP.
+    """Swin-T weights of DINO-MC and DINO-TP, see :class:`ResNet50_Weights`.
 
     For torchvision's *swin_t*, which TorchGeo's model of this name is, and with
     ``get_state_dict(layout='timm')`` for timm's *swin_tiny_patch4_window7_224*, which is
-    equal at 224 pixels only. See :class:`ResNet50_Weights`.
+    equal at 224 pixels only.
     """
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
@@ -258,10 +240,7 @@ class Swin_T_Weights(EncoderWeights):
 
 
 class ViTSmall8_Weights(EncoderWeights):
-    """ViT-S/8 weights of DINO-MC and DINO-TP.
-
-    For timm's *vit_small_patch8_224*. See :class:`ResNet50_Weights`.
-    """
+    """Weights of DINO-MC and DINO-TP for timm's *vit_small_patch8_224*."""
 
     SENTINEL2_RGB_DINOMC, SENTINEL2_RGB_DINOTP = _dino_mc(
         'vit_small_patch8_224',
@@ -274,18 +253,14 @@ class ViTSmall14_DINOv2_Weights(EncoderWeights):
     """ViT-S/14 weights of SoftCon, the files that TorchGeo hosts.
 
     For timm's *vit_small_patch14_dinov2* with ``img_size=224``, and for
-    *softcon_vit_small_patch14_224* where no size can be given. See
-    :class:`ResNet50_Weights`.
+    *softcon_vit_small_patch14_224* where no size can be given.
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTSmall14_DINOv2_Weights')
 
 
 class ViTBase14_DINOv2_Weights(EncoderWeights):
-    """ViT-B/14 weights of SoftCon, see :class:`ViTSmall14_DINOv2_Weights`.
-
-    For timm's *vit_base_patch14_dinov2* and for *softcon_vit_base_patch14_224*.
-    """
+    """ViT-B/14 weights of SoftCon, as those of :class:`ViTSmall14_DINOv2_Weights`."""
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon('ViTBase14_DINOv2_Weights')
 
@@ -298,8 +273,6 @@ class ViTSmall16_Weights(EncoderWeights):
     conversion and what is not. At 224 pixels, these are the features of the original at
     196 pixels. The features of the original at 224 pixels need 256 pixels:
     ``get_state_dict(img_size=256)`` and a model that is built with ``img_size=256``.
-
-    See :class:`ResNet50_Weights`.
     """
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
@@ -308,10 +281,7 @@ class ViTSmall16_Weights(EncoderWeights):
 
 
 class ViTBase16_Weights(EncoderWeights):
-    """ViT-B/16 weights, converted from SoftCon's ViT-B/14 while they are loaded.
-
-    For timm's *vit_base_patch16_224*. See :class:`ViTSmall16_Weights`.
-    """
+    """ViT-B/16 weights, converted as those of :class:`ViTSmall16_Weights`."""
 
     SENTINEL2_SOFTCON, SENTINEL1_SOFTCON = _softcon(
         'ViTBase14_DINOv2_Weights', 'vit_base_patch16_224'

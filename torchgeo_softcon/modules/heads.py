@@ -27,12 +27,6 @@ def mlp_head(
     last by ReLU, and the last batch norm has no affine parameters. lightly's own
     ``MoCoProjectionHead`` differs in the last point.
     https://github.com/facebookresearch/moco-v3/blob/main/moco/builder.py
-
-    Returns:
-        A head from (B, input_dim) to (B, output_dim).
-
-    Raises:
-        ValueError: If there are no layers, or they have no features.
     """
     check_counts(hidden_dim=hidden_dim, output_dim=output_dim, num_layers=num_layers)
     widths = [input_dim, *[hidden_dim] * (num_layers - 1)]
@@ -48,9 +42,8 @@ def mlp_head(
 class _WeightNorm(torch.autograd.Function):
     """Products of features with directions that have other norms than their own.
 
-    What PyTorch's weight norm gives, which scales all directions first, and keeps them:
-    with 65,536 of them, that and its backward pass take several times as long as the
-    products with the features of a small batch.
+    PyTorch's weight norm scales all directions first, and keeps them: with 65,536 of
+    them, that takes several times as long as the products with a small batch.
     """
 
     @staticmethod
@@ -80,9 +73,8 @@ class _WeightNorm(torch.autograd.Function):
 class Prototypes(nn.Module):
     """Linear layer without bias whose rows have their norms as parameters of their own.
 
-    A module of its own, because one with PyTorch's older weight norm cannot be copied and
-    one with its parametrization cannot be sent to other processes. The names of the
-    parameters are those of DINO's checkpoints.
+    Unlike modules with PyTorch's weight norm (of either kind), it can be copied and sent
+    to other processes. The names of the parameters are those of DINO's checkpoints.
     """
 
     def __init__(self, input_dim: int, output_dim: int, learn_norms: bool) -> None:
@@ -93,11 +85,7 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(output_dim, 1), learn_norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compare features with the prototypes.
-
-        Returns:
-            Products of shape (B, K), cosines if features and prototypes have norm 1.
-        """
+        """Multiply features with the prototypes, shape (B, K): cosines if all have norm 1."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -107,10 +95,8 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(ProjectionHead):
-    """Projection head of DINO: an MLP, then cosines with K prototypes.
+    """Projection head of DINO: an MLP with GELU, then cosines with K prototypes.
 
-    Three linear layers with GELU and without batch norm, an L2 normalisation, and a
-    linear layer without bias whose rows have their norms as parameters of their own.
     Equal to lightly's ``DINOProjectionHead``, which cannot be copied, see
     :class:`Prototypes`.
     https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
@@ -139,11 +125,7 @@ class DINOHead(ProjectionHead):
         self.last_layer = Prototypes(bottleneck_dim, output_dim, not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compare features with the prototypes.
-
-        Returns:
-            Logits of shape (B, K).
-        """
+        """Compare features with the prototypes, to logits of shape (B, K)."""
         return cast(Tensor, self.last_layer(self.embed(x)))
 
     def embed(self, x: Tensor) -> Tensor:

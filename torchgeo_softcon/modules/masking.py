@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_counts
+from .._checks import check_choice, check_counts, require
 from .packed_blocks import Vit
 from .packing import (
     embed_patches,
@@ -28,7 +28,6 @@ def random_visible(
 
     Returns:
         Indices of max(1, int(L * (1 - ratio))) patches in ascending order, shape (B, N).
-        The count is the same for all samples, so that shapes stay static.
     """
     keep = max(1, int(num_patches * (1 - ratio)))
     order = torch.rand(batch_size, num_patches, device=device).argsort(dim=1)
@@ -37,23 +36,15 @@ def random_visible(
 
 def masked_patches(visible: Tensor, num_patches: int) -> Tensor:
     """Turn indices of visible patches (B, N) into a mask (B, L), True where masked."""
-    mask = torch.ones(
-        len(visible), num_patches, dtype=torch.bool, device=visible.device
-    )
+    mask = visible.new_ones(len(visible), num_patches, dtype=torch.bool)
     return mask.scatter_(1, visible, False)
 
 
 def mask_pixels(image: Tensor, masked: Tensor, patch_size: int) -> Tensor:
-    """Set whole patches of an image to zero.
+    """Set whole patches of images (B, C, H, W) to zero.
 
-    Args:
-        image: Images of shape (B, C, H, W).
-        masked: True for patches to zero, row by row, shape (B, L) with
-            L = ceil(H / patch_size) * ceil(W / patch_size).
-        patch_size: Side of a patch in pixels.
-
-    Returns:
-        The masked images, shape (B, C, H, W).
+    *masked* has True for these, row by row, shape (B, L) with
+    L = ceil(H / patch_size) * ceil(W / patch_size).
     """
     height, width = image.shape[-2:]
     rows, columns = -(-height // patch_size), -(-width // patch_size)
@@ -70,16 +61,10 @@ def _add_positions(vit: Vit, tokens: Tensor) -> Tensor:
 
 
 def encode_visible(vit: Vit, image: Tensor, visible: Tensor) -> Tensor:
-    """Encode the visible patches of images; the others are never computed.
+    """Encode the visible patches (B, N) of images; the others are never computed.
 
-    Args:
-        vit: A timm Vision Transformer, or Eva, built with ``dynamic_img_size=True``.
-        image: Images of shape (B, C, H, W), H and W multiples of the patch size.
-        visible: Indices of the visible patches, shape (B, N).
-
-    Returns:
-        Pooled features of shape (B, F), equal to those of the whole image if all
-        patches are visible.
+    *vit* is built with ``dynamic_img_size=True``, images (B, C, H, W) have whole patches.
+    Returns pooled features (B, F), those of the whole image if all patches are visible.
     """
     patches = split_patches(image, vit.patch_embed.patch_size)
     grid, shape = (patches.shape[1], patches.shape[2]), patches.shape[3:]
@@ -104,8 +89,7 @@ class SiameseMasking(nn.Module):
     """Encoding of images of which a random share of patches is masked.
 
     The figure in the authors' repository shows black patches on the trainable branch
-    only. That tokens are dropped, which saves memory, is inferred by others who describe
-    the paper; the mask ratio is not known.
+    only. That tokens are dropped is what others infer; the mask ratio is not known.
     """
 
     def __init__(
@@ -130,11 +114,10 @@ class SiameseMasking(nn.Module):
             ValueError: If an option is out of range or missing.
         """
         check_choice('mode', mode, get_args(MaskMode))
-        if not 0 <= ratio < 1:
-            raise ValueError(f'ratio must be in [0, 1), got {ratio}')
+        require(0 <= ratio < 1, f'ratio must be in [0, 1), got {ratio}')
         check_counts(patch_size=patch_size)
-        if mode == 'token' and embed_dim is None:
-            raise ValueError("embed_dim must be given for mode='token'")
+        needed = mode == 'token' and embed_dim is None
+        require(not needed, "embed_dim must be given for mode='token'")
 
         super().__init__()
         self.mode = mode
@@ -145,11 +128,7 @@ class SiameseMasking(nn.Module):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, encoder: nn.Module, image: Tensor) -> Tensor:
-        """Encode randomly masked images.
-
-        Returns:
-            Features of shape (B, F).
-        """
+        """Encode randomly masked images to features of shape (B, F)."""
         if self.ratio == 0:
             return encode_crops(encoder, [image])[0]
 

@@ -4,6 +4,7 @@
 """Transformer blocks for sequences of several lengths, packed into one matrix."""
 
 import functools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -24,7 +25,7 @@ except ImportError:  # before torch 2.10, or built without it
     varlen_attn = None  # type: ignore[assignment]
 
 #: Vision Transformers whose blocks are run here, the second with rotary positions (DINOv3,
-#: EVA-02, Perception Encoder, ...), their blocks, and the attention in these.
+#: EVA-02, ...), their blocks, and the attention in these.
 Vit: TypeAlias = VisionTransformer | Eva
 AnyBlock: TypeAlias = Block | EvaBlock
 AnyAttention: TypeAlias = Attention | EvaAttention | AttentionRope
@@ -34,8 +35,7 @@ AnyAttention: TypeAlias = Attention | EvaAttention | AttentionRope
 #: (1 or blocks, number, n, 1 or heads, 2 * d) if sequences differ.
 Rotations: TypeAlias = Sequence[Tensor]
 
-#: Attention of all crops at once is FlashAttention's. PyTorch 2.15 would prefer cuDNN's on
-#: Hopper, which takes single queries, those of the last block, for decoding: not tried.
+#: Without cuDNN's, which takes the single queries of the last block for decoding.
 BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,  # in float32
@@ -65,27 +65,29 @@ class Layout(NamedTuple):
     #: Whether attention may run once for all sequences.
     varlen: bool
 
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """Split packed tokens (T, ...) into (number, length, ...) of each group."""
+        # Not sliced: the backward pass is one concatenation for all sizes
+        same_length = x.split([group.number * group.length for group in self.groups])
+        groups = zip(same_length, self.groups, strict=True)
+        return [tokens.unflatten(0, group) for tokens, group in groups]
 
+
+# A first call may come from prediction, others from training
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def make_layout(
     groups: tuple[Group, ...], device: torch.device, varlen: bool
 ) -> Layout:
     """Make the layout of sequences, once, as it comes from the host."""
-    # A first call may come from prediction, and the second from training
-    with torch.inference_mode(False):
-        lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
-        each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-        total = sum(group.number * group.length for group in groups)
-        sequence = each[:-1].repeat_interleave(lengths, output_size=total)
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return Layout(
-            groups,
-            sequence.to(device),
-            ends[:-1].to(device),
-            ends.to(device),
-            each.to(device),
-            varlen,
-        )
+    lengths = torch.tensor([g.length for g in groups for _ in range(g.number)])
+    each = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    total = sum(group.number * group.length for group in groups)
+    sequence = each[:-1].repeat_interleave(lengths, output_size=total)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    tensors = (sequence, ends[:-1], ends, each)
+    sequence, first, ends, each = (x.to(device) for x in tensors)
+    return Layout(groups, sequence, first, ends, each, varlen)
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -94,12 +96,10 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def can_use_varlen(vit: Vit, device: torch.device) -> bool:
-    """Whether attention can run once for sequences of all lengths.
+    """Whether attention can run once for sequences of all lengths, in half precision.
 
-    Returns:
-        True with PyTorch 2.10 or newer, on an NVIDIA GPU of compute capability 8.0
-        (Ampere) or newer, for heads whose width is a multiple of 8 and at most 256. Then,
-        tokens in float16 or bfloat16, as under autocast, use it, others do not.
+    That needs PyTorch 2.10, an NVIDIA GPU of compute capability 8.0 (Ampere), and heads
+    whose width is a multiple of 8 and at most 256.
     """
     if varlen_attn is None or device.type != 'cuda' or torch.version.hip is not None:
         return False
@@ -117,11 +117,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The backward pass in bfloat16 is slower than in float32 on a CPU
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if upcast:
-        # Autocast would undo it
-        with torch.autocast('cpu', enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v)
-    else:
+    # Autocast would undo it
+    with torch.autocast('cpu', enabled=False) if upcast else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).to(dtype)
 
@@ -131,8 +128,8 @@ def _attend_sequences(
 ) -> Tensor:
     """Attend within every sequence, from (T, H, d) queries to (T, H, d) keys and values.
 
-    With *class_only*, queries (N, H, d) are those of the first tokens. Returns sums of
-    values of shape (T, H * d) or (N, H * d).
+    With *class_only*, queries (N, H, d) are those of the first tokens. Returns (T, H * d)
+    or (N, H * d).
     """
     if layout.varlen and v.dtype in (torch.float16, torch.bfloat16):
         # Norms of queries and keys are float32 under autocast
@@ -143,16 +140,14 @@ def _attend_sequences(
         packed = varlen_attn(q, k, v, ends, layout.ends, most, longest)
         return cast(Tensor, packed).flatten(1)
 
-    # Split, not sliced: the backward pass is one concatenation for all sizes
-    numbers = [group.number for group in layout.groups]
-    tokens = [group.number * group.length for group in layout.groups]
-    queries = q.split(numbers if class_only else tokens)
-    keys, values = k.split(tokens), v.split(tokens)
-    groups = zip(numbers, queries, keys, values, strict=True)
-    out = [
-        _attend(*(x.unflatten(0, (number, -1)) for x in group)).flatten(0, 1)
-        for number, *group in groups
-    ]
+    if class_only:
+        queries = [
+            x[:, None] for x in q.split([group.number for group in layout.groups])
+        ]
+    else:
+        queries = layout.unpack(q)
+    groups = zip(queries, layout.unpack(k), layout.unpack(v), strict=True)
+    out = [_attend(*group).flatten(0, 1) for group in groups]
     return concatenate(out).flatten(1)
 
 
@@ -178,9 +173,9 @@ def _project(
         # Unbound where it lies: to put the gradients together needs no second copy
         q, k, v = F.linear(x, weight, bias).unflatten(1, (3, *heads)).unbind(1)
     else:
-        width = attn.num_heads * attn.head_dim
-        biases = (None, None) if bias is None else bias.split([width, 2 * width])
-        weights = weight.split([width, 2 * width])
+        widths = [math.prod(heads), 2 * math.prod(heads)]
+        biases = (None, None) if bias is None else bias.split(widths)
+        weights = weight.split(widths)
         q = F.linear(seen, weights[0], biases[0]).unflatten(1, heads)
         k, v = F.linear(x, weights[1], biases[1]).unflatten(1, (2, *heads)).unbind(1)
     return attn.q_norm(q), attn.k_norm(k), v
@@ -188,12 +183,8 @@ def _project(
 
 def _rotate(x: Tensor, rotations: Rotations, layout: Layout, half: bool) -> Tensor:
     """Rotate queries or keys (T, H, d) by the positions of their tokens."""
-    same_length = x.split([group.number * group.length for group in layout.groups])
-    parts = zip(same_length, rotations, layout.groups, strict=True)
-    rotated = [
-        apply_rot_embed_cat(part.unflatten(0, group), rotation, half).flatten(0, 1)
-        for part, rotation, group in parts
-    ]
+    groups = zip(layout.unpack(x), rotations, strict=True)
+    rotated = [apply_rot_embed_cat(*group, half).flatten(0, 1) for group in groups]
     return concatenate(rotated)
 
 
@@ -220,21 +211,21 @@ def _attention(
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _drop_path_shares(
     rates: tuple[float, ...], scaled: tuple[bool, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the shares that stay and their divisors, (R, 1) each, made on the host."""
-    with torch.inference_mode(False):
-        share = 1 - torch.tensor(rates)[:, None]
-        divisor = share.where(torch.tensor(scaled)[:, None], 1)
-        return share.to(device), divisor.to(device)
+    share = 1 - torch.tensor(rates)[:, None]
+    divisor = share.where(torch.tensor(scaled)[:, None], 1)
+    return share.to(device), divisor.to(device)
 
 
 def draw_drop_paths(vit: Vit, number: int) -> Tensor | None:
     """Draw the stochastic depth of N sequences, for all blocks at once.
 
-    Returns factors of shape (2 * blocks, N) for the attention and the MLP of each block, of
-    the distribution of timm's ``DropPath``, or None if there is nothing to drop.
+    Returns factors (2 * blocks, N) for the attention and the MLP of each block, distributed
+    as in timm's ``DropPath``, or None if there is nothing to drop.
     """
     modules: list[Any] = [m for b in vit.blocks for m in (b.drop_path1, b.drop_path2)]
     rates = tuple(getattr(m, 'drop_prob', 0.0) * m.training for m in modules)
@@ -330,10 +321,5 @@ def run_blocks(
     x = vit.norm(x)
     if token:
         return vit.head_drop(vit.fc_norm(x))
-    sequences = x.split([group.number * group.length for group in layout.groups])
-    return concatenate(
-        [
-            vit.forward_head(same_length.unflatten(0, group), pre_logits=True)
-            for same_length, group in zip(sequences, layout.groups, strict=True)
-        ]
-    )
+    groups = layout.unpack(x)
+    return concatenate([vit.forward_head(group, pre_logits=True) for group in groups])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from .._checks import require
 from .packed_blocks import (
     BACKENDS,
     Group,
@@ -42,9 +43,8 @@ def can_pack(encoder: nn.Module) -> bool:
 
     Returns:
         True for Vision Transformers of timm's standard blocks that take any image size:
-        ViT, DeiT, DINO and DINOv2, and those with rotary positions such as DINOv3, EVA-02
-        and Perception Encoder. False if the encoder or a block was compiled or has hooks:
-        these are for calls of the modules.
+        ViT, DeiT, DINO and DINOv2, and those with rotary positions such as DINOv3 and
+        EVA-02. False if one was compiled or has hooks, which are for calls of modules.
     """
     return (
         (type(encoder) is VisionTransformer or type(encoder) is Eva)
@@ -65,13 +65,9 @@ def can_pack(encoder: nn.Module) -> bool:
 
 def _must_be_called(module: nn.Module) -> bool:
     """Tell whether a module does more than its ``forward`` when it is called."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or getattr(module, '_compiled_call_impl', None) is not None
+    forward = module._forward_hooks, module._forward_pre_hooks
+    backward = module._backward_hooks, module._backward_pre_hooks
+    return any((*forward, *backward)) or module._compiled_call_impl is not None
 
 
 def encode_crops(
@@ -83,13 +79,11 @@ def encode_crops(
 ) -> Tensor:
     """Encode crops of several sizes, equal to one forward pass per crop.
 
-    With ``batching='auto'``, Vision Transformers, see :func:`can_pack`, get the tokens of
-    all crops as one matrix. Layers that treat every token alike, which is all but
-    attention, then run once instead of once per size. The last block computes only the
-    class token if nothing else is read. Attention runs without padding or masks: in half
-    precision on a GPU that has it (see
-    :func:`~torchgeo_softcon.modules.packed_blocks.can_use_varlen`) once for all crops with
-    ``torch.nn.attention.varlen``, elsewhere once per size.
+    Vision Transformers, see :func:`can_pack`, get the tokens of all crops as one matrix:
+    all layers but attention run once instead of once per size, and the last block
+    computes only the class token if nothing else is read. Attention runs without padding
+    or masks: once for all crops where :func:`.can_use_varlen` allows it, elsewhere once per
+    size.
 
     Other encoders get one batch per size: batch norm normalises the crops of one size
     together, as in DINO.
@@ -114,22 +108,21 @@ def encode_crops(
         ValueError: If the crops differ in batch size, one is smaller than a patch, or an
             encoder that cannot be packed was asked to.
     """
-    packed = batching != 'by_size' and can_pack(encoder)
-    if position_rule == 'dino' and not packed:
-        raise ValueError(
-            "position_rule='dino' needs a Vision Transformer whose crops are packed, got "
-            f"{type(encoder).__name__} and batching={batching!r}. Use 'timm'"
-        )
-    if batching == 'packed' and not packed:
-        raise ValueError(
-            "batching='packed' needs a Vision Transformer of timm's standard blocks that "
-            f"takes any image size, got {type(encoder).__name__}. Set it to 'auto'"
-        )
-    batches = {len(crop) for crop in crops}
-    if len(batches) != 1:
-        raise ValueError(
-            f'crops must be S >= 1 tensors of one batch size, got {[*map(len, crops)]}'
-        )
+    packed, name = batching != 'by_size' and can_pack(encoder), type(encoder).__name__
+    require(
+        packed or position_rule != 'dino',
+        "position_rule='dino' needs a Vision Transformer whose crops are packed, got "
+        f"{name} and batching={batching!r}. Use 'timm'",
+    )
+    require(
+        packed or batching != 'packed',
+        "batching='packed' needs a Vision Transformer of timm's standard blocks that "
+        f"takes any image size, got {name}. Set it to 'auto'",
+    )
+    require(
+        len({*map(len, crops)}) == 1,
+        f'crops must be S >= 1 tensors of one batch size, got {[*map(len, crops)]}',
+    )
 
     patch_embed = getattr(encoder, 'patch_embed', None)
     if isinstance(patch_embed, PatchEmbed):
@@ -166,11 +159,8 @@ def encode_crops(
 def rotation_table(vit: Vit, grid: tuple[int, int]) -> Tensor | None:
     """Return the rotary positions of all tokens of an image, None of a model without any.
 
-    The class token and registers are not rotated.
-
-    Returns:
-        Sines and cosines of shape (1, N, 1, 2 * d), or (blocks, N, heads, 2 * d) if each
-        block has its own.
+    Sines and cosines of shape (1, N, 1, 2 * d), or (blocks, N, heads, 2 * d) if each block
+    has its own. The class token and registers are not rotated.
     """
     rope = getattr(vit, 'rope', None)
     if rope is None:
@@ -178,7 +168,6 @@ def rotation_table(vit: Vit, grid: tuple[int, int]) -> Tensor | None:
     weight = vit.patch_embed.proj.weight
     if getattr(rope, 'aug_active', False) or any(True for _ in rope.parameters()):
         return _rotation_table(rope, grid, vit.num_prefix_tokens)  # drawn, or learned
-    # Made once, as it comes from the host
     key = grid, vit.num_prefix_tokens, weight.device, weight.dtype
     return _fixed_rotations(rope, *key)
 
@@ -194,6 +183,7 @@ def _rotation_table(rope: nn.Module, grid: tuple[int, int], prefix: int) -> Tens
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _fixed_rotations(
     rope: nn.Module,
     grid: tuple[int, int],
@@ -201,18 +191,16 @@ def _fixed_rotations(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Make a table that does not change, but with the device and the dtype."""
-    # A first call may come from prediction, and the second from training
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    """Make a table that changes only with the device and the dtype, once."""
+    with torch.autocast(device.type, enabled=False):
         return _rotation_table(rope, grid, prefix)
 
 
 def encode_tokens(vit: Vit, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
-    """Encode tokens with positions (B, N, F), to pooled features (B, F).
+    """Run blocks and head on tokens with positions (B, N, F), to pooled features (B, F).
 
-    Runs the blocks and the head of a Vision Transformer. The last block computes only the
-    class token if nothing else is read. *rotation* are their rotary positions, see
-    :func:`rotation_table`, of shape (1 or blocks, N, ...) or (1 or blocks, B, N, ...).
+    *rotation* are their rotary positions, see :func:`rotation_table`, of shape
+    (1 or blocks, N, ...) or (1 or blocks, B, N, ...).
     """
     tokens = vit.norm_pre(tokens)
     if can_pack(vit):
@@ -237,11 +225,11 @@ def encode_tokens(vit: Vit, tokens: Tensor, rotation: Tensor | None = None) -> T
 def _cover(image: Tensor, patch: tuple[int, int]) -> Tensor:
     """Cut off what whole patches do not cover, as a strided convolution does."""
     height, width = image.shape[-2:]
-    if height < patch[0] or width < patch[1]:
-        raise ValueError(
-            f'crops must have at least the {patch[0]} x {patch[1]} pixels of a patch, got '
-            f'{height} x {width}'
-        )
+    require(
+        height >= patch[0] and width >= patch[1],
+        f'crops must have at least the {patch[0]} x {patch[1]} pixels of a patch, got '
+        f'{height} x {width}',
+    )
     return image[..., : height - height % patch[0], : width - width % patch[1]]
 
 
@@ -253,18 +241,13 @@ def position_matrix(
 ) -> Tensor:
     """Make the matrix (new, old) that resamples position embeddings between grids.
 
-    Resampling is linear, so it is what a function makes of unit vectors. A matrix
-    serves all sizes with one product, and its backward pass is deterministic on a GPU,
-    where that of bicubic interpolation is not.
+    One product serves all sizes, and its backward pass is deterministic on a GPU, where
+    that of bicubic interpolation is not.
 
-    Args:
-        old: Rows and columns of the positions.
-        new: Rows and columns of the patches.
-        device: Where to make it.
-        rule: ``'timm'`` is timm's function, bicubic with antialiasing. ``'dino'`` is that
-            of DINO and DINO-MC: bicubic without, and with 0.1 cells more than there are,
-            so that all positions are a little shifted. See ``interpolate_pos_encoding`` in
-            https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
+    The rule ``'timm'`` is timm's function, bicubic with antialiasing. ``'dino'`` is that of
+    DINO and DINO-MC: bicubic without, and with 0.1 cells more than there are, so that all
+    positions are a little shifted. See ``interpolate_pos_encoding`` in
+    https://github.com/facebookresearch/dino/blob/main/vision_transformer.py
     """
     unit = torch.eye(old[0] * old[1], dtype=torch.float32, device=device)
     if rule == 'timm' or old == new:
@@ -277,6 +260,7 @@ def position_matrix(
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _position_matrices(
     old: tuple[int, int],
     grids: tuple[tuple[int, int], ...],
@@ -284,8 +268,7 @@ def _position_matrices(
     rule: PositionRule,
 ) -> Tensor:
     """Stack matrices of :func:`position_matrix`, one for each grid, made once."""
-    # A first call may come from prediction, and the second from training
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         return torch.cat([position_matrix(old, grid, device, rule) for grid in grids])
 
 

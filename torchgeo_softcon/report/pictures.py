@@ -26,7 +26,6 @@ Array = npt.NDArray[Any]
 #: Share of the pixels that are darker than black and brighter than white.
 _CLIPPED = 0.02
 
-
 #: Colours of boxes, told apart also by those who see no red or no green, and on land.
 #: https://jfly.uni-koeln.de/color/
 _COLOURS = [
@@ -64,12 +63,10 @@ class Display:
 
     def __call__(self, image: Tensor) -> Array:
         """Return the colours in [0, 1], (H, W, 3), of an image of shape (C, H, W)."""
-        bands = [
-            ((image[c].float() - low) / max(high - low, 1e-12)).clamp(0, 1)
-            for c, (low, high) in zip(self.channels, self.limits, strict=True)
-        ]
-        result: Array = torch.stack(bands, -1).expand(-1, -1, 3).numpy().copy()
-        return result
+        low, high = torch.tensor(self.limits).T
+        shown = image[self.channels].float().movedim(0, -1) - low
+        colours = (shown / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        return np.array(colours.expand(-1, -1, 3))
 
 
 def _grid(
@@ -256,7 +253,7 @@ def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
     colours = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     share = float(values[:3].square().sum() / values.square().sum())
     label = f'components\n({share:.0%} of variance)'
-    return _plot_below(thumbnails, colours, label)
+    return plot_images(thumbnails, colours, label)
 
 
 def plot_classes(
@@ -271,7 +268,7 @@ def plot_classes(
     colours[list(product.codes)] /= 255
     pictures = [colours[mask.long().numpy()] for mask in masks]
     extra = 0.2 if columns is None else 0.05
-    figure = _plot_below(thumbnails, pictures, product.title, extra, columns)
+    figure = plot_images(thumbnails, pictures, product.title, extra, columns)
     present = {int(code) for mask in masks for code in mask.unique()}
     handles = [
         Patch(facecolor=tuple(colours[code]), edgecolor='grey', label=name)
@@ -287,26 +284,21 @@ def plot_classes(
     return figure
 
 
-def plot_images(thumbnails: Sequence[Array], columns: int | None = None) -> Figure:
-    """Plot images, by default in a row."""
-    return _plot_below(thumbnails, None, columns=columns)
-
-
-def _plot_below(
+def plot_images(
     thumbnails: Sequence[Array],
-    pictures: Sequence[Array] | None,
+    pictures: Sequence[Array] | None = None,
     label: str = '',
     extra: float = 0.0,
     columns: int | None = None,
 ) -> Figure:
-    """Plot images above, and a picture of each below, in as many rows as needed."""
+    """Plot images, by default in a row, and a picture of each below."""
     columns = min(columns or len(thumbnails), len(thumbnails))
-    blocks = [(thumbnails, 'image')]
+    blocks = [('image', thumbnails)]
     if pictures is not None:
-        blocks.append((pictures, label))
+        blocks.append((label, pictures))
     rows = math.ceil(len(thumbnails) / columns) * len(blocks)
     figure, axes = _grid(rows, columns, 1.5, extra)
-    for row, (colours, name) in enumerate(blocks):
+    for row, (name, colours) in enumerate(blocks):
         for number, picture in enumerate(colours):
             line, column = divmod(number, columns)
             axis = axes[line * len(blocks) + row, column]

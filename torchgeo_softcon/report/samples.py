@@ -3,11 +3,11 @@
 
 """The images that a report shows."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
@@ -23,8 +23,8 @@ from ..datamodules.protocol import (
     without_transforms,
 )
 from ..evaluation.features import prepare
+from ..evaluation.footprints import number_places, sample_places
 from ..evaluation.loop import batch_transform, encode_batches
-from ..evaluation.places import sample_places
 from ..evaluation.samples import check_label, set_up, split_samples
 from ..landcover import LandCoverProduct
 from ..landcover.products import WORLDCOVER
@@ -64,8 +64,7 @@ class Gallery:
     @property
     def apart(self) -> Tensor:
         """Whether images are of different places, (N, N): no image is with itself."""
-        names = self.places or [str(i) for i in range(len(self.features))]
-        numbers = torch.from_numpy(np.unique(names, return_inverse=True)[1])
+        numbers = number_places(self.places or [*map(str, range(len(self.features)))])
         return numbers[:, None] != numbers
 
     def labelled(self) -> 'Gallery':
@@ -111,10 +110,7 @@ def collect(
         keys = [key for key in ('image', 'label') if all(key in s for s in samples)]
         return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in keys}
 
-    small: list[Tensor] = []
-    statistics: list[Tensor] = []
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = defaultdict(list)
     kept: list[Sample] = []
     for batch, images, found in encode_batches(
         encoder.model,
@@ -127,24 +123,27 @@ def collect(
         if max(first.shape[-2:]) > _THUMBNAIL:
             side = (_THUMBNAIL, _THUMBNAIL)
             first = F.interpolate(first, side, mode='bilinear', antialias=True)
-        small.append(first)
-        statistics.append(torch.cat([first.mean((2, 3)), first.std((2, 3))], 1))
-        features.append(next(iter(found.values())))
+        columns['pictures'].append(first)
+        moments = torch.cat([first.mean((2, 3)), first.std((2, 3))], 1)
+        columns['statistics'].append(moments)
+        columns['features'].append(next(iter(found.values())))
         if 'label' in batch:
-            labels.append(check_label(batch['label'], f'{split} split'))
+            columns['labels'].append(check_label(batch['label'], f'{split} split'))
         pairs = zip(read[len(kept) :], images, strict=False)
         kept += [{**sample, 'image': image} for sample, image in pairs]
 
-    pictures, bands = torch.cat(small), dataset_bands(dataset)
-    show = Display(pictures, bands)
+    values = {name: torch.cat(column) for name, column in columns.items()}
+    labels, features = values.get('labels'), values['features']
+    bands = dataset_bands(dataset)
+    show = Display(values['pictures'], bands)
     return Gallery(
         split,
         bands,
         show,
-        torch.cat(features),
-        torch.cat(statistics).nan_to_num(),
-        torch.cat(labels) if len(labels) == len(features) else None,
-        [show(image) for image in pictures],
+        features,
+        values['statistics'].nan_to_num(),
+        labels if labels is not None and len(labels) == len(features) else None,
+        [show(image) for image in values['pictures']],
         kept,
         _masks(dataset, chosen[:_KEPT], kept),
         dataset_product(dataset) or WORLDCOVER,

@@ -4,11 +4,10 @@
 """The sections of the page of a run."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,36 +44,24 @@ _TRAINED_ON = (
 )
 
 
-def run_augmentations(config: Path) -> nn.Module | None:
-    """Read the augmentations of a run, which its checkpoints do not have, from a YAML file.
-
-    None if the run had those of its task, or some that are no part of this package.
-    """
-    if not config.is_file():
-        return None
-    content = yaml.safe_load(config.read_text())
-    model = content.get('model') if isinstance(content, dict) else None
-    options = (model or {}).get('init_args') or {}
-    chosen = options.get('augmentations')
-    # Nothing else is imported because a file says so
-    if not isinstance(chosen, dict) or not re.match(
-        r'torchgeo_softcon\.', str(chosen.get('class_path'))
-    ):
-        return None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument('--augmentations', type=nn.Module)
-    parsed = parser.parse_object({'augmentations': chosen})
-    return cast(nn.Module, parser.instantiate_classes(parsed).augmentations)
-
-
 def load_task(checkpoint: str, content: Mapping[str, Any]) -> Any:
-    """Rebuild the task of a checkpoint in training mode, with the run's augmentations.
+    """Rebuild the task of a checkpoint in training mode, None if it is of something else.
 
-    None if the checkpoint, whose *content* is read already, is of something else.
+    With the augmentations of the run, which checkpoints do not have, if a *config.yaml*
+    beside tells them. *content* is what was read of the checkpoint.
     """
     config = Path(checkpoint).absolute().parent.parent / 'config.yaml'
-    augmentations = run_augmentations(config)
-    options = {} if augmentations is None else {'augmentations': augmentations}
+    run = yaml.safe_load(config.read_text()) if config.is_file() else None
+    model = run.get('model') if isinstance(run, dict) else None
+    chosen = ((model or {}).get('init_args') or {}).get('augmentations')
+    path = str(chosen.get('class_path')) if isinstance(chosen, dict) else ''
+    options: dict[str, Any] = {}
+    # Nothing else is imported because a file says so
+    if path.startswith('torchgeo_softcon.'):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument('--augmentations', type=nn.Module)
+        parsed = parser.parse_object({'augmentations': chosen})
+        options = parser.instantiate_classes(parsed).as_dict()
     return tasks.load_task(checkpoint, content, **options)
 
 

@@ -22,14 +22,8 @@ def optical(
 ) -> npt.NDArray[np.uint16]:
     """Take a Sentinel-2 Level-1C image: reflectance at the top of the atmosphere.
 
-    Args:
-        rng: Source of random numbers.
-        ground: Land cover on pixels of 10 m.
-        relief: Height of the ground on the same pixels, in units of its deviation.
-        day: Day of the year.
-
-    Returns:
-        Digital numbers of shape (13, H, W), reflectance times 10,000, >= 1.
+    Land cover and *relief* (height in units of its deviation) are on pixels of 10 m, *day*
+    is of the year. Returns digital numbers (13, H, W), reflectance times 10,000, >= 1.
     """
     shape = ground.codes.shape
     green = ground.green(day)

@@ -13,10 +13,4 @@ if TYPE_CHECKING:
     from .linear_probe import LinearProbeTask as LinearProbeTask
     from .softcon import SoftConTask as SoftConTask
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    base=('PretrainingTask',),
-    dino_mc=('DINOMCTask',),
-    linear_probe=('LinearProbeTask',),
-    softcon=('SoftConTask',),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

@@ -26,8 +26,7 @@ from ..datamodules.protocol import offer_of, trainer_datamodule
 from ..models import create_encoder, feature_size
 from ..models.encoders import PRETRAINING, explain_misfit, initial_weights
 from ..models.input_layer import InputLayerInit, input_layer
-from ..models.loading import check_patches
-from ..models.positions import load_positions, save_positions
+from ..models.loading import check_patches, load_positions, save_positions
 from ..modules.ema import make_teacher, update_ema
 from ..transforms.seasons import split_seasons
 from .continual import BatchNorm, ContinualTask

@@ -20,10 +20,14 @@ from ..models.convert import choose_bands
 from ..models.encoders import initial_weights
 from ..models.features import last_block_features
 from ..models.input_layer import input_layer
-from ..models.loading import check_patches, has_class_token
-from ..models.positions import load_positions, save_positions
+from ..models.loading import (
+    check_patches,
+    has_class_token,
+    load_positions,
+    save_positions,
+)
 from ..transforms import RandomView
-from ..transforms.center_view import center_view
+from ..transforms.views import center_view
 from .optimizers import with_schedule
 from .runs import peak_lr, run_length
 

@@ -16,7 +16,7 @@ from torch import nn
 from .._compat import finetune_command
 from ..datamodules.protocol import loader_batch_size, offer_of, trainer_datamodule
 from ..models import is_vit
-from ..models.positions import native_grid
+from ..models.loading import native_grid
 
 
 def run_length(trainer: Trainer) -> tuple[int, int]:

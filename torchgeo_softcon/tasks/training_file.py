@@ -83,7 +83,7 @@ def load_networks(task: Any, path: Any) -> None:
         found = _head(content, branch)
         require_shapes(
             found,
-            {key: tuple(value.shape) for key, value in head.state_dict().items()},
+            head.state_dict(),
             f'the head of the {branch} in the training file is another',
             'Set hidden_dim, bottleneck_dim and output_dim to those of the file',
         )

@@ -8,21 +8,11 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .colours import jitter as jitter
     from .crops import MultiCropView as MultiCropView
-    from .sampling import random_crop_grid as random_crop_grid
     from .unit_range import ToUnitRange as ToUnitRange
     from .views import RandomView as RandomView
     from .worldcover import WORLDCOVER_CODES as WORLDCOVER_CODES
     from .worldcover import WorldCoverMultiLabel as WorldCoverMultiLabel
     from .worldcover import class_fractions as class_fractions
 
-__getattr__, __dir__, __all__ = lazy_names(
-    globals(),
-    colours=('jitter',),
-    crops=('MultiCropView',),
-    sampling=('random_crop_grid',),
-    unit_range=('ToUnitRange',),
-    views=('RandomView',),
-    worldcover=('WORLDCOVER_CODES', 'WorldCoverMultiLabel', 'class_fractions'),
-)
+__getattr__, __dir__, __all__ = lazy_names(globals())

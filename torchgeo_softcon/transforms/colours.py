@@ -15,68 +15,25 @@ from kornia.enhance import (
 from torch import Tensor
 
 
-def jitter(
-    image: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor | None = None,
-) -> Tensor:
-    """Change brightness, then contrast, then saturation, without clipping.
+def colour_map(
+    means: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write brightness, then contrast, then saturation as one linear map of the bands.
 
     Brightness multiplies the image, contrast stretches every band about its own mean,
     as in the SSL4EO-S12 recipe. (kornia's operations of these names add and multiply.)
-    Saturation stretches every pixel about the mean of its bands.
+    Saturation stretches every pixel about the mean of its bands. Nothing is clipped.
     https://github.com/zhu-xlab/SSL4EO-S12/blob/1dc0c83/src/benchmark/pretrain_ssl/models/rs_transforms_float32.py
 
-    Args:
-        image: Images of shape (B, C, H, W). Brightness is meant for values that are 0
-            where it is dark, such as reflectance, and less for dB or z-scores.
-        brightness: Factors of shape (B,), or of shape (B, C) for each band its own.
-            1 changes nothing.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing, 0 gives grey.
-
-    Returns:
-        The changed images, shape (B, C, H, W).
-    """
-    with torch.autocast(image.device.type, enabled=False):
-        means = image.mean((-2, -1))
-        if saturation is None:
-            # Band by band: a band that is not finite does not spoil the others
-            gain = brightness.to(means).view(len(means), -1, 1, 1)
-            mean = gain * means[..., None, None]
-            return mean.lerp(image * gain, contrast.to(means).view(-1, 1, 1, 1))
-        matrix, offset = colour_map(means, brightness, contrast, saturation)
-        return torch.baddbmm(offset, matrix, image.flatten(2)).view_as(image)
-
-
-def colour_map(
-    means: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Write the changes of :func:`jitter` as one linear map of the bands.
-
-    Each pixel becomes ``matrix @ pixel + offset``. Such a map commutes with resampling
-    and blurring, so it is applied where there are the fewest pixels.
-
-    Args:
-        means: Means of the bands of the images that :func:`jitter` is given, shape
-            (B, C).
-        brightness: Factors of shape (B,) or (B, C).
-        contrast: Factors of shape (B,).
-        saturation: Factors of shape (B,).
-
-    Returns:
-        Matrices of shape (B, C, C) and offsets of shape (B, C, 1).
+    Takes the means of the bands (B, C), and factors of shape (B,), 1 for no change, of
+    brightness also (B, C). Returns matrices (B, C, C) and offsets (B, C, 1): each pixel
+    becomes ``matrix @ pixel + offset``. Such a map commutes with resampling and blurring,
+    so it is applied where there are the fewest pixels.
     """
     brightness, contrast = brightness.to(means), contrast.to(means).view(-1, 1, 1)
     gain = brightness.view(len(means), -1).expand_as(means)
-    matrix = gain.diag_embed()
-    if saturation is not None:
-        grey = gain[:, None] / means.shape[1]
-        matrix = grey.lerp(matrix, saturation.to(means).view(-1, 1, 1))
+    grey = gain[:, None] / means.shape[1]
+    matrix = grey.lerp(gain.diag_embed(), saturation.to(means).view(-1, 1, 1))
     return contrast * matrix, (1 - contrast) * (matrix @ means[..., None])
 
 
@@ -86,22 +43,13 @@ def jitter_rgb(
     contrast: Tensor,
     saturation: Tensor,
     hue: Tensor,
-    grey: Tensor | None = None,
+    grey: Tensor,
 ) -> Tensor:
     """Change brightness, contrast, saturation and hue in random order, then to grey.
 
-    The operations of torchvision's ``ColorJitter``, with factors per image.
-
-    Args:
-        image: RGB images of shape (B, 3, H, W) in [0, 1].
-        brightness: Factors of shape (B,). 1 changes nothing.
-        contrast: Factors of shape (B,). 1 changes nothing.
-        saturation: Factors of shape (B,). 1 changes nothing.
-        hue: Shifts as a share of the colour circle, shape (B,). 0 changes nothing.
-        grey: Images that become grey, their luma, shape (B,), bool. Defaults to none.
-
-    Returns:
-        The changed images, shape (B, 3, H, W), in [0, 1].
+    The operations of torchvision's ``ColorJitter`` for RGB images (B, 3, H, W) in [0, 1],
+    with factors and shifts of the hue (shares of the colour circle) per image, and whether
+    it becomes its luma (bool), all of shape (B,).
     """
     image = image.clamp(0, 1)  # bicubic crops overshoot
     operations = (
@@ -112,17 +60,14 @@ def jitter_rgb(
     )
     for i in torch.randperm(4).tolist():  # on the CPU: nothing waits for a device
         image = operations[i](image)
-    if grey is not None:
-        image = torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
-    return image
+    return torch.where(grey.view(-1, 1, 1, 1), rgb_to_grayscale(image), image)
 
 
 def shift_hue(image: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of RGB images (B, 3, H, W) in [0, 1] by shares (B,) of the circle.
 
-    The same values as torchvision's ``adjust_hue``. From hue, saturation and value back
-    to RGB is one formula for all sectors of the circle, which takes half the time:
-    https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+    The same values as torchvision's ``adjust_hue``, in half the time by one formula for
+    all sectors: https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
     """
     hue, saturation, value = rgb_to_hsv(image).split(1, 1)
     sector = hue * (3 / math.pi) + 6 * shift.view(-1, 1, 1, 1)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .._checks import check_counts, check_not_negative, check_types
+from .._checks import check_counts, check_not_negative, check_types, require
 from .colours import colour_map, jitter_rgb
 from .interpolation import Crop, Interpolation, crop_matrices, identity
 from .resample import means, resample
@@ -27,26 +27,22 @@ class MultiCropView(ViewModule):
     """Two or three global crops and several local crops of each image of a batch.
 
     The views of `DINO-MC and DINO-TP <https://arxiv.org/abs/2303.06670>`_: local crops
-    have a size each. Runs on the device of the batch, draws its parameters per sample
-    from PyTorch's global generator, and takes any number of bands.
+    have a size each. Devices, draws, bands, precision and pixels that are not finite are
+    as of :class:`RandomView`.
 
-    *multi_crop* (DINO-MC) crops one image, of several seasons one drawn per sample. Both
-    global crops and all local crops are flipped, jittered, turned grey and blurred at
-    random, the second global crop is solarised, too.
+    *multi_crop* (DINO-MC) crops one image, of several seasons one drawn per sample. All
+    crops are flipped, jittered, turned grey and blurred at random, the second global crop
+    is solarised, too.
 
     *temporal* (DINO-TP) draws three seasons. The local crops show the first, without
     flips and colours. The global crops show the second, augmented as a whole
     image, the third as it is, and the first, augmented as a whole image. Of two
     seasons, one is also the third.
 
-    Images of 3 bands with a *value_range* are RGB images: jitter is that of torchvision,
-    grey is the luma. The four operations of the jitter come in an order
-    that is drawn per view, not per sample. Of all other images, brightness multiplies,
-    contrast stretches each band about its mean, saturation stretches each pixel about
-    the mean of its bands, and grey is that mean. Hue has no counterpart: each band gets
-    a gain instead, with a mean of 1 over the bands. Nothing is clipped unless
-    *value_range* declares a range. Pixels must be finite, and float32 products have the
-    precision of PyTorch's setting, as of :class:`RandomView`.
+    Images of 3 bands with a *value_range* are RGB images: jitter is that of torchvision
+    with its four operations in an order that is drawn per view, grey is the luma. For all
+    others, see :func:`.colour_map`; grey is the mean of the bands, and instead of a shift
+    of the hue each band gets a gain, with a mean of 1 over the bands.
 
     The defaults are those of the papers' code,
     https://github.com/WennyXY/DINO-MC/blob/4f8e519/data_process/dino_augmentation.py
@@ -98,8 +94,8 @@ class MultiCropView(ViewModule):
             vertical_flip: Probability to mirror top and bottom. 0 as in the papers,
                 although satellite images have no upright position.
             global_jitter: Strengths of brightness, contrast, saturation and hue:
-                factors are uniform in 1 ± this, shifts of the hue are uniform in ± this
-                share of the circle. Defaults to (0.4, 0.4, 0.2, 0.1), for *temporal* to
+                factors are uniform in 1 ± this, shifts of the hue in ± this share of the
+                circle. Defaults to (0.4, 0.4, 0.2, 0.1), for *temporal* to
                 (0.4, 0.4, 0.4, 0.1).
             local_jitter: The same for local crops, not used by *temporal*.
             jitter_probability: Probability of the jitter.
@@ -129,6 +125,7 @@ class MultiCropView(ViewModule):
             global_solarize = (0.0, 0.0) if plain else (0.0, 0.2)
         if num_local_crops is None:
             num_local_crops = len(local_sizes)
+        check_not_negative(num_local_crops=num_local_crops)
 
         super().__init__()
         self.global_size = global_size
@@ -162,39 +159,29 @@ class MultiCropView(ViewModule):
 
     def _check_options(self) -> None:
         """Check the options."""
-        self._check(
-            ('global_scale', 'local_scale', 'ratio', 'blur_sigma'),
-            (
-                'horizontal_flip',
-                'vertical_flip',
-                'jitter_probability',
-                'grey_probability',
-                'local_blur',
-            ),
+        self._check(MultiCropView)
+        require(
+            self.num_local_crops <= len(self.local_sizes),
+            f'num_local_crops = {self.num_local_crops} crops need as many sizes, got '
+            f'local_sizes = {self.local_sizes}. Give a size for each crop',
         )
-        check_not_negative(num_local_crops=self.num_local_crops)
-        if self.num_local_crops > len(self.local_sizes):
-            raise ValueError(
-                f'num_local_crops = {self.num_local_crops} crops need as many sizes, got '
-                f'local_sizes = {self.local_sizes}. Give a size for each crop'
-            )
         smallest = min(self.local_sizes, default=None)
         check_counts(global_size=self.global_size, local_sizes=smallest)
         for name in ('global_jitter', 'local_jitter', 'global_blur', 'global_solarize'):
-            values, length = getattr(self, name), 4 if 'jitter' in name else 2
-            if len(values) != length or not all(0 <= value <= 1 for value in values):
-                raise ValueError(
-                    f'{name} must be {length} numbers in [0, 1], got {values}'
-                )
-            if length == 4 and values[3] > 0.5:
-                raise ValueError(
-                    f'the hue of {name} must be in [0, 0.5], got {values[3]}'
-                )
-        if self.value_range is None and any(self.global_solarize):
-            raise ValueError(
-                f'global_solarize = {self.global_solarize} needs the middle of the '
-                'range of values: declare value_range, or set (0, 0)'
+            values = getattr(self, name)
+            require(
+                all(0 <= value <= 1 for value in values),
+                f'{name} must be {len(values)} numbers in [0, 1], got {values}',
             )
+            require(
+                len(values) == 2 or values[3] <= 0.5,
+                f'the hue of {name} must be in [0, 0.5], got {values[-1]}',
+            )
+        require(
+            self.value_range is not None or not any(self.global_solarize),
+            f'global_solarize = {self.global_solarize} needs the middle of the range of '
+            'values: declare value_range, or set (0, 0)',
+        )
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -295,26 +282,22 @@ class MultiCropView(ViewModule):
 
     def _finish(self, view: Tensor) -> Tensor:
         """Convert back to the declared range."""
-        if self.value_range is not None:
-            low, high = self.value_range
-            if (low, high) != (0, 1):
-                view = view.mul_(high - low).add_(low)
-            view = view.clamp_(low, high)
-        return view
+        if self.value_range is None:
+            return view
+        low, high = self.value_range
+        if (low, high) != (0, 1):
+            view = view.mul_(high - low).add_(low)
+        return view.clamp_(low, high)
 
     def _draw_global(self, image: Tensor, number: int, flip: bool = True) -> list[Crop]:
         """Draw global crops of each image."""
-        sizes = [self.global_size] * number
-        return self._draw(
-            image, sizes, self.global_scale, self.global_interpolation, flip
-        )
+        kind = self.global_scale, self.global_interpolation
+        return self._draw(image, [self.global_size] * number, *kind, flip)
 
     def _draw_local(self, image: Tensor, flip: bool = True) -> list[Crop]:
         """Draw the local crops of each image."""
-        sizes = self._crop_sizes
-        return self._draw(
-            image, sizes, self.local_scale, self.local_interpolation, flip
-        )
+        kind = self.local_scale, self.local_interpolation
+        return self._draw(image, self._crop_sizes, *kind, flip)
 
     def _draw(
         self,
@@ -353,10 +336,10 @@ class MultiCropView(ViewModule):
         blurs: Sequence[float],
         solarize: Sequence[float],
     ) -> list[Tensor]:
-        """Crop, jitter, grey, blur and solarise images of V views, each of shape (B, C, H, W).
+        """Crop, jitter, grey, blur and solarise images (B, C, H, W) of V views.
 
-        Crops, strengths of the jitter, and probabilities of blur and solarisation are one for
-        each view; *crops* None keeps whole images. Does not modify *images*.
+        All arguments have an element for each view; *crops* None keeps whole images. Does
+        not modify *images*.
         """
         rgb = images[0].shape[1] == 3 and self.value_range is not None
         if crops is not None and rgb:
@@ -371,27 +354,23 @@ class MultiCropView(ViewModule):
         scale = constant(tuple(map(tuple, strengths)), like.device)
         scale = scale.T[..., None]  # (4, V, 1)
         factors = (uniform(like, 4, *shape) * 2 - 1) * (scale * jittered)
+        colours: Sequence[Any] = [None] * len(images)
         if rgb:
             changes = zip(images, *(1 + factors[:3]), factors[3], grey, strict=True)
             images = [jitter_rgb(*change) for change in changes]
-            colours: Sequence[Any] = [None] * len(images)
         else:
-            mean = torch.stack(
-                [image.mean((-2, -1)) for image in images]
-                if crops is None
-                else [
-                    means(image, *crop)
-                    for image, crop in zip(images, crops, strict=True)
-                ]
-            )
-            colours = _draw_colours(mean, factors, scale[3] * jittered, grey)
+            if crops is None:
+                mean = [image.mean((-2, -1)) for image in images]
+            else:
+                pairs = zip(images, crops, strict=True)
+                mean = [means(image, *crop) for image, crop in pairs]
+            strength = scale[3] * jittered
+            colours = _draw_colours(torch.stack(mean), factors, strength, grey)
         if crops is None:
             crops = [identity(image) for image in images]
         crops = random_blurs(crops, blurs, self.blur_sigma)
-        views = [
-            resample(image, *crop, colour)
-            for image, crop, colour in zip(images, crops, colours, strict=True)
-        ]
+        triples = zip(images, crops, colours, strict=True)
+        views = [resample(image, *crop, colour) for image, crop, colour in triples]
         for i, probability in enumerate(solarize):
             if probability:
                 view = views[i]
@@ -410,9 +389,9 @@ def _draw_colours(
 ) -> list[tuple[Tensor, Tensor]]:
     """Draw jitter and grey of images that are not RGB, as :func:`resample` takes them.
 
-    Takes the means of the bands (V, B, C), factors of brightness, contrast and saturation
-    (and hue, which such images do not have) (4, V, B), the strength of the gain of single
-    bands (V, B), and whether to make all bands equal (V, B).
+    Takes the means of the bands (V, B, C), factors of brightness, contrast, saturation
+    and, not used, hue (4, V, B), the strength of the gain of single bands (V, B), and
+    whether to make all bands equal (V, B).
     """
     brightness, contrast, saturation, _ = 1 + factors
     gain = 1 + strength[..., None] * (uniform(mean, *mean.shape) * 2 - 1)

@@ -24,9 +24,9 @@ def resize_matrices(
 ) -> Tensor:
     """Resize along one axis, antialiased as in PyTorch, torchvision and Pillow.
 
-    Takes the first pixel, and the one after the last, of each sample, shape (B, 2), int64,
-    the numbers of pixels N of the image and n of the crop, and whether to mirror a crop,
-    shape (B,), bool. Returns matrices (B, n, N), float32, whose rows sum to 1.
+    Takes the first pixel, and the one after the last, of each sample (B, 2), int64, the
+    numbers of pixels N of the image and n of the crop, and whether to mirror each crop
+    (B,). Returns matrices (B, n, N), float32, whose rows sum to 1.
     """
     start, stop = spans[:, :1], spans[:, 1:]
     target = torch.arange(size, device=spans.device)
@@ -66,18 +66,8 @@ def crop_matrices(
     """Resize a box of each image, antialiased, and then mirror it.
 
     Equal to torchvision's ``resized_crop(..., antialias=True)`` for each image, then
-    flips.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        boxes: Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
-            int64.
-        size: Height and width of the crops in pixels.
-        flips: Whether to mirror left and right, and top and bottom, shape (2, B), bool.
-        interpolation: Kernel of the interpolation.
-
-    Returns:
-        Matrices of the rows, shape (B, h, H), and of the columns, shape (B, w, W).
+    flips. Takes images (B, C, H, W), boxes as of :func:`.random_boxes`, the size (h, w) of
+    crops, and whether to mirror left and right, and top and bottom, shape (2, B), bool.
     """
     height, width = image.shape[-2:]
     if height == width and size[0] == size[1]:
@@ -138,10 +128,7 @@ def gaussian_kernels(sigma: Tensor, chosen: Tensor, radius: int) -> Tensor:
 
 
 def blur_matrices(matrices: Tensor, kernels: Tensor) -> Tensor:
-    """Blur the results of matrices (B, n, N), with reflection at both ends.
-
-    Kernels (B, 2 r + 1) must have r < n.
-    """
+    """Blur the results of matrices (B, n, N) by kernels (B, 2 r + 1), r < n, reflecting."""
     form = _blur_each if matrices.device.type == 'cpu' else _blur_all
     return form(matrices, kernels)
 

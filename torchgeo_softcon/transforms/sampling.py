@@ -17,7 +17,7 @@ from .interpolation import Crop, blur_matrices, gaussian_kernels
 def uniform(like: Tensor, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Draw uniform numbers on a device, in float32 whatever PyTorch's default is.
 
-    Positions of pixels need it: in bfloat16, 224 of them are no longer all different.
+    In bfloat16, the positions of 224 pixels are no longer all different.
     """
     numbers = torch.empty(shape, dtype=torch.float32, device=like.device)
     return numbers.uniform_(low, high)
@@ -28,12 +28,12 @@ def choose(image: Tensor, probability: float) -> Tensor:
     return uniform(image, len(image)) < probability
 
 
+# A first call may come from prediction, others from training
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """Put numbers on a device in float32, once, as they come from the host."""
-    # A first call may come from prediction, and the second from training
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32).to(device)
+    return torch.tensor(values, dtype=torch.float32).to(device)
 
 
 def _random_sides(
@@ -55,59 +55,29 @@ def random_crop_axes(
     horizontal_flip: float = 0.0,
     vertical_flip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw the crops of :func:`random_crop_grid`, as positions in the image.
+    """Draw a random resized crop with flips per sample, as positions in the image.
 
-    Returns the rows (B, h) and the columns (B, w) in the coordinates of
+    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
+    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
+    where torchvision would draw again. *size* is (h, w), flips are probabilities.
+
+    Returns rows (B, h) and columns (B, w) in the coordinates of
     ``grid_sample(..., align_corners=False)``, float32.
     """
     batch = len(image)
     # Extent and centre in grid_sample's coordinates, where the image is [-1, 1]
-    width, height = _random_sides(image, (batch,), scale, ratio)
-    extent_x = (width / image.shape[-1]).clamp(max=1)
-    extent_y = (height / image.shape[-2]).clamp(max=1)
+    sides = _random_sides(image, (batch,), scale, ratio)
     centre = uniform(image, 2, batch) * 2 - 1
     sign = uniform(image, 2, batch)
     axes = []
-    for i, extent, flip, pixels in (
-        (1, extent_y, vertical_flip, size[0]),
-        (0, extent_x, horizontal_flip, size[1]),
-    ):
-        number = torch.arange(pixels, dtype=torch.float32, device=image.device)
-        base = (number * 2 + 1) / pixels - 1
+    for i, flip in enumerate((horizontal_flip, vertical_flip)):
+        extent = (sides[i] / image.shape[-1 - i]).clamp(max=1)
+        number = torch.arange(size[1 - i], dtype=torch.float32, device=image.device)
+        base = (number * 2 + 1) / size[1 - i] - 1
         signed = extent * torch.where(sign[i] < flip, -1, 1)
         shift = centre[i] * (1 - extent)
         axes.append(signed[:, None] * base + shift[:, None])
-    return axes[0], axes[1]
-
-
-def random_crop_grid(
-    image: Tensor,
-    size: tuple[int, int],
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    horizontal_flip: float = 0.0,
-    vertical_flip: float = 0.0,
-) -> Tensor:
-    """Draw a random resized crop with flips per sample, as a sampling grid.
-
-    The area is uniform in *scale*, the aspect ratio log-uniform in *ratio*, as in
-    torchvision's ``RandomResizedCrop``. A side longer than the image is cut to it,
-    where torchvision would draw again.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        size: Height and width of the crops in pixels.
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-        horizontal_flip: Probability to mirror left and right.
-        vertical_flip: Probability to mirror top and bottom.
-
-    Returns:
-        A grid for ``grid_sample(..., align_corners=False)``, shape (B, h, w, 2), float32.
-    """
-    y, x = random_crop_axes(image, size, scale, ratio, horizontal_flip, vertical_flip)
-    shape = len(image), *size
-    return torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], -1)
+    return axes[1], axes[0]
 
 
 def random_boxes(
@@ -115,18 +85,9 @@ def random_boxes(
 ) -> Tensor:
     """Draw the box of a random resized crop for each image of a batch.
 
-    The same distribution as torchvision's ``RandomResizedCrop``: area uniform in
-    *scale*, aspect ratio log-uniform in *ratio*, the first of ten draws that fits, and
-    a large central box if none does.
-
-    Args:
-        image: Images of shape (B, C, H, W).
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
-
-    Returns:
-        Left, top, right and bottom in pixels, the last two excluded, shape (B, 4),
-        int64.
+    The same distribution as torchvision's ``RandomResizedCrop``: the first of ten draws
+    that fits, and a large central box if none does. Returns left, top, right and bottom
+    in pixels, the last two excluded, shape (B, 4), int64.
     """
     height, width = image.shape[-2:]
     sides = _random_sides(image, (len(image), 10), scale, ratio)
@@ -154,10 +115,10 @@ def random_boxes(
 def random_blurs(
     crops: Sequence[Crop], probabilities: Sequence[float], sigma: tuple[float, float]
 ) -> list[Crop]:
-    """Draw a Gaussian blur of some samples of V views, with a standard deviation each.
+    """Draw a Gaussian blur of some samples of V views, and put it into their matrices.
 
-    Takes the matrices of each view, the probability that a sample of it is blurred, and the
-    range of the standard deviation in pixels. Returns the matrices with the blurs.
+    Takes, for each view, the probability that a sample of it is blurred, and the range of
+    standard deviations in pixels.
     """
     if not any(probabilities):
         return list(crops)

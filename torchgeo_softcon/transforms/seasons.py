@@ -8,17 +8,11 @@ import functools
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from .._checks import require
 
-@functools.cache
-def _tell_once(message: str) -> None:
-    """Log a message the first time it is due."""
-    rank_zero_info(message)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Warn the first time it is due."""
-    rank_zero_warn(message)
+# Each message once
+_tell_once = functools.cache(rank_zero_info)
+_warn_once = functools.cache(rank_zero_warn)
 
 
 def split_seasons(image: Tensor, in_channels: int, expected: bool = True) -> Tensor:
@@ -28,25 +22,21 @@ def split_seasons(image: Tensor, in_channels: int, expected: bool = True) -> Ten
         image: Images of shape (B, C, H, W), seasons stacked in channels of shape
             (B, T * C, H, W), or (B, T, C, H, W).
         in_channels: Number of bands C of one image.
-        expected: Whether something asked for several seasons.
+        expected: Whether something asked for several seasons. Otherwise, a warning says
+            once that stacked ones may be the bands of one image.
 
     Returns:
         The images, shape (B, T, C, H, W), T = 1 for single images.
 
     Raises:
         ValueError: If the number of bands does not fit, or if there are no pixels.
-
-    Warns:
-        UserWarning: Once, if stacked seasons are not *expected*: they may be the bands of
-            one image, and *in_channels* wrong.
     """
-    if not image.numel():
-        raise ValueError(
-            "batch['image'] must have images, and these pixels, got the shape "
-            f'{tuple(image.shape)}: look at size and batch_size of the datamodule'
-        )
-    if image.ndim == 4 and image.shape[1] % in_channels == 0:
-        channels = image.shape[1]
+    require(
+        image.numel(),
+        "batch['image'] must have images, and these pixels, got the shape "
+        f'{tuple(image.shape)}: look at size and batch_size of the datamodule',
+    )
+    if image.ndim == 4 and (channels := image.shape[1]) % in_channels == 0:
         seasons = channels // in_channels
         reading = (
             f'Images of {channels} channels are read as {seasons} seasons of '

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_types
+from .._checks import check_types, require
 from ..bands import Level, band_statistics, normalize_band_names
 
 
@@ -20,10 +20,8 @@ class ToUnitRange(nn.Module):
 
         u = \operatorname{clip}\left(\frac{x - \mu + 2 \sigma}{4 \sigma}, 0, 1\right)
 
-    TorchGeo's transforms of the same weights are z-scores :math:`z = (x - \mu) / \sigma`.
-    The two differ by :math:`u = \operatorname{clip}((z + 2) / 4, 0, 1)`. The authors round
-    to 8 bit in between, which neither does.
-    https://github.com/zhu-xlab/softcon#readme
+    TorchGeo's transforms of the same weights are z-scores instead. The authors also round
+    to 8 bit. https://github.com/zhu-xlab/softcon#readme
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -38,13 +36,12 @@ class ToUnitRange(nn.Module):
         """
         check_types(ToUnitRange.__init__, locals())
         super().__init__()
-        if len(mean) != len(std) or not len(mean):
-            raise ValueError(
-                'mean and std must have one number for each band, got '
-                f'{len(mean)} and {len(std)}'
-            )
-        if not all(value > 0 for value in std):
-            raise ValueError(f'std must be positive, got {tuple(std)}')
+        require(
+            len(mean) == len(std) > 0,
+            'mean and std must have one number for each band, got '
+            f'{len(mean)} and {len(std)}',
+        )
+        require(min(std) > 0, f'std must be positive, got {tuple(std)}')
         self.register_buffer('low', torch.tensor(mean) - 2 * torch.tensor(std))
         self.register_buffer('extent', 4 * torch.tensor(std))
         self.low: Tensor
@@ -57,19 +54,14 @@ class ToUnitRange(nn.Module):
         Args:
             bands: Bands of Sentinel-2 (digital numbers) or Sentinel-1 (dB), in the order
                 of the images' channels.
-            level: Processing level of the images of Sentinel-2. Those of Level-2A are
-                darker in blue and have other extremes: with the statistics of Level-1C,
-                a tenth of their values would be clipped.
-
-        Returns:
-            A transform.
+            level: Processing level of the images of Sentinel-2. With the statistics of
+                Level-1C, a tenth of the values of Level-2A would be clipped.
 
         Raises:
             ValueError: If *bands* is empty, or a name is unknown or has no statistics.
         """
         names = normalize_band_names(bands)
-        if not names:
-            raise ValueError('bands must have at least one name, got none')
+        require(names, 'bands must have at least one name, got none')
         try:
             mean, std = zip(*band_statistics(names, level), strict=True)
         except ValueError as error:
@@ -85,9 +77,6 @@ class ToUnitRange(nn.Module):
 
         Args:
             pairs: The value that becomes 0 and the one that becomes 1, for each band.
-
-        Returns:
-            A transform.
         """
         return cls(
             [(low + high) / 2 for low, high in pairs],
@@ -108,11 +97,12 @@ class ToUnitRange(nn.Module):
         """
         if isinstance(sample, dict):
             return {**sample, 'image': self(sample['image'])}
-        if sample.ndim < 3 or sample.shape[-3] != len(self.low):
-            raise ValueError(
-                f'image must have {len(self.low)} channels, shape (..., {len(self.low)}, '
-                f'H, W), got {tuple(sample.shape)}. Choose those bands of it'
-            )
-        low = self.low.view(-1, 1, 1).to(sample.device)
-        extent = self.extent.view(-1, 1, 1).to(sample.device)
+        require(
+            sample.ndim > 2 and sample.shape[-3] == len(self.low),
+            f'image must have {len(self.low)} channels, shape (..., {len(self.low)}, H, W), '
+            f'got {tuple(sample.shape)}. Choose those bands of it',
+        )
+        low, extent = (
+            x.view(-1, 1, 1).to(sample.device) for x in (self.low, self.extent)
+        )
         return ((sample - low) / extent).clamp(0, 1)

@@ -1,16 +1,17 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
-"""Random views of images with any number of bands, for a whole batch on its device."""
+"""Views of images with any number of bands, for a whole batch on its device."""
 
 import inspect
 import math
-from collections.abc import Sequence
 
 import torch
+import torchvision.transforms.v2.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
 
-from .._checks import check_fractions, check_limits, check_range, check_types
+from .._checks import check_fractions, check_types, require
 from .colours import colour_map
 from .interpolation import bilinear_matrices
 from .resample import means, resample
@@ -24,16 +25,26 @@ class ViewModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options for the module's representation."""
-        names = list(inspect.signature(type(self)).parameters)
+        names = inspect.signature(type(self)).parameters
         return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
-    def _check(self, ranges: Sequence[str], fractions: Sequence[str]) -> None:
-        """Check options that both kinds of views have."""
-        for name in ranges:
-            limits = getattr(self, name)
-            check_range(name, limits, 1 if name.endswith('scale') else math.inf)
-        check_fractions(**{name: getattr(self, name) for name in fractions})
-        check_limits('value_range', self.value_range)
+    def _check(self, kind: type['ViewModule']) -> None:
+        """Check options of a class by types: numbers are fractions, pairs are ranges."""
+        for name, option in inspect.signature(kind).parameters.items():
+            value = getattr(self, name)
+            if option.annotation is float:
+                check_fractions(**{name: value})
+            elif option.annotation == tuple[float, float]:
+                top = 1 if name.endswith('scale') else math.inf
+                require(
+                    0 < value[0] <= value[1] <= top,
+                    f'{name} must be a range (low, high) in (0, {top:g}], got {value}',
+                )
+        limits = self.value_range
+        require(
+            limits is None or limits[0] < limits[1],
+            f'value_range must be (low, high) with low < high, got {limits}',
+        )
 
 
 class RandomView(ViewModule):
@@ -43,12 +54,10 @@ class RandomView(ViewModule):
     global generator, takes any number of bands, and neither assumes nor enforces a range
     of values unless *value_range* declares one.
 
-    kornia has operations of these names, but with other meanings (brightness adds,
-    contrast multiplies) and clipping; here, all are one product with small matrices. On a
-    GPU, ``torch.set_float32_matmul_precision('high')`` makes it faster, and moves values by
-    a few thousandths of their magnitude. Pixels must be finite: one that is not may spoil
-    the whole view. On a CPU, images that are several times larger than the view cost more
-    than such a crop alone: crop them first.
+    All operations are one product with small matrices. On a GPU,
+    ``torch.set_float32_matmul_precision('high')`` makes it faster, and moves values by a
+    few thousandths of their magnitude. Pixels must be finite: one that is not may spoil
+    the whole view. On a CPU, crop images that are several times larger than the view.
 
     The default strengths are those of the same authors' MoCo runs on SSL4EO-S12; those
     of SoftCon itself are not published. Crops are sampled bilinearly without
@@ -109,32 +118,22 @@ class RandomView(ViewModule):
         self.blur_probability = blur_probability
         self.blur_sigma = blur_sigma
         self.value_range = value_range
-        self._check(
-            ('scale', 'ratio', 'blur_sigma'),
-            (
-                'horizontal_flip',
-                'vertical_flip',
-                'brightness',
-                'contrast',
-                'jitter_probability',
-                'grey_probability',
-                'blur_probability',
-            ),
-        )
-        self._corners: Tensor | None = None
-        self._image_size = (0, 0)
+        self._check(RandomView)
+        self._centres: tuple[Tensor, Tensor] | None = None
+        self._sides = (0, 0)
 
     @property
     def boxes(self) -> Tensor | None:
         """Boxes of the views of the last call, shape (B, 4), or None before it."""
-        if self._corners is None:
+        if self._centres is None:
             return None
-        # From the centres of the outer pixels of a view to their outer edges
-        steps = self._corners.new_tensor([max(side - 1, 1) for side in self.size[::-1]])
-        low, high = self._corners.amin(1), self._corners.amax(1)  # (B, 2)
-        edge = (high - low) / steps / 2
-        sides = self._corners.new_tensor(self._image_size[::-1])
-        return torch.cat([(low - edge + 1) * sides, (high + edge + 1) * sides], 1) / 2
+        edges = []
+        for centres, side in zip(self._centres, self._sides, strict=True):
+            # From the centres of the outer pixels of a view to their outer edges
+            low, high = torch.aminmax(centres, dim=1)
+            half = (high - low) / max(centres.shape[1] - 1, 1) / 2
+            edges.append((torch.stack([low - half, high + half]) + 1) * side / 2)
+        return torch.stack(edges, 1).flatten(0, 1).T
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -157,24 +156,16 @@ class RandomView(ViewModule):
         # Half precision would move pixel values by more than one grey level
         with torch.autocast(image.device.type, enabled=False):
             image = image.float()
-            y, x = random_crop_axes(
-                image,
-                self.size,
-                self.scale,
-                self.ratio,
-                self.horizontal_flip,
-                self.vertical_flip,
-            )
-            corners = [torch.stack([x[:, i], y[:, i]], 1) for i in (0, -1)]
-            self._corners = torch.stack(corners, 1)
-            self._image_size = (image.shape[-2], image.shape[-1])
+            flips = self.horizontal_flip, self.vertical_flip
+            y, x = random_crop_axes(image, self.size, self.scale, self.ratio, *flips)
+            self._centres, self._sides = (x, y), (image.shape[-1], image.shape[-2])
             # Crops end at the outer edge of the outer pixels, half a pixel beyond their
             # centres: there, values are those of the outer pixels
             rows = bilinear_matrices(y, image.shape[-2])
             columns = bilinear_matrices(x, image.shape[-1])
             colours = self._draw_colours(means(image, rows, columns))
-            crops = [(rows, columns)]
-            (crop,) = random_blurs(crops, [self.blur_probability], self.blur_sigma)
+            blur = [self.blur_probability], self.blur_sigma
+            (crop,) = random_blurs([(rows, columns)], *blur)
             view = resample(image, *crop, colours)
             if self.value_range is not None:
                 view = view.clamp_(*self.value_range)
@@ -190,3 +181,14 @@ class RandomView(ViewModule):
             1 + self.contrast * factors[1],
             saturation=~choose(means, self.grey_probability),
         )
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """Resize images (..., C, H, W) and cut out their centre, as in evaluations of DINO.
+
+    The shorter side becomes 8 / 7 of *size* (256 for 224), by bicubic interpolation. It
+    may go beyond the range of values by a little.
+    https://github.com/facebookresearch/dino/blob/main/eval_linear.py
+    """
+    larger = F.resize(image, [round(size * 8 / 7)], InterpolationMode.BICUBIC)
+    return F.center_crop(larger, [size, size])

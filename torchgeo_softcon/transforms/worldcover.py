@@ -32,8 +32,8 @@ def class_fractions(mask: Tensor, codes: Sequence[int] = WORLDCOVER_CODES) -> Te
     Raises:
         TypeError: If *mask* is not a real-valued tensor.
         ValueError: If *codes* has duplicates or values outside of 1 to 255, or if
-            *mask* has no pixels, is interpolated or has NaN. Values on a CUDA device are not looked at, because that would
-            wait for the device: there, such pixels are no data.
+            *mask* has no pixels, is interpolated or has NaN. On a CUDA device, which
+            would have to be waited for, such pixels are no data instead.
     """
     counts, _ = _count(mask, _check_codes(codes))
     return _normalize(counts)
@@ -47,8 +47,8 @@ def _normalize(counts: Tensor) -> Tensor:
 def _count(mask: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Count the pixels (..., H, W) of K classes, and find the values that occur.
 
-    Gives int64 of shape (..., K), and whether each value from 0 to 255 occurs anywhere,
-    of shape (256,), or None on a CUDA device. 255 stands for everything out of range.
+    Returns int64 of shape (..., K), and whether each value from 0 to 255 occurs, of shape
+    (256,), None on a CUDA device. 255 stands for everything out of range, too.
     """
     _check_mask(mask)
     if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -80,7 +80,7 @@ def _histograms(mask: Tensor) -> Tensor:
 
 
 def _check_mask(mask: Tensor) -> None:
-    """Refuse what cannot be a mask, on the CPU also NaN and values between the codes."""
+    """Refuse all but masks, on the CPU also NaN and values between the codes."""
     if not isinstance(mask, Tensor):
         raise TypeError(
             f'mask must be a tensor, got {type(mask).__name__}: convert it with '
@@ -125,11 +125,9 @@ class WorldCoverMultiLabel(nn.Module):
 
     A class is in the label if it covers at least *min_fraction* of the valid pixels.
     The default of 5 % keeps stray pixels out: in 288 patches of 128 x 128 pixels
-    around Delhi, 6.1 classes occur per patch, but 59 % of these occurrences cover
-    less than 5 % of the patch, and all these together less than 4 % of the ground. The
-    map itself is wrong at `23 % of its pixels
-    <https://worldcover2021.esa.int/data/docs/WorldCover_PVR_V2.0.pdf>`__. At 5 %, 2.5
-    classes are left per patch.
+    around Delhi, it leaves 2.5 of 6.1 classes per patch, and the others cover less than
+    4 % of the ground. The map itself is wrong at `23 % of its pixels
+    <https://worldcover2021.esa.int/data/docs/WorldCover_PVR_V2.0.pdf>`__.
 
     An all-zero label means *unknown*, never *nothing there*.
     """
@@ -159,10 +157,9 @@ class WorldCoverMultiLabel(nn.Module):
                 labels away that speak of the smaller part of an image.
             fractions: Give the share of every class instead of 0 and 1.
             keep_mask: Whether the mask stays in the sample.
-            foreign: What to do with codes that are not in the legend. *error* finds
-                masks that are ordinal or interpolated, *ignore* counts them as no
-                data. The legend is the product's, or *codes* if one of these is not the
-                product's.
+            foreign: *error* finds masks that are ordinal or interpolated by codes that
+                are not in the legend, *ignore* counts these as no data. The legend is the
+                product's, or *codes* if one of these is not the product's.
             product: Another land-cover product, its name, or its YAML file, see
                 :func:`torchgeo_softcon.landcover.find_product`.
 
@@ -191,32 +188,29 @@ class WorldCoverMultiLabel(nn.Module):
         """Convert the mask of a sample or of a batch to a label.
 
         A dimension of size 1 in front of (H, W) is a channel and has no place in the
-        label: (1, H, W) gives (K,) and (B, 1, H, W) gives (B, K). The image, if there
-        is one, settles what could also be a batch or a time series of one: with an
-        *image* of (1, C, H, W), a mask of (1, H, W) gives (1, K), and with an *image*
-        of (B, 1, C, H, W), a mask of (B, 1, H, W) gives (B, 1, K).
+        label: (1, H, W) gives (K,) and (B, 1, H, W) gives (B, K). An *image* of
+        (1, C, H, W) or (B, 1, C, H, W) tells that it is a batch or a time series of one:
+        (1, H, W) then gives (1, K), and (B, 1, H, W) gives (B, 1, K).
 
         Args:
             sample: A sample or a batch with a *mask* of class codes, which are whole
-                numbers also if it is of floats, as made by kornia. It is not modified.
+                numbers also if it is of floats. It is not modified.
 
         Returns:
             The same sample with a float32 *label* of shape (K,), (B, K) or (B, T, K),
-            and without *mask* unless *keep_mask*. A *label* that was there before is
-            replaced.
+            and without *mask* unless *keep_mask*.
 
         Raises:
             TypeError: If the mask is not a real-valued tensor.
-            ValueError: If there is no mask, or if its values are no class codes. On a
-                CUDA device they are not looked at, see :func:`class_fractions`.
+            ValueError: If there is no mask, or if its values are no class codes, see
+                :func:`class_fractions`.
         """
-        if 'mask' not in sample:
-            raise ValueError(
-                "sample must have a 'mask' of land-cover codes, got the keys "
-                f'{sorted(map(str, sample))}: join the images with ESAWorldCover, or '
-                'leave this transform out if the labels are there already'
-            )
-
+        require(
+            'mask' in sample,
+            "sample must have a 'mask' of land-cover codes, got the keys "
+            f'{sorted(map(str, sample))}: join the images with ESAWorldCover, or leave '
+            'this transform out if the labels are there already',
+        )
         mask = sample['mask']
         counts, present = _count(mask, self.codes)
         if self.foreign == 'error':
