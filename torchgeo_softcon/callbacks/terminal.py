@@ -50,7 +50,7 @@ _LOGGERS = (
 _BARS = (RichProgressBar, TQDMProgressBar)
 
 #: Lines about the progress of a run without a terminal, at most.
-_LINES = 100
+_LINES = 40
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:

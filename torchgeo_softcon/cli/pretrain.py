@@ -4,6 +4,7 @@
 """Pretrain on whatever a folder holds: ``torchgeo-softcon pretrain``."""
 
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def main(args: Sequence[str]) -> int:
         print(f'{options.dir} has {found.text}')
         config, reasons = plan(found, changes.get('trainer.max_steps'))
         print(*reasons, sep='\n')
+        if changes:
+            print('As asked:', ', '.join(f'{k} = {v}' for k, v in changes.items()))
         logger = {'save_dir': str(run), 'name': '', 'version': ''}
         config['trainer']['logger']['init_args'] = logger
         _merge(config, changes)
@@ -133,6 +136,8 @@ def _train(run: Path, config: Mapping[str, Any]) -> None:
         # The logger would delete what was logged until now
         if (log := run / 'metrics.csv').exists():
             log.rename(run / f'metrics-until-{step}.csv')
+    # Of those that were there, nothing is lost
+    warnings.filterwarnings('ignore', '.*Experiment logs directory')
     host_main(args)
 
 

@@ -4,6 +4,7 @@
 """From the numbers in a file to [0, 1], per band."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -109,6 +110,12 @@ def resolve_value_range(
     return tuple((float(low), float(high)) for low, high in values)
 
 
+@functools.cache
+def _tell_once(line: str) -> None:
+    """Say what a run says once, though training and validation read the same files."""
+    rank_zero_info(line)
+
+
 class SceneScaler:
     """Scales windows of scenes to [0, 1], those of each level by its statistics.
 
@@ -177,7 +184,7 @@ class SceneScaler:
             kinds.setdefault((scene.kind, dtypes), []).append(scene)
         lines = [(self._describe(some), some[0]) for some in kinds.values()]
         for line, scene in lines:
-            rank_zero_info(line)
+            _tell_once(line)
             if self.given in (None, 'softcon') and scene.kind.unit != '8 bit':
                 with contextlib.suppress(OSError):  # damaged, as its windows will say
                     self._check(scene, read_middle(reader, scene))
