@@ -182,7 +182,7 @@ class TestColours:
             T.adjust_saturation,
             T.adjust_hue,
         )[number]
-        actual = jitter_rgb(image, *factors, grey=torch.zeros(6).bool())
+        actual = jitter_rgb(image, *[*factors, torch.zeros(6).bool()])
         for i in range(6):
             expected = operation(image[i], factors[number][i].item())
             torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-4)
@@ -192,7 +192,7 @@ class TestColours:
         factors = [torch.ones(1), torch.ones(1), torch.ones(1), torch.zeros(1)]
         for seed in range(24):
             torch.manual_seed(seed)
-            view = jitter_rgb(image, *factors, grey=torch.zeros(1).bool())
+            view = jitter_rgb(image, *[*factors, torch.zeros(1).bool()])
             torch.testing.assert_close(view, image.clamp(0, 1))
 
     def test_order_is_random(self) -> None:

@@ -56,7 +56,7 @@ class LoadBackbone(Callback):
         if stage != 'fit':
             return
         model: Any = getattr(pl_module, 'model', None)
-        body = getattr(getattr(model, 'backbone', None), 'body', None)
+        body: Any = getattr(getattr(model, 'backbone', None), 'body', None)
         name = type(pl_module).__name__
         require(
             body is not None,

@@ -85,9 +85,10 @@ class ResizeInput(Callback):
         """
         self._resize(batch)
 
-    on_validation_batch_start = on_train_batch_start
-    on_test_batch_start = on_train_batch_start
-    on_predict_batch_start = on_train_batch_start
+    # They have the number of a data loader, too
+    on_validation_batch_start = on_train_batch_start  # type: ignore[assignment]
+    on_test_batch_start = on_train_batch_start  # type: ignore[assignment]
+    on_predict_batch_start = on_train_batch_start  # type: ignore[assignment]
 
 
 class ResizeForWeights(ResizeInput):

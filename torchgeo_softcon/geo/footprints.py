@@ -49,7 +49,7 @@ _MOST_PIECES = 128
 
 def make_footprints(
     ids: Iterable[str],
-    crs: Iterable[str],
+    crs: Iterable[str | None],
     transforms: Sequence[Sequence[float]] | Floats | None = None,
     shapes: Sequence[tuple[int, int]] | npt.NDArray[np.int32] | None = None,
     polygons: Iterable[bytes] | None = None,

@@ -375,7 +375,7 @@ def _write_shard(unit: _Shard) -> tuple[int, list[Failure]]:
         offset = len(entries)
         records[offset] = record
         cloud = None
-        if CLOUD_MASK in record.dtype.names:
+        if CLOUD_MASK in (record.dtype.names or ()):
             counts = np.bincount(record[CLOUD_MASK].reshape(-1), minlength=256)
             (cloud,) = cloud_shares(counts[None]).tolist()
         entries.append(
