@@ -482,6 +482,22 @@ class TestInterruption:
         assert files(tmp_path) == [tile_file(TILE, 2021), tile_file(OTHER, 2021)]
 
 
+    def test_another_begins_when_one_has_finished(
+        self, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replace = os.replace
+        later = tmp_path / f'.{tile_file(TILE, 2021)}.part'
+
+        def replace_and_begin(source: Any, target: Any) -> None:
+            replace(source, target)
+            later.touch()
+
+        monkeypatch.setattr(os, 'replace', replace_and_begin)
+        assert fetch(bucket, tmp_path).downloaded == [TILE]
+        # It is the lock of the other one
+        assert later.exists()
+
+
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [

@@ -200,6 +200,7 @@ class _Fetch:
 
     def _get(self, tile: str, url: str, path: Path, partial: Path) -> Outcome:
         """Get a tile that nobody else gets at the same time, in several attempts."""
+        moved = False
         try:
             if is_readable(path):  # another process has just finished it
                 os.truncate(partial, 0)
@@ -210,7 +211,9 @@ class _Fetch:
                 try:
                     if self._receive(url, partial):
                         check_official(str(partial), tile, self.product.grid)
+                        _etag_file(partial).unlink(missing_ok=True)
                         os.replace(partial, path)
+                        moved = True
                         return 'downloaded'
                     # One short write to the end: processes do not disturb each other
                     with self.absent_file.open('a') as stream:
@@ -223,7 +226,8 @@ class _Fetch:
                     reason = f'what came is not a tile of {self.product.title}: {error}'
             raise OSError(f'{url}: {reason} ({_ATTEMPTS} attempts)')
         finally:
-            if not (partial.exists() and partial.stat().st_size):  # nothing to continue
+            # What has its name by now may be of another process, else nothing is lost
+            if not moved and not partial.stat().st_size:
                 for file in (_etag_file(partial), partial):
                     file.unlink(missing_ok=True)
 
@@ -239,9 +243,8 @@ class _Fetch:
         ) as response:
             code, place = response.status_code, response.headers.get('Content-Range')
             continues = code == 206 and f'{place}'.startswith(f'bytes {size}-')
-            if (
-                code in (200, 206, 404, 416) and not continues
-            ):  # what has come is useless
+            # Else what has come is of another file
+            if code in (200, 206, 404, 416) and not continues:
                 os.truncate(partial, 0)
                 etag_file.unlink(missing_ok=True)
             if code == 404:
