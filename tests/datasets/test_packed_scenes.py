@@ -160,7 +160,7 @@ class TestPackedScenes:
 
 
 @pytest.mark.parametrize(
-    'kind', ['alpha', 'nodata', 'mask', 'scale', 'products', 'tiled']
+    'kind', ['alpha', 'nodata', 'mask', 'scale', 'palette', 'products', 'tiled']
 )
 def test_what_files_tell_is_kept(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
@@ -175,10 +175,10 @@ def test_what_files_tell_is_kept(tmp_path: Path, kind: str) -> None:
         }
     folder.mkdir(parents=True)
     for name, side in names.items():
-        count = {'alpha': 4, 'products': 1}.get(kind, 3)
-        dtype = {'alpha': 'uint8', 'mask': 'int16', 'nodata': 'float32'}.get(
-            kind, 'uint16'
-        )
+        count = {'alpha': 4, 'products': 1, 'palette': 1}.get(kind, 3)
+        dtypes = {'mask': 'int16', 'nodata': 'float32'}
+        dtypes |= dict.fromkeys(('alpha', 'palette'), 'uint8')
+        dtype = dtypes.get(kind, 'uint16')
         pixel = 700 / side
         profile: dict[str, Any] = {
             'driver': 'JP2OpenJPEG' if kind == 'products' else 'GTiff',
@@ -203,6 +203,9 @@ def test_what_files_tell_is_kept(tmp_path: Path, kind: str) -> None:
             rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False),
             rasterio.open(folder / name, 'w', **profile) as file,
         ):
+            if kind == 'palette':
+                colors = rng.integers(0, 256, (256, 4))
+                file.write_colormap(1, dict(enumerate(map(tuple, colors.tolist()))))
             file.write(values)
             if kind == 'alpha':
                 file.colorinterp = (

@@ -481,7 +481,6 @@ class TestInterruption:
         assert len(bucket.requests) == 2
         assert files(tmp_path) == [tile_file(TILE, 2021), tile_file(OTHER, 2021)]
 
-
     def test_another_begins_when_one_has_finished(
         self, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from ..storage.whole_file import whole_file
@@ -104,6 +105,9 @@ def create_mapped(
                 file.update_tags(**like.tags())
                 for name in ('descriptions', 'colorinterp', 'scales', 'offsets'):
                     setattr(file, name, getattr(like, name))
+                for index, color in enumerate(like.colorinterp, 1):
+                    if color == ColorInterp.palette:
+                        file.write_colormap(index, like.colormap(index))
             # In order, so that each band is in one piece. A full disk is an error here,
             # when mapped memory is written it would end the process
             for index in file.indexes:
