@@ -282,6 +282,15 @@ class TestLayersThatAreNoImage:
             write(tmp_path / f'S1A_20230601_{band}.tif', values)
         assert scenes(tmp_path).bands == ('VV', 'VH')
 
+    def test_levels_in_one_folder(self, tmp_path: Path) -> None:
+        for name in ('B02', 'B03', 'B02_10m', 'B03_10m', 'B03_20m'):
+            path = tmp_path / f'T32UNE_20230601T103629_{name}.jp2'
+            write(path, numbers(1), driver='JP2OpenJPEG')
+        with pytest.raises(
+            ValueError, match=r'B02.jp2 and .*B02_10m.jp2 have one band'
+        ):
+            scenes(tmp_path)
+
     def test_corrections_of_theia(self, tmp_path: Path) -> None:
         base = 'SENTINEL2A_20230601-105435-457_L2A_T31TCJ_D_V3-1'
         for band in ('B2', 'B3', 'B4'):

@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rasterio.windows import Window
 
+from .._checks import require
 from ..bands import (
     SENTINEL1_BANDS,
     SENTINEL2_BANDS,
@@ -67,6 +68,9 @@ _ASSETS = dict(zip(_ASSET_NAMES, SENTINEL2_BANDS, strict=True))
 
 #: Folders of a Level-2A product that hold bands of one scene.
 _RESOLUTION_FOLDER = re.compile(r'R(?:10|20|60)m')
+
+#: Names of Level-2A end so, those of Level-1C do not.
+_RESOLUTION = re.compile(r'_(?:10|20|60)m$', re.IGNORECASE)
 
 
 def find_rasters(
@@ -193,6 +197,13 @@ def _group(
         group = (ends if at_end else middles).setdefault(scene, {})
         known = group.setdefault(band, file)
         if known is not file:
+            paths = known.layer.path, file.layer.path
+            ends_so = {_RESOLUTION.search(PurePath(p).stem) is None for p in paths}
+            require(
+                not at_end or len(ends_so) == 1,
+                f'{paths[0]} and {paths[1]} have one band, with a resolution in the name '
+                'as Level-2A and without as Level-1C: put each level into its own folder',
+            )
             # Level-2A has the same band at several resolutions, only the finest counts
             group[band], coarse = sorted((known, file), key=_pixel_area)
             reason = f'{group[band].layer.path} has the same band at least as fine'
