@@ -125,6 +125,16 @@ def test_layout(name: str, tmp_path: Path) -> None:
     assert image.std() > 0.02
 
 
+def test_what_files_are_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = layouts.scaled_cog(tmp_path)
+    with caplog.at_level('INFO'):
+        kinds = [scenes(path).kinds for _ in range(2)]
+    assert kinds[0] == kinds[1]
+    assert [m for m in caplog.messages if 'L2A statistics' in m] == [kinds[0][0][0]]
+
+
 class TestLevel:
     """Metadata, then tags and items, names of bands, names of products."""
 

@@ -136,7 +136,7 @@ def _train(run: Path, config: Mapping[str, Any]) -> None:
         # The logger would delete what was logged until now
         if (log := run / 'metrics.csv').exists():
             log.rename(run / f'metrics-until-{step}.csv')
-    # Of those that were there, nothing is lost
+    # Logs that a checkpoint goes on from have another name by now
     warnings.filterwarnings('ignore', '.*Experiment logs directory')
     host_main(args)
 
