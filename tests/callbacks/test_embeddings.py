@@ -148,7 +148,7 @@ class TestEmbeddingWriter:
     def test_two_processes(self, tmp_path: Path) -> None:
         path = tmp_path / 'e.parquet'
         trainer = make_trainer(
-            tmp_path, callbacks=[EmbeddingWriter(path)], strategy='ddp_spawn', devices=2
+            tmp_path, callbacks=[EmbeddingWriter(path)], strategy='ddp_fork', devices=2
         )
         loader = DataLoader(Scenes(7), batch_size=2)
         trainer.predict(make_task(), loader, return_predictions=False)

@@ -515,7 +515,7 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
         # 23 and 11 do not divide by two
         data = Patches(23), Patches(11, split='val')
         root = tmp_path / str(ranks)
-        ddp: dict[str, Any] = {'strategy': 'ddp_spawn', 'devices': 2}
+        ddp: dict[str, Any] = {'strategy': 'ddp_fork', 'devices': 2}
         run(
             root,
             [KNNProbe(*data, k=3, linear=True), CollapseMonitor(1)],

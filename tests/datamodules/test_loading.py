@@ -348,7 +348,7 @@ def test_two_processes_share_the_stream_and_resume(tmp_path: Path) -> None:
             tmp_path,
             ckpt_path,
             devices=2,
-            strategy='ddp_spawn',
+            strategy='ddp_fork',
             max_steps=max_steps,
             max_epochs=-1,
             callbacks=[ModelCheckpoint(tmp_path, 'a', every_n_train_steps=3)],

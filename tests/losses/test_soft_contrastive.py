@@ -329,7 +329,9 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_equal_the_whole_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _rank, (str(tmp_path),), nprocs=2, start_method='fork'
+    )
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
     query, key, label = make_batch(n=8)
     label[4:7] = 0

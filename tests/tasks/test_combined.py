@@ -101,7 +101,7 @@ def test_everything_together(make: Any, tmp_path: Path) -> None:
     make_trainer(
         tmp_path,
         devices=2,
-        strategy='ddp_spawn',
+        strategy='ddp_fork',
         max_epochs=1,
         accumulate_grad_batches=2,
         precision='bf16-mixed',

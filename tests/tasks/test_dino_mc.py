@@ -554,7 +554,7 @@ def test_two_processes_equal_the_whole_batch(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         two: dict[str, Any] = {
             'devices': 2,
-            'strategy': 'ddp_spawn',
+            'strategy': 'ddp_fork',
             # Lightning's own would shuffle
             'use_distributed_sampler': False,
         }
