@@ -17,11 +17,13 @@ from PIL import Image
 from torchgeo.main import main as torchgeo
 
 from tests.ssl4eo.archives import write_archive
+from tests.ssl4eo.zarr_archives import write_shards
 from torchgeo_softcon import SoftConTask
 from torchgeo_softcon.__main__ import main
 from torchgeo_softcon.cli import pretrain_plan
 from torchgeo_softcon.cli.pretrain_plan import Found, find_data, plan
 from torchgeo_softcon.datasets import SyntheticScenes
+from torchgeo_softcon.datasets.scene_pack import pack_scenes
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 
@@ -128,12 +130,33 @@ class TestFinding:
         assert config['model']['init_args']['in_channels'] == 12
         assert 'no land cover was found (--worldcover DIR' in reasons[0]
 
+    @pytest.mark.parametrize(
+        ('modalities', 'split'), [(['S2RGB'], 's2rgb'), (['S1GRD', 'S2RGB'], 's1')]
+    )
+    def test_shards(self, modalities: list[str], split: str) -> None:
+        write_shards(Path('data'), [*modalities, 'LULC'])
+        found = find_data(Path('data'), None, False, Path('run'))
+        expected = f'split {split}, as published, with the labels of LULC'
+        assert found.text == f'SSL4EO-S12, {expected}'
+
     def test_scenes_without_land_cover(self, scenes: SyntheticScenes) -> None:
         found = find_data(scenes.images, None, False, Path('run'))
         assert not found.labels
         assert found.text.endswith('and no WorldCover')
         named = find_data(scenes.images, scenes.worldcover, False, Path('run'))
         assert named.labels
+
+    def test_packed_scenes(self, scenes: SyntheticScenes) -> None:
+        pack_scenes(scenes.images, 'bare')
+        assert not find_data(Path('bare'), None, False, Path('run')).labels
+        shutil.move('bare', 'packed')
+        pack_scenes(scenes.images, 'packed', scenes.worldcover)
+        found = find_data(Path('packed'), None, False, Path('run'))
+        assert found.text.endswith('and packed land cover')
+        assert found.options == {'root': 'packed'}
+        config, reasons = plan(found)
+        assert reasons[0] == 'Method: SoftCon, there is land cover'
+        assert config['data']['init_args']['root'] == 'packed'
 
     def test_download(
         self, scenes: SyntheticScenes, monkeypatch: pytest.MonkeyPatch

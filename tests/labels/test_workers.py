@@ -19,6 +19,7 @@ from rasterio.warp import transform
 from torchgeo_softcon import _workers as workers
 from torchgeo_softcon import label_archive
 from torchgeo_softcon._workers import LocalWorkers, Workers, open_workers
+from torchgeo_softcon.datasets.scene_pack import pack_scenes, verify_scenes
 from torchgeo_softcon.labels import plan
 from torchgeo_softcon.labels.blocks import open_path
 from torchgeo_softcon.labels.plan import count_unit
@@ -241,6 +242,22 @@ class TestDask:
         assert (tmp_path / 'dask.parquet').read_bytes() == (
             tmp_path / 'local.parquet'
         ).read_bytes()
+
+    def test_packing(
+        self, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)  # where the workers are not
+        for number in range(4):
+            tile = write_tile(Path('scenes'), 6 + 3 * number, 45)
+            tile.rename(tile.with_name(f'{number}.tif'))  # tiles are no scenes
+        Path('scenes', 'broken.tif').write_bytes(b'II*\0')
+        ((path, reason),) = pack_scenes(
+            'scenes', 'packed', scheduler=cluster.scheduler_address
+        )
+        assert path == str(tmp_path / 'scenes' / 'broken.tif')
+        assert reason.startswith(f'cannot open {path}')
+        assert len(list(Path('packed', 'images').rglob('*.tif'))) == 4
+        assert verify_scenes('packed') == []
 
     def test_no_scheduler(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import rasterio
 from tests.ssl4eo import archives
 from tests.ssl4eo.archives import season, write_archive, write_image
 from torchgeo_softcon.__main__ import main
+from torchgeo_softcon._workers import Workers
 from torchgeo_softcon.datasets import SSL4EOS12ML
 from torchgeo_softcon.ssl4eo.pack import Unpacked, pack, unpack, verify
 from torchgeo_softcon.ssl4eo.record_archive import SCHEMA, RecordArchive, write_index
@@ -512,6 +514,33 @@ def test_processes_write_the_same(
 ) -> None:
     pack(root, tmp_path, 's2a', workers=2, shard_size=2)
     assert list(contents(tmp_path).items()) == list(expected.items())
+
+
+def test_on_a_cluster(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers get paths that do not depend on their folder."""
+    opened: list[Any] = []
+    paths: list[Path] = []
+
+    class Cluster(Workers):
+        def map(self, function: Any, units: Any) -> Any:
+            for archive, path in units:
+                paths.extend((Path(archive.root), path))
+                yield function((archive, path))
+
+    def connect(*options: Any) -> Any:
+        opened.append(options)
+        return nullcontext(Cluster())
+
+    monkeypatch.setattr('torchgeo_softcon.ssl4eo.pack.open_workers', connect)
+    monkeypatch.chdir(root.parent)
+    out = os.path.relpath(tmp_path)
+    assert main(['pack', root.name, out, '--scheduler', 'tcp://10.0.0.1:8786']) == 0
+    assert opened == [(1, 'tcp://10.0.0.1:8786')]
+    assert len(paths) == 4
+    assert all(path.is_absolute() for path in paths)
+    assert verify(tmp_path) == []
 
 
 class TestErrors:

@@ -20,6 +20,7 @@ _SPLIT = {
 _PACKING = {
     '--labels FILE': 'to put into the index, or lulc for the layer of v1.1',
     '--workers N': 'processes (default: 1)',
+    '--scheduler ADDRESS': 'of Dask, like tcp://10.0.0.1:8786, instead of processes',
     '--shard-size N': 'images per file (default: 256)',
     '--verify': 'read all again and compare checksums',
 }
@@ -94,7 +95,7 @@ def main(args: Sequence[str]) -> int:
 
 def _pack_scenes(options: dict[str, Any], check: bool) -> int:
     """Pack scenes, and return the exit status."""
-    if strange := {'split', 'labels', 'workers', 'shard_size'} & {*options}:
+    if strange := {'split', 'labels', 'shard_size'} & {*options}:
         raise CommandError(
             f'{", ".join(sorted(strange))} must be left out, or root be a folder of '
             f'SSL4EO-S12, found none of its folders in {options["root"]}'

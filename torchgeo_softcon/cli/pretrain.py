@@ -30,8 +30,8 @@ def parser() -> CommandParser:
     """Return the parser of the command."""
     parser = CommandParser(
         'pretrain',
-        'Pretrain an encoder on the images in a folder: scenes, SSL4EO-S12 in any form, or\n'
-        'patches with masks. Says what is there and what it chooses, writes that to\n'
+        'Pretrain an encoder on the images in a folder: scenes, also packed, SSL4EO-S12 in any\n'
+        'form, or patches with masks. Says what is there and what it chooses, writes that to\n'
         'RUN/config.yaml for `torchgeo fit`, trains, and ends with a verdict and a report.\n'
         'Goes on with a run that exists. All other options are those of `torchgeo fit`,\n'
         'such as --model.size 96 and --trainer.max_steps 1000.',

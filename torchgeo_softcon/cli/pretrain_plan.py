@@ -14,6 +14,7 @@ import yaml
 from pyproj import CRS
 
 from ..datasets.image_masks import ImageMaskFolder
+from ..datasets.packed_scenes import has_cover
 from ..geo.discovery import find_rasters, find_scenes
 from ..geo.grid import outline
 from ..landcover.download import TileDownload, download_tiles, tiles_of
@@ -31,6 +32,9 @@ _RECIPES = {
     (False, False): 'dino_mc_small',
     (False, True): 'dino_mc',
 }
+
+#: Splits of SSL4EO-S12 and TerraMesh, of which the first one that is there is taken.
+_ORDER = ('s2c', 's2a', 's1', 's2rgb', 's1rtc')
 
 #: Images from which on a Vision Transformer is trained.
 _MANY = 10_000
@@ -77,9 +81,8 @@ def find_data(root: Path, worldcover: Path | None, download: bool, run: Path) ->
         ValueError: If it holds nothing that can be trained on.
     """
     archives = find_splits(root)
-    for split in ('s2c', 's2a', 's1'):
-        if split in archives:
-            return _find_archive(root, split)
+    if archives:
+        return _find_archive(root, min(archives, key=_ORDER.index))
     if (root / 'images').is_dir() and (root / 'masks').is_dir():
         return _find_patches(root)
     try:
@@ -130,7 +133,7 @@ def _find_patches(root: Path) -> Found:
 def _find_scenes(
     root: Path, worldcover: Path | None, download: bool, run: Path
 ) -> Found:
-    """Describe rasters, and find the land cover under them."""
+    """Describe rasters, and find the land cover under them, also what is packed."""
     images = root / 'images' if (root / 'images').is_dir() else root
     scenes = find_scenes(find_rasters(images))
     grids = [scene.grid for scene in scenes]
@@ -151,17 +154,22 @@ def _find_scenes(
     bands = scenes[0].bands
     named = f' ({", ".join(bands)})' if bands else ''
     text = f'{len(scenes)} scenes of {scenes[0].count} bands{named}'
+    packed = not tiles and has_cover(root)
+    source: dict[str, Any] = {'images': str(images), 'worldcover': tiles or None}
+    if packed:
+        source = {'root': str(root)}
+    elif not tiles:
+        source['allow_unlabelled'] = True
+    cover = (
+        'packed land cover' if packed else 'WorldCover' if tiles else 'no WorldCover'
+    )
     return Found(
-        text + (', and WorldCover' if tiles else ', and no WorldCover'),
+        f'{text}, and {cover}',
         'WorldCoverScenesDataModule',
-        bool(tiles),
+        packed or bool(tiles),
         min(grid.height for grid in grids),
         min(grid.width for grid in grids),
-        {
-            'images': str(images),
-            'worldcover': tiles or None,
-            **({} if tiles else {'allow_unlabelled': True}),
-        },
+        source,
     )
 
 

@@ -33,6 +33,11 @@ def is_packed(images: Any) -> bool:
     return isinstance(images, str | os.PathLike) and Path(images, INDEX).is_file()
 
 
+def has_cover(root: Path) -> bool:
+    """Return whether *root* is a folder of packed scenes with the land cover under them."""
+    return is_packed(root) and any('year' in line for line in read_index(root).values())
+
+
 def read_index(root: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Read the lines of an index by the file they are about, the last one of each counts.
 

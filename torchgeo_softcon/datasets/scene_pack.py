@@ -15,9 +15,10 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from .._workers import open_workers
 from ..geo.discovery import find_rasters
 from ..geo.grid import Grid
-from ..geo.mapped import create_mapped, write_mapped
+from ..geo.mapped import create_mapped, try_write_mapped
 from ..geo.sentinel2 import Products
 from ..landcover.products import ProductLike
 from ..storage.lock import exclusive
@@ -47,6 +48,8 @@ def pack_scenes(
     year: int | None = None,
     product: ProductLike = 'worldcover',
     progress: bool = False,
+    workers: int = 1,
+    scheduler: str | None = None,
 ) -> list[SceneFailure]:
     """Write scenes in a form that is fast to read, with the land cover under them.
 
@@ -61,6 +64,9 @@ def pack_scenes(
         year: Year of the map.
         product: The land-cover product.
         progress: Whether to show a bar.
+        workers: Number of processes that copy files.
+        scheduler: Address of a Dask scheduler to use instead of processes, whose workers
+            have the same paths.
 
     Raises:
         FileNotFoundError: If there are no rasters, or no tiles under some of them.
@@ -78,24 +84,26 @@ def pack_scenes(
         known = read_index(target)
         paths = find_rasters(source)
         stamps = file_stamps(paths)
-        for path, stamp in zip(
-            tqdm(paths, 'pack', disable=not progress), stamps, strict=True
-        ):
+        new = {}
+        for raster, stamp in zip(paths, stamps, strict=True):
             # The names of folders tell what is in the files
-            relative = os.path.relpath(path, source.parent)
+            relative = os.path.relpath(raster, source.parent)
             packed = (target / 'images' / relative).with_suffix('.tif')
-            stamp[0] = os.path.realpath(path)
+            stamp[0] = os.path.realpath(raster)
             line = known.get(str(packed.relative_to(target)), {})
-            if line.get('source') == stamp and packed.exists():
-                continue
-            try:
-                write_mapped(path, packed)
-            except OSError as error:
-                failures.append(SceneFailure(path, str(error)))
-                continue
-            for told in products.files(path):
-                shutil.copy(told, packed.parent)
-            _note(index, target, packed, source=stamp)
+            if line.get('source') != stamp or not packed.exists():
+                new[raster] = packed, stamp
+        units = ((raster, packed.absolute()) for raster, (packed, _) in new.items())
+        with open_workers(workers, scheduler) as pool:
+            copied = pool.map(try_write_mapped, units)
+            for name, reason in tqdm(copied, 'pack', len(new), disable=not progress):
+                if reason is not None:
+                    failures.append(SceneFailure(name, reason))
+                    continue
+                packed, stamp = new[name]
+                for told in products.files(name):
+                    shutil.copy(told, packed.parent)
+                _note(index, target, packed, source=stamp)
         if worldcover is not None:
             scenes = WorldCoverScenes(
                 target / 'images', worldcover, year, patch_size=1, product=product

@@ -143,3 +143,15 @@ def write_mapped(path: str, target: Path) -> None:
                 values = read_raster(source, source.indexes, window)
                 for band, pixels in zip(bands, values, strict=True):
                     band[top : top + rows] = pixels
+
+
+def try_write_mapped(unit: tuple[str, Path]) -> tuple[str, str | None]:
+    """Write a raster to a file as :func:`write_mapped` does.
+
+    Returns the path of the raster, and the reason if it could not be read or written.
+    """
+    try:
+        write_mapped(*unit)
+    except OSError as error:
+        return unit[0], str(error)
+    return unit[0], None

@@ -25,7 +25,7 @@ from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from tqdm import tqdm
 
-from .._workers import open_workers
+from .._workers import Workers, open_workers
 from ..storage.lock import exclusive
 from ..storage.whole_file import whole_file
 from .labels import SeasonLabels, match_labels, read_labels
@@ -77,6 +77,7 @@ def pack(
     workers: int = 1,
     shard_size: int = SHARD_SIZE,
     progress: bool = False,
+    scheduler: str | None = None,
 ) -> list[Failure]:
     """Write the images of SSL4EO-S12, in any of its forms, so that they are fast to read.
 
@@ -93,12 +94,16 @@ def pack(
         workers: Number of processes.
         shard_size: Images per file.
         progress: Whether to show a bar.
+        scheduler: Address of a Dask scheduler to use instead of processes, whose workers
+            have the same paths.
     """
     if workers < 1 or shard_size < 1:
         raise ValueError(
             f'workers and shard_size must be at least 1, got {workers} and {shard_size}'
         )
     _check_out(root, out)
+    if scheduler is not None:  # its workers may be in another folder
+        root, out = os.path.abspath(root), os.path.abspath(out)
     if split is None:
         split = find_splits(root)
         if not split:
@@ -124,13 +129,14 @@ def pack(
             tables[archive.split] = table
 
     failures = []
-    for archive in archives:
-        folder = Path(out) / archive.split
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder / '.lock', folder):
-            failures += _pack_split(
-                archive, folder, tables[archive.split], workers, shard_size, progress
-            )
+    with open_workers(workers, scheduler) as pool:
+        for archive in archives:
+            folder = Path(out) / archive.split
+            folder.mkdir(parents=True, exist_ok=True)
+            with exclusive(folder / '.lock', folder):
+                failures += _pack_split(
+                    archive, folder, tables[archive.split], pool, shard_size, progress
+                )
     return failures
 
 
@@ -203,7 +209,7 @@ def _pack_split(
     archive: TiffArchive | ShardArchive,
     folder: Path,
     table: SeasonLabels | None,
-    workers: int,
+    pool: Workers,
     shard_size: int,
     progress: bool,
 ) -> list[Failure]:
@@ -240,7 +246,7 @@ def _pack_split(
         unit='image',
         disable=not progress,
     )
-    with bar, open_workers(workers, None) as pool:
+    with bar:
         for count, failed in pool.map(_write_shard, shards):
             failures += failed
             bar.update(count)
