@@ -134,6 +134,7 @@ class TestFinding:
         ('modalities', 'split'), [(['S2RGB'], 's2rgb'), (['S1GRD', 'S2RGB'], 's1')]
     )
     def test_shards(self, modalities: list[str], split: str) -> None:
+        Path('data').mkdir()
         write_shards(Path('data'), [*modalities, 'LULC'])
         found = find_data(Path('data'), None, False, Path('run'))
         expected = f'split {split}, as published, with the labels of LULC'

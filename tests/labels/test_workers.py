@@ -19,7 +19,6 @@ from rasterio.warp import transform
 from torchgeo_softcon import _workers as workers
 from torchgeo_softcon import label_archive
 from torchgeo_softcon._workers import LocalWorkers, Workers, open_workers
-from torchgeo_softcon.datasets.scene_pack import pack_scenes, verify_scenes
 from torchgeo_softcon.labels import plan
 from torchgeo_softcon.labels.blocks import open_path
 from torchgeo_softcon.labels.plan import count_unit
@@ -246,6 +245,9 @@ class TestDask:
     def test_packing(
         self, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        # Not above: workers import this module, and must not wait for TorchGeo
+        from torchgeo_softcon.datasets.scene_pack import pack_scenes, verify_scenes
+
         monkeypatch.chdir(tmp_path)  # where the workers are not
         for number in range(4):
             tile = write_tile(Path('scenes'), 6 + 3 * number, 45)
