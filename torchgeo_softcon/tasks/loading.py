@@ -71,12 +71,16 @@ def start_task(checkpoint: Mapping[str, Any]) -> PretrainingTask | None:
     """Make the task of a checkpoint anew, with the weights that it began with.
 
     What was random at its start (all, if it had no weights) is random again.
-    None where :func:`find_task` finds none, and where these weights are not found.
+    None where :func:`find_task` finds none, where the checkpoint does not tell the weights,
+    and where they are not found.
     """
     task = find_task(checkpoint)
-    hparams = checkpoint.get('hyper_parameters')
-    if task is None or not isinstance(hparams, Mapping):
+    hparams, note = checkpoint.get('hyper_parameters'), checkpoint.get(PRETRAINING, {})
+    if task is None or not isinstance(hparams, Mapping) or 'weights' not in note:
         return None
-    with suppress(OSError, ValueError):
-        return task(**{k: v for k, v in hparams.items() if not k.startswith('_')})
+    options = {k: v for k, v in hparams.items() if not k.startswith('_')}
+    weights = note['weights']
+    # Also of tasks from outside, which may take other arguments
+    with suppress(OSError, ValueError, TypeError):
+        return task(**options, weights=True if weights == 'True' else weights)
     return None
