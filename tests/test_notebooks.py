@@ -19,6 +19,12 @@ from .models.helpers import WeightsFolder
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob('*.ipynb'))
 
+#: Those that take published weights if they can.
+PUBLISHED = {
+    'finetune.ipynb': 'ViTSmall16_Weights.SENTINEL2_SOFTCON',
+    'search_by_example.ipynb': 'ViTSmall14_DINOv2_Weights.SENTINEL2_SOFTCON',
+}
+
 
 @pytest.fixture(autouse=True)
 def offline(
@@ -97,25 +103,28 @@ def _printed(notebook: Any) -> Iterator[str]:
                 yield output.text
 
 
-@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n != 'finetune.ipynb'])
+@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n not in PUBLISHED])
 def test_runs(name: str) -> None:
     run(name)
 
 
-def test_finetune_without_the_published_weights_says_so() -> None:
-    printed = run('finetune.ipynb')
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_without_the_published_weights_says_so(name: str) -> None:
     assert (
         'The published weights cannot be downloaded here. Instead: a ResNet-18'
-        in printed
+        in run(name)
     )
 
 
-def test_finetune_with_the_published_weights(
-    weights_folder: WeightsFolder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(('name', 'weights'), PUBLISHED.items())
+def test_with_the_published_weights(
+    name: str,
+    weights: str,
+    weights_folder: WeightsFolder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv('TORCHGEO_SOFTCON_WEIGHTS', str(weights_folder.root))
-    printed = run('finetune.ipynb')
-    assert 'Published weights: ViTSmall16_Weights.SENTINEL2_SOFTCON' in printed
+    assert f'Published weights: {weights}' in run(name)
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)

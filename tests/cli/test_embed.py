@@ -1,6 +1,8 @@
 # Copyright (c) torchgeo-softcon contributors. All rights reserved.
 # Licensed under the MIT License.
 
+import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -329,6 +331,27 @@ class TestCommand:
         assert message in capsys.readouterr().err
         assert main([*args, '--data.batch_size', '2']) == 0
         assert '24 of 24 samples are in' in capsys.readouterr().out
+
+    @pytest.mark.usefixtures('own_folder')
+    def test_like_earth_index(self, tmp_path: Path) -> None:
+        """Runs as written in examples/README.md."""
+        page = (Path(__file__).parents[2] / 'examples/README.md').read_text()
+        (text,) = re.findall(r'(?s)### Like Earth.*?```bash\n(.*?)```', page)
+        images = SyntheticScenes(tmp_path, size=32, seasons=1).images
+        args = shlex.split(text.replace('DIR', str(images)).replace('\\\n', ''))
+        assert main([*args[1:], '--accelerator', 'cpu']) == 0
+
+        frame = geopandas.read_parquet('area.parquet')
+        assert len(frame) == 2
+        assert frame['footprint'].to_crs(32632).area.to_numpy() == pytest.approx(
+            320**2, rel=0.01
+        )
+        datasets = import_module('torchgeo.datasets')
+        if hasattr(datasets, 'EarthIndexEmbeddings'):
+            sample = datasets.EarthIndexEmbeddings('area.parquet')[1]
+            assert sample['embedding'].shape == (384,)
+            assert 12 < sample['x'] < 12.1
+            assert 45.2 < sample['y'] < 45.8
 
     @pytest.mark.parametrize(
         ('args', 'message'),

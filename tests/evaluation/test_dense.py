@@ -10,6 +10,8 @@ import pytest
 import rasterio
 import torch
 import torch.nn.functional as F
+import xarray
+from pyproj import CRS
 from rasterio.transform import from_origin
 
 from tests.geo.layouts import write
@@ -88,6 +90,43 @@ def test_cloud_optimised_geotiff(model: str, cell: int, tmp_path: Path) -> None:
     with torch.inference_mode():
         corner = feature_map(encoded.model, image)[0, :, 0, 0]
     np.testing.assert_allclose(found[:, 0, 0], corner, rtol=1e-4, atol=1e-5)
+
+
+def test_zarr(tmp_path: Path) -> None:
+    """It has what a GeoTIFF has, to the bit."""
+    for name in 'ab':
+        write_scene(tmp_path / 'in' / f'{name}.tif', ground(100, 150), ord(name))
+    args = encoder(), data(tmp_path / 'in')
+    tiff = embed_dense(*args, tmp_path / 'out', **QUIET)[1]
+    store = tmp_path / 'out.zarr'
+    written = embed_dense(*args, store, **QUIET)
+    assert written == [store / 'a', store / 'b']
+    with pytest.raises(FileExistsError, match=r'a exists already'):
+        embed_dense(*args, store, **QUIET)
+    assert embed_dense(*args, store, overwrite=True, **QUIET) == written
+
+    found = xarray.open_zarr(store, group='b', decode_coords='all')
+    assert sorted(path.name for path in store.iterdir()) == ['a', 'b', 'zarr.json']
+    with rasterio.open(tiff) as dataset:
+        np.testing.assert_array_equal(found['features'], dataset.read())
+        assert found.attrs['emb'] == dataset.tags()['emb']
+        x, y = dataset.xy(range(1, 3), range(1, 3))
+        np.testing.assert_allclose(found['x'][1:3], x)
+        np.testing.assert_allclose(found['y'][1:3], y)
+        # Where rioxarray looks for them
+        mapping = found['features'].spatial_ref.attrs
+        assert CRS.from_cf(mapping) == CRS.from_user_input(dataset.crs)
+        numbers = map(float, mapping['GeoTransform'].split())
+        assert tuple(numbers) == dataset.transform.to_gdal()
+
+
+def test_zarr_without_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_scene(tmp_path / 'in' / 'a.tif', ground(64, 64))
+    monkeypatch.setattr('torchgeo_softcon.evaluation.dense.find_spec', {}.get)
+    with pytest.raises(ValueError, match=r'a\.zarr needs: pip install'):
+        embed_dense(encoder(), data(tmp_path / 'in'), tmp_path / 'a.zarr', **QUIET)
 
 
 def test_no_seams(tmp_path: Path) -> None:

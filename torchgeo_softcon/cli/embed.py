@@ -29,7 +29,7 @@ _FILE = {
     '--dtype {float32,int8}': 'int8: a quarter of the size',
     '--stac': 'write a STAC item, too',
     '--dense': 'features of all patches of whole scenes instead, as GeoTIFFs in the folder '
-    '--out, from overlapping windows of --size pixels',
+    '--out, or in a store --out X.zarr, from overlapping windows of --size pixels',
 }
 
 

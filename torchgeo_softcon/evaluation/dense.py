@@ -7,12 +7,15 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyproj
 import rasterio
 import torch
 from lightning.pytorch import LightningDataModule
@@ -46,7 +49,7 @@ def embed_dense(
     source: str = '',
     **trainer: Any,
 ) -> list[Path]:
-    """Write the features of the patches of whole scenes as cloud-optimised GeoTIFFs.
+    """Write the features of the patches of whole scenes as rasters.
 
     A band is a dimension, a pixel a patch of a Vision Transformer, or a cell of the last
     feature map of another encoder. Windows overlap, and their features fade into each
@@ -55,7 +58,8 @@ def embed_dense(
     Args:
         encoder: From :func:`.open_encoder`.
         datamodule: One that predicts whole scenes, such as WorldCoverScenesDataModule.
-        out: Folder for one file per scene, named after it.
+        out: Folder for one cloud-optimised GeoTIFF per scene, named after it, or a Zarr
+            store (``.zarr``) with such groups, which needs the extra *zarr*.
         size: Side of the windows in pixels, which are not resized. Defaults to that of
             the training, or 224.
         overwrite: Whether to replace files that exist.
@@ -64,7 +68,8 @@ def embed_dense(
 
     Raises:
         FileExistsError: If a file exists, and is not to be replaced.
-        ValueError: If *datamodule* has no whole scenes, or a scene is too small.
+        ValueError: If *datamodule* has no whole scenes, a scene is too small, or packages
+            are missing.
     """
     datamodule.prepare_data()
     datamodule.setup('predict')
@@ -80,12 +85,16 @@ def embed_dense(
     model = encoder.model.to(device)
     side = size or encoder.size or 224
     patch = _cell_size(model, encoder.in_channels, device)
+    zarr = Path(out).suffix == '.zarr'
+    write = _write_zarr if zarr else _write_geotiff
+    if zarr and not all(map(find_spec, ('xarray', 'zarr'))):
+        raise ValueError(f'{out} needs: pip install "torchgeo-softcon[zarr]"')
     scenes: dict[str, tuple[Scene, Path]] = {}
     for scene in (scene for place in grid.scenes.places for scene in place.scenes):
         name = Path(scene.name).stem
         # Scenes of different folders may have the same name
         name = f'{name}_{len(scenes)}' if name in scenes else name
-        target = Path(out, f'{name}.tif')
+        target = Path(out, name if zarr else f'{name}.tif')
         if target.exists() and not overwrite:
             raise FileExistsError(
                 f'{target} exists already. Set overwrite to replace it'
@@ -100,7 +109,8 @@ def embed_dense(
     ):
         values = _features(model, grid.scenes, scene, side, patch, device)
         transform = scene.grid.transform * Affine.scale(patch)
-        _write(target, values, scene.grid.crs, transform, about)
+        note = {**about, 'emb:dimensions': len(values), 'data_type': 'float32'}
+        write(target, values, scene.grid.crs, transform, json.dumps(note))
     return [target for _, target in scenes.values()]
 
 
@@ -168,11 +178,10 @@ def _starts(count: int, window: int) -> Iterator[int]:
     yield count - window
 
 
-def _write(
-    target: Path, values: Array, crs: Any, transform: Affine, about: dict[str, Any]
+def _write_geotiff(
+    target: Path, values: Array, crs: Any, transform: Affine, note: str
 ) -> None:
     """Write a cloud-optimised GeoTIFF, all or nothing."""
-    about = {**about, 'emb:dimensions': len(values), 'data_type': 'float32'}
     profile = {
         'driver': 'COG',
         'count': len(values),
@@ -193,4 +202,38 @@ def _write(
         rasterio.open(unfinished, 'w', **profile) as file,
     ):
         file.write(values)
-        file.update_tags(emb=json.dumps(about))
+        file.update_tags(emb=note)
+
+
+def _write_zarr(
+    target: Path, values: Array, crs: Any, transform: Affine, note: str
+) -> None:
+    """Write a group of a Zarr store with the conventions of CF and of rioxarray."""
+    import xarray
+    import zarr
+
+    _, height, width = values.shape
+    mapping = pyproj.CRS.from_user_input(crs).to_cf()
+    mapping['GeoTransform'] = ' '.join(map(repr, transform.to_gdal()))
+    dataset = xarray.Dataset(
+        {'features': (('band', 'y', 'x'), values, {'grid_mapping': 'spatial_ref'})},
+        {
+            'x': transform.c + transform.a * (np.arange(width) + 0.5),
+            'y': transform.f + transform.e * (np.arange(height) + 0.5),
+            'spatial_ref': ((), 0, mapping),
+        },
+        {'emb': note},
+    )
+    zarr.open_group(target.parent, mode='a', zarr_format=3)
+    unfinished = target.with_name(f'{target.name}.tmp')
+    chunks = len(values), min(height, 128), min(width, 128)
+    dataset.to_zarr(
+        unfinished,
+        mode='w',
+        zarr_format=3,
+        consolidated=False,
+        encoding={'features': {'chunks': chunks}},
+    )
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(unfinished, target)

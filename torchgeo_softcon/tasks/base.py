@@ -285,8 +285,8 @@ class PretrainingTask(ContinualTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to overwrite a good checkpoint, leave out augmentations, note the task.
 
-        Noted are its class, method and branches, and whether images were scaled as
-        :class:`.ToUnitRange` does, if the datamodule tells.
+        Noted are its class, method, branches and initial weights, and whether images were
+        scaled as :class:`.ToUnitRange` does, if the datamodule tells.
         """
         self.guard.check()
         state = checkpoint['state_dict']
@@ -301,6 +301,7 @@ class PretrainingTask(ContinualTask):
             'reference': self.reference,
             'branches': dict(self.branches),
             'new_input_layer': self.new_input_layer,
+            'weights': str(self.weights) if self.weights else None,
         }
         # For those who use the encoder with other data
         datamodule = trainer_datamodule(self._trainer)
