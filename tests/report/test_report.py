@@ -41,6 +41,7 @@ from torchgeo_softcon.report.pictures import (
     feature_similarities,
     label_similarities,
     patch_tokens,
+    plot_map,
     plot_neighbours,
     plot_similarities,
     plot_views,
@@ -261,7 +262,11 @@ class TestPictures:
         classes = torch.arange(12) % 3
         features = torch.nn.functional.one_hot(classes).float()
         labels = classes if kind == 'classes' else features.long()
-        figure, rank = plot_similarities(features, labels)
+        noise = torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+        figure, (before, rank) = plot_similarities(features, labels, noise)
+        assert abs(before) < 0.2
+        assert 'embedding similarity at the start' in texts(figure)
+        figure, (rank,) = plot_similarities(features, labels)
         for axis in figure.axes[:2]:
             matrix = np.asarray(axis.images[0].get_array())
             same = np.kron(np.eye(3), np.ones((4, 4))) == 1
@@ -270,6 +275,18 @@ class TestPictures:
         # Not 1: the order of pairs of equal similarity is noise
         assert 'rank correlation 0.99' in texts(figure)
         assert rank == pytest.approx(0.99, abs=0.01)
+
+    def test_map(self) -> None:
+        """Colours are of the features, and far places are side by side."""
+        features = torch.eye(3).repeat_interleave(4, 0)
+        centres = [(77 + i % 4 / 100, 28 + i // 8) for i in range(12)]
+        figure = plot_map(features, centres)
+        near, far = (axis.collections[0] for axis in figure.axes)
+        assert np.array(near.get_offsets()).tolist() == [list(c) for c in centres[:8]]
+        colours = [tuple(colour) for colour in np.array(near.get_facecolor())[:, :3]]
+        assert len({*colours[:4]}) == len({*colours[4:]}) == 1
+        assert colours[0] != colours[4]
+        assert len(np.array(far.get_offsets())) == 4
 
     def test_neighbours_are_the_most_similar_others(self) -> None:
         angles = torch.arange(8) * math.pi / 4
@@ -288,7 +305,7 @@ class TestPictures:
         features[1] += 0.5 * features[0]  # the same ground at another date
         places = ['a', 'a', 'b', 'c', 'd', 'e']
         gallery = make_gallery(features, torch.arange(6) % 2, places)
-        (_, section) = _comparisons(gallery)
+        (_, section) = _comparisons(gallery, None)
         assert section.figure is not None
         shown = [
             round(float(np.array(axis.images[0].get_array()).max()) * 8)
@@ -482,11 +499,23 @@ class TestCommand:
         text, pictures = self.report(
             *('--checkpoint', 'last.ckpt', '--data', 'SyntheticScenesDataModule', *data)
         )
-        expected = {'views', 'similarities', 'neighbours', 'classes', 'components'}
+        expected = {
+            'views',
+            'similarities',
+            'map',
+            'neighbours',
+            'classes',
+            'components',
+        }
         # Views of 32 pixels, but tokens of images of 48
         assert pictures == expected - {'components'}
         assert 'smaller than 4 x 4' in text
         assert 'bands number 4, 3, 2 as red, green and blue' in text
+        assert '(at the start: ' in text
+        # Letters of 10 points have 12 pixels, on any screen
+        widths = re.findall(r'<img [^>]*width="(\d+)"', text)
+        assert len(widths) == len(pictures)
+        assert widths[1] == '704'
 
     def test_run(self, run: Path, tmp_path: Path) -> None:
         out = tmp_path / 'out'

@@ -13,8 +13,10 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from torchgeo_softcon.export.files import export
+from torchgeo_softcon.models.checkpoints import read_checkpoint
 from torchgeo_softcon.models.input_layer import input_layer
 from torchgeo_softcon.tasks import PretrainingTask
+from torchgeo_softcon.tasks.loading import start_task
 from torchgeo_softcon.tasks.optimizers import layer_scales
 
 from .helpers import (
@@ -251,3 +253,24 @@ class TestHeadWarmup:
     def test_bad_argument(self, kwargs: dict[str, Any], match: str) -> None:
         with pytest.raises(ValueError, match=match):
             make_task(**kwargs)
+
+
+def test_start_of_a_run(start: Callable[[int], str], tmp_path: Path) -> None:
+    """It has the weights that the hyperparameters of a checkpoint name."""
+    weights = Path(start(3))
+    task = make_task(model='test_resnet', in_channels=3, weights=str(weights))
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(task, make_loader(channels=3))
+    trainer.save_checkpoint(tmp_path / 'run.ckpt')
+    content = read_checkpoint(str(tmp_path / 'run.ckpt'))
+    begun = start_task(content)
+    assert begun is not None
+    found = begun.model.state_dict()
+    for name, value in torch.load(weights).items():
+        if name.startswith('layer'):  # the input layer and its norm are new, and random
+            assert torch.equal(found[name], value), name
+    trained = task.model.state_dict()
+    assert any(not torch.equal(found[name], trained[name]) for name in trained)
+    weights.unlink()
+    assert start_task(content) is None
+    assert start_task({}) is None

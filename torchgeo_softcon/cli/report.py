@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,7 @@ def main(args: Sequence[str]) -> int:
     from ..report.page import Section, write_page
     from ..report.samples import collect
     from ..report.sections import judge_features, picture_sections
+    from ..tasks.loading import start_task
 
     files = {run: find_logs(Path(run)) for run in options.run_dir}
     logs = {run: read_logs(found) for run, found in files.items()}
@@ -97,7 +99,17 @@ def main(args: Sequence[str]) -> int:
                 gallery = collect(encoder, datamodule, options.split, options.samples)
                 width = gallery.features.shape[1]
                 judged = judge_features(gallery)
-                sections += picture_sections(gallery, encoder, options.checkpoint)
+                begun = start_task(encoder.checkpoint)
+                start = None
+                if begun is not None:
+                    weights = begun.model.state_dict()
+                    untrained = replace(encoder, state_dict=weights)
+                    start = collect(
+                        untrained, datamodule, gallery.split, options.samples
+                    )
+                sections += picture_sections(
+                    gallery, encoder, options.checkpoint, start
+                )
         if reason:
             sections.append(Section('pictures', 'Pictures', reason))
     findings = {

@@ -121,11 +121,23 @@ def sample_places(dataset: Any, indices: Sequence[Any]) -> list[str] | None:
     if isinstance(dataset, PlacedDataset):
         names = [dataset.place(index) for index in indices]
         return None if None in names else [str(name) for name in names]
+    centres = sample_centres(dataset, indices)
+    if centres is None:
+        return None
+    return [f'{math.floor(y / _CELL)} {math.floor(x / _CELL)}' for x, y in centres]
+
+
+def sample_centres(
+    dataset: Any, indices: Sequence[Any]
+) -> list[tuple[float, float]] | None:
+    """Return longitude and latitude of each sample, None if a dataset does not tell."""
+    while isinstance(dataset, Subset):
+        dataset, indices = dataset.dataset, [dataset.indices[i] for i in indices]
     found = footprints({}, indices, dataset)
     if found is None:
         return None
     centres = [footprint.outline.centroid for footprint in found]
-    return [f'{math.floor(c.y / _CELL)} {math.floor(c.x / _CELL)}' for c in centres]
+    return [(centre.x, centre.y) for centre in centres]
 
 
 def number_places(places: Sequence[str]) -> Tensor:

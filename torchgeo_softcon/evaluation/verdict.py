@@ -61,7 +61,7 @@ def judge(series: Series, width: int | None) -> list[Finding]:
 def summarize(findings: Sequence[Finding]) -> str:
     """Sum up findings in a sentence."""
     if bad := [f for f in findings if f.good is False]:
-        return f'Do not use this encoder before you have looked into: {bad[0].reason}.'
+        return f'Do not use this encoder yet. {bad[0].question} No: {bad[0].reason}.'
     probed = any(_PROBE.search(f.reason) and f.good for f in findings)
     if probed:
         return (

@@ -165,6 +165,9 @@ def curve_sections(logs: Mapping[str, pd.DataFrame]) -> list[Section]:
     """
     named = dict.fromkeys(name for log in logs.values() for name in log.columns)
     metrics = [name for name in named if name not in ('step', 'epoch')]
+    unknown = 'train_unknown_share'  # of interest only where labels are missing
+    if not any(log[unknown].any() for log in logs.values() if unknown in log):
+        metrics = [name for name in metrics if name != unknown]
     sections = []
     for pattern, section in _CURVES.items():
         chosen = [m for m in metrics if re.search(pattern, m)]

@@ -23,6 +23,10 @@ _MARKS = {True: ('good', '✓'), False: ('bad', '✗ No.'), None: ('unknown', '?
 #: base64 adds a third, and a page shall have at most 1 MB.
 _QUALITIES, _FEW = ((80, 1), (60, 1), (40, 1), (40, 2), (40, 4)), 600_000
 
+#: At which pictures are shown, so that their letters of 10 points are 12 pixels high. On
+#: a phone, they are moved sideways instead of shrunk.
+_PIXELS_PER_INCH = 88
+
 
 @dataclass(frozen=True)
 class Line:
@@ -92,6 +96,7 @@ def write_page(
         marks=_MARKS,
         configurations=configurations or {},
         pictures={k: base64.b64encode(v).decode() for k, v in pictures.items()},
+        pixels_per_inch=_PIXELS_PER_INCH,
     )
     page.write_text(text, encoding='utf-8')
     return page

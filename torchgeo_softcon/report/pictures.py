@@ -37,6 +37,18 @@ _COLOURS = [
 _PINK = (0.93, 0.35, 0.75)
 
 
+#: Titles of matrices of similarities.
+_MATRICES = {
+    'label': 'label similarity',
+    'embedding': 'embedding similarity',
+    'start': 'embedding similarity at the start',
+    'now': 'embedding similarity now',
+}
+
+#: Side in degrees of the squares of ground that a map shows side by side, and how many.
+_SQUARE, _SQUARES = 0.5, 6
+
+
 class Display:
     """Shows images of any bands in colours, all on one scale."""
 
@@ -69,18 +81,10 @@ class Display:
         return np.array(colours.expand(-1, -1, 3))
 
 
-def _grid(
-    rows: int,
-    columns: int,
-    size: float = 1.6,
-    extra: float = 0.0,
-    widths: Sequence[float] | None = None,
-) -> Any:
+def _grid(rows: int, columns: int, size: float = 1.6, extra: float = 0.0) -> Any:
     """Make axes for pictures of *size* inches, with *extra* inches below each."""
-    widths = [1] * columns if widths is None else widths[:columns]
-    shape = (size * sum(widths), (size + extra) * rows)
-    figure = Figure(shape, layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    figure = Figure((size * columns, (size + extra) * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -108,14 +112,14 @@ def plot_views(
     resized = [F.interpolate(view, images.shape[-1]) for _, view in views]
     show = Display(torch.cat([images, *resized]), bands)
     figure, axes = _grid(len(images), 1 + len(views))
-    axes[0, 0].set_title('image', fontsize='small')
+    axes[0, 0].set_title('image', fontsize='medium')
     for axis, image in zip(axes[:, 0], images, strict=True):
         axis.imshow(show(image))
     for number, (name, view) in enumerate(views):
         colour = _COLOURS[number % len(_COLOURS)]
         # A frame of the colour of its box on the image
         weight = 'bold' if boxed else 'normal'
-        axes[0, 1 + number].set_title(name, fontsize='small', fontweight=weight)
+        axes[0, 1 + number].set_title(name, fontsize='medium', fontweight=weight)
         for row, axis in enumerate(axes[:, 1 + number]):
             colours = show(view[row].nan_to_num())
             colours[view[row].isnan().any(0).numpy()] = _PINK
@@ -147,35 +151,42 @@ def feature_similarities(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def plot_similarities(features: Tensor, labels: Tensor) -> tuple[Figure, float]:
+def plot_similarities(
+    features: Tensor, labels: Tensor, start: Tensor | None = None
+) -> tuple[Figure, list[float]]:
     """Plot similarities of labels and of features, of all pairs of images.
 
-    Two matrices and a scatter plot of features (N, F), and labels (N, K) or (N,). Also
-    returns the rank correlation of both.
+    Matrices and a scatter plot of features (N, F), those of the *start* of the run if they
+    are known, and labels (N, K) or (N,). Also returns their rank correlations with those
+    of the labels.
     """
     # Images with the same label side by side
     keys = labels[:, None] if labels.ndim == 1 else labels
     order = torch.from_numpy(np.lexsort(keys.numpy().T[::-1]).copy())
     by_label = label_similarities(labels)[order][:, order]
-    by_feature = feature_similarities(features)[order][:, order]
+    shown = (
+        {'embedding': features} if start is None else {'start': start, 'now': features}
+    )
+    by_feature = {k: feature_similarities(v)[order][:, order] for k, v in shown.items()}
 
-    figure = Figure((13, 4.2), layout='constrained')
-    *matrices, scatter = figure.subplots(1, 3)
-    for axis, name, matrix, low, colours in zip(
-        matrices,
-        ('label', 'embedding'),
-        (by_label, by_feature),
-        (0, -1),
-        ('viridis', 'RdBu_r'),
-        strict=True,
+    figure = Figure((8, 7.6), layout='constrained')
+    *matrices, scatter = figure.subplot_mosaic(
+        'ab;cc' if start is None else 'ab;cd'
+    ).values()
+    for axis, (name, matrix) in zip(
+        matrices, {'label': by_label, **by_feature}.items(), strict=True
     ):
-        shown = axis.imshow(matrix.numpy(), vmin=low, vmax=1, cmap=colours)
-        axis.set_title(f'{name} similarity', fontsize='medium')
+        low, colours = (0, 'viridis') if name == 'label' else (-1, 'RdBu_r')
+        picture = axis.imshow(matrix.numpy(), vmin=low, vmax=1, cmap=colours)
+        axis.set_title(_MATRICES[name], fontsize='medium')
         axis.set_xlabel('images, sorted by label')
-        figure.colorbar(shown, ax=axis, shrink=0.8)
+        figure.colorbar(picture, ax=axis, shrink=0.8)
 
     upper = np.triu_indices(len(order), 1)
-    pairs = pd.DataFrame({'x': by_label.numpy()[upper], 'y': by_feature.numpy()[upper]})
+    columns = {name: matrix.numpy()[upper] for name, matrix in by_feature.items()}
+    pairs = pd.DataFrame({'x': by_label.numpy()[upper], **columns})
+    pairs = pairs.rename(columns={pairs.columns[-1]: 'y'})
+    ranks = pairs.rank().corr()['x'].drop('x').tolist()  # Spearman
     few = np.random.default_rng(0).permutation(len(pairs))[:4000]
     jitter = np.random.default_rng(1).uniform(-0.012, 0.012, len(few))
     alpha = min(0.8, max(0.15, 300 / len(few)))
@@ -184,12 +195,13 @@ def plot_similarities(features: Tensor, labels: Tensor) -> tuple[Figure, float]:
     bins = pairs.groupby((pairs['x'] * 20).round() / 20)['y']
     medians = bins.median()[bins.count() >= 5]
     scatter.plot(medians.index, medians, color='black', marker='o', markersize=4)
-    rank = pairs['x'].rank().corr(pairs['y'].rank())  # Spearman
-    scatter.set_title(f'rank correlation {rank:.2f}, black: median', fontsize='medium')
+    scatter.set_title(
+        f'rank correlation {ranks[-1]:.2f}, black: median', fontsize='medium'
+    )
     scatter.set(xlabel='label similarity', ylabel='embedding similarity')
     scatter.set_ylim(-1.03, 1.03)
     scatter.grid(alpha=0.3)
-    return figure, float(rank)
+    return figure, ranks
 
 
 def plot_neighbours(
@@ -197,7 +209,7 @@ def plot_neighbours(
     features: Tensor,
     labels: Tensor,
     apart: Tensor,
-    count: int = 10,
+    count: int = 8,
 ) -> Figure:
     """Plot *count* images with their five nearest neighbours by features (N, F).
 
@@ -208,21 +220,16 @@ def plot_neighbours(
     similarity[~apart] = -math.inf
     neighbours = min(5, int(apart.sum(1).min()))
     queries = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
-    columns = 2 if len(queries) > 1 else 1
-    rows = math.ceil(len(queries) / columns)
-    width = neighbours + 2  # an empty column between the two halves
-    widths = ([1] * (width - 1) + [0.25]) * columns
-    figure, axes = _grid(rows, columns * width - 1, 1.1, 0.2, widths)
-    for number, query in enumerate(queries):
-        row, left = number % rows, number // rows * width
+    figure, axes = _grid(len(queries), 1 + neighbours, 1.3, 0.25)
+    for row, query in zip(axes, queries, strict=True):
         nearest = similarity[query].topk(neighbours).indices.tolist()
-        for axis, index in zip(axes[row, left:], [query, *nearest], strict=False):
+        for axis, index in zip(row, [query, *nearest], strict=True):
             text, weight = 'image', 'bold'
             if index != query:
                 text = f'{similarity[query, index]:.2f} | {by_label[query, index]:.2f}'
                 weight = 'normal'
             axis.imshow(thumbnails[index])
-            axis.set_xlabel(text, fontsize=8, weight=weight, labelpad=2)
+            axis.set_xlabel(text, weight=weight, labelpad=2)
     return figure
 
 
@@ -244,16 +251,49 @@ def patch_tokens(encoder: nn.Module, image: Tensor) -> Tensor | None:
     return tokens if min(tokens.shape[1:3]) >= 4 else None
 
 
+def component_colours(features: Tensor) -> tuple[Array, float]:
+    """Return three principal components of features (N, F) as colours (N, 3) in [0, 1].
+
+    And the share of the variance that they have.
+    """
+    centred = features.float() - features.float().mean(0)
+    _, values, right = torch.linalg.svd(centred, full_matrices=False)
+    components = (centred @ right[:3].T).numpy()
+    low, high = np.quantile(components, (_CLIPPED, 1 - _CLIPPED), axis=0)
+    colours = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return colours, float(values[:3].square().sum() / values.square().sum())
+
+
+def plot_map(features: Tensor, centres: Sequence[tuple[float, float]]) -> Figure:
+    """Plot where images are, in colours of three components of their features (N, F).
+
+    *centres* are longitudes and latitudes. Of images that are far apart, the squares of
+    half a degree that have most of them are side by side.
+    """
+    colours, _ = component_colours(features)
+    table = pd.DataFrame(centres, columns=['x', 'y'])
+    squares = table.groupby([table['y'] // _SQUARE, table['x'] // _SQUARE]).groups
+    largest = sorted(squares.values(), key=len, reverse=True)[:_SQUARES]
+    columns = min(3, len(largest))
+    rows = math.ceil(len(largest) / columns)
+    figure = Figure((4 * columns, 4 * rows), layout='constrained')
+    for number, members in enumerate(largest, 1):
+        axis = figure.add_subplot(rows, columns, number)
+        x, y = table['x'][members], table['y'][members]
+        axis.scatter(x, y, c=colours[members], s=60, edgecolors='grey', linewidths=0.5)
+        axis.set_aspect(1 / max(0.01, math.cos(math.radians(y.mean()))), 'datalim')
+        axis.ticklabel_format(useOffset=False)
+        axis.locator_params(nbins=4)
+        axis.set(xlabel='longitude', ylabel='latitude')
+    return figure
+
+
 def plot_components(tokens: Tensor, thumbnails: Sequence[Array]) -> Figure:
     """Plot images, and below three principal components of their tokens (B, h, w, F)."""
-    centred = tokens.float() - tokens.float().mean((0, 1, 2))
-    _, values, right = torch.linalg.svd(centred.flatten(0, 2), full_matrices=False)
-    components = (centred @ right[:3].T).numpy()  # (B, h, w, 3)
-    low, high = np.quantile(components, (_CLIPPED, 1 - _CLIPPED), axis=(0, 1, 2))
-    colours = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    share = float(values[:3].square().sum() / values.square().sum())
+    colours, share = component_colours(tokens.flatten(0, 2))
+    pictures = [*colours.reshape(*tokens.shape[:3], 3)]
     label = f'components\n({share:.0%} of variance)'
-    return plot_images(thumbnails, colours, label)
+    return plot_images(thumbnails, pictures, label)
 
 
 def plot_classes(
@@ -279,7 +319,6 @@ def plot_classes(
         handles=handles,
         loc='outside lower center',
         ncols=6 if columns is None else columns,
-        fontsize='small',
     )
     return figure
 

@@ -23,7 +23,7 @@ from ..datamodules.protocol import (
     without_transforms,
 )
 from ..evaluation.features import prepare
-from ..evaluation.footprints import number_places, sample_places
+from ..evaluation.footprints import number_places, sample_centres, sample_places
 from ..evaluation.loop import batch_transform, encode_batches
 from ..evaluation.samples import check_label, set_up, split_samples
 from ..landcover import LandCoverProduct
@@ -41,7 +41,7 @@ _THUMBNAIL = 96
 _ENOUGH = 50
 
 #: Images that are kept as they are.
-_KEPT = 10
+_KEPT = 7
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Gallery:
     masks: list[Tensor] | None  # land cover of *samples*, codes of shape (H, W)
     product: LandCoverProduct = WORLDCOVER  # of the codes
     places: list[str] | None = None  # of all images
+    centres: list[tuple[float, float]] | None = None  # of all, longitude and latitude
     trained_on: bool = False  # whether the ground is that of the training
 
     @property
@@ -148,6 +149,7 @@ def collect(
         _masks(dataset, chosen[:_KEPT], kept),
         dataset_product(dataset) or WORLDCOVER,
         sample_places(dataset, chosen),
+        sample_centres(dataset, chosen),
         split == 'train' or offer_of(datamodule).shares_ground,
     )
 

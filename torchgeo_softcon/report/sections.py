@@ -29,6 +29,7 @@ from .pictures import (
     patch_tokens,
     plot_classes,
     plot_components,
+    plot_map,
     plot_neighbours,
     plot_similarities,
     plot_views,
@@ -73,14 +74,19 @@ def has_other_augmentations(content: Mapping[str, Any], task: Any) -> bool:
 
 @torch.no_grad()
 def picture_sections(
-    gallery: Gallery, encoder: Encoder, checkpoint: str | None = None
+    gallery: Gallery,
+    encoder: Encoder,
+    checkpoint: str | None = None,
+    start: Gallery | None = None,
 ) -> Iterator[Section]:
     """Draw what an encoder makes of images.
 
-    With the views of the task if the encoder is from a *checkpoint*.
+    With the views of the task if the encoder is from a *checkpoint*, and beside what it
+    made of the same images at the *start* of the run.
     """
     yield _views(gallery, checkpoint)
-    yield from _comparisons(gallery)
+    yield from _comparisons(gallery, start)
+    yield _map(gallery)
     yield _components(gallery, encoder)
     yield _classes(gallery)
 
@@ -152,9 +158,10 @@ def _views(gallery: Gallery, checkpoint: str | None) -> Section:
     return replace(section, text=text, figure=figure, alt=alt)
 
 
-def _comparisons(gallery: Gallery) -> Iterator[Section]:
+def _comparisons(gallery: Gallery, start: Gallery | None) -> Iterator[Section]:
     """Compare labels and features of all images whose label is known."""
     known = gallery.labelled()
+    before = start.labelled().features if start is not None else None
     name, title = 'similarities', 'Labels and embeddings'
     labels, features, apart = known.labels, known.features, known.apart
     if labels is None or len(labels) < 2:
@@ -162,7 +169,8 @@ def _comparisons(gallery: Gallery) -> Iterator[Section]:
         return
     number = f'{len(features)} images of the {gallery.split} split'
     warning = _TRAINED_ON if gallery.trained_on else ''
-    figure, rank = plot_similarities(features, labels)
+    figure, ranks = plot_similarities(features, labels, before)
+    past = '' if before is None else f' (at the start: {ranks[0]:.2f})'
     yield Section(
         name,
         title,
@@ -171,7 +179,7 @@ def _comparisons(gallery: Gallery) -> Iterator[Section]:
         'features minus their mean. Blocks that are in both matrices, and medians '
         'that rise, mean that the encoder finds the labels.',
         figure,
-        f'Rank correlation of label and embedding similarity: {rank:.2f}',
+        f'Rank correlation of label and embedding similarity: {ranks[-1]:.2f}{past}',
         warning=warning,
     )
     title = 'Nearest neighbours'
@@ -185,7 +193,7 @@ def _comparisons(gallery: Gallery) -> Iterator[Section]:
     yield Section(
         'neighbours',
         title,
-        f'Ten of {number}, and the five most similar of {others}. Below each: '
+        f'A few of {number}, and the five most similar of {others}. Below each: '
         'similarity of the embedding | of the label. '
         f'{gallery.show.caption}, all images on one scale.',
         plot_neighbours(known.thumbnails, features, labels, apart),
@@ -193,6 +201,20 @@ def _comparisons(gallery: Gallery) -> Iterator[Section]:
         f'{by_label[apart].mean():.2f}',
         warning=warning,
     )
+
+
+def _map(gallery: Gallery) -> Section:
+    name, title = 'map', 'Map of the embeddings'
+    if gallery.centres is None:
+        return Section(name, title, 'The data do not tell where images are.')
+    text = (
+        f'{len(gallery.centres)} images of the {gallery.split} split where they are, in '
+        'colours of the first three principal components of their embeddings: what has '
+        'the same colour is the same to the encoder. Colours that follow the land, and '
+        'not the borders of the scenes, are a good sign.'
+    )
+    alt = f'Map of {len(gallery.centres)} images, coloured by their embeddings'
+    return Section(name, title, text, plot_map(gallery.features, gallery.centres), alt)
 
 
 def _components(gallery: Gallery, encoder: Encoder) -> Section:

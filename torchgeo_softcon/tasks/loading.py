@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,3 +65,18 @@ def load_task(
         return task.load_from_checkpoint(
             str(path), map_location='cpu', weights_only=True, **options
         )
+
+
+def start_task(checkpoint: Mapping[str, Any]) -> PretrainingTask | None:
+    """Make the task of a checkpoint anew, with the weights that it began with.
+
+    What was random at its start (all, if it had no weights) is random again.
+    None where :func:`find_task` finds none, and where these weights are not found.
+    """
+    task = find_task(checkpoint)
+    hparams = checkpoint.get('hyper_parameters')
+    if task is None or not isinstance(hparams, Mapping):
+        return None
+    with suppress(OSError, ValueError):
+        return task(**{k: v for k, v in hparams.items() if not k.startswith('_')})
+    return None
