@@ -3,22 +3,35 @@
 
 """What long runs use, all at once: precision, compilation, processes, accumulation."""
 
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, Sampler
 
 from torchgeo_softcon.modules import packing
 from torchgeo_softcon.modules.ema import make_teacher
 from torchgeo_softcon.tasks import DINOMCTask, SoftConTask
 
-from .helpers import TASKS, Corners, Scenes, Whole, make_dino, make_task, make_trainer
+from .helpers import (
+    TASKS,
+    Corners,
+    Scenes,
+    Whole,
+    make_dino,
+    make_loader,
+    make_task,
+    make_trainer,
+)
 
 
 class EverySecond(Sampler[int]):
@@ -29,6 +42,20 @@ class EverySecond(Sampler[int]):
 
     def __len__(self) -> int:
         return 16
+
+
+class Uneven(Sampler[int]):
+    """As many images as a list says for each process."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __len__(self) -> int:
+        ready = torch.distributed.is_initialized()
+        return self.counts[torch.distributed.get_rank() if ready else 0]
 
 
 class Report(Callback):
@@ -130,3 +157,43 @@ def test_everything_together(make: Any, tmp_path: Path) -> None:
     name = 'model.blocks.0.attn.qkv.weight'
     way, whole_way = (x['state'][name] - start[name] for x in (ranks[0], expected))
     assert torch.cosine_similarity(way.flatten(), whole_way.flatten(), dim=0) > 0.8
+
+
+@pytest.mark.parametrize(
+    ('make', 'counts', 'message'),
+    [
+        (make_task, [8, 12], r'as many batches per epoch, got \[2, 3\]'),
+        (make_dino, [8, 12], r'as many batches per epoch, got \[2, 3\]'),
+        (make_task, [10, 11], r'as many images per epoch, got \[10, 11\]'),
+        # It exchanges no features: nothing aborts
+        (make_dino, [10, 11], None),
+    ],
+)
+def test_uneven_ranks(
+    make: Any, counts: list[int], message: str | None, tmp_path: Path
+) -> None:
+    """One message that tells what to do, before a backend aborts or waits for ever."""
+    trainer = make_trainer(
+        tmp_path,
+        devices=2,
+        strategy='ddp_fork',
+        max_epochs=1,
+        use_distributed_sampler=False,
+    )
+    loader = DataLoader(Scenes(32), batch_size=4, sampler=Uneven(counts))
+    expected = pytest.raises(ProcessRaisedException, match=message)
+    with expected if message else nullcontext():
+        trainer.fit(make(), loader)
+
+
+def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
+    class Full(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_rank and trainer.global_step:
+                raise OSError('No space left on device')
+
+    trainer = make_trainer(tmp_path, devices=2, strategy='ddp_fork', callbacks=[Full()])
+    begin = time.monotonic()
+    with pytest.raises(ProcessRaisedException, match='No space left on device'):
+        trainer.fit(make_task(), make_loader())
+    assert time.monotonic() - begin < 30

@@ -45,7 +45,14 @@ from .optimizers import (
     parameter_groups,
     with_schedule,
 )
-from .runs import peak_lr, run_length, save_once, tell_next_step, warn_of_lost_gradients
+from .runs import (
+    peak_lr,
+    require_even,
+    run_length,
+    save_once,
+    tell_next_step,
+    warn_of_lost_gradients,
+)
 
 extend_host_tasks(explain_misfit)
 
@@ -330,6 +337,7 @@ class PretrainingTask(ContinualTask):
 
     def on_train_start(self) -> None:
         """Put everything into training mode, and say so if batch norm stays frozen."""
+        require_even(self.trainer, bool(self.hparams.get('gather_distributed')))
         # Lightning does not: batch norm of a teacher that was used before would stay
         self.train()
         self.guard.value_range = getattr(self.augmentations, 'value_range', None)

@@ -5,14 +5,16 @@
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from .._checks import require
 from .._compat import finetune_command
 from ..datamodules.protocol import loader_batch_size, offer_of, trainer_datamodule
 from ..models import is_vit
@@ -59,6 +61,38 @@ def peak_lr(lr: float, trainer: Trainer) -> float:
         )
         return lr
     return lr * images / 256
+
+
+def require_even(trainer: Trainer, sizes: bool) -> None:
+    """Raise on all ranks if their data differ in length, or they would hang or abort.
+
+    Data without a length, such as iterable datasets, are not known before they are read.
+
+    Args:
+        trainer: Trainer whose loader is set up.
+        sizes: Whether batches must also have the same sizes, as ranks exchange features.
+
+    Raises:
+        ValueError: If ranks have other numbers of batches, or of images in them.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    loader, batches = trainer.train_dataloader, trainer.num_training_batches
+    own: dict[str, float] = {'batches': batches}
+    size, sampler = loader_batch_size(loader), getattr(loader, 'sampler', None)
+    if sizes and size and isinstance(sampler, Sized):
+        own |= {'batch_size': size, 'images': min(len(sampler), size * batches)}
+    ranks: list[dict[str, float]] = [own] * trainer.world_size
+    torch.distributed.all_gather_object(ranks, own)
+    for name in own:
+        values = [rank.get(name) for rank in ranks]
+        require(
+            len({*values}) == 1,
+            f'all ranks must have as many {name} per epoch, got {values}. Use a sampler '
+            'that repeats images, as Lightning does (use_distributed_sampler), or drops '
+            'some, as datamodules of this package do; or set drop_last and '
+            'limit_train_batches',
+        )
 
 
 def save_once(trainer: Trainer) -> None:
