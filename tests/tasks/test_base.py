@@ -15,8 +15,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchgeo_softcon import ResNet50_Weights, ViTSmall16_Weights
+from torchgeo_softcon import (
+    ResNet50_Weights,
+    SyntheticScenesDataModule,
+    ViTSmall16_Weights,
+)
 from torchgeo_softcon.__main__ import main
+from torchgeo_softcon.datasets import SyntheticScenes
 from torchgeo_softcon.losses import jaccard_similarity
 from torchgeo_softcon.tasks import SoftConTask
 from torchgeo_softcon.tasks.guard import NonFiniteGuard, NonFiniteLossError
@@ -265,6 +270,46 @@ class TestResume:
         assert names == {f'step={step}.ckpt' for step in range(3, 7)}
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), key
+
+    @pytest.mark.parametrize('batches', [1, 2])
+    def test_again_after_the_end_of_an_epoch(
+        self, batches: int, scenes: SyntheticScenes, tmp_path: Path
+    ) -> None:
+        """From the last step of an epoch, and then from the first step after it."""
+
+        def train(name: str, start: Path | None = None) -> dict[str, Tensor]:
+            task = make_task(in_channels=13)
+            torch.manual_seed(len(name))  # a new process has other random numbers
+            save = ModelCheckpoint(
+                tmp_path / name, '{step}', every_n_train_steps=1, save_top_k=-1
+            )
+            trainer = make_trainer(
+                tmp_path,
+                callbacks=[save],
+                enable_checkpointing=True,
+                accumulate_grad_batches=batches,
+            )
+            trainer.fit(
+                task,
+                # Goes on in the middle of an epoch
+                SyntheticScenesDataModule(
+                    scenes.root,
+                    size=96,
+                    dates=2,
+                    patch_size=40,
+                    batch_size=4,
+                    length=16,
+                ),
+                ckpt_path=start,
+            )
+            assert trainer.global_step == 12 // batches
+            return task.state_dict()
+
+        whole, end = train('whole'), 4 // batches
+        train('once', tmp_path / f'whole/step={end}.ckpt')
+        twice = train('twice', tmp_path / f'once/step={end + 1}.ckpt')
+        for key, value in whole.items():
+            assert torch.equal(value, twice[key]), key
 
     @pytest.mark.parametrize(('ready', 'lost'), [(3, True), (4, False)])
     def test_lost_gradients(self, tmp_path: Path, ready: int, lost: bool) -> None:

@@ -46,6 +46,7 @@ from .optimizers import (
     with_schedule,
 )
 from .runs import (
+    count_epoch,
     peak_lr,
     require_even,
     run_length,
@@ -345,6 +346,7 @@ class PretrainingTask(ContinualTask):
         for optimizer in self.trainer.optimizers:
             follow_parameters(optimizer)
         save_once(self.trainer)
+        count_epoch(self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Check all losses of the epoch, see :class:`.NonFiniteGuard`."""

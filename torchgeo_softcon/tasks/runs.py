@@ -106,6 +106,19 @@ def save_once(trainer: Trainer) -> None:
             callback._last_global_step_saved = trainer.global_step
 
 
+def count_epoch(trainer: Trainer) -> None:
+    """Count the epoch in which a run goes on from the last step of the one before.
+
+    Lightning 2.6 does not. A run that goes on from there once more would take the middle of
+    the epoch for its end, and make a step too many.
+    """
+    if trainer.fit_loop.restarted_mid_epoch:
+        counts: Any = trainer.fit_loop.epoch_progress
+        for progress in (counts.total, counts.current):
+            progress.ready = max(progress.ready, progress.processed + 1)
+            progress.started = max(progress.started, progress.processed + 1)
+
+
 def warn_of_lost_gradients(
     checkpoint: Mapping[str, Any], trainer: Trainer | None
 ) -> None:
