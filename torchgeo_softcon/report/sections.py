@@ -170,14 +170,17 @@ def _comparisons(gallery: Gallery, start: Gallery | None) -> Iterator[Section]:
     number = f'{len(features)} images of the {gallery.split} split'
     warning = _TRAINED_ON if gallery.trained_on else ''
     figure, ranks = plot_similarities(features, labels, before)
-    past = '' if before is None else f' (at the start: {ranks[0]:.2f})'
+    past = anew = ''
+    if before is not None:
+        past = f' (at the start: {ranks[0]:.2f})'
+        anew = ' Weights that were random at the start of the run are drawn anew.'
     yield Section(
         name,
         title,
         f'Pairs among {number}. Label similarity is the cosine of multi-labels '
         '(or whether classes are the same), embedding similarity the cosine of '
         'features minus their mean. Blocks that are in both matrices, and medians '
-        'that rise, mean that the encoder finds the labels.',
+        f'that rise, mean that the encoder finds the labels.{anew}',
         figure,
         f'Rank correlation of label and embedding similarity: {ranks[-1]:.2f}{past}',
         warning=warning,
