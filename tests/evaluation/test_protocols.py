@@ -88,6 +88,38 @@ def test_strength_is_that_of_the_best_validation(
     assert chosen == protocols._STRENGTHS[int(np.argmax(rates))]
 
 
+@pytest.mark.parametrize('multi', [False, True])
+def test_scores_of_torchgeo_bench(multi: bool) -> None:
+    """With torchgeo-bench itself, which needs Python 3.12 and a lot that we do not."""
+    reason = "install 'torchgeo-bench==0.4.*' beside torchgeo-softcon"
+    bench = pytest.importorskip('torchgeo_bench.main', reason=reason)
+    splits = [clusters(count, seed) for seed, count in enumerate((200, 80, 300))]
+    hot = [nn.functional.one_hot(labels) for _, labels in splits]
+    if multi:  # every other sample has a second label
+        second = [one.roll(1, 1) * (torch.arange(len(one)) % 2)[:, None] for one in hot]
+        hot = [one + two for one, two in zip(hot, second, strict=True)]
+        splits = [(x, labels) for (x, _), labels in zip(splits, hot, strict=True)]
+    (bank, labels), val, (queries, answers) = splits
+
+    arrays = [value.numpy() for split in splits for value in split]
+    train, test = arrays[:2], arrays[-2:]
+    knn, *_ = bench.evaluate_knn(*train, *test, 0, 20)
+    strengths = protocols._STRENGTHS
+    linear, _, _, strength, *_ = bench.evaluate_logistic(
+        *arrays, strengths, 0, 20, merge_val=True, device='cpu', temp_scale=False
+    )
+
+    scores = majority_scores(queries, bank, hot[0])
+    (ours, *_) = protocols._rate('knn5', scores, answers, 0).values()
+    assert ours == pytest.approx(knn, abs=1e-3)
+    chosen = choose_strength(bank, labels, *val)
+    assert chosen == pytest.approx(strength)
+    both = torch.cat([bank, val[0]]), torch.cat([labels, val[1]])
+    scores = logistic_scores(queries, *both, chosen, 4000)
+    (ours, *_) = protocols._rate('linear', scores, answers, 0).values()
+    assert ours == pytest.approx(linear, abs=1e-3)
+
+
 def test_bootstrap_interval() -> None:
     labels = torch.arange(400) % 2
     scores = nn.functional.one_hot(
