@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tests.tasks.helpers import Scenes, make_loader, make_task, make_trainer
 from torchgeo_softcon import plugin
 from torchgeo_softcon.callbacks import CollapseMonitor, KNNProbe
-from torchgeo_softcon.callbacks.terminal import _is_for_users, silence_adverts
+from torchgeo_softcon.tasks.quiet import _is_for_users, silence_adverts
 
 
 @pytest.fixture
@@ -104,6 +104,14 @@ def test_no_logging(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1, log_every_n_steps=0)
     trainer.fit(make_task(), make_loader())
     assert trainer.global_step == 4
+
+
+def test_a_task_made_after_its_trainer_is_quiet(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(make_task(), make_loader(), make_loader())
+    assert not [w for w in recwarn if 'validation_step' in str(w.message)]
 
 
 def test_other_messages_pass() -> None:

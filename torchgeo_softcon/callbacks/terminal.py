@@ -3,12 +3,9 @@
 
 """The terminal of a pretraining run: what users need to see, and nothing else."""
 
-import logging
-import re
 import shlex
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, cast
@@ -25,44 +22,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from ..evaluation.verdict import judge, summarize
 from ..tasks import PretrainingTask
 
-#: Lines of Lightning that tell users of our tasks nothing: advertisements, and the callback
-#: that the plugin adds to every trainer.
-_ADVERTS = re.compile(
-    r"Tip: For seamless|TPU available: False|entry point 'torchgeo_sof"
-)
-
-#: Warnings about what is as it should be: our tasks have validation data for probes only,
-#: and the rest is between Lightning and its own dependencies.
-_WARNINGS = (
-    '.*You passed in a `val_dataloader` but have no `validation_step`',
-    '.*`isinstance\\(treespec, LeafSpec\\)` is deprecated',
-)
-
-#: Loggers of Lightning that print advertisements, under both names of its package.
-_LOGGERS = (
-    'lightning.fabric.utilities.registry',
-    'lightning.pytorch.utilities.rank_zero',
-    'lightning_fabric.utilities.registry',
-    'pytorch_lightning.utilities.rank_zero',
-)
-
 #: Bars that Lightning makes by itself.
 _BARS = (RichProgressBar, TQDMProgressBar)
 
 #: Lines about the progress of a run without a terminal, at most.
 _LINES = 40
-
-
-def _is_for_users(record: logging.LogRecord) -> bool:
-    return _ADVERTS.search(record.getMessage()) is None
-
-
-def silence_adverts() -> None:
-    """Keep Lightning from printing what is not for users of our tasks."""
-    for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_is_for_users)
-    for message in _WARNINGS:
-        warnings.filterwarnings('ignore', message)
 
 
 class _ShortSummary(ModelSummary):
@@ -134,8 +98,6 @@ class Terminal(Callback):
         super().__init__()
         self._series: dict[str, list[float]] = defaultdict(list)
         self._active = False
-        if PretrainingTask.created:
-            silence_adverts()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace Lightning's table of layers, and its bar where there is no terminal."""
@@ -143,7 +105,6 @@ class Terminal(Callback):
         self._active = stage == 'fit' and isinstance(pl_module, PretrainingTask)
         if not self._active:
             return
-        silence_adverts()
         callbacks: list[Callback] = cast(Any, trainer).callbacks
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ModelSummary) and callback._max_depth == 1:

@@ -45,6 +45,7 @@ from .optimizers import (
     parameter_groups,
     with_schedule,
 )
+from .quiet import silence_adverts
 from .runs import (
     count_epoch,
     peak_lr,
@@ -87,9 +88,6 @@ class PretrainingTask(ContinualTask):
     #: Not saved as hyperparameters: a checkpoint holds plain values only, so that it
     #: opens safely and without this package.
     ignore: tuple[str, ...] = ('weights', 'augmentations')
-
-    #: Whether there is, or was, a task of this package in the process.
-    created = False
 
     weights: WeightsEnum | bool | str | None
     augmentations: nn.Module
@@ -167,7 +165,7 @@ class PretrainingTask(ContinualTask):
         check_types(PretrainingTask.__init__, options)
         left_out = ('self', '__class__', *self.ignore)
         self._options = {k: v for k, v in options.items() if k not in left_out}
-        PretrainingTask.created = True
+        silence_adverts()
         self.weights = weights
         super().__init__()
         self.augmentations = nn.Identity() if augmentations is None else augmentations
