@@ -156,6 +156,13 @@ def test_each_protocol(protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> N
     assert values['linear_c'] in (0.1, 1)
 
 
+def test_torchgeo_bench_resizes_without_antialiasing() -> None:
+    image = torch.rand(1, 2, 96, 96)
+    view = protocols._PROTOCOLS['torchgeo-bench'].view(image, 32)
+    # Every third pixel is the centre of one of 32, where nothing is averaged
+    torch.testing.assert_close(view, image[..., 1::3, 1::3])
+
+
 def test_unknown_protocol() -> None:
     with pytest.raises(ValueError, match=r"protocol must be 'softcon'.*got 'knn'"):
         evaluate_protocol(Encoder({}), PatchesDataModule(), 'knn')  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..evaluation.verdict import judge, summarize
 from ..tasks import PretrainingTask
+from ..tasks.quiet import silence_adverts
 
 #: Bars that Lightning makes by itself.
 _BARS = (RichProgressBar, TQDMProgressBar)
@@ -105,6 +106,7 @@ class Terminal(Callback):
         self._active = stage == 'fit' and isinstance(pl_module, PretrainingTask)
         if not self._active:
             return
+        silence_adverts()  # in a spawned process, which has not made the task
         callbacks: list[Callback] = cast(Any, trainer).callbacks
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ModelSummary) and callback._max_depth == 1:

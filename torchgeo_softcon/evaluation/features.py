@@ -80,12 +80,12 @@ def poolings(encoder: nn.Module) -> tuple[str, ...]:
     return ('cls', 'mean') if encoder.global_pool == 'token' else ('mean', 'cls')
 
 
-def resize(image: Tensor, size: int) -> Tensor:
+def resize(image: Tensor, size: int, antialias: bool = True) -> Tensor:
     """Resize images to squares of *size* pixels, if they have another size."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
     return F.interpolate(
-        image, (size, size), mode='bilinear', antialias=True, align_corners=False
+        image, (size, size), mode='bilinear', antialias=antialias, align_corners=False
     )
 
 

@@ -4,6 +4,7 @@
 """Frozen features as papers and benchmarks evaluate them, for comparable figures."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -57,8 +58,10 @@ def evaluate_protocol(
       others; resize and centre crop
     * ``'dino'``: the same, and 20 neighbours by cosine with weights, of the class token
     * ``'torchgeo-bench'``: the encoder's own features, and 5 neighbours by Euclidean
-      distance with one vote each; images resized to 224 pixels
-    * ``'copernicus-bench'``: the same of the mean of the patch tokens
+      distance with one vote each; images resized to 224 pixels, without antialiasing
+    * ``'copernicus-bench'``: the same of the mean of the patch tokens, with antialiasing
+
+    Images without a label are left out; torchgeo-bench itself counts them as negatives.
 
     Args:
         encoder: The encoder.
@@ -198,6 +201,8 @@ _PROTOCOLS: dict[Protocol, _Steps] = {
     # Class tokens of the last four blocks; no k-NN in the paper
     'softcon': _Steps('blocks', None, '', knn_scores, center_view),
     'dino': _Steps('blocks', 20, 'cls', knn_scores, center_view),
-    'torchgeo-bench': _Steps('', 5, '', majority_scores, resize),
+    'torchgeo-bench': _Steps(
+        '', 5, '', majority_scores, partial(resize, antialias=False)
+    ),
     'copernicus-bench': _Steps('mean', 5, 'mean', majority_scores, resize),
 }
